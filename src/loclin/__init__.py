@@ -1,0 +1,1 @@
+"""A language model, at one prompt, as the linear map that it exactly is there."""

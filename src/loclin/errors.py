@@ -1,0 +1,25 @@
+"""What goes wrong, said once and clearly: every message names the fault and the fix."""
+
+
+class LoclinError(Exception):
+    """A fault the user can mend. The command line prints its one line and exits with code 2."""
+
+
+class ModelError(LoclinError):
+    """The model cannot be found, read or used."""
+
+
+class PromptError(LoclinError):
+    """The prompt is empty, too long, or a position lies outside it."""
+
+
+class NotExactError(LoclinError):
+    """A module does not become linear when its coefficients are held; the message names it."""
+
+
+class BudgetError(LoclinError):
+    """The work asked for does not fit the memory budget; the message says the least that works."""
+
+
+class OutputError(LoclinError):
+    """A result cannot be written where it was asked for."""
