@@ -5,6 +5,10 @@ class LoclinError(Exception):
     """A fault the user can mend. The command line prints its one line and exits with code 2."""
 
 
+class OptionError(LoclinError, ValueError):
+    """An option's value is not one of those there are; the message lists them."""
+
+
 class ModelError(LoclinError):
     """The model cannot be found, read or used."""
 

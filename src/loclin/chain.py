@@ -1,0 +1,169 @@
+"""Links in order: sweeps backward from any target and forward from any source.
+
+Cost is counted in columns: one column is one vector pushed through all T positions of every layer between source and
+target, 2 T P flops where P counts the V, O, up and down weights of those layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loclin.errors import OptionError
+from loclin.freeze import Hold
+from loclin.link import HeadLink, LayerLink, NormLink
+from loclin.points import Point
+from loclin.trace import Trace
+
+
+class Chain:
+    """The links of one trace.
+
+    Parameters
+    ----------
+    trace
+        The remembered forward pass.
+    hold
+        What to hold; the trace's own by default. `Hold(ordinary=True)` gives the sweeps of the ordinary Jacobian.
+    """
+
+    def __init__(self, trace: Trace, hold: Hold | None = None) -> None:
+        self.trace = trace
+        self.hold = hold or trace.hold
+        self.layers = [LayerLink(trace, index, self.hold) for index in range(trace.n_layers)]
+
+    def width(self, point: Point) -> int:
+        """How many numbers a point has at one position: d, or the vocabulary's size for the logits."""
+        return self.trace.anatomy.head.weight.shape[0] if point.kind == "logits" else self.trace.width
+
+    def check(self, source: Point, target: Point) -> None:
+        """Refuse a target that the source does not lead to.
+
+        Raises
+        ------
+        OptionError
+            When the target is upstream of the source, or the source is the logits.
+        """
+        n = self.trace.n_layers
+        before, after = source.node(n), target.node(n)
+        if source.kind in ("final", "logits"):
+            raise OptionError(f"source {source}: a source lies before the final norm")
+        if source != target and (after < before or (after == before and not target.on_stream)):
+            raise OptionError(f"target {target} is not downstream of source {source}")
+
+    def column_bytes(self, target: Point) -> int:
+        """An upper estimate of the memory of one column inside a sweep, in bytes.
+
+        The widest moment is inside an MLP: its inner width four times over (the cotangent, its two branches and the
+        copy that the matrix product makes), and six residual streams.
+        """
+        widest = max(
+            (part.out_features for part in self.trace.anatomy.layers[0].modules() if isinstance(part, nn.Linear)),
+            default=4 * self.trace.width,
+        )
+        inside = self.trace.length * (4 * widest + 6 * self.trace.width)
+        return (inside + 2 * self.width(target)) * self.trace.dtype.itemsize
+
+    def backward(
+        self, cotangents: Float[Tensor, "n d_out"], source: Point, target: Point, position: int, normed: bool = False
+    ) -> Iterator[Float[Tensor, "n T d"]]:
+        """Pull a block of cotangents at `target`, one position, back to all positions of `source`.
+
+        Yields the cotangents before every link on the way; the last are those at `source`. Cost: n columns.
+        """
+        trace = self.trace
+        if target.kind == "logits":
+            cotangents = HeadLink(trace, position).vjp(cotangents)
+        if target.kind in ("final", "logits") or normed:
+            cotangents = self.norm(target, position).vjp(cotangents)
+        pulled = cotangents.new_zeros((len(cotangents), trace.length, trace.width))
+        pulled[:, position] = cotangents
+        yield pulled
+        for index, below, above in reversed(self.steps(source, target)):
+            pulled = self.layers[index].vjp(pulled, below, above)
+            yield pulled
+
+    def forward(
+        self, tangents: Float[Tensor, "n T d"], source: Point, target: Point, position: int, normed: bool = False
+    ) -> Iterator[Tensor]:
+        """Push a block of tangents at all positions of `source` to `target` at one position.
+
+        Yields the tangents behind every layer on the way, `[n, T, d]`; the last is the result `[n, d_out]`.
+        Cost: n columns.
+        """
+        for index, below, above in self.steps(source, target):
+            tangents = self.layers[index].jvp(tangents, below, above)
+            yield tangents
+        yield self._leave(tangents[:, position], target, position, normed)
+
+    def constants(
+        self, source: Point, target: Point, position: int, normed: bool = False, by_source: bool = False
+    ) -> dict[str, Float[Tensor, " d_out"]]:
+        """What does not come from `source`: every bias behind it, pushed to `target`.
+
+        Where `source` is added to the residual stream (`attn_out`, `mlp_out`), the stream that passes it by is one of
+        the constants. With `by_source` one vector for each, else their sum under the name `"sum"`.
+
+        Cost: one column; with `by_source` as many as there are biases.
+        """
+        trace = self.trace
+        names: list[str] = []
+        block = torch.zeros(0, trace.length, trace.width, dtype=trace.dtype, device=trace.layers[0].hidden.device)
+
+        def add(found: dict[str, Tensor]) -> None:
+            nonlocal names, block
+            if found:
+                block = torch.cat([block, torch.stack([value.to(block.device) for value in found.values()])])
+                names = [*names, *found]
+            if not by_source and len(block) > 1:
+                names, block = ["sum"], block.sum(0, keepdim=True)
+
+        if source != target and not source.on_stream:
+            node = source.node(trace.n_layers) - 1
+            add({f"resid past {source}": trace.stream(node)[0]})
+        for index, below, above in self.steps(source, target):
+            if len(block):
+                block = self.layers[index].jvp(block, below, above)
+            add(self.layers[index].constants(below, above))
+        found = dict(zip(names, self._leave(block[:, position], target, position, normed), strict=True))
+        if target.kind in ("final", "logits") or normed:
+            ends = self.norm(target, position).constants()
+            if target.kind == "logits":
+                head = HeadLink(trace, position)
+                ends = {name: head.jvp(value[None])[0] for name, value in ends.items()} | head.constants()
+            found |= ends
+        if by_source:
+            return found
+        device = block.device
+        zero = torch.zeros(self.width(target), dtype=trace.dtype, device=device)
+        return {"sum": sum((value.to(device) for value in found.values()), start=zero)}
+
+    def norm(self, target: Point, position: int) -> NormLink:
+        """The final norm on top of a target, frozen at the target's own value there."""
+        at_end = target.kind in ("final", "logits")
+        hidden = self.trace.pre_norm[0] if at_end else self.trace.value(target)
+        return NormLink(self.trace, hidden[position], self.hold)
+
+    def _leave(self, pushed: Tensor, target: Point, position: int, normed: bool) -> Tensor:
+        if target.kind in ("final", "logits") or normed:
+            pushed = self.norm(target, position).jvp(pushed)
+        return HeadLink(self.trace, position).jvp(pushed) if target.kind == "logits" else pushed
+
+    def steps(self, source: Point, target: Point) -> list[tuple[int, str, str]]:
+        """(layer, from its point, to its point) for each layer between source and target, in forward order."""
+        n = self.trace.n_layers
+        if source == target:
+            return []
+        node, end = source.node(n), min(target.node(n), 2 * n)
+        steps = []
+        while node < end:
+            layer = node // 2
+            above = min(2 * layer + 2, end)
+            last = above == end and not target.on_stream
+            names = ("resid_pre", "resid_mid", "resid_post")
+            steps.append((layer, names[node - 2 * layer], target.kind if last else names[above - 2 * layer]))
+            node = above
+        return steps

@@ -1,0 +1,259 @@
+"""The operator people hold: the exact linear map between two named points. Dense only when asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loclin import memory
+from loclin.chain import Chain
+from loclin.errors import BudgetError, OptionError
+from loclin.link import HeadLink
+from loclin.points import Point
+from loclin.spectral import SVD, stable_rank, svd
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+
+class LinearMap:
+    """The map J of y = sum_i J_i x_i + b, from all tokens at `source` to one position at `target` (paper, equation 2).
+
+    Made by `Linearization.jacobian`. `T` is the number of source tokens, `d_in` and `d_out` the widths of the points.
+    Products cost columns (see `loclin.chain`); the dense map is kept once it has been made.
+
+    Attributes
+    ----------
+    source, target
+        The points, as `Point`.
+    position
+        The target's position, from the front.
+    tokens
+        The source positions, all T of them unless this is one token's block.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        source: Point,
+        target: Point,
+        position: int,
+        *,
+        normed: bool = False,
+        budget: int | float | str | None = None,
+        whole: LinearMap | None = None,
+        token: int | None = None,
+    ) -> None:
+        chain.check(source, target)
+        if normed and target.kind in ("final", "logits"):
+            raise OptionError(f"normed=True puts the final norm on top of a point before it, and {target} is behind it")
+        self.chain = chain
+        self.source, self.target, self.position, self.normed = source, target, position, normed
+        self.tokens = list(range(chain.trace.length)) if token is None else [token]
+        self._budget = budget
+        self._whole = whole
+        self._dense: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """Name the points and the shape."""
+        return f"LinearMap({self.source} -> {self.target}{'.normed' * self.normed} at {self.position}, {self.shape})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(d_out, T, d_in)."""
+        return self.chain.width(self.target), len(self.tokens), self.chain.trace.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products and of the dense map."""
+        return self.chain.trace.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the dense map and the products' results live."""
+        return self.chain.trace.layers[0].hidden.device
+
+    @property
+    def input(self) -> Float[Tensor, "T d_in"]:
+        """x, the source's value at the prompt, on which J acts."""
+        return self.chain.trace.value(self.source).to(self.device)[self.tokens]
+
+    @property
+    def value(self) -> Float[Tensor, " d_out"]:
+        """y, the frozen network's own value at the target; J x + b equals it."""
+        trace = self.chain.trace
+        if self.target.kind == "logits":
+            return trace.logits(self.position).to(self.device)
+        if self.normed:
+            return self.chain.norm(self.target, self.position).value().to(self.device)
+        return trace.value(self.target)[self.position].to(self.device)
+
+    def matvec(self, X: Float[Tensor, "T d_in"]) -> Float[Tensor, " d_out"]:
+        """J applied to one vector per token. Cost: one column."""
+        return self.matmat(X.unsqueeze(0))[0]
+
+    def rmatvec(self, u: Float[Tensor, " d_out"]) -> Float[Tensor, "T d_in"]:
+        """The transpose of J applied to an output vector. Cost: one column."""
+        return self.rmatmat(u.unsqueeze(0))[0]
+
+    def matmat(self, Xs: Float[Tensor, "n T d_in"]) -> Float[Tensor, "n d_out"]:
+        """J applied to n blocks of vectors. Cost: n columns."""
+        Xs = Xs.to(self.device, self.dtype)
+        if self._whole is not None:
+            spread = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
+            spread[:, self.tokens] = Xs
+            Xs = spread
+        return self._sweep(self.chain.forward, Xs, Xs.new_empty((len(Xs), self.shape[0])))
+
+    def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
+        """The transpose of J applied to n output vectors. Cost: n columns."""
+        Us = Us.to(self.device, self.dtype)
+        return self._sweep(self.chain.backward, Us, Us.new_empty((len(Us), *self.shape[1:])))
+
+    def dense(self) -> Float[Tensor, "d_out T d_in"]:
+        """All of J.
+
+        Cost: d columns backward (for the logits: those of `final`, then one product with the head). Memory: J, and
+        the budget. Kept for later calls.
+
+        Raises
+        ------
+        BudgetError
+            When J itself is larger than the free memory.
+        """
+        if self._whole is not None:
+            return self._whole.dense()[:, self.tokens]
+        if self._dense is None:
+            d_out, length, d_in = self.shape
+            size = d_out * length * d_in * self.dtype.itemsize
+            if size > memory.available(self.device):
+                raise BudgetError(
+                    f"the dense map {self.source} -> {self.target} takes {size / 1e9:.1f} GB, more than is free; "
+                    "use rmatmat on the rows you need"
+                )
+            if self.target.kind == "logits":
+                final = LinearMap(self.chain, self.source, Point("final"), self.position, budget=self._budget)
+                columns = final.dense().flatten(1).T
+                head = HeadLink(self.chain.trace, self.position)
+                self._dense = head.jvp(columns).T.reshape(d_out, length, d_in).to(self.device)
+            else:
+                self._dense = self.rmatmat(torch.eye(d_out, dtype=self.dtype, device=self.device))
+        return self._dense
+
+    def reconstruct(self) -> Float[Tensor, " d_out"]:
+        """J x + b at the prompt's own x, which equals `value`; from the dense map when there is one, else one column."""
+        if self._dense is None:
+            return self.matvec(self.input) + self.bias
+        return torch.einsum("oti,ti->o", self._dense, self.input) + self.bias
+
+    def block(self, i: int) -> LinearMap:
+        """One token's map J_i, as a `LinearMap` with T = 1; the other tokens then belong to its `bias`.
+
+        Raises
+        ------
+        PromptError
+            When there is no token i.
+        """
+        i = self.chain.trace.position(i)
+        return LinearMap(
+            self.chain,
+            self.source,
+            self.target,
+            self.position,
+            normed=self.normed,
+            budget=self._budget,
+            whole=self._whole or self,
+            token=i,
+        )
+
+    @cached_property
+    def bias(self) -> Float[Tensor, " d_out"]:
+        """b: everything that does not come from the source's tokens, computed from its sources and never as y - J x.
+
+        Biases behind the source; for `attn_out` and `mlp_out` the residual stream that passes them by; for one
+        token's block the other tokens. Cost: one column.
+        """
+        constants = self.chain.constants(self.source, self.target, self.position, self.normed)["sum"]
+        if self._whole is None:
+            return constants.to(self.device)
+        others = self._whole.input.clone()
+        others[self.tokens] = 0
+        return self._whole.bias + self._whole.matvec(others)
+
+    def bias_by_source(self) -> dict[str, Float[Tensor, " d_out"]]:
+        """The share of `bias` that each bias or constant gives, by its path. Cost: one column each."""
+        return self.chain.constants(self.source, self.target, self.position, self.normed, by_source=True)
+
+    def to_scipy(self) -> LinearOperator:
+        """J as a `scipy.sparse.linalg.LinearOperator` of shape (d_out, T d_in); needs SciPy.
+
+        Products cost columns as ever; SciPy's arrays live on the CPU.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise ImportError('to_scipy() needs SciPy: pip install "loclin[scipy]"') from error
+        d_out, length, d_in = self.shape
+
+        def matmat(columns: object) -> object:
+            block = torch.as_tensor(columns).T.reshape(-1, length, d_in)
+            return self.matmat(block).T.cpu().numpy()
+
+        def rmatmat(columns: object) -> object:
+            return self.rmatmat(torch.as_tensor(columns).T.contiguous()).reshape(-1, length * d_in).T.cpu().numpy()
+
+        return LinearOperator(
+            shape=(d_out, length * d_in),
+            dtype=str(self.dtype).removeprefix("torch."),
+            matvec=lambda x: matmat(x.reshape(-1, 1)).reshape(-1),
+            rmatvec=lambda u: rmatmat(u.reshape(-1, 1)).reshape(-1),
+            matmat=matmat,
+            rmatmat=rmatmat,
+        )
+
+    def svd(self, k: int = 8, joint: bool = False) -> SVD:
+        """The k largest singular triples of each token's map, or with `joint` of [J_0 ... J_{T-1}].
+
+        Signs are aligned to the output. Cost: the dense map, and T (or one) dense SVDs.
+        """
+        return svd(self.dense(), k, self.value, joint)
+
+    @cached_property
+    def _largest(self) -> Float[Tensor, " T"]:
+        return torch.linalg.matrix_norm(self.dense().transpose(0, 1), ord=2)
+
+    def frobenius_norm(self) -> Float[Tensor, " T"]:
+        """||J_i||_F of each token. Cost: the dense map."""
+        return self.dense().square().sum(dim=(0, 2)).sqrt()
+
+    def stable_rank(self) -> Float[Tensor, " T"]:
+        """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5). Cost: the dense map and its singular values."""
+        return stable_rank(self.frobenius_norm(), self._largest)
+
+    def _sweep(self, sweep: Callable[..., Iterator[Tensor]], block: Tensor, result: Tensor) -> Tensor:
+        """Push or pull a block of columns in chunks that fit the budget, into `result`."""
+        if not len(block):
+            return result
+        per_column = self.chain.column_bytes(self.target)
+        room = memory.budget(self._budget, self.device) // per_column
+        if room < 1:
+            raise BudgetError(f"the memory budget is too small: one column needs {per_column / 1e6:.1f} MB")
+        chunks = block.chunk(math.ceil(len(block) / room))
+        total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
+        backward = result.dim() == 3
+        with tqdm(total=total, desc="exact map", unit="col", unit_scale=True, delay=2, leave=False, disable=None) as bar:
+            done = 0
+            for chunk in chunks:
+                for swept in sweep(chunk, self.source, self.target, self.position, self.normed):
+                    bar.update(len(chunk))
+                swept = swept.to(self.device)
+                result[done : done + len(chunk)] = swept[:, self.tokens] if backward else swept
+                done += len(chunk)
+        return result

@@ -1,0 +1,188 @@
+"""A model at one prompt: what it predicts, and the linear maps that it exactly is there."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loclin.certify import Certificate, certify
+from loclin.chain import Chain
+from loclin.errors import NotExactError, OptionError, PromptError
+from loclin.freeze import Gate, Hold, Precision
+from loclin.linear_map import LinearMap
+from loclin.models import Model, wrap
+from loclin.points import parse
+from loclin.trace import trace
+
+SINK_RATIO = 5.0
+"""A token is an attention sink when its residual stream's largest norm is this many times the other tokens' median."""
+
+
+class Linearization:
+    """A model frozen at one prompt. Made by `linearize`.
+
+    Attributes
+    ----------
+    model
+        The model, as it was.
+    input_ids
+        The prompt's token ids `[1, T]`.
+    gate, precision
+        What was held (see `loclin.freeze.Hold`).
+    """
+
+    def __init__(self, model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, memory: int | float | str | None) -> None:
+        self.model = model
+        self.trace = trace(model, input_ids, hold)
+        self.input_ids = self.trace.input_ids
+        self.gate, self.precision = hold.gate, hold.precision
+        self._memory = memory
+        self._chain = Chain(self.trace)
+        self._maps: dict[tuple, LinearMap] = {}
+
+    def __repr__(self) -> str:
+        """Name the model, the length and what was held."""
+        return f"Linearization({self.model.info.name}, {len(self.tokens)} tokens, gate={self.gate!r})"
+
+    @property
+    def embeddings(self) -> Float[Tensor, "T d"]:
+        """x, what enters layer 0 and what J acts on; any scale that the family puts on its embeddings included."""
+        return self.trace.layers[0].hidden[0]
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        """The T input tokens as text; their ids when the model has no tokenizer."""
+        ids = self.input_ids[0].tolist()
+        return self.model.decode_each(ids)
+
+    @cached_property
+    def sinks(self) -> list[int]:
+        """Positions that are attention sinks: their residual stream grows to many times the others' norm."""
+        norms = torch.stack([call.hidden[0].float().norm(dim=-1).cpu() for call in self.trace.layers]).amax(0)
+        return [
+            i
+            for i in range(len(norms))
+            if len(norms) > 1 and norms[i] > SINK_RATIO * torch.cat([norms[:i], norms[i + 1 :]]).median()
+        ]
+
+    def value(self, point: str) -> Float[Tensor, "T n"]:
+        """The frozen network's value at a point (see `loclin.points`), `[T, d]`; `[T, V]` for the logits."""
+        return self.trace.value(parse(point, self.trace.n_layers))
+
+    def next_tokens(self, k: int = 5, position: int = -1) -> list[tuple[str, float]]:
+        """The model's k most probable next tokens, as (text, probability)."""
+        return [(text, probability) for _, text, probability in self.next_token_ids(k, position)]
+
+    def next_token_ids(self, k: int = 5, position: int = -1) -> list[tuple[int, str, float]]:
+        """The model's k most probable next tokens, as (id, text, probability)."""
+        logits = self.trace.logits(self.trace.position(position))
+        top = torch.softmax(logits.double(), dim=-1).topk(min(k, logits.shape[0]))
+        ids = top.indices.tolist()
+        return list(zip(ids, self.model.decode_each(ids), top.values.tolist(), strict=True))
+
+    def jacobian(
+        self, source: str = "embed", target: str = "final", position: int = -1, *, normed: bool = False
+    ) -> LinearMap:
+        """The exact map from all tokens at `source` to one position at `target` (paper, equation 2).
+
+        Parameters
+        ----------
+        source, target
+            Points along the network: `embed`, `resid_pre.L`, `attn_out.L`, `resid_mid.L`, `mlp_out.L`,
+            `resid_post.L`, `final`, `logits`. Negative layers count from the end.
+        position
+            The target's position in the prompt.
+        normed
+            Put the final norm, frozen at the target's own value, on top of a target before it.
+
+        Returns
+        -------
+        LinearMap
+            An operator; nothing is computed yet. The same arguments give the same object.
+
+        Raises
+        ------
+        OptionError
+            For a point that does not exist or is not downstream.
+        PromptError
+            For a position outside the prompt.
+        """
+        n = self.trace.n_layers
+        start, end, at = parse(source, n), parse(target, n), self.trace.position(position)
+        key = (start, end, at, normed)
+        if key not in self._maps:
+            self._maps[key] = LinearMap(self._chain, start, end, at, normed=normed, budget=self._memory)
+        return self._maps[key]
+
+    def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:
+        """J_ordinary x: the output as the ordinary Jacobian, nothing held, would rebuild it (the paper's Figure 3).
+
+        Cost: one column with live coefficients.
+        """
+        chain = Chain(self.trace, Hold(ordinary=True))
+        J = LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self._memory)
+        return J.matvec(J.input)
+
+    def certify(self, position: int = -1) -> Certificate:
+        """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""
+        return certify(self.jacobian(position=position))
+
+
+def linearize(
+    model: Model | PreTrainedModel,
+    prompt: str | Int[Tensor, "1 T"],
+    *,
+    gate: Gate = "activation",
+    precision: Precision = "stock",
+    bos: bool | str | None = None,
+    memory: int | float | str | None = None,
+) -> Linearization:
+    """Freeze a model at one prompt.
+
+    Parameters
+    ----------
+    model
+        From `loclin.load` or `loclin.wrap`; a transformers model is wrapped.
+    prompt
+        Text, or token ids `[1, T]`.
+    gate
+        How gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.Hold`.
+    precision
+        `"stock"`, or `"double"` for float64 models; see `loclin.freeze.Hold`.
+    bos
+        For text: True puts a beginning token in front, False none, a string names it; None is the tokenizer's way.
+    memory
+        The budget of sweeps beside their results: bytes, `"2GB"`, or a fraction of what is free.
+
+    Raises
+    ------
+    PromptError
+        For an empty prompt, or one beyond the model's context.
+    NotExactError
+        When the model has a module that does not become linear; the message names it.
+
+    Notes
+    -----
+    Cost: two forward passes. For a family that is not in loclin's table, the certificate as well.
+    """
+    model = model if isinstance(model, Model) else wrap(model)
+    hold = Hold(gate, precision)
+    if precision == "double" and model.hf.dtype != torch.float64:
+        raise OptionError(f"precision='double' needs a float64 model, this one is {model.info.dtype}: load it so")
+    input_ids = model.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt
+    if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
+        raise PromptError(f"token ids must have the shape [1, T] with T > 0, not {list(input_ids.shape)}")
+    result = Linearization(model, input_ids, hold, memory)
+    if not result.trace.anatomy.known:
+        certificate = result.certify()
+        if not certificate.passed:
+            worst = ", ".join(f"{c.module} ({c.kind}, error {c.error:.1e})" for c in certificate.culprits[:3])
+            raise NotExactError(
+                f"{model.info.family} is not in loclin's table, and its map is not exact "
+                f"(error {certificate.reconstruction_error:.1e}): {worst or 'no single module found'}"
+            )
+    return result

@@ -1,0 +1,55 @@
+"""A memory budget: how many bytes a sweep may use beside its result."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from loclin.errors import OptionError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_DEFAULT_FRACTION = 0.25
+_DEFAULT_MOST = 4 * 2**30
+
+
+def available(device: torch.device) -> int:
+    """Bytes free on a device now (on a CPU: what the system could hand out without swapping)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def budget(memory: int | float | str | None, device: torch.device) -> int:
+    """A budget in bytes.
+
+    Parameters
+    ----------
+    memory
+        Bytes (`2_000_000_000`), a size (`"2GB"`, `"512 MiB"`), a fraction of what is free (`0.5`), or None:
+        a quarter of what is free, 4 GiB at most (wider blocks of columns are no faster).
+
+    Raises
+    ------
+    OptionError
+        When it cannot be read or is not positive.
+    """
+    if memory is None:
+        return min(int(available(device) * _DEFAULT_FRACTION), _DEFAULT_MOST)
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
+        if not found or found[2] not in _UNITS:
+            raise OptionError(f"memory={memory!r}: write bytes, or a size such as 2GB or 512MiB")
+        memory = int(float(found[1]) * _UNITS[found[2]])
+    if isinstance(memory, float) and 0 < memory <= 1:
+        memory = int(available(device) * memory)
+    if memory <= 0:
+        raise OptionError(f"memory={memory!r}: a budget is a positive number of bytes, or a fraction up to 1.0")
+    return int(memory)

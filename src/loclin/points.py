@@ -1,0 +1,59 @@
+"""Names of places along the network, as TransformerLens has them, and their order along the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loclin.errors import OptionError
+
+KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+ENDS = ("embed", "final", "logits")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A named place. `kind` is one of `KINDS` (with a layer) or `ENDS` (without)."""
+
+    kind: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+    @property
+    def on_stream(self) -> bool:
+        """False for `attn_out` and `mlp_out`, which are added to the residual stream and are not on it."""
+        return self.kind not in ("attn_out", "mlp_out")
+
+    def node(self, n_layers: int) -> int:
+        """The point's place along the residual stream: two nodes a layer, then `final`, then `logits`.
+
+        A point off the stream counts as the node where it has just been added.
+        """
+        if self.layer is None:
+            return {"embed": 0, "final": 2 * n_layers + 1, "logits": 2 * n_layers + 2}[self.kind]
+        return 2 * self.layer + {"resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}[self.kind]
+
+
+def parse(name: str | Point, n_layers: int) -> Point:
+    """Read a point's name, such as `"resid_post.3"`; negative layers count from the end.
+
+    Raises
+    ------
+    OptionError
+        When there is no such point in a model of `n_layers` layers; the message lists the names there are.
+    """
+    if isinstance(name, Point):
+        return name
+    kind, _, number = name.partition(".")
+    if kind in ENDS and not number:
+        return Point(kind)
+    if kind not in KINDS:
+        raise OptionError(f"no point {name!r}: there are {', '.join(ENDS)} and {', '.join(f'{k}.L' for k in KINDS)}")
+    try:
+        layer = int(number)
+    except ValueError:
+        raise OptionError(f"point {name!r} needs a layer, such as {kind}.0") from None
+    if not -n_layers <= layer < n_layers:
+        raise OptionError(f"point {name!r}: the model has layers 0 to {n_layers - 1}")
+    return Point(kind, layer % n_layers)

@@ -1,0 +1,65 @@
+"""Tiny random models that run the real code paths of transformers, with every nonlinearity away from its linear range."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+VOCABULARY = 61
+
+
+def _shaken(model: PreTrainedModel, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Random gains and biases that are not zero or one, and weights large enough to bend every activation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(parameter + 0.3 * noise)
+            else:
+                parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+    return model.to(dtype).eval()
+
+
+def llama(
+    *, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str = "sdpa", biases: bool = False, tied: bool = False
+) -> PreTrainedModel:
+    """A Llama with grouped queries."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=biases,
+        mlp_bias=biases,
+        tie_word_embeddings=tied,
+        attn_implementation=attn,
+    )
+    return _shaken(LlamaForCausalLM(config), seed, dtype)
+
+
+def gemma3(*, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str = "sdpa") -> PreTrainedModel:
+    """A Gemma 3 with a sliding window shorter than the prompts, full attention in between, and four norms a layer."""
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=64,
+        attn_implementation=attn,
+    )
+    return _shaken(Gemma3ForCausalLM(config), seed, dtype)
+
+
+def prompt(length: int = 7, seed: int = 1) -> torch.Tensor:
+    """Random token ids `[1, length]`."""
+    return torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
