@@ -60,7 +60,7 @@ class Certificate:
     adjoint_error
         |<u, J v> - <J^T u, v>| / (|u| |J v|) for random u and v.
     linearity_error
-        |J(a v + w) - a J v - J w| / |J(a v + w)| for random v and w.
+        |J(a v + w) - a J v - J w| / (|a J v| + |J w|) for random v and w.
     second_derivative
         How much the vjp still depends on the input: 0 when the freeze holds.
     row_error
@@ -126,7 +126,9 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
         bit_identical=torch.equal(trace.final, trace.stock_final) and _logits_equal(trace),
         std_error=((reconstruction - stock).std() / stock.std()).item(),
         adjoint_error=adjoint.item(),
-        linearity_error=relative(combination - 3.0 * pushed_v - pushed_w, combination),
+        linearity_error=(
+            (combination - 3.0 * pushed_v - pushed_w).norm() / (3.0 * pushed_v.norm() + pushed_w.norm())
+        ).item(),
         second_derivative=second,
         row_error=_row_error(J, random),
         bias_share=relative(J.bias, y),
@@ -230,8 +232,8 @@ def _module_errors(layer: nn.Module, trace: Trace, index: int, hold: Hold) -> di
                 continue
             if not left.requires_grad or not entered.requires_grad:
                 continue
-            rebuilt = batched_jvp(left, entered, entered.detach()[None])[0]
+            rebuilt = batched_jvp(left, entered)(entered.detach()[None])[0]
             for bias in biases(layer.get_submodule(path)).values():
-                rebuilt = rebuilt + batched_jvp(left, bias, bias.detach()[None])[0]
+                rebuilt = rebuilt + batched_jvp(left, bias)(bias.detach()[None])[0]
             errors[path] = relative(rebuilt - left.detach(), left.detach())
     return errors

@@ -6,7 +6,7 @@ target, 2 T P flops where P counts the V, O, up and down weights of those layers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,12 @@ from loclin.freeze import Hold
 from loclin.link import HeadLink, LayerLink, NormLink
 from loclin.points import Point
 from loclin.trace import Trace
+
+
+_CHUNK_ROWS = 1344
+"""Rows (columns times positions) of one matrix product on a CPU: enough for its full speed, few enough that what it
+makes is still in the cache when the next operation reads it, and that the allocator reuses its pages."""
+_CHUNK_ROWS_ACCELERATOR = 65536
 
 
 class Chain:
@@ -38,6 +44,13 @@ class Chain:
     def width(self, point: Point) -> int:
         """How many numbers a point has at one position: d, or the vocabulary's size for the logits."""
         return self.trace.anatomy.head.weight.shape[0] if point.kind == "logits" else self.trace.width
+
+    @property
+    def chunk(self) -> int:
+        """How many columns go through a layer at a time when memory does not matter."""
+        if self.trace.layers[0].hidden.device.type != "cpu":
+            return _CHUNK_ROWS_ACCELERATOR // self.trace.length + 1
+        return _CHUNK_ROWS // self.trace.length + 1
 
     def check(self, source: Point, target: Point) -> None:
         """Refuse a target that the source does not lead to.
@@ -68,11 +81,19 @@ class Chain:
         return (inside + 2 * self.width(target)) * self.trace.dtype.itemsize
 
     def backward(
-        self, cotangents: Float[Tensor, "n d_out"], source: Point, target: Point, position: int, normed: bool = False
+        self,
+        cotangents: Float[Tensor, "n d_out"],
+        source: Point,
+        target: Point,
+        position: int,
+        normed: bool = False,
+        chunk: int | None = None,
     ) -> Iterator[Float[Tensor, "n T d"]]:
         """Pull a block of cotangents at `target`, one position, back to all positions of `source`.
 
-        Yields the cotangents before every link on the way; the last are those at `source`. Cost: n columns.
+        `chunk` columns go through a layer at a time. Yields the cotangents before every link on the way, in one tensor
+        that is overwritten by the next; the last are those at `source`. Cost: n columns. Memory: `[n, T, d]`, and what
+        a chunk needs inside a layer.
         """
         trace = self.trace
         if target.kind == "logits":
@@ -83,19 +104,26 @@ class Chain:
         pulled[:, position] = cotangents
         yield pulled
         for index, below, above in reversed(self.steps(source, target)):
-            pulled = self.layers[index].vjp(pulled, below, above)
+            pulled = _through(self.layers[index].vjp, pulled, below, above, chunk)
             yield pulled
 
     def forward(
-        self, tangents: Float[Tensor, "n T d"], source: Point, target: Point, position: int, normed: bool = False
+        self,
+        tangents: Float[Tensor, "n T d"],
+        source: Point,
+        target: Point,
+        position: int,
+        normed: bool = False,
+        chunk: int | None = None,
     ) -> Iterator[Tensor]:
         """Push a block of tangents at all positions of `source` to `target` at one position.
 
-        Yields the tangents behind every layer on the way, `[n, T, d]`; the last is the result `[n, d_out]`.
-        Cost: n columns.
+        Yields the tangents behind every layer on the way, `[n, T, d]`, in one tensor that is overwritten by the next; the
+        last is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
         """
+        tangents = tangents.clone()
         for index, below, above in self.steps(source, target):
-            tangents = self.layers[index].jvp(tangents, below, above)
+            tangents = _through(self.layers[index].jvp, tangents, below, above, chunk)
             yield tangents
         yield self._leave(tangents[:, position], target, position, normed)
 
@@ -126,7 +154,7 @@ class Chain:
             add({f"resid past {source}": trace.stream(node)[0]})
         for index, below, above in self.steps(source, target):
             if len(block):
-                block = self.layers[index].jvp(block, below, above)
+                block = _through(self.layers[index].jvp, block, below, above, None)
             add(self.layers[index].constants(below, above))
         found = dict(zip(names, self._leave(block[:, position], target, position, normed), strict=True))
         if target.kind in ("final", "logits") or normed:
@@ -167,3 +195,12 @@ class Chain:
             steps.append((layer, names[node - 2 * layer], target.kind if last else names[above - 2 * layer]))
             node = above
         return steps
+
+
+def _through(product: Callable[..., Iterator[Tensor]], block: Tensor, below: str, above: str, chunk: int | None) -> Tensor:
+    """Put a block through one link in chunks, in place: the whole block is held once."""
+    done = 0
+    for part in product(block, below, above, chunk):
+        block[done : done + len(part)] = part
+        done += len(part)
+    return block

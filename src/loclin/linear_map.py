@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -110,12 +109,12 @@ class LinearMap:
             spread = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
             spread[:, self.tokens] = Xs
             Xs = spread
-        return self._sweep(self.chain.forward, Xs, Xs.new_empty((len(Xs), self.shape[0])))
+        return self._sweep(self.chain.forward, Xs)
 
     def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
         """The transpose of J applied to n output vectors. Cost: n columns."""
         Us = Us.to(self.device, self.dtype)
-        return self._sweep(self.chain.backward, Us, Us.new_empty((len(Us), *self.shape[1:])))
+        return self._sweep(self.chain.backward, Us)[:, self.tokens]
 
     def dense(self) -> Float[Tensor, "d_out T d_in"]:
         """All of J.
@@ -225,9 +224,25 @@ class LinearMap:
         """
         return svd(self.dense(), k, self.value, joint)
 
+    def check_rank(self, k: int) -> None:
+        """Refuse a number of singular vectors that a token's map does not have, before any work.
+
+        Raises
+        ------
+        OptionError
+            When k is not between 1 and the smaller side of a token's map.
+        """
+        most = min(self.shape[0], self.shape[2])
+        if not 1 <= k <= most:
+            raise OptionError(f"k={k}: each token's map has {most} singular values, so k is 1 to {most}")
+
+    def singular_values(self) -> Float[Tensor, "T r"]:
+        """All singular values of each token's map, the largest first. Cost: the dense map and T SVDs without vectors."""
+        return self._singular_values
+
     @cached_property
-    def _largest(self) -> Float[Tensor, " T"]:
-        return torch.linalg.matrix_norm(self.dense().transpose(0, 1), ord=2)
+    def _singular_values(self) -> Tensor:
+        return torch.stack([torch.linalg.svdvals(matrix) for matrix in self.dense().transpose(0, 1)])
 
     def frobenius_norm(self) -> Float[Tensor, " T"]:
         """||J_i||_F of each token. Cost: the dense map."""
@@ -235,25 +250,17 @@ class LinearMap:
 
     def stable_rank(self) -> Float[Tensor, " T"]:
         """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5). Cost: the dense map and its singular values."""
-        return stable_rank(self.frobenius_norm(), self._largest)
+        return stable_rank(self.frobenius_norm(), self._singular_values[:, 0])
 
-    def _sweep(self, sweep: Callable[..., Iterator[Tensor]], block: Tensor, result: Tensor) -> Tensor:
-        """Push or pull a block of columns in chunks that fit the budget, into `result`."""
-        if not len(block):
-            return result
+    def _sweep(self, sweep: Callable[..., Iterator[Tensor]], block: Tensor) -> Tensor:
+        """Push or pull a block of columns in chunks that fit the budget."""
         per_column = self.chain.column_bytes(self.target)
         room = memory.budget(self._budget, self.device) // per_column
         if room < 1:
             raise BudgetError(f"the memory budget is too small: one column needs {per_column / 1e6:.1f} MB")
-        chunks = block.chunk(math.ceil(len(block) / room))
+        chunk = min(room, self.chain.chunk)
         total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
-        backward = result.dim() == 3
         with tqdm(total=total, desc="exact map", unit="col", unit_scale=True, delay=2, leave=False, disable=None) as bar:
-            done = 0
-            for chunk in chunks:
-                for swept in sweep(chunk, self.source, self.target, self.position, self.normed):
-                    bar.update(len(chunk))
-                swept = swept.to(self.device)
-                result[done : done + len(chunk)] = swept[:, self.tokens] if backward else swept
-                done += len(chunk)
-        return result
+            for swept in sweep(block, self.source, self.target, self.position, self.normed, chunk):
+                bar.update(len(block))
+        return swept.to(self.device)

@@ -6,6 +6,7 @@ depth. Every product takes a whole block of vectors: one *column* is one vector 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,21 +23,31 @@ def batched_vjp(
     outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Products of a block of cotangents `[n, *output.shape]` with the map from `inputs` to `outputs`."""
-    return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
+    )
 
 
-def batched_jvp(output: Tensor, source: Tensor, tangents: Tensor) -> Tensor:
-    """Products of the map from `source` to `output` with a block of tangents `[n, *source.shape]`.
+def batched_jvp(output: Tensor, source: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that maps a block of tangents `[n, *source.shape]` from `source` to `output`.
 
     A vjp is linear in its cotangent; its derivative in the cotangent is the jvp. Unlike forward-mode AD this respects
     `detach`, on which every held coefficient rests.
     """
     cotangent = torch.zeros_like(output, requires_grad=True)
     (pulled,) = torch.autograd.grad(output, source, cotangent, create_graph=True, allow_unused=True)
-    if pulled is None or not pulled.requires_grad or not len(tangents):
-        return output.new_zeros((len(tangents), *output.shape))
-    (pushed,) = torch.autograd.grad(pulled, cotangent, tangents, is_grads_batched=True)
-    return pushed
+
+    def push(tangents: Tensor) -> Tensor:
+        if pulled is None or not pulled.requires_grad or not len(tangents):
+            return output.new_zeros((len(tangents), *output.shape))
+        (pushed,) = torch.autograd.grad(pulled, cotangent, tangents, is_grads_batched=True, retain_graph=True)
+        return pushed
+
+    return push
+
+
+def _chunks(block: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
+    return block.split(chunk or len(block)) if len(block) else ()
 
 
 @dataclass
@@ -92,20 +103,28 @@ class LayerLink:
             points = {"resid_pre": x, "resid_mid": x + seen["attn_out"], "resid_post": post, **seen}
         return Graph(points, shift, biases(self.module) if live_biases else {})
 
-    def vjp(self, cotangents: Columns, source: str = "resid_pre", target: str = "resid_post") -> Columns:
-        """Pull a block of cotangents from `target` back to `source`. Cost: n columns of this layer."""
-        graph = self.graph()
-        (pulled,) = batched_vjp(
-            [graph.points[target]], [graph.source(source)], [cotangents.to(self.device).unsqueeze(1)]
-        )
-        return torch.zeros_like(cotangents) if pulled is None else pulled.squeeze(1)
+    def vjp(
+        self, cotangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
+    ) -> Iterator[Columns]:
+        """Pull a block of cotangents from `target` back to `source`, `chunk` columns at a time through one graph.
 
-    def jvp(self, tangents: Columns, source: str = "resid_pre", target: str = "resid_post") -> Columns:
-        """Push a block of tangents from `source` forward to `target`. Cost: n columns of this layer."""
+        Yields the chunks in order. Cost: n columns of this layer.
+        """
         graph = self.graph()
-        return batched_jvp(
-            graph.points[target], graph.source(source), tangents.to(self.device).unsqueeze(1)
-        ).squeeze(1)
+        for part in _chunks(cotangents, chunk):
+            (pulled,) = batched_vjp(
+                [graph.points[target]], [graph.source(source)], [part.to(self.device).unsqueeze(1)]
+            )
+            yield torch.zeros_like(part) if pulled is None else pulled.squeeze(1)
+
+    def jvp(
+        self, tangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
+    ) -> Iterator[Columns]:
+        """Push a block of tangents from `source` forward to `target`; chunks and cost as for `vjp`."""
+        graph = self.graph()
+        push = batched_jvp(graph.points[target], graph.source(source))
+        for part in _chunks(tangents, chunk):
+            yield push(part.to(self.device).unsqueeze(1)).squeeze(1)
 
     def constants(self, source: str = "resid_pre", target: str = "resid_post") -> dict[str, Float[Tensor, "T d"]]:
         """What each bias inside the layer, behind `source`, adds at `target`; by the bias's path."""
@@ -118,7 +137,7 @@ class LayerLink:
         return {
             f"{self.name}.{name}": pushed[0, 0]
             for name, bias in sources.items()
-            if (pushed := batched_jvp(graph.points[target], bias, bias.detach().unsqueeze(0))).any()
+            if (pushed := batched_jvp(graph.points[target], bias)(bias.detach().unsqueeze(0))).any()
         }
 
 
@@ -151,6 +170,8 @@ class NormLink:
 
     def vjp(self, cotangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Pull a block of cotangents back through the norm."""
+        if not len(cotangents):
+            return cotangents
         x, y = self._graph()
         (pulled,) = batched_vjp([y], [x], [cotangents.to(self.device)[:, None, None]])
         return torch.zeros_like(cotangents) if pulled is None else pulled[:, 0, 0]
@@ -158,7 +179,7 @@ class NormLink:
     def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Push a block of tangents through the norm."""
         x, y = self._graph()
-        return batched_jvp(y, x, tangents.to(self.device)[:, None, None])[:, 0, 0]
+        return batched_jvp(y, x)(tangents.to(self.device)[:, None, None])[:, 0, 0]
 
     def constants(self) -> dict[str, Float[Tensor, " d"]]:
         """What each of the norm's biases adds to its output."""
@@ -166,7 +187,7 @@ class NormLink:
             return {}
         y = self._graph(live_biases=True)[1]
         return {
-            f"{self.name}.{name}": batched_jvp(y, bias, bias.detach().unsqueeze(0))[0, 0, 0]
+            f"{self.name}.{name}": batched_jvp(y, bias)(bias.detach().unsqueeze(0))[0, 0, 0]
             for name, bias in biases(self.module).items()
         }
 

@@ -1,0 +1,265 @@
+"""What does the model predict here, which tokens drive it, and what does each token's map read and write?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loclin.certify import Certificate
+from loclin.decode import Decoder, Words
+from loclin.linearize import Linearization
+from loclin.spectral import SVD
+
+_WORDS = 8
+_UNITS = 5
+
+
+@dataclass(frozen=True)
+class SingularBlock:
+    """Singular triples of one token's map that belong together: one, or several with near-equal values.
+
+    Attributes
+    ----------
+    indices
+        Which singular values, counted from 0.
+    values
+        The singular values.
+    writes
+        What the left vectors write, decoded by the output head.
+    reads
+        What the right vectors read, the nearest input embeddings.
+    gain
+        v . x for a single vector: how strongly the prompt's own embedding excites it; None for a block.
+    """
+
+    indices: list[int]
+    values: list[float]
+    writes: Words
+    reads: Words
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A row or column of a token's map: its index, its norm, and its words."""
+
+    index: int
+    norm: float
+    words: Words
+
+
+@dataclass(frozen=True)
+class TokenExplanation:
+    """One input token's part of the map.
+
+    `share` is the exact part of the predicted token's logit that this token gives, J_i x_i through the head.
+    `rows` are the output units with the largest row norms, in the input tokens that drive them; `columns` the input
+    units with the largest column norms, in the output tokens they write (paper, Figure 4A).
+    """
+
+    text: str
+    id: int
+    is_sink: bool
+    frobenius_norm: float
+    stable_rank: float
+    share: float
+    singular_values: list[float]
+    blocks: list[SingularBlock]
+    rows: list[Unit]
+    columns: list[Unit]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A prompt explained; made by `explain`.
+
+    Attributes
+    ----------
+    model, settings
+        What was run, and how: enough to run it again.
+    predictions
+        The model's most probable next tokens, as (text, probability).
+    target
+        The token whose logit is shared out, with its `id`, `text`, `probability` and `logit`.
+    tokens
+        The input tokens' parts.
+    bias_share
+        The part of the logit that biases give.
+    share_residual
+        logit - (sum of the shares): rounding.
+    certificate
+        How exact the map is.
+    ordinary_error
+        std(J_ordinary x - y) / std(y), the paper's metric for the ordinary Jacobian (its Figure 3).
+    output, reconstruction, ordinary
+        y, J x + b and J_ordinary x, `d` numbers each: the scatter of Figure 3.
+    warnings
+        What a reader should know before trusting the shares.
+    """
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    prompt: str
+    predictions: Words
+    target: dict[str, Any]
+    tokens: list[TokenExplanation]
+    bias_share: float
+    share_residual: float
+    certificate: Certificate
+    ordinary_error: float
+    output: list[float]
+    reconstruction: list[float]
+    ordinary: list[float]
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self) | {"certificate": self.certificate.to_dict()}
+
+    def to_json(self) -> str:
+        """The explanation as JSON text; floats that are not finite do not occur."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def explain(
+    lin: Linearization,
+    k: int = 8,
+    position: int = -1,
+    progress: Callable[[str], None] = lambda _step: None,
+) -> Explanation:
+    """Explain a linearized prompt at one position (paper, Figures 3, 4 and 5).
+
+    Parameters
+    ----------
+    lin
+        From `loclin.linearize`.
+    k
+        How many singular vectors of each token to put into words.
+    position
+        Which prediction: the one after this token.
+    progress
+        Told the name of each step as it begins.
+
+    Raises
+    ------
+    PromptError
+        For a position outside the prompt.
+    OptionError
+        For a k beyond the number of singular values.
+
+    Notes
+    -----
+    Cost: the dense map (d columns), T dense SVDs, and about 15 columns. Memory: the map, T d^2 numbers.
+    """
+    at = lin.trace.position(position)
+    J = lin.jacobian(position=at)
+    J.check_rank(k)
+    progress("exact map")
+    dense = J.dense()
+    progress("certificate")
+    certificate = lin.certify(at)
+    progress("ordinary Jacobian")
+    ordinary = lin.ordinary_reconstruction(at)
+    progress("singular vectors")
+    svd = J.svd(k)
+    spectra = J.singular_values()
+    progress("words")
+    decoder = Decoder(lin.model)
+    predictions = lin.next_token_ids(10, at)
+    chosen, text, probability = predictions[0]
+    logits = lin.jacobian(target="logits", position=at)
+    one_hot = torch.zeros(logits.shape[0], dtype=logits.dtype, device=logits.device)
+    one_hot[chosen] = 1.0
+    shares = (logits.rmatvec(one_hot) * J.input).sum(-1)
+    bias_share = logits.bias[chosen].item()
+    logit = logits.value[chosen].item()
+    tokens = [
+        TokenExplanation(
+            text=lin.tokens[i],
+            id=int(lin.input_ids[0, i]),
+            is_sink=i in lin.sinks,
+            frobenius_norm=J.frobenius_norm()[i].item(),
+            stable_rank=J.stable_rank()[i].item(),
+            share=shares[i].item(),
+            singular_values=spectra[i].tolist(),
+            blocks=_blocks(svd, i, J.input[i], decoder),
+            rows=_units(dense[:, i].norm(dim=1), dense[:, i], decoder.reads),
+            columns=_units(dense[:, i].norm(dim=0), dense[:, i].T, decoder.writes),
+        )
+        for i in range(len(lin.tokens))
+    ]
+    return Explanation(
+        model=lin.model.info.to_dict(),
+        settings=_settings(lin, k, at),
+        prompt="".join(lin.tokens),
+        predictions=[(word, p) for _, word, p in predictions],
+        target={"id": chosen, "text": text, "probability": probability, "logit": logit},
+        tokens=tokens,
+        bias_share=bias_share,
+        share_residual=logit - shares.sum().item() - bias_share,
+        certificate=certificate,
+        ordinary_error=((ordinary - J.value).std() / J.value.std()).item(),
+        output=J.value.tolist(),
+        reconstruction=J.reconstruct().tolist(),
+        ordinary=ordinary.tolist(),
+        warnings=_warnings(lin),
+    )
+
+
+def _blocks(svd: SVD, token: int, x: Tensor, decoder: Decoder) -> list[SingularBlock]:
+    """A token's singular vectors in words, near-equal values together; none for a token whose map is zero."""
+    if not svd.S[token, 0] > 0:
+        return []
+    writes = decoder.writes(svd.U[token].T, _WORDS)
+    reads = decoder.reads(svd.Vh[token], _WORDS)
+    found = []
+    for indices in svd.blocks(token):
+        single = len(indices) == 1
+        found.append(
+            SingularBlock(
+                indices=indices,
+                values=svd.S[token, indices].tolist(),
+                writes=writes[indices[0]] if single else decoder.writes_subspace(svd.U[token][:, indices], _WORDS),
+                reads=reads[indices[0]] if single else decoder.reads_subspace(svd.Vh[token][indices].T, _WORDS),
+                gain=(svd.Vh[token, indices[0]] @ x).item() if single else None,
+            )
+        )
+    return found
+
+
+def _units(norms: Tensor, vectors: Tensor, decode: Callable[[Tensor, int], list[Words]]) -> list[Unit]:
+    top = norms.topk(min(_UNITS, len(norms)))
+    if not top.values[0] > 0:
+        return []
+    words = decode(vectors[top.indices], _WORDS)
+    return [Unit(*unit) for unit in zip(top.indices.tolist(), top.values.tolist(), words, strict=True)]
+
+
+def _settings(lin: Linearization, k: int, position: int) -> dict[str, Any]:
+    return {
+        "position": position,
+        "k": k,
+        "gate": lin.gate,
+        "precision": lin.precision,
+        "source": "embed (what enters layer 0, after any embedding scale)",
+        "target": "final",
+        "token_ids": lin.input_ids[0].tolist(),
+        "versions": {name: version(name) for name in ("loclin", "torch", "transformers")},
+    }
+
+
+def _warnings(lin: Linearization) -> list[str]:
+    found = []
+    first_is_word = lin.model.bos is None or int(lin.input_ids[0, 0]) != lin.model.bos
+    if 0 in lin.sinks and first_is_word:
+        found.append(
+            f"{lin.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries the "
+            "sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True."
+        )
+    return found

@@ -1,0 +1,83 @@
+"""Vectors to tokens: what a vector writes (through the output head) and what it reads (among the input embeddings)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loclin.models import Model
+
+Words = list[tuple[str, float]]
+"""Tokens as text, each with its score, the highest first."""
+
+_BLOCK_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes blocks of vectors with one model's head and input embeddings. Memory: one block of scores at a time."""
+
+    model: Model
+
+    def writes(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
+        """The k tokens whose head rows have the largest product with each vector; `vectors` live behind the final norm.
+
+        Logit scales and soft caps are left out: they do not change the order, and a direction has no natural scale.
+        Scores are logits. Cost: n V d.
+        """
+        return self._top(vectors, self.model.hf.get_output_embeddings().weight, k)
+
+    def reads(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
+        """The k tokens whose input embeddings lie nearest to each vector by cosine, over the whole vocabulary.
+
+        Scores are cosines. Cost: n V d.
+        """
+        table = self.model.hf.get_input_embeddings().weight
+        return self._top(torch.nn.functional.normalize(vectors, dim=-1), table, k, cosine=True)
+
+    def writes_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
+        """The k tokens whose head rows, scaled to length 1, lie nearest to a subspace with an orthonormal basis.
+
+        For near-equal singular values, whose single vectors are not defined. Scores are cosines with the subspace.
+        """
+        return self._nearest(basis, self.model.hf.get_output_embeddings().weight, k)
+
+    def reads_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
+        """The k tokens whose input embeddings lie nearest to a subspace; scores are cosines with it."""
+        return self._nearest(basis, self.model.hf.get_input_embeddings().weight, k)
+
+    def _nearest(self, basis: Tensor, table: Tensor, k: int) -> Words:
+        scores = []
+        for rows in table.detach().split(_rows_at_once(basis.shape[1] + table.shape[1])):
+            rows = rows.to(basis)
+            scores.append((rows @ basis).norm(dim=1) / _lengths(rows))
+        return self._words(torch.cat(scores).topk(k))
+
+    def _top(self, vectors: Tensor, table: Tensor, k: int, cosine: bool = False) -> list[Words]:
+        values, ids, start = [], [], 0
+        for rows in table.detach().split(_rows_at_once(len(vectors) + table.shape[1])):
+            rows = rows.to(vectors)
+            scores = vectors @ rows.T
+            best = (scores / _lengths(rows) if cosine else scores).topk(min(k, len(rows)))
+            values.append(best.values)
+            ids.append(best.indices + start)
+            start += len(rows)
+        best = torch.cat(values, dim=1).topk(k)
+        chosen = torch.cat(ids, dim=1).gather(1, best.indices)
+        return [self._words(pair) for pair in zip(best.values, chosen, strict=True)]
+
+    def _words(self, found: tuple[Tensor, Tensor]) -> Words:
+        values, ids = found
+        return list(zip(self.model.decode_each(ids.tolist()), values.tolist(), strict=True))
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def _rows_at_once(width: int) -> int:
+    """How many rows of a token table to score at a time."""
+    return max(1, _BLOCK_BYTES // (4 * width))
