@@ -1,0 +1,94 @@
+"""Certificates pass where the map is exact, fail where it is not, and then name the module."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from loclin.errors import NotExactError
+from loclin.linearize import linearize
+
+BUILDS = {
+    "llama": tiny.llama,
+    "llama-tied": lambda **kwargs: tiny.llama(tied=True, **kwargs),
+    "llama-biases": lambda **kwargs: tiny.llama(biases=True, **kwargs),
+    "gemma3": tiny.gemma3,
+}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+@pytest.mark.parametrize("gate", ["activation", "up", "half"])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "limit"),
+    [(torch.float32, "stock", 1e-6), (torch.float64, "stock", 1e-6), (torch.float64, "double", 1e-13)],
+    ids=["single", "double-stock", "double"],
+)
+@pytest.mark.parametrize("length", [2, 7, 40])
+def test_exact_models_pass(build, gate, dtype, precision, limit, length):
+    certificate = linearize(build(dtype=dtype), tiny.prompt(length), gate=gate, precision=precision).certify()
+    assert certificate.passed
+    assert certificate.culprits == ()
+    assert certificate.reconstruction_error < limit
+    assert certificate.second_derivative == 0
+    assert certificate.bit_identical == (precision == "stock")
+
+
+def test_biases_have_their_share():
+    assert linearize(tiny.llama(biases=True), tiny.prompt()).certify().bias_share > 0.1
+    assert linearize(tiny.llama(), tiny.prompt()).certify().bias_share == 0
+
+
+class _Tanh(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x)
+
+
+def test_an_unknown_nonlinearity_is_named():
+    model = tiny.llama(dtype=torch.float32)
+    projection = model.model.layers[1].self_attn.o_proj
+    model.model.layers[1].self_attn.o_proj = nn.Sequential(projection, _Tanh())
+    certificate = linearize(model, tiny.prompt()).certify()
+    assert not certificate.passed
+    assert [culprit.module for culprit in certificate.culprits] == ["layers.1.self_attn.o_proj.1"]
+    assert certificate.culprits[0].kind == "_Tanh"
+    assert certificate.culprits[0].error > 0.01
+
+
+def test_a_nonlinearity_between_gate_and_down_projection_is_refused():
+    model = tiny.llama(dtype=torch.float32)
+    down = model.model.layers[2].mlp.down_proj
+    down.register_forward_pre_hook(lambda _module, args: (torch.tanh(args[0]),))
+    with pytest.raises(NotExactError, match=r"layers\.2\.mlp"):
+        linearize(model, tiny.prompt())
+
+
+def test_a_family_outside_the_table_is_certified_before_it_is_used(monkeypatch):
+    from loclin.models import layout
+
+    monkeypatch.setattr(layout, "LAYOUTS", {})
+    assert linearize(tiny.llama(), tiny.prompt()).certify().passed
+    broken = tiny.llama()
+    broken.model.layers[0].self_attn.v_proj = nn.Sequential(broken.model.layers[0].self_attn.v_proj, _Tanh())
+    with pytest.raises(NotExactError, match=r"layers\.0\.self_attn\.v_proj\.1 \(_Tanh"):
+        linearize(broken, tiny.prompt())
+
+
+def test_a_model_in_training_mode_works_and_stays_in_it():
+    model = tiny.llama(dtype=torch.float32)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    expected = linearize(model, tiny.prompt()).jacobian().dense()
+    model.train()
+    lin = linearize(model, tiny.prompt())
+    assert lin.certify().passed
+    assert torch.equal(lin.jacobian().dense(), expected)
+    assert all(module.training for module in model.modules())
+
+
+def test_culprits_are_json():
+    import json
+
+    assert json.loads(json.dumps(linearize(tiny.llama(), tiny.prompt()).certify().to_dict()))["passed"] is True
