@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from loclin.errors import ModelError
@@ -62,7 +63,10 @@ def reach(name: str, revision: str | None, token: Any = None, cache_dir: Any = N
         unreachable = ConnectionError("HF_HUB_OFFLINE is set")
     copy = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
     if isinstance(copy, str):
-        return {"revision": revision, "local_files_only": True}
+        return {
+            "revision": Path(copy).parent.name,
+            "local_files_only": True,
+        }  # …/snapshots/COMMIT/config.json
     raise ModelError(
         f"The hub cannot be reached to get {name}, and no downloaded copy of it is here. "
         "A local directory or a .gguf file works without the hub."

@@ -62,7 +62,7 @@ def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
     tokenizer = None
     if any((inside / file).exists() for file in TOKENIZER_FILES):
         tokenizer = read_tokenizer(str(path), name, arguments)
-    hf = read(str(path), name, arguments, config)
+    hf = read(str(path), name, arguments)
     return describe(hf, tokenizer, name=name, source="directory", stored_dtype=stored)
 
 
@@ -76,10 +76,11 @@ def load_hub(name: str, arguments: dict[str, Any]) -> Model:
     """
     config = read_config(name, name, arguments)
     stored = quantized(config) or config_dtype(config)
-    revision = getattr(config, "_commit_hash", None) or arguments.get("revision")
     tokenizer = read_tokenizer(name, name, arguments)
-    hf = read(name, name, arguments, config)
-    return describe(hf, tokenizer, name=name, source="hub", revision=revision, stored_dtype=stored)
+    hf = read(name, name, arguments)
+    return describe(
+        hf, tokenizer, name=name, source="hub", revision=arguments["revision"], stored_dtype=stored
+    )
 
 
 def read_config(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedConfig:
@@ -121,9 +122,7 @@ def read_tokenizer(place: str, name: str, arguments: dict[str, Any]) -> PreTrain
         ) from fault
 
 
-def read(
-    place: str, name: str, arguments: dict[str, Any], config: PreTrainedConfig | None = None
-) -> PreTrainedModel:
+def read(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
     """Read a checkpoint's weights into a model in eval mode.
 
     Raises
@@ -133,12 +132,11 @@ def read(
     """
     from transformers import AutoModelForCausalLM
 
-    given = {**arguments, "output_loading_info": True}
-    if config is not None:
-        given["config"] = config
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(place, **given)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, **{**arguments, "output_loading_info": True}
+            )
     except Exception as fault:
         raise ModelError(explain(name, "model", fault)) from fault
     hf, report = loaded

@@ -25,8 +25,8 @@ logger = logging.getLogger("loclin")
 def quiet() -> Iterator[None]:
     """Silence transformers' log and progress bars inside the block, and put both back as they were.
 
-    Downloads keep their bars: those belong to the hub's client. The GGUF reader's bar listens to no setting, so
-    it is replaced.
+    Downloads keep their bars: those belong to the hub's client. The GGUF reader's bar listens to no setting,
+    so it is replaced.
     """
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
