@@ -105,12 +105,12 @@ def tiny_gguf(path: Path, *, seed: int = 0, architecture: str = "llama") -> Path
     return path
 
 
-def start(code: str, cache: Path) -> subprocess.Popen[str]:
+def start(code: str, cache: Path, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """Run code in a process of its own that uses the given cache."""
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "LOCLIN_CACHE": str(cache), "PYTHONPATH": str(SRC)},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
@@ -252,6 +253,18 @@ def test_the_librarys_own_settings_are_put_back(directory):
 def test_loading_prints_nothing(directory, capfd):
     load(directory)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("ruling", [True, False, None])
+def test_the_hubs_own_switch_for_bars_is_respected_and_restored(directory, monkeypatch, ruling):
+    from huggingface_hub.utils import tqdm as bars
+
+    module = sys.modules[bars.__module__]
+    monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", ruling)
+    monkeypatch.setattr(module, "progress_bar_states", {})
+    before = are_progress_bars_disabled()
+    load(directory)
+    assert are_progress_bars_disabled() == before
 
 
 # The hub

@@ -7,7 +7,7 @@ import mmap
 from collections.abc import Iterable
 from pathlib import Path
 
-BLOCK = 1 << 26
+BLOCK = 1 << 30
 
 
 def sha256(*paths: Path) -> str:
@@ -22,8 +22,8 @@ def sha256(*paths: Path) -> str:
 def blocks(path: Path) -> Iterable[memoryview]:
     """Give a file's content in large blocks.
 
-    Hashing lets go of the interpreter lock, but takes it back after each block: with small ones it would
-    wait for the other threads thousands of times.
+    Hashing lets go of the interpreter lock but takes it back after each block, and a parser beside it may
+    hold that lock for seconds: the fewer blocks, the less waiting. Ctrl-C has to wait for one block.
     """
     if path.stat().st_size == 0:  # nothing cannot be mapped
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,12 +34,18 @@ def quiet() -> Iterator[None]:
     hub_bars_off = are_progress_bars_disabled()
     gguf_bar = getattr(gguf_reader, "tqdm", None)
 
-    def restore_hub_bars() -> None:
-        (disable_progress_bars if hub_bars_off else enable_progress_bars)()
+    def show_bars(wanted: bool) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the hub's client warns where its environment variable rules
+            if wanted:
+                transformers_logging.enable_progress_bar()
+            else:
+                transformers_logging.disable_progress_bar()
+            # either has switched the hub's bars too
+            (disable_progress_bars if hub_bars_off else enable_progress_bars)()
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # switches the hub's bars off too
-    restore_hub_bars()
+    show_bars(False)
     if gguf_bar is not None:
         gguf_reader.tqdm = partial(gguf_bar, disable=True)
     try:
@@ -47,9 +54,7 @@ def quiet() -> Iterator[None]:
         if gguf_bar is not None:
             gguf_reader.tqdm = gguf_bar
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-            restore_hub_bars()
+        show_bars(bars)
 
 
 @contextmanager
