@@ -1,0 +1,110 @@
+"""Which models are refused, and why: said before weights load where the config already tells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from loclin.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+NAMES_SHOWN = 3
+
+
+def some(names: list[str]) -> str:
+    """Join the first few names, and say how many more there are."""
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def refuse_config(config: PreTrainedConfig, name: str) -> None:
+    """Refuse an architecture that is no causal decoder, from its config alone.
+
+    Raises
+    ------
+    ModelError
+        When the model has an encoder, or looks at later tokens.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model ({kind}); loclin needs a causal decoder.")
+    # A family that also has a masked-LM class is an encoder, unless its config says it was trained as a
+    # decoder. Its "causal LM" class does not help: without `is_decoder` it attends in both directions.
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ModelError(f"{name} is an encoder ({kind}, is_decoder=False); loclin needs a causal decoder.")
+
+
+def refuse_unknown_family(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a checkpoint that transformers cannot open as a causal language model.
+
+    Raises
+    ------
+    ModelError
+        When the family has no causal-LM class and brings no code of its own.
+    """
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "auto_map"):
+        raise ModelError(
+            f"{name}: transformers has no causal language model for the family {config.model_type!r}; "
+            "load it yourself and pass it to loclin.wrap()."
+        )
+
+
+def refuse_missing(report: dict[str, Any], name: str) -> None:
+    """Refuse a checkpoint that lacks weights: transformers makes up random ones and only warns.
+
+    Raises
+    ------
+    ModelError
+        Naming the first few.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"{name} lacks weights that its config asks for: {some(missing)}.")
+
+
+def refuse_model(hf: PreTrainedModel, name: str) -> None:
+    """Refuse a model that cannot become an exact map: no decoder, no head, no weights, or weights with holes.
+
+    Cost: one read of all weights.
+
+    Raises
+    ------
+    ModelError
+        Naming what is wrong, and the first few parameters where weights are at fault.
+    """
+    refuse_config(hf.config, name)
+    if hf.get_output_embeddings() is None:
+        raise ModelError(
+            f"{name} ({type(hf).__name__}) has no output embeddings; load it with its language-model head "
+            "(AutoModelForCausalLM)."
+        )
+    # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
+    if getattr(hf, "hf_device_map", None) is None:
+        empty = [parameter for parameter, value in hf.named_parameters() if value.is_meta]
+        if empty:
+            raise ModelError(f"{name} has parameters without values (meta device): {some(empty)}.")
+    broken = non_finite(hf)
+    if broken:
+        raise ModelError(f"{name} has weights that are NaN or infinite: {some(broken)}.")
+
+
+def non_finite(module: nn.Module) -> list[str]:
+    """Name the parameters that hold NaN or Inf: one sum per tensor, an exact look where it is not finite."""
+    names = []
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if value.is_meta or not value.is_floating_point():
+                continue
+            wide = value.float() if value.element_size() == 1 else value  # float8 has no sum
+            # A finite tensor may overflow its sum; a tensor with NaN or Inf never has a finite one.
+            if not wide.sum().isfinite() and not wide.isfinite().all():
+                names.append(name)
+    return names

@@ -1,0 +1,37 @@
+"""SHA-256 of files, in a way that other threads can work beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+BLOCK = 1 << 30
+
+
+def sha256(*paths: Path) -> str:
+    """Hash files as if they were one. Cost: one read, 250 to 2000 MB/s depending on the processor."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for block in blocks(path):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def blocks(path: Path) -> Iterable[memoryview]:
+    """Give a file's content in large blocks.
+
+    Hashing lets go of the interpreter lock but takes it back after each block, and a parser beside it may
+    hold that lock for seconds: the fewer blocks, the less waiting. Ctrl-C has to wait for one block.
+    """
+    if path.stat().st_size == 0:  # nothing cannot be mapped
+        return
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as view,
+    ):
+        for start in range(0, len(view), BLOCK):
+            with view[start : start + BLOCK] as block:
+                yield block

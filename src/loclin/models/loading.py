@@ -1,0 +1,117 @@
+"""`load`: one name in, one model out, whatever the name stands for."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loclin.errors import ModelError
+from loclin.models import converted, hub, pretrained
+from loclin.models.gguf_source import gguf_file
+from loclin.models.model import Model
+from loclin.models.options import parse_device, parse_dtype, require
+from loclin.models.packaged import DEFAULT, PACKAGED
+
+
+def load(
+    name: str | Path = DEFAULT,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    **from_pretrained_kwargs: Any,
+) -> Model:
+    """Load a causal language model.
+
+    Parameters
+    ----------
+    name
+        A packaged model ("gemma-3-270m", "smollm2-135m"), a local directory, a `.gguf` file, or a hub id
+        "org/name".
+    dtype
+        "float32" (the default: exactness is the point), "float64", "bfloat16", "float16", or "auto" for the
+        type the weights are stored in.
+    device
+        "cpu", "cuda:0", … ; by default the processor.
+    device_map
+        As in transformers, for models that do not fit one device; needs accelerate.
+    quantization_config
+        As in transformers.
+    revision
+        A hub model's branch, tag or commit.
+    attn_implementation
+        As in transformers; kernels from the hub are refused.
+    **from_pretrained_kwargs
+        Anything else that transformers' `from_pretrained` takes.
+
+    Returns
+    -------
+    Model
+        In eval mode. Cost: a GGUF model is converted once (30 to 120 s), then read from the cache in seconds.
+
+    Raises
+    ------
+    ModelError
+        When the model cannot be found, read or used; the message names the fault and the fix.
+    """
+    chosen = parse_dtype(dtype)
+    where = None if device is None else parse_device(device)
+    if device_map is not None:
+        if where is not None:
+            raise ModelError("Give device or device_map, not both.")
+        require("accelerate", "device_map", "accelerate")
+    if from_pretrained_kwargs.pop("use_kernels", False) or "/" in (attn_implementation or ""):
+        raise ModelError(
+            "Kernels from the hub are not supported: they replace the modules that loclin looks into."
+        )
+    optional = {
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+        "attn_implementation": attn_implementation,
+    }
+    arguments = {
+        "dtype": chosen,
+        **{key: value for key, value in optional.items() if value is not None},
+        **from_pretrained_kwargs,
+    }
+    model = _load(name, revision, arguments)
+    if where is not None:
+        hf: torch.nn.Module = model.hf  # transformers' own `to` has no types
+        hf.to(where)
+    return model
+
+
+def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> Model:
+    """Decide what the name stands for."""
+    label, path = str(name), Path(name).expanduser()
+    packaged = PACKAGED.get(label)
+    on_disk = packaged is not None or path.exists() or path.suffix.lower() == ".gguf"
+    if on_disk and revision is not None:
+        raise ModelError(f"{label} is not a hub model: it has no revision.")
+    if packaged is not None:
+        return converted.load(packaged.source(), label, "package", arguments, bos_token=packaged.bos)
+    if path.is_dir():
+        return pretrained.load_directory(path, label, arguments)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"There is no file {label}.")
+        return converted.load(gguf_file(path), label, "gguf", arguments)
+    if path.is_file():
+        raise ModelError(f"{label} is a file, but not a .gguf file; give the directory that holds the model.")
+    if "/" not in label:
+        near = difflib.get_close_matches(label.lower(), PACKAGED, n=2, cutoff=0.4)
+        guess = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ModelError(
+            f"There is no model {label!r}.{guess} Packaged models: {', '.join(PACKAGED)}; "
+            "or give a directory, a .gguf file, or a hub id like org/name."
+        )
+    if label.count("/") > 1 or label.startswith((".", "/", "~")):
+        raise ModelError(f"There is no directory {label}.")
+    found = hub.reach(label, revision, arguments.get("token"), arguments.get("cache_dir"))
+    return pretrained.load_hub(label, {**arguments, **found})

@@ -1,0 +1,79 @@
+"""What a person may ask of `load`, checked before anything is read: dtype, device, optional packages."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from loclin.errors import ModelError
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """Turn a dtype's name into the dtype; "auto" stays.
+
+    Raises
+    ------
+    ModelError
+        Listing the valid ones.
+    """
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise ModelError(f"Unknown dtype {str(dtype)!r}; choose one of {', '.join(DTYPES)}, auto.")
+
+
+def available_devices() -> list[str]:
+    """List the devices of this machine that torch can use."""
+    devices = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        devices += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    return devices
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """Turn a device's name into the device, if this machine has it.
+
+    Raises
+    ------
+    ModelError
+        Naming the devices there are.
+    """
+    devices = available_devices()
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        parsed = None
+    # "cuda" means its first one; the processor has no others to number
+    if parsed is None or f"{parsed.type}:{parsed.index or 0}" not in [*devices, "cpu:0"]:
+        raise ModelError(f"There is no device {str(device)!r} here; available: {', '.join(devices)}.")
+    return parsed
+
+
+def installed(module: str) -> bool:
+    """Say whether a module can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module that was taken out on purpose
+        return False
+
+
+def require(module: str, purpose: str, extra: str) -> None:
+    """Insist on an optional package.
+
+    Raises
+    ------
+    ModelError
+        Naming the command that installs it.
+    """
+    if not installed(module):
+        raise ModelError(f'{purpose} needs the package {module}: pip install "loclin[{extra}]"')

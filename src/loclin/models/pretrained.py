@@ -1,0 +1,208 @@
+"""Load a checkpoint in transformers' own format, and turn what goes wrong into one line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loclin.errors import ModelError
+from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
+from loclin.models.gguf_source import first_line
+from loclin.models.hub import gated
+from loclin.models.model import Model, describe
+from loclin.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# arguments of from_pretrained that say where the files are, and so concern the config and the tokenizer too
+WHERE = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+)
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
+    """Load a model from a local directory.
+
+    Raises
+    ------
+    ModelError
+        When a file is missing or damaged, or the model is no causal decoder.
+    """
+    inside = path / arguments.get("subfolder", "")
+    if not (inside / "config.json").is_file():
+        ggufs = sorted(inside.glob("*.gguf"))
+        hint = f"; to load its GGUF file, give {ggufs[0]}" if ggufs else ""
+        raise ModelError(f"The directory {name} has no config.json{hint}.")
+    stored = stored_dtype(inside)
+    arguments = {**arguments, "local_files_only": True}
+    config = read_config(str(path), name, arguments)
+    stored = quantized(config) or stored or config_dtype(config)
+    tokenizer = None
+    if any((inside / file).exists() for file in TOKENIZER_FILES):
+        tokenizer = read_tokenizer(str(path), name, arguments)
+    hf = read(str(path), name, arguments)
+    return describe(hf, tokenizer, name=name, source="directory", stored_dtype=stored)
+
+
+def load_hub(name: str, arguments: dict[str, Any]) -> Model:
+    """Load a model from the hub, or from the copy its client has downloaded.
+
+    Raises
+    ------
+    ModelError
+        When it cannot be had or read, or the model is no causal decoder.
+    """
+    config = read_config(name, name, arguments)
+    stored = quantized(config) or config_dtype(config)
+    tokenizer = read_tokenizer(name, name, arguments)
+    hf = read(name, name, arguments)
+    return describe(
+        hf, tokenizer, name=name, source="hub", revision=arguments["revision"], stored_dtype=stored
+    )
+
+
+def read_config(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedConfig:
+    """Read a checkpoint's config, and refuse what is no causal decoder before any weight is read.
+
+    Raises
+    ------
+    ModelError
+        When it cannot be read, or is refused.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(place, **_where(arguments))
+    except Exception as fault:  # many kinds, from JSON to the hub
+        raise ModelError(explain(name, "config", fault)) from fault
+    refuse_config(config, name)
+    refuse_unknown_family(config, name)
+    return config
+
+
+def read_tokenizer(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Read a checkpoint's tokenizer.
+
+    Raises
+    ------
+    ModelError
+        When it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(place, **_where(arguments))
+    except Exception as fault:
+        raise ModelError(
+            f"{explain(name, 'tokenizer', fault)} To go without it, load the model yourself and wrap() it."
+        ) from fault
+
+
+def read(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Read a checkpoint's weights into a model in eval mode.
+
+    Raises
+    ------
+    ModelError
+        When a weight is missing or damaged, or an argument does not suit the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, **{**arguments, "output_loading_info": True}
+            )
+    except Exception as fault:
+        raise ModelError(explain(name, "model", fault)) from fault
+    hf, report = loaded
+    refuse_missing(report, name)
+    return hf.eval()
+
+
+def explain(name: str, what: str, fault: Exception) -> str:
+    """Say in one line why a checkpoint's config, tokenizer or weights could not be read."""
+    causes = [fault, fault.__cause__, fault.__context__]
+    kinds = {kind.__name__ for cause in causes if cause is not None for kind in type(cause).__mro__}
+    if "GatedRepoError" in kinds or "gated repo" in str(fault):
+        return gated(name)
+    if "SafetensorError" in kinds:
+        return f"The weights of {name} are cut off or damaged: {first_line(fault)}"
+    return f"The {what} of {name} cannot be read: {first_line(fault)}"
+
+
+def stored_dtype(directory: Path) -> str | None:
+    """Name the dtype that most weights of a directory have, from its safetensors headers; None without any.
+
+    Raises
+    ------
+    ModelError
+        When a file is shorter or longer than its header says.
+    """
+    elements: Counter[str] = Counter()
+    for path in sorted(directory.glob("*.safetensors")):
+        for kind, n_bytes in _tensors(path):
+            elements[kind] += n_bytes
+    if not elements:
+        return None
+    kind = elements.most_common(1)[0][0]
+    return SAFETENSORS_DTYPES.get(kind, kind)
+
+
+def _tensors(path: Path) -> list[tuple[str, int]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        try:
+            if length > size - 8:
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors = [(entry["dtype"], *entry["data_offsets"]) for entry in header.values()]
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            raise ModelError(f"{path} is cut off or damaged: {first_line(fault)}.") from fault
+    expected = 8 + length + max((end for _, _, end in tensors), default=0)
+    if size != expected:
+        raise ModelError(f"{path} is cut off or damaged: it should have {expected:,} bytes and has {size:,}.")
+    return [(kind, end - start) for kind, start, end in tensors]
+
+
+def quantized(config: PreTrainedConfig) -> str | None:
+    """Name the quantization a checkpoint is stored in; None for plain weights."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if found is None else str(getattr(method, "value", method))
+
+
+def config_dtype(config: PreTrainedConfig) -> str | None:
+    """Name the dtype a config says its weights are stored in."""
+    dtype = config.dtype or config.get_text_config().dtype
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _where(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: arguments[key] for key in WHERE if key in arguments}
