@@ -71,8 +71,10 @@ def _read(
         verdict = pool.submit(record.faults, path)
         failure: ModelError | None = None
         try:
-            tokenizer = _tokenizer(path)
             hf = pretrained.read(str(path), name, arguments)
+            tokenizer = _tokenizer(
+                path
+            )  # last: its parser keeps the interpreter lock, and hashing must have begun
             model = describe(
                 hf,
                 tokenizer,

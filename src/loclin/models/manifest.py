@@ -35,7 +35,8 @@ class Manifest:
         """
         present = {path.name for path in directory.iterdir()} - {FILE}
         wrong = present ^ self.files.keys()
-        for name in present & self.files.keys():
+        by_size = sorted(self.files, key=lambda name: -self.files[name]["size"])  # the long work starts first
+        for name in (name for name in by_size if name in present):
             expected = self.files[name]
             path = directory / name
             if path.stat().st_size != expected["size"] or (content and sha256(path) != expected["sha256"]):
