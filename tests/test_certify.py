@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from loclin.errors import NotExactError
-from loclin.linearize import linearize
+from loclin.linearization import linearize
 
 BUILDS = {
     "llama": tiny.llama,

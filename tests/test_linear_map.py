@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-import oracle
 import pytest
-import tiny
 import torch
 
+import oracle
+import tiny
 from loclin.errors import BudgetError, OptionError, PromptError
-from loclin.linearize import linearize
+from loclin.linearization import linearize
 
 BUILDS = {"llama": tiny.llama, "gemma3": tiny.gemma3}
 with_biases = pytest.param(lambda **kwargs: tiny.llama(biases=True, **kwargs), id="llama-biases")
@@ -88,7 +88,9 @@ def test_every_pair_of_points_reconstructs(build, source, target):
     assert relative(sum(by_source.values(), start=torch.zeros_like(J.bias)) + 1, J.bias + 1) < 1e-12
 
 
-@pytest.mark.parametrize(("source", "target"), [("embed", "attn_out.1"), ("embed", "logits"), ("attn_out.0", "mlp_out.2")])
+@pytest.mark.parametrize(
+    ("source", "target"), [("embed", "attn_out.1"), ("embed", "logits"), ("attn_out.0", "mlp_out.2")]
+)
 def test_dense_of_other_points_agrees_with_products(source, target):
     J = linearize(tiny.gemma3(), tiny.prompt(5), precision="double").jacobian(source, target)
     Xs = torch.eye(J.shape[1] * J.shape[2], dtype=J.dtype).reshape(-1, *J.shape[1:])
@@ -101,8 +103,8 @@ def test_maps_add_up_along_the_stream():
     lin = linearize(tiny.gemma3(), tiny.prompt(5), precision="double")
     maps = {name: lin.jacobian("embed", name).dense() for name in POINTS if name != "logits"}
     for layer in range(3):
-        pre, attn, mid, mlp, post = (maps[f"{k}.{layer}"] if k != "resid_pre" or layer == 0 else maps[f"resid_post.{layer - 1}"]
-                                     for k in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"))  # fmt: skip
+        attn, mid, mlp, post = (maps[f"{kind}.{layer}"] for kind in ("attn_out", "resid_mid", "mlp_out", "resid_post"))
+        pre = maps["embed"] if layer == 0 else maps[f"resid_post.{layer - 1}"]
         assert relative(pre + attn, mid) < 1e-13
         assert relative(mid + mlp, post) < 1e-13
 
@@ -145,10 +147,12 @@ def test_scipy_operator():
     assert operator.shape == tuple(matrix.shape)
     assert relative(torch.as_tensor(operator @ matrix.T.numpy()), matrix @ matrix.T) < 1e-12
     _, values, _ = linalg.svds(operator, k=3)
-    assert relative(torch.as_tensor(values.copy()).sort(descending=True).values, torch.linalg.svdvals(matrix)[:3]) < 1e-10
+    assert (
+        relative(torch.as_tensor(values.copy()).sort(descending=True).values, torch.linalg.svdvals(matrix)[:3]) < 1e-10
+    )
 
 
-@pytest.mark.parametrize("budget", [10_000, 200_000, "1MB"])
+@pytest.mark.parametrize("budget", [50_000, 200_000, "1MB"])
 def test_a_budget_changes_nothing_but_the_chunks(budget):
     model, ids = tiny.llama(), tiny.prompt(5)
     free = linearize(model, ids, precision="double").jacobian()
@@ -157,7 +161,7 @@ def test_a_budget_changes_nothing_but_the_chunks(budget):
 
 
 def test_budgets_that_cannot_work_are_refused():
-    with pytest.raises(BudgetError, match="one column needs"):
+    with pytest.raises(BudgetError, match="the least that works is"):
         linearize(tiny.llama(), tiny.prompt(5), memory=10).jacobian().dense()
     with pytest.raises(OptionError, match="2GB"):
         linearize(tiny.llama(), tiny.prompt(5), memory="lots").jacobian().dense()

@@ -1,4 +1,4 @@
-"""Tiny random models that run the real code paths of transformers, with every nonlinearity away from its linear range."""
+"""Tiny random models on the real code paths of transformers, every nonlinearity away from its linear range."""
 
 from __future__ import annotations
 

@@ -1,1 +1,55 @@
 """A language model, at one prompt, as the linear map that it exactly is there."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loclin.analyses.explain import Explanation, explain
+    from loclin.certify import Certificate
+    from loclin.errors import LoclinError
+    from loclin.linear_map import LinearMap
+    from loclin.linearization import Linearization, linearize
+    from loclin.models import Model, load, wrap
+    from loclin.spectral import SVD
+
+__version__ = "0.1.0"
+__all__ = [
+    "SVD",
+    "Certificate",
+    "Explanation",
+    "LinearMap",
+    "Linearization",
+    "LoclinError",
+    "Model",
+    "explain",
+    "linearize",
+    "load",
+    "wrap",
+]
+
+_ROOMS = {
+    "SVD": "spectral",
+    "Certificate": "certify",
+    "Explanation": "analyses.explain",
+    "LinearMap": "linear_map",
+    "Linearization": "linearization",
+    "LoclinError": "errors",
+    "Model": "models",
+    "explain": "analyses.explain",
+    "load": "models",
+    "linearize": "linearization",
+    "wrap": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `loclin --help` need not wait for torch."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'loclin' has no attribute {name!r}")
+    return getattr(import_module(f"loclin.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,7 +1,7 @@
 """Is the map exact, and if not, which module breaks it.
 
-A small reconstruction error certifies bookkeeping only: y x^T / |x|^2 reconstructs too. So the certificate also holds the
-adjoint test, linearity, a vanishing second derivative, and agreement with an independent slow path.
+A small reconstruction error certifies bookkeeping only: y x^T / |x|^2 reconstructs too. So the certificate also holds
+the adjoint test, linearity, a vanishing second derivative, and agreement with an independent slow path.
 """
 
 from __future__ import annotations
@@ -195,7 +195,9 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
         name = f"layers.{index}"
         errors = _module_errors(layer, trace, index, hold)
         bad = {path: error for path, error in errors.items() if not error <= 10 * limit}
-        inner = [path for path in bad if not any(other.startswith(f"{path}.".lstrip(".")) for other in bad if other != path)]
+        inner = [
+            path for path in bad if not any(other.startswith(f"{path}.".lstrip(".")) for other in bad if other != path)
+        ]
         found += [
             Culprit(f"{name}.{path}".strip("."), type(layer.get_submodule(path)).__name__, bad[path]) for path in inner
         ]
@@ -217,9 +219,7 @@ def _module_errors(layer: nn.Module, trace: Trace, index: int, hold: Hold) -> di
 
     x = call.hidden.clone().requires_grad_()
     with torch.enable_grad(), frozen(layer, hold, name=f"layers.{index}", live_biases=True):
-        handles = [
-            part.register_forward_hook(remember(path), with_kwargs=True) for path, part in layer.named_modules()
-        ]
+        handles = [part.register_forward_hook(remember(path), with_kwargs=True) for path, part in layer.named_modules()]
         try:
             call(layer, x)
         finally:

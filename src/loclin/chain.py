@@ -18,7 +18,6 @@ from loclin.link import HeadLink, LayerLink, NormLink
 from loclin.points import Point
 from loclin.trace import Trace
 
-
 _CHUNK_ROWS = 1344
 """Rows (columns times positions) of one matrix product on a CPU: enough for its full speed, few enough that what it
 makes is still in the cache when the next operation reads it, and that the allocator reuses its pages."""
@@ -43,7 +42,7 @@ class Chain:
 
     def width(self, point: Point) -> int:
         """How many numbers a point has at one position: d, or the vocabulary's size for the logits."""
-        return self.trace.anatomy.head.weight.shape[0] if point.kind == "logits" else self.trace.width
+        return self.trace.anatomy.head_weight.shape[0] if point.kind == "logits" else self.trace.width
 
     @property
     def chunk(self) -> int:
@@ -118,8 +117,8 @@ class Chain:
     ) -> Iterator[Tensor]:
         """Push a block of tangents at all positions of `source` to `target` at one position.
 
-        Yields the tangents behind every layer on the way, `[n, T, d]`, in one tensor that is overwritten by the next; the
-        last is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
+        Yields the tangents behind every layer on the way, `[n, T, d]`, in one tensor that is overwritten by the next; the last
+        is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
         """
         tangents = tangents.clone()
         for index, below, above in self.steps(source, target):
@@ -197,7 +196,9 @@ class Chain:
         return steps
 
 
-def _through(product: Callable[..., Iterator[Tensor]], block: Tensor, below: str, above: str, chunk: int | None) -> Tensor:
+def _through(
+    product: Callable[..., Iterator[Tensor]], block: Tensor, below: str, above: str, chunk: int | None
+) -> Tensor:
     """Put a block through one link in chunks, in place: the whole block is held once."""
     done = 0
     for part in product(block, below, above, chunk):

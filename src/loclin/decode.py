@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -22,43 +23,50 @@ class Decoder:
 
     model: Model
 
+    @property
+    def _head(self) -> Tensor:
+        return cast("Tensor", self.model.hf.get_output_embeddings().weight).detach()
+
+    @property
+    def _embeddings(self) -> Tensor:
+        return cast("Tensor", self.model.hf.get_input_embeddings().weight).detach()
+
     def writes(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
         """The k tokens whose head rows have the largest product with each vector; `vectors` live behind the final norm.
 
         Logit scales and soft caps are left out: they do not change the order, and a direction has no natural scale.
         Scores are logits. Cost: n V d.
         """
-        return self._top(vectors, self.model.hf.get_output_embeddings().weight, k)
+        return self._top(vectors, self._head, k)
 
     def reads(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
         """The k tokens whose input embeddings lie nearest to each vector by cosine, over the whole vocabulary.
 
         Scores are cosines. Cost: n V d.
         """
-        table = self.model.hf.get_input_embeddings().weight
-        return self._top(torch.nn.functional.normalize(vectors, dim=-1), table, k, cosine=True)
+        return self._top(torch.nn.functional.normalize(vectors, dim=-1), self._embeddings, k, cosine=True)
 
     def writes_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
         """The k tokens whose head rows, scaled to length 1, lie nearest to a subspace with an orthonormal basis.
 
         For near-equal singular values, whose single vectors are not defined. Scores are cosines with the subspace.
         """
-        return self._nearest(basis, self.model.hf.get_output_embeddings().weight, k)
+        return self._nearest(basis, self._head, k)
 
     def reads_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
         """The k tokens whose input embeddings lie nearest to a subspace; scores are cosines with it."""
-        return self._nearest(basis, self.model.hf.get_input_embeddings().weight, k)
+        return self._nearest(basis, self._embeddings, k)
 
     def _nearest(self, basis: Tensor, table: Tensor, k: int) -> Words:
         scores = []
-        for rows in table.detach().split(_rows_at_once(basis.shape[1] + table.shape[1])):
+        for rows in table.split(_rows_at_once(basis.shape[1] + table.shape[1])):
             rows = rows.to(basis)
             scores.append((rows @ basis).norm(dim=1) / _lengths(rows))
         return self._words(torch.cat(scores).topk(k))
 
     def _top(self, vectors: Tensor, table: Tensor, k: int, cosine: bool = False) -> list[Words]:
         values, ids, start = [], [], 0
-        for rows in table.detach().split(_rows_at_once(len(vectors) + table.shape[1])):
+        for rows in table.split(_rows_at_once(len(vectors) + table.shape[1])):
             rows = rows.to(vectors)
             scores = vectors @ rows.T
             best = (scores / _lengths(rows) if cosine else scores).topk(min(k, len(rows)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -147,7 +148,7 @@ class LinearMap:
         return self._dense
 
     def reconstruct(self) -> Float[Tensor, " d_out"]:
-        """J x + b at the prompt's own x, which equals `value`; from the dense map when there is one, else one column."""
+        """J x + b at the prompt's own x, which equals `value`. Cost: one column, or none once the map is dense."""
         if self._dense is None:
             return self.matvec(self.input) + self.bias
         return torch.einsum("oti,ti->o", self._dense, self.input) + self.bias
@@ -201,11 +202,11 @@ class LinearMap:
             raise ImportError('to_scipy() needs SciPy: pip install "loclin[scipy]"') from error
         d_out, length, d_in = self.shape
 
-        def matmat(columns: object) -> object:
+        def matmat(columns: np.ndarray) -> np.ndarray:
             block = torch.as_tensor(columns).T.reshape(-1, length, d_in)
             return self.matmat(block).T.cpu().numpy()
 
-        def rmatmat(columns: object) -> object:
+        def rmatmat(columns: np.ndarray) -> np.ndarray:
             return self.rmatmat(torch.as_tensor(columns).T.contiguous()).reshape(-1, length * d_in).T.cpu().numpy()
 
         return LinearOperator(
@@ -237,7 +238,7 @@ class LinearMap:
             raise OptionError(f"k={k}: each token's map has {most} singular values, so k is 1 to {most}")
 
     def singular_values(self) -> Float[Tensor, "T r"]:
-        """All singular values of each token's map, the largest first. Cost: the dense map and T SVDs without vectors."""
+        """All singular values of each token's map, descending. Cost: the dense map and T SVDs without vectors."""
         return self._singular_values
 
     @cached_property
@@ -257,10 +258,13 @@ class LinearMap:
         per_column = self.chain.column_bytes(self.target)
         room = memory.budget(self._budget, self.device) // per_column
         if room < 1:
-            raise BudgetError(f"the memory budget is too small: one column needs {per_column / 1e6:.1f} MB")
+            raise BudgetError(f"the memory budget is too small: the least that works is {per_column:,} bytes")
         chunk = min(room, self.chain.chunk)
         total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
-        with tqdm(total=total, desc="exact map", unit="col", unit_scale=True, delay=2, leave=False, disable=None) as bar:
+        with tqdm(
+            total=total, desc="exact map", unit="col", unit_scale=True, delay=2, leave=False, disable=None
+        ) as bar:
             for swept in sweep(block, self.source, self.target, self.position, self.normed, chunk):
                 bar.update(len(block))
-        return swept.to(self.device)
+                last = swept
+        return last.to(self.device)

@@ -19,13 +19,9 @@ from loclin.trace import Trace, first
 Columns = Float[Tensor, "n T d"]
 
 
-def batched_vjp(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]
-) -> tuple[Tensor | None, ...]:
+def batched_vjp(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor | None, ...]:
     """Products of a block of cotangents `[n, *output.shape]` with the map from `inputs` to `outputs`."""
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
-    )
+    return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True)
 
 
 def batched_jvp(output: Tensor, source: Tensor) -> Callable[[Tensor], Tensor]:
@@ -52,8 +48,10 @@ def _chunks(block: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
 
 @dataclass
 class Graph:
-    """A layer's tensors at its points. `attn_shift` is a zero added to the attention's output: moving it moves
-    `resid_mid` and nothing before it, so it stands for the points between attention and MLP.
+    """A layer's tensors at its points.
+
+    `attn_shift` is a zero added to the attention's output: moving it moves `resid_mid` and nothing before it, so it
+    stands for the points between attention and MLP.
     """
 
     points: dict[str, Tensor]
@@ -61,12 +59,15 @@ class Graph:
     biases: dict[str, nn.Parameter]
 
     def source(self, kind: str) -> Tensor:
+        """The leaf to move for a source point, `resid_pre` or `resid_mid`."""
         return self.points["resid_pre"] if kind == "resid_pre" else self.attn_shift
 
 
 class LayerLink:
-    """A decoder layer at its recorded input. Points are the layer's own: `resid_pre`, `attn_out`, `resid_mid`,
-    `mlp_out`, `resid_post`; a source is `resid_pre` or `resid_mid`.
+    """A decoder layer at its recorded input.
+
+    Points are the layer's own: `resid_pre`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`; a source is `resid_pre`
+    or `resid_mid`.
     """
 
     def __init__(self, trace: Trace, index: int, hold: Hold | None = None) -> None:
@@ -112,9 +113,7 @@ class LayerLink:
         """
         graph = self.graph()
         for part in _chunks(cotangents, chunk):
-            (pulled,) = batched_vjp(
-                [graph.points[target]], [graph.source(source)], [part.to(self.device).unsqueeze(1)]
-            )
+            (pulled,) = batched_vjp([graph.points[target]], [graph.source(source)], [part.to(self.device).unsqueeze(1)])
             yield torch.zeros_like(part) if pulled is None else pulled.squeeze(1)
 
     def jvp(
@@ -143,9 +142,7 @@ class LayerLink:
 
 def _behind_attention(graph: Graph, bias: nn.Parameter) -> bool:
     """Whether a bias enters behind the attention, so that `resid_mid` does not hold it yet."""
-    (moves_mid,) = torch.autograd.grad(
-        graph.points["resid_mid"].sum(), bias, retain_graph=True, allow_unused=True
-    )
+    (moves_mid,) = torch.autograd.grad(graph.points["resid_mid"].sum(), bias, retain_graph=True, allow_unused=True)
     return moves_mid is None
 
 
@@ -197,9 +194,8 @@ class HeadLink:
 
     def __init__(self, trace: Trace, position: int) -> None:
         self.name = "head"
-        self.weight = trace.anatomy.head.weight.detach()
-        bias = getattr(trace.anatomy.head, "bias", None)
-        self.bias = None if bias is None else bias.detach()
+        self.weight = trace.anatomy.head_weight
+        self.bias: Tensor | None = getattr(trace.anatomy.head, "bias", None)
         self.device = self.weight.device
         with torch.no_grad():
             raw = trace.anatomy.head(trace.final[:, [position]].to(self.device))[0, 0]
@@ -218,4 +214,4 @@ class HeadLink:
 
     def constants(self) -> dict[str, Float[Tensor, " V"]]:
         """What the head's bias adds to the logits."""
-        return {} if self.bias is None else {"head.bias": self.bias * self.factor}
+        return {} if self.bias is None else {"head.bias": self.bias.detach() * self.factor}

@@ -27,6 +27,25 @@ def available(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def parse(memory: int | float | str) -> int | float:
+    """Read a budget: bytes as an integer, or a fraction of what is free as a float.
+
+    Raises
+    ------
+    OptionError
+        When it cannot be read or is not positive.
+    """
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
+        if not found or found[2] not in _UNITS:
+            raise OptionError(f"memory={memory!r}: write bytes, or a size such as 2GB or 512MiB")
+        number = float(found[1])
+        memory = number if found[2] == "" and "." in found[1] else int(number * _UNITS[found[2]])
+    if memory <= 0 or (isinstance(memory, float) and memory > 1):
+        raise OptionError(f"memory={memory!r}: a budget is a whole number of bytes, or a fraction up to 1.0")
+    return memory
+
+
 def budget(memory: int | float | str | None, device: torch.device) -> int:
     """A budget in bytes.
 
@@ -35,6 +54,8 @@ def budget(memory: int | float | str | None, device: torch.device) -> int:
     memory
         Bytes (`2_000_000_000`), a size (`"2GB"`, `"512 MiB"`), a fraction of what is free (`0.5`), or None:
         a quarter of what is free, 4 GiB at most (wider blocks of columns are no faster).
+    device
+        Whose memory fractions are of.
 
     Raises
     ------
@@ -43,13 +64,5 @@ def budget(memory: int | float | str | None, device: torch.device) -> int:
     """
     if memory is None:
         return min(int(available(device) * _DEFAULT_FRACTION), _DEFAULT_MOST)
-    if isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
-        if not found or found[2] not in _UNITS:
-            raise OptionError(f"memory={memory!r}: write bytes, or a size such as 2GB or 512MiB")
-        memory = int(float(found[1]) * _UNITS[found[2]])
-    if isinstance(memory, float) and 0 < memory <= 1:
-        memory = int(available(device) * memory)
-    if memory <= 0:
-        raise OptionError(f"memory={memory!r}: a budget is a positive number of bytes, or a fraction up to 1.0")
-    return int(memory)
+    size = parse(memory)
+    return size if isinstance(size, int) else int(available(device) * size)

@@ -32,7 +32,9 @@ class Point:
         """
         if self.layer is None:
             return {"embed": 0, "final": 2 * n_layers + 1, "logits": 2 * n_layers + 2}[self.kind]
-        return 2 * self.layer + {"resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}[self.kind]
+        return (
+            2 * self.layer + {"resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}[self.kind]
+        )
 
 
 def parse(name: str | Point, n_layers: int) -> Point:

@@ -24,9 +24,7 @@ def model() -> Model:
 def adding() -> Model:
     """A model whose tokenizer puts <s> in front by itself, as Gemma's and Llama's do."""
     tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BOS)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return wrap(tiny_llama(), tokenizer, name="tiny")
 
 

@@ -121,9 +121,7 @@ def test_other_arguments_pass_through(directory):
     assert load(directory, max_position_embeddings=8).context_length == 8
 
 
-@pytest.mark.parametrize(
-    "options", [{"use_kernels": True}, {"attn_implementation": "kernels-community/flash-attn"}]
-)
+@pytest.mark.parametrize("options", [{"use_kernels": True}, {"attn_implementation": "kernels-community/flash-attn"}])
 def test_hub_kernels_are_refused(directory, options):
     with pytest.raises(ModelError, match="Kernels"):
         load(directory, **options)
@@ -205,9 +203,7 @@ def test_no_weights_at_all_is_one_line(tmp_path):
     ("model", "word"),
     [
         (
-            BertForMaskedLM(
-                BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-            ),
+            BertForMaskedLM(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)),
             "encoder",
         ),
         (

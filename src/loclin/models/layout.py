@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loclin.errors import ModelError
@@ -44,6 +45,11 @@ class Anatomy:
     mlp: str
     known: bool
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix `[V, d]`, detached."""
+        return cast("Tensor", self.head.weight).detach()
+
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
     """Find a model's layers, final norm and output head.
@@ -68,5 +74,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         ) from error
     head = model.get_output_embeddings()
     if head is None or not layers:
-        raise ModelError(f"{type(model).__name__} has no layers or no output head: loclin needs a causal language model")
+        raise ModelError(
+            f"{type(model).__name__} has no layers or no output head: loclin needs a causal language model"
+        )
     return Anatomy(decoder, layers, final_norm, head, layout.attn, layout.mlp, family in LAYOUTS)

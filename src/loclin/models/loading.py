@@ -67,9 +67,7 @@ def load(
             raise ModelError("Give device or device_map, not both.")
         require("accelerate", "device_map", "accelerate")
     if from_pretrained_kwargs.pop("use_kernels", False) or "/" in (attn_implementation or ""):
-        raise ModelError(
-            "Kernels from the hub are not supported: they replace the modules that loclin looks into."
-        )
+        raise ModelError("Kernels from the hub are not supported: they replace the modules that loclin looks into.")
     optional = {
         "device_map": device_map,
         "quantization_config": quantization_config,

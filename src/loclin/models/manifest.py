@@ -46,10 +46,7 @@ class Manifest:
 
 def write(directory: Path, *, name: str, source: str, source_sha256: str, stored_dtype: str) -> None:
     """Describe the files of a directory in its manifest. Cost: one read of all of them."""
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(directory.iterdir())
-    }
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(directory.iterdir())}
     manifest = Manifest(
         name=name,
         source=source,
@@ -68,8 +65,7 @@ def read(directory: Path) -> Manifest | None:
         fields = json.loads((directory / FILE).read_text(encoding="utf-8"))
         manifest = Manifest(**fields)
         sound = manifest.format == FORMAT and all(
-            isinstance(file["size"], int) and isinstance(file["sha256"], str)
-            for file in manifest.files.values()
+            isinstance(file["size"], int) and isinstance(file["sha256"], str) for file in manifest.files.values()
         )
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None

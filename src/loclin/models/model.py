@@ -125,6 +125,12 @@ class Model:
             )
         return torch.tensor([ids], device=self.device)
 
+    def decode_each(self, ids: list[int]) -> list[str]:
+        """Give each token's own text; its id as text when there is no tokenizer."""
+        if self.tokenizer is None:
+            return [str(token) for token in ids]
+        return [str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
+
     def __repr__(self) -> str:
         info = self.info
         stored = "" if info.stored_dtype == info.dtype else f" (stored as {info.stored_dtype})"
@@ -161,9 +167,7 @@ def wrap(
     if not isinstance(hf_model, PreTrainedModel):
         adapted = hasattr(hf_model, "merge_and_unload")
         hint = "; merge its adapter first (merge_and_unload)" if adapted else ""
-        raise ModelError(
-            f"loclin.wrap takes a transformers PreTrainedModel, not {type(hf_model).__name__}{hint}."
-        )
+        raise ModelError(f"loclin.wrap takes a transformers PreTrainedModel, not {type(hf_model).__name__}{hint}.")
     name = name or hf_model.config.name_or_path or type(hf_model).__name__
     return describe(hf_model, tokenizer, name=name, source="wrapped")
 

