@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loclin import explicit
 from loclin.errors import OptionError
 from loclin.freeze import Hold
 from loclin.link import HeadLink, LayerLink, NormLink
@@ -33,11 +34,14 @@ class Chain:
         The remembered forward pass.
     hold
         What to hold; the trace's own by default. `Hold(ordinary=True)` gives the sweeps of the ordinary Jacobian.
+    explicit
+        Use explicit products (see `loclin.explicit`) where the family has them and they are cheaper.
     """
 
-    def __init__(self, trace: Trace, hold: Hold | None = None) -> None:
+    def __init__(self, trace: Trace, hold: Hold | None = None, explicit: bool = True) -> None:
         self.trace = trace
         self.hold = hold or trace.hold
+        self.explicit = explicit
         self.layers = [LayerLink(trace, index, self.hold) for index in range(trace.n_layers)]
 
     def width(self, point: Point) -> int:
@@ -99,11 +103,19 @@ class Chain:
             cotangents = HeadLink(trace, position).vjp(cotangents)
         if target.kind in ("final", "logits") or normed:
             cotangents = self.norm(target, position).vjp(cotangents)
-        pulled = cotangents.new_zeros((len(cotangents), trace.length, trace.width))
+        # laid out as [T, n, d]: what belongs to one position is then one matrix
+        pulled = cotangents.new_zeros((trace.length, len(cotangents), trace.width)).transpose(0, 1)
         pulled[:, position] = cotangents
+        active = slice(position, position + 1)
         yield pulled
         for index, below, above in reversed(self.steps(source, target)):
-            pulled = _through(self.layers[index].vjp, pulled, below, above, chunk)
+            link = self.layers[index]
+            whole = (below, above) == ("resid_pre", "resid_post")
+            if whole and self.explicit and explicit.worth_it(link, len(pulled)):
+                active = explicit.ExplicitLayer(link).vjp(pulled, active, chunk)
+            else:
+                pulled = _through(link.vjp, pulled, below, above, chunk)
+                active = slice(0, trace.length)
             yield pulled
 
     def forward(
@@ -117,8 +129,8 @@ class Chain:
     ) -> Iterator[Tensor]:
         """Push a block of tangents at all positions of `source` to `target` at one position.
 
-        Yields the tangents behind every layer on the way, `[n, T, d]`, in one tensor that is overwritten by the next; the last
-        is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
+        Yields the tangents behind every layer on the way, `[n, T, d]`, in one tensor that is overwritten by the next;
+        the last is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
         """
         tangents = tangents.clone()
         for index, below, above in self.steps(source, target):

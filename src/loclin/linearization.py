@@ -33,6 +33,8 @@ class Linearization:
         The prompt's token ids `[1, T]`.
     gate, precision
         What was held (see `loclin.freeze.Hold`).
+    trace, chain
+        The remembered forward pass, and its links.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Linearization:
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = hold.gate, hold.precision
         self._memory = memory
-        self._chain = Chain(self.trace)
+        self.chain = Chain(self.trace)
         self._maps: dict[tuple, LinearMap] = {}
 
     def __repr__(self) -> str:
@@ -117,7 +119,7 @@ class Linearization:
         start, end, at = parse(source, n), parse(target, n), self.trace.position(position)
         key = (start, end, at, normed)
         if key not in self._maps:
-            self._maps[key] = LinearMap(self._chain, start, end, at, normed=normed, budget=self._memory)
+            self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self._memory)
         return self._maps[key]
 
     def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:

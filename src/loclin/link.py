@@ -74,13 +74,13 @@ class LayerLink:
         self.module = trace.anatomy.layers[index]
         self.name = f"layers.{index}"
         self.device = trace.layers[index].hidden.device
-        self._call = trace.layers[index]
-        self._anatomy = trace.anatomy
-        self._hold = hold or trace.hold
+        self.call = trace.layers[index]
+        self.layout = trace.anatomy.layout
+        self.hold = hold or trace.hold
 
     def graph(self, live_biases: bool = False) -> Graph:
         """Rebuild the layer's own autograd graph from its recorded input. Cost: one forward pass of the layer."""
-        x = self._call.hidden.detach().requires_grad_()
+        x = self.call.hidden.detach().requires_grad_()
         shift = torch.zeros_like(x, requires_grad=True)
         seen: dict[str, Tensor] = {}
 
@@ -91,13 +91,13 @@ class LayerLink:
         def mlp(_module: nn.Module, _args: object, output: object) -> None:
             seen["mlp_out"] = first(output)
 
-        with torch.enable_grad(), frozen(self.module, self._hold, name=self.name, live_biases=live_biases):
+        with torch.enable_grad(), frozen(self.module, self.hold, name=self.name, live_biases=live_biases):
             handles = [
-                self.module.get_submodule(self._anatomy.attn).register_forward_hook(attended),
-                self.module.get_submodule(self._anatomy.mlp).register_forward_hook(mlp),
+                self.module.get_submodule(self.layout.attn).register_forward_hook(attended),
+                self.module.get_submodule(self.layout.mlp).register_forward_hook(mlp),
             ]
             try:
-                post = self._call(self.module, x)
+                post = self.call(self.module, x)
             finally:
                 for handle in handles:
                     handle.remove()

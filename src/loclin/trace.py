@@ -183,7 +183,7 @@ def _recording(parts: Anatomy) -> Iterator[_Recorder]:
         record.pre_norm, record.final = args[0].detach(), output.detach()
 
     handles = [part.register_forward_pre_hook(enter, with_kwargs=True) for part in parts.layers]
-    handles += [part.get_submodule(parts.attn).register_forward_hook(attended) for part in parts.layers]
+    handles += [part.get_submodule(parts.layout.attn).register_forward_hook(attended) for part in parts.layers]
     handles.append(parts.final_norm.register_forward_hook(normed))
     try:
         yield record

@@ -66,7 +66,7 @@ def _stock_function(module: nn.Module) -> Callable:
     return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
 
 
-def _frozen(stock: Callable | None, names: Mapping[int, str], hold: Hold) -> Callable:
+def _frozen(stock: Callable | None, names: Mapping[int, str], hold: Hold, held: dict[str, Tensor]) -> Callable:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -86,14 +86,17 @@ def _frozen(stock: Callable | None, names: Mapping[int, str], hold: Hold) -> Cal
                 is_causal=kwargs.get("is_causal"),
                 upcast=hold.precision == "stock",
             )
+        held[names[id(module)]] = probs.detach()
         return with_value_of(orig, _mix(probs, value), hold, names[id(module)]), weights
 
     return attention
 
 
 @contextmanager
-def held_attention(names: Mapping[int, str], modules: list[nn.Module], hold: Hold) -> Iterator[None]:
+def held_attention(names: Mapping[int, str], modules: list[nn.Module], hold: Hold) -> Iterator[dict[str, Tensor]]:
     """Hold the attention probabilities of the modules in `names` (by id); others run as they are.
+
+    Yields the probabilities `[1, H, T, T]` by the module's path, as the forward pass comes by.
 
     The registry is transformers' own, shared by the process: what was in it is put back at the end.
     """
@@ -111,10 +114,11 @@ def held_attention(names: Mapping[int, str], modules: list[nn.Module], hold: Hol
     before = [
         (registry, name, registry._local_mapping.get(name)) for registry in registries.values() for name in chosen
     ]
+    held: dict[str, Tensor] = {}
     try:
         for registry, name, _ in before:
-            registry[name] = _frozen(registry.get(name), names, hold)
-        yield
+            registry[name] = _frozen(registry.get(name), names, hold, held)
+        yield held
     finally:
         for registry, name, local in before:
             if local is None:

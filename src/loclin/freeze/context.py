@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from loclin.freeze.attention import held_attention
 from loclin.freeze.hold import Hold
@@ -52,7 +52,9 @@ def _gradients_only_to(root: nn.Module, wanted: set[nn.Parameter]) -> Iterator[N
 
 
 @contextmanager
-def frozen(root: nn.Module, hold: Hold | None = None, *, name: str = "", live_biases: bool = False) -> Iterator[None]:
+def frozen(
+    root: nn.Module, hold: Hold | None = None, *, name: str = "", live_biases: bool = False
+) -> Iterator[dict[str, Tensor]]:
     """Make `root`'s graph linear in its input: the coefficients in `hold` are held where the input is.
 
     Inside, a forward pass of `root` (a model, a layer, a norm) has its stock value, bit for bit under
@@ -69,6 +71,11 @@ def frozen(root: nn.Module, hold: Hold | None = None, *, name: str = "", live_bi
         `root`'s own path, put in front of the names in error messages.
     live_biases
         Let gradients reach the biases (and nothing else), so that their constants can be collected.
+
+    Yields
+    ------
+    dict[str, Tensor]
+        The held attention probabilities `[1, H, T, T]` by module path, filled as forward passes are run.
 
     Raises
     ------
@@ -88,5 +95,4 @@ def frozen(root: nn.Module, hold: Hold | None = None, *, name: str = "", live_bi
             rule = None if hold.ordinary else rule_for(module)
             for handle in rule.install(module, path, hold) if rule else ():
                 stack.callback(handle.remove)
-        stack.enter_context(held_attention({id(m): path for m, path in paths.items()}, list(paths), hold))
-        yield
+        yield stack.enter_context(held_attention({id(m): path for m, path in paths.items()}, list(paths), hold))

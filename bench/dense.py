@@ -1,0 +1,106 @@
+"""The dense map embed -> final of a real model: ours against PyTorch's own Jacobians and the matmul limit.
+
+PyTorch's functions get the same frozen forward pass as one graph. Times are the best of several interleaved runs, so
+that a busy machine slows all of them alike; the matmul limit is 2 d T P flops (P: V, O, up and down weights) at the
+rate of one large float32 product, measured between the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from harness import Row, arguments, extra_peak_bytes, matmul_rate, report, timed
+from torch import Tensor, nn
+
+import loclin
+from loclin.freeze import frozen
+from loclin.linearization import Linearization
+
+PROMPT = "The bridge out of Marin is the way"
+BUDGET = 2**30
+LINEAR = ("v_proj", "o_proj", "up_proj", "down_proj")
+
+
+def linear_weights(model: nn.Module) -> int:
+    return sum(
+        part.weight.numel()
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in LINEAR
+    )
+
+
+def whole_graph(lin: Linearization) -> Callable[[Tensor], Tensor]:
+    """The network as one function of its embeddings `[T, d]`; frozen inside the context."""
+
+    def forward(x: Tensor) -> Tensor:
+        return lin.model.hf.get_decoder()(inputs_embeds=x[None], use_cache=False).last_hidden_state[0, -1]
+
+    return forward
+
+
+def held(lin: Linearization, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def inside() -> Tensor:
+        with frozen(lin.model.hf, lin.trace.hold):
+            return work()
+
+    return inside
+
+
+def fresh(lin: Linearization) -> Tensor:
+    return loclin.LinearMap(lin.chain, *ends(lin), lin.trace.length - 1, budget=BUDGET).dense()
+
+
+def ends(lin: Linearization) -> tuple:
+    J = lin.jacobian()
+    return J.source, J.target
+
+
+def measure(name: str, repeats: int) -> list[Row]:
+    lin = loclin.linearize(loclin.load(name), PROMPT, memory=BUDGET)
+    x, forward = lin.embeddings, whole_graph(lin)
+    length, width = x.shape
+    flops = 2 * width * length * linear_weights(lin.model.hf)
+    routes: dict[str, Callable[[], Tensor]] = {
+        "loclin": lambda: fresh(lin),
+        "torch.func.jacrev(chunk_size=128)": held(lin, lambda: torch.func.jacrev(forward, chunk_size=128)(x)),
+        "autograd.functional.jacobian(vectorize=True)": held(
+            lin, lambda: torch.autograd.functional.jacobian(forward, x, vectorize=True)
+        ),
+    }
+    reference = fresh(lin)
+    times: dict[str, list[float]] = {route: [] for route in routes}
+    rates = [matmul_rate()]
+    for run in range(repeats):
+        for route, work in routes.items():
+            if route == "loclin" or run < 2:
+                times[route].append(timed(work))
+                rates.append(matmul_rate())
+    limit = flops / max(rates)
+    best = {route: min(seconds) for route, seconds in times.items()}
+    label = f"{name}, {length} tokens"
+    rows = [Row(f"{label}: matmul limit at {max(rates) / 1e9:.0f} Gflop/s", limit, "s")]
+    for route, seconds in best.items():
+        demand = 1.3 if route == "loclin" else None
+        rows.append(Row(f"{label}: {route}", seconds, "s", "matmul limit", seconds / limit, demand))
+        if route != "loclin":
+            rows.append(Row(f"{label}: loclin", best["loclin"], "s", route, best["loclin"] / seconds))
+            error = ((routes[route]() - reference).norm() / reference.norm()).item()
+            rows.append(Row(f"{label}: difference from {route}", error, "relative", demand=1e-5))
+    allowed = reference.nbytes + BUDGET
+    for route, work in routes.items():
+        peak = extra_peak_bytes(work)
+        demand = 1.0 if route == "loclin" else None
+        rows.append(Row(f"{label}: {route}, peak memory", peak / 1e6, "MB", "J + budget", peak / allowed, demand))
+    return rows
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    names = ["smollm2-135m"] if options.quick else ["smollm2-135m", "gemma-3-270m"]
+    rows = [row for name in names for row in measure(name, repeats=3 if options.quick else 7)]
+    report("dense", rows, options.check)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Explicit links: a layer's backward products from its weights and held coefficients, without autograd.
+
+A position-wise MLP at position t is one matrix M_t = I + C_out W_down A_t W_up C_in (C: norms, A_t: held activations).
+Pushing n columns through its factors costs 4 n d f flops; forming M_t once costs 2 d^2 f and applying it 2 n d^2. From
+about n = 0.6 d on forming is cheaper, and there is nothing element-wise left to do. Attention skips Q and K.
+
+The coefficients are read off the generic link's own frozen graph, so every rule and gate split holds here too. A random
+column goes along with every block, and is compared with the generic link's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loclin.errors import NotExactError
+from loclin.freeze import frozen
+from loclin.link import LayerLink, batched_vjp
+from loclin.models.layout import Weights
+
+_AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def worth_it(link: LayerLink, columns: int) -> bool:
+    """Whether a layer has explicit products, and this many columns make forming its matrices cheaper."""
+    weights = link.layout.weights
+    if weights is None or link.hold.ordinary or columns == 0:
+        return False
+    parts = [link.module.get_submodule(path) for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)]
+    linear = [part for part in parts if type(part) is nn.Linear and part.weight.dtype in _AGREEMENT]
+    if len(linear) < len(parts):
+        return False
+    f, d = linear[3].weight.shape
+    return columns * (2 * f - d) > d * f
+
+
+@dataclass(frozen=True)
+class _Coefficients:
+    """What is held in one layer: norms `[T, d]`, the MLP's branches `[T, f]`, attention `[H, T, T]`."""
+
+    attn_in: Tensor
+    attn_out: Tensor | None
+    mlp_in: Tensor
+    mlp_out: Tensor | None
+    up: Tensor | None
+    gate: Tensor | None
+    probs: Tensor
+
+
+class ExplicitLayer:
+    """One layer's explicit backward products; see the module's text. Memory: its coefficients, and one d x d matrix."""
+
+    def __init__(self, link: LayerLink) -> None:
+        weights = link.layout.weights
+        assert weights is not None
+        self._name = link.name
+        self._v, self._o, self._gate, self._up, self._down = (
+            link.module.get_parameter(f"{path}.weight").detach()
+            for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)
+        )
+        self._held, self._input, self._output = self._read(link, weights)
+
+    def _read(self, link: LayerLink, weights: Weights) -> tuple[_Coefficients, Tensor, Tensor]:
+        """Run the layer frozen and read every coefficient off its graph; also the graph's two ends."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def remember(path: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                seen[path] = (args[0], output)
+
+            return hook
+
+        x = link.call.hidden.detach().clone().requires_grad_()
+        with torch.enable_grad(), frozen(link.module, link.hold, name=link.name) as attention:
+            paths = {path for path in vars(weights).values() if path is not None}
+            handles = [link.module.get_submodule(path).register_forward_hook(remember(path)) for path in paths]
+            try:
+                post = link.call(link.module, x)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        def diagonal(path: str | None) -> Tensor | None:
+            return None if path is None else _diagonal(seen[path][1], seen[path][0])
+
+        inner = seen[weights.down][0]
+        (probs,) = attention.values()
+        attn_in, mlp_in = diagonal(weights.attn_norm), diagonal(weights.mlp_norm)
+        assert attn_in is not None
+        assert mlp_in is not None
+        held = _Coefficients(
+            attn_in=attn_in,
+            attn_out=diagonal(weights.attn_post),
+            mlp_in=mlp_in,
+            mlp_out=diagonal(weights.mlp_post),
+            up=_diagonal(inner, seen[weights.up][1]),
+            gate=_diagonal(inner, seen[weights.gate][1]),
+            probs=probs[0],
+        )
+        return held, x, post
+
+    def _compare(self, cotangent: Tensor, pulled: Tensor) -> None:
+        """Refuse when the generic link pulls a column `[T, 1, d]` somewhere else."""
+        (generic,) = batched_vjp([self._output], [self._input], [cotangent.transpose(0, 1)[None]])
+        assert generic is not None
+        error = ((pulled.transpose(0, 1) - generic[0]).norm() / generic.norm()).item()
+        if not error <= _AGREEMENT[pulled.dtype]:
+            raise NotExactError(f"{self._name}: explicit and generic products differ by {error:.1e}")
+
+    def vjp(self, block: Float[Tensor, "n T d"], active: slice, chunk: int | None) -> slice:
+        """Pull a block of cotangents through the layer, in place.
+
+        Parameters
+        ----------
+        block
+            The cotangents; those outside `active` are zero. Fastest when its memory is laid out as `[T, n, d]`.
+        active
+            The positions that have cotangents.
+        chunk
+            How many columns at a time.
+
+        Returns
+        -------
+        slice
+            The positions that have cotangents now: all up to the last one.
+
+        Notes
+        -----
+        Cost: 2 T d^2 (f + n) flops for the MLP, 2 n T d (H + H_kv) d_head for V and O, 2 n T^2 H d_head for mixing.
+        """
+        check = torch.zeros_like(self._output).transpose(0, 1)
+        random = torch.Generator().manual_seed(0)
+        check[active] = torch.randn(check[active].shape, generator=random, dtype=check.dtype).to(check.device)
+        pulled = check.clone()
+        chunks = [*block.transpose(0, 1).split(chunk or len(block), dim=1), pulled]
+        for t in range(active.start, active.stop):
+            M = self._mlp(t)
+            for part in chunks:
+                part[t] = part[t].to(M.device) @ M
+        reached = slice(0, active.stop)
+        for part in chunks:
+            part[reached] += self._attention(part[active], active, reached).to(part.device)
+        self._compare(check, pulled)
+        return reached
+
+    def _mlp(self, t: int) -> Float[Tensor, "d d"]:
+        """M_t, the residual stream included."""
+        held = self._held
+        inner = torch.zeros(()) if held.up is None else held.up[t, :, None] * self._up
+        if held.gate is not None:
+            through_gate = held.gate[t, :, None] * self._gate
+            inner = through_gate if held.up is None else inner.add_(through_gate)
+        M = self._down @ inner
+        if held.mlp_out is not None:
+            M *= held.mlp_out[t, :, None]
+        M *= held.mlp_in[t]
+        M.diagonal().add_(1.0)
+        return M
+
+    def _attention(self, cotangents: Tensor, active: slice, reached: slice) -> Float[Tensor, "S n d"]:
+        held = self._held
+        G = cotangents.to(self._o.device)
+        if held.attn_out is not None:
+            G = G * held.attn_out[active, None]
+        n_heads = held.probs.shape[0]
+        d_head = self._o.shape[1] // n_heads
+        n_kv = self._v.shape[0] // d_head
+        length, n, _ = G.shape
+        by_head = (G @ self._o).view(length, n, n_kv, -1, d_head).permute(2, 3, 0, 1, 4).reshape(n_kv, -1, n * d_head)
+        probs = held.probs[:, active, reached].reshape(n_kv, -1, reached.stop)
+        mixed = (probs.transpose(1, 2) @ by_head).view(n_kv, reached.stop, n, d_head)
+        values = mixed.permute(1, 2, 0, 3).reshape(reached.stop, n, n_kv * d_head)
+        return (values @ self._v).mul_(held.attn_in[reached, None])
+
+
+def _diagonal(output: Tensor, source: Tensor) -> Tensor | None:
+    """The factors `[T, n]` of an element-wise linear operation; None where nothing flows."""
+    (factors,) = torch.autograd.grad(output.sum(), source, retain_graph=True, allow_unused=True)
+    return None if factors is None else factors[0]
