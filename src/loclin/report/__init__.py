@@ -1,0 +1,1 @@
+"""Results for people: terminal tables, a self-contained HTML page, notebook display, and files written whole."""
