@@ -1,4 +1,4 @@
-"""The plotly figures of an explanation. Colours that depend on light or dark are left to the page's own script."""
+"""The plotly figures of an explanation; colours that depend on light or dark are left to the page."""
 
 from __future__ import annotations
 
@@ -42,12 +42,9 @@ def figures(explanation: Explanation) -> dict[str, Any]:
         "spectra": _spectra(explanation, go),
     }
     for figure in drawn.values():
+        clear = "rgba(0,0,0,0)"
         figure.update_layout(
-            template="none",
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            margin={"l": 56, "r": 12, "t": 12, "b": 48},
-            hoverlabel={"align": "left"},
+            template="none", paper_bgcolor=clear, plot_bgcolor=clear, hoverlabel={"align": "left"}
         )
     return drawn
 
@@ -77,7 +74,10 @@ def _shares(explanation: Explanation, go: Any) -> Any:
             y=np.array(shares, dtype=np.float32),
             marker={
                 "color": [POSITIVE if share >= 0 else NEGATIVE for share in shares[:-1]] + [NEUTRAL],
-                "pattern": {"shape": ["/" if token.is_sink else "" for token in tokens] + [""], "solidity": 0.25},
+                "pattern": {
+                    "shape": ["/" if token.is_sink else "" for token in tokens] + [""],
+                    "solidity": 0.25,
+                },
             },
             hovertext=notes,
             hoverinfo="text",
@@ -85,7 +85,11 @@ def _shares(explanation: Explanation, go: Any) -> Any:
     )
     named = len(names) <= NAMED_TICKS
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": names} if named else {}
-    figure.update_layout(showlegend=False, bargap=0.25 if named else 0.05, margin={"b": 72 if named else 48})
+    figure.update_layout(
+        showlegend=False,
+        bargap=0.25 if named else 0.05,
+        margin={"l": 60, "r": 12, "t": 12, "b": 56 if named else 48},
+    )
     figure.update_xaxes(title=None if named else "token", showgrid=False, automargin=True, **ticks)
     figure.update_yaxes(title="share of the logit", zeroline=True)
     return figure
@@ -93,7 +97,7 @@ def _shares(explanation: Explanation, go: Any) -> Any:
 
 def _numbers(token: TokenExplanation) -> str:
     return (
-        f"share {signed(token.share)}<br>‖J‖F {number(token.frobenius_norm)}"
+        f"share {signed(token.share)}<br>Frobenius norm {number(token.frobenius_norm)}"
         f"<br>stable rank {number(token.stable_rank)}"
     )
 
@@ -106,13 +110,23 @@ def _scatter(explanation: Explanation, go: Any) -> Any:
     low, high = float(y.min()), float(y.max())
     figure = go.Figure(
         go.Scatter(
-            x=[low, high], y=[low, high], mode="lines", line={"color": NEUTRAL, "width": 1, "dash": "dot"},
-            name="exact", hoverinfo="skip",
+            x=[low, high],
+            y=[low, high],
+            mode="lines",
+            line={"color": NEUTRAL, "width": 1, "dash": "dot"},
+            name="exact",
+            hoverinfo="skip",
         )
     )
     for name, values, problem, colour, symbol in (
         ("ordinary Jacobian", explanation.ordinary, explanation.ordinary_error, NEGATIVE, "diamond-open"),
-        ("frozen map Jx + b", explanation.reconstruction, explanation.certificate.std_error, POSITIVE, "circle"),
+        (
+            "frozen map Jx + b",
+            explanation.reconstruction,
+            explanation.certificate.std_error,
+            POSITIVE,
+            "circle",
+        ),
     ):
         figure.add_trace(
             go.Scatter(
@@ -125,7 +139,10 @@ def _scatter(explanation: Explanation, go: Any) -> Any:
                 hovertemplate="unit %{customdata}<br>model %{x:.5g}<br>rebuilt %{y:.5g}<extra></extra>",
             )
         )
-    figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, margin={"t": 64})
+    figure.update_layout(
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        margin={"l": 60, "r": 12, "t": 64, "b": 48},
+    )
     figure.update_xaxes(title="the model's output, each unit")
     figure.update_yaxes(title="rebuilt")
     return figure
@@ -154,9 +171,13 @@ def _spectra(explanation: Explanation, go: Any) -> Any:
                 hovertemplate="%{fullData.name}<br>σ%{x} = %{y:.3g} σ1<extra></extra>",
             )
         )
-    figure.update_layout(showlegend=True, legend={"maxheight": 0.9})
+    figure.update_layout(
+        showlegend=True, legend={"maxheight": 0.9}, margin={"l": 76, "r": 12, "t": 36, "b": 48}
+    )
     figure.update_xaxes(title="singular value, the largest first")
-    figure.update_yaxes(title="σ / σ1", type="log", exponentformat="power", dtick=1 if _short(tokens) else None)
+    figure.update_yaxes(
+        title="σ / σ1", type="log", exponentformat="power", dtick=1 if _short(tokens) else None
+    )
     return figure
 
 
@@ -169,11 +190,15 @@ def _short(tokens: list[TokenExplanation]) -> bool:
 def spectrum_points(explanation: Explanation) -> int:
     """Count the points that each spectrum may have: all of them up to `FULL_SPECTRA` tokens, fewer beyond."""
     length = max(len(token.singular_values) for token in explanation.tokens)
-    return length if len(explanation.tokens) <= FULL_SPECTRA else min(length, SPECTRUM_POINTS // len(explanation.tokens))
+    return (
+        length
+        if len(explanation.tokens) <= FULL_SPECTRA
+        else min(length, SPECTRUM_POINTS // len(explanation.tokens))
+    )
 
 
 def _thinned(length: int, most: int) -> Any:
-    """Choose about `most` of `length` places, the first ones all: half of them evenly, half ever further apart."""
+    """Choose about `most` of `length` places: half of them evenly, half ever further apart."""
     if length <= most:
         return np.arange(length)
     even = np.linspace(0, length - 1, most // 2)

@@ -20,9 +20,10 @@
 
   function words(side, list) {
     const cell = element("td", side);
-    for (const [text, score, depth] of list) {
+    const top = Math.max(...list.map(([, score]) => Math.abs(score))) || 1;
+    for (const [text, score] of list) {
       const hit = element("span", "hit", element("span", "word", ...tokenText(text)), element("span", "score", score));
-      hit.style.setProperty("--s", depth);
+      hit.style.setProperty("--s", Math.max(score, 0) / top);
       hit.title = "score " + score;
       cell.append(hit);
     }
@@ -97,6 +98,7 @@
       "font.color": colour("--ink"), "font.family": getComputedStyle(document.body).fontFamily, "font.size": 13,
       "hoverlabel.bgcolor": colour("--card"), "hoverlabel.bordercolor": colour("--line"), "hoverlabel.font.color": colour("--ink"),
       "legend.bgcolor": "rgba(0,0,0,0)",
+      "modebar.bgcolor": "rgba(0,0,0,0)", "modebar.color": colour("--soft"), "modebar.activecolor": colour("--ink"),
     };
     for (const [key, value] of Object.entries(axis)) theme["xaxis." + key] = theme["yaxis." + key] = value;
     return theme;
@@ -116,7 +118,7 @@
     if (coarse) layout.dragmode = false;
     if (plot === "spectra" && narrow.matches) layout.legend = { orientation: "h", y: -0.2, maxheight: 0.25 };
     Plotly.newPlot(plot, traces, layout, {
-      displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      displaylogo: false, responsive: true, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
     });
   }
   retheme();

@@ -19,6 +19,7 @@ from loclin.report.output import write_text
 from loclin.report.text import SPACE, error, number, percent, sigmas, signed, visible
 
 _SHORT = 60
+_WORD = 28
 
 
 def explanation_html(explanation: Explanation) -> str:
@@ -93,7 +94,7 @@ def _token(index: int, token: TokenExplanation) -> dict[str, Any]:
         "sink": token.is_sink,
         "facts": [
             ["share of the logit", signed(token.share)],
-            ["‖J‖F", number(token.frobenius_norm)],
+            ["Frobenius norm", number(token.frobenius_norm)],
             ["stable rank", number(token.stable_rank)],
             ["token id", str(token.id)],
         ],
@@ -118,9 +119,7 @@ def _unit(unit: Unit) -> dict[str, Any]:
 
 
 def _words(words: Words) -> list[list[Any]]:
-    """Give each word its score as text and its depth of colour: the score over the largest of its list."""
-    top = max((abs(score) for _, score in words), default=0.0) or 1.0
-    return [[visible(text), number(score), round(max(score, 0.0) / top, 2)] for text, score in words]
+    return [[visible(text, _WORD), float(f"{score:.3g}")] for text, score in words]
 
 
 def _first_selected(tokens: list[TokenExplanation]) -> int:
@@ -132,37 +131,42 @@ def _first_selected(tokens: list[TokenExplanation]) -> int:
 def _certificate(explanation: Explanation) -> str:
     certificate = explanation.certificate
     culprits = "".join(
-        f"<li><code>{escape(culprit.module)}</code> ({escape(culprit.kind)}): error {error(culprit.error)}</li>"
-        for culprit in certificate.culprits
+        f"<li><code>{escape(c.module)}</code> ({escape(c.kind)}): error {error(c.error)}</li>"
+        for c in certificate.culprits
     )
-    rows = "".join(_check(check) for check in checks(certificate))
-    for name, value, meaning in (
-        ("std error", certificate.std_error, "std(Jx + b − y) / std(y): the paper's metric."),
-        ("ordinary Jacobian", explanation.ordinary_error, "The same metric when nothing is held."),
-        ("bias share", certificate.bias_share, "|b| / |y|: how much of the output comes from biases."),
-    ):
-        rows += f'<tr class="aside">{_named(name, meaning)}<td class="num">{error(value)}</td><td></td><td></td></tr>'
-    return (
-        f"{parts.verdict(explanation)}"
-        f"{f'<p>Not linear, although their coefficients are held:</p><ul>{culprits}</ul>' if culprits else ''}"
-        '<table class="checks"><thead><tr><th scope="col">check</th><th scope="col">error</th>'
-        '<th scope="col">at most</th><th scope="col"><span class="unseen">passed</span></th></tr></thead>'
-        f"<tbody>{rows}</tbody></table>"
+    if culprits:
+        culprits = f"<p>Not linear, although their coefficients are held:</p><ul>{culprits}</ul>"
+    asides = (
+        (
+            "std error",
+            "std(Jx + b − y) / std(y)",
+            "The paper's metric for the frozen map.",
+            certificate.std_error,
+        ),
+        ("ordinary Jacobian", "the same", "What it is when nothing is held.", explanation.ordinary_error),
+        ("bias share", "|b| / |y|", "How much of the output comes from biases.", certificate.bias_share),
     )
+    tiles = [_check(check) for check in checks(certificate)]
+    tiles += [
+        _tile("aside", name, symbols, meaning, error(value)) for name, symbols, meaning, value in asides
+    ]
+    return f'{parts.verdict(explanation)}{culprits}<ul class="checks">{"".join(tiles)}</ul>'
 
 
 def _check(check: Check) -> str:
     kind, mark, said = ("yes", "✓", "passed") if check.passed else ("no", "✗", "failed")
-    return (
-        f"<tr>{_named(check.name, check.meaning, check.formula)}"
-        f'<td class="num">{check.value}</td><td class="num limit">{check.limit}</td>'
-        f'<td class="{kind}"><span aria-hidden="true">{mark}</span><span class="unseen">{said}</span></td></tr>'
+    limit = (
+        f' <small>at most {check.limit}</small> <span class="mark" aria-hidden="true">{mark}</span>'
+        f'<span class="unseen">{said}</span>'
     )
+    return _tile(kind, check.name, check.formula, check.meaning, check.value + limit)
 
 
-def _named(name: str, meaning: str, formula: str = "") -> str:
-    symbols = f" <code>{escape(formula)}</code>" if formula else ""
-    return f'<th scope="row">{name}{symbols}<small>{escape(meaning)}</small></th>'
+def _tile(kind: str, name: str, symbols: str, meaning: str, value: str) -> str:
+    return (
+        f'<li class="{kind}"><div><b>{name}</b> <code>{escape(symbols)}</code></div>'
+        f'<div class="value">{value}</div><small>{escape(meaning)}</small></li>'
+    )
 
 
 def _options(explanation: Explanation) -> str:

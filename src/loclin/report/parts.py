@@ -1,4 +1,4 @@
-"""Pieces of HTML that the page and the notebook share. Everything that comes from a model or a prompt is escaped."""
+"""Pieces of HTML that the page and the notebook share; what comes from a model or a prompt is escaped."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ def _chip(index: int, part: TokenExplanation, full: float, tag: str) -> str:
     button = f' type="button" data-token="{index}" aria-pressed="false"' if tag == "button" else ""
     numbers = escape(describe(index, part))
     end = "<br>" if part.text.endswith("\n") else ""
-    return (
-        f'<{tag} class="{kinds}" style="--a:{depth:.2f}" title="{numbers}"{button}>{token(part.text)}</{tag}>{end}'
-    )
+    start = f'<{tag} class="{kinds}" style="--a:{depth:.2f}" title="{numbers}"{button}>'
+    return f"{start}{token(part.text)}</{tag}>{end}"
 
 
 def describe(index: int, part: TokenExplanation) -> str:
     """Put a token's numbers into a line."""
     sink = ", attention sink" if part.is_sink else ""
     return (
-        f"token {index} {visible(part.text)}{sink}: share {signed(part.share)}, ‖J‖F {number(part.frobenius_norm)}, "
-        f"stable rank {number(part.stable_rank)}"
+        f"token {index} {visible(part.text)}{sink}: share {signed(part.share)}, Frobenius norm "
+        f"{number(part.frobenius_norm)}, stable rank {number(part.stable_rank)}"
     )
 
 
@@ -66,7 +65,8 @@ def verdict(explanation: Explanation) -> str:
     return (
         f'<p class="verdict {kind}"><strong>{name}</strong> reconstruction error '
         f"{error(certificate.reconstruction_error)}, forward {forward}. "
-        f"Std error {error(certificate.std_error)}; the ordinary Jacobian's is {error(explanation.ordinary_error)}.</p>"
+        f"Std error {error(certificate.std_error)}; "
+        f"the ordinary Jacobian's is {error(explanation.ordinary_error)}.</p>"
     )
 
 
@@ -88,7 +88,7 @@ def token_table(explanation: Explanation, shown: list[int] | None = None, words:
     logit = number(explanation.target["logit"])
     note = f"= the logit, {logit}; rounding {error(abs(explanation.share_residual))}"
     rows.append(_sum_row("total", total, note))
-    heads = ("", "token", "share", "‖J‖<sub>F</sub>", "stable rank", "writes (σ1)", "reads (σ1)")
+    heads = ("", "token", "share", "norm", "stable rank", "writes (σ1)", "reads (σ1)")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     return f'<table class="tokens"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
@@ -104,8 +104,9 @@ def _token_row(index: int, part: TokenExplanation, words: int) -> str:
     return (
         f'<tr data-token="{index}"><td class="num">{index}</td>'
         f'<th scope="row"><span class="word">{token(part.text, 24)}</span>{sink}</th>'
-        f'<td class="num {"neg" if part.share < 0 else "pos"}">{signed(part.share)}</td>'
-        f'<td class="num">{number(part.frobenius_norm)}</td><td class="num">{number(part.stable_rank)}</td>{sides}</tr>'
+        f'<td class="num">{signed(part.share)}</td>'
+        f'<td class="num">{number(part.frobenius_norm)}</td>'
+        f'<td class="num">{number(part.stable_rank)}</td>{sides}</tr>'
     )
 
 
