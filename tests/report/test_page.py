@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from loclin.analyses.explain import Explanation
 from loclin.errors import OutputError
 from loclin.report import explanation_fragment, explanation_html, write_html
-from loclin.report.figures import NEGATIVE, POSITIVE, SPECTRUM_POINTS
+from loclin.report.figures import NEGATIVE, POSITIVE, SPECTRUM_POINTS, plotly_script
 from loclin.report.page import embedded
 from loclin.report.text import visible
 
@@ -66,6 +67,14 @@ def numbers(field: Any) -> list[float]:
     return list(field)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def light() -> Iterator[None]:
+    """Leave plotly's own five megabytes out of the pages, to take them apart quickly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loclin.report.page.plotly_script", lambda: "/* plotly */")
+        yield
+
+
 @pytest.fixture(scope="module")
 def page() -> Page:
     return Page(explanation_html(explanation()))
@@ -111,6 +120,8 @@ def test_a_hostile_token_is_only_text(page: Page) -> None:
     assert page.data["tokens"][2]["text"] == visible(HOSTILE)
     (bars,) = page.data["figures"]["shares"]["data"]
     assert "&lt;/script&gt;" in bars["hovertext"][2]
+    names = page.data["figures"]["shares"]["layout"]["xaxis"]["ticktext"]
+    assert not set("<%$") & set("".join(names)), "nothing that plotly would interpret"
     assert "[bold]the first word <i>carries</i> the sink" in page.text
 
 
@@ -184,6 +195,12 @@ def test_without_plotly_the_fix_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(OutputError, match=r'pip install "loclin\[html\]"'):
         write_html(explanation(), tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_plotly_is_whole_and_cannot_end_its_element() -> None:
+    script = plotly_script()
+    assert "newPlot" in script
+    assert "</script" not in script.lower()
 
 
 def test_write_html(tmp_path: Path) -> None:

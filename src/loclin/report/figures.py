@@ -57,8 +57,8 @@ def plotly_script() -> str:
 
 
 def label(token: TokenExplanation) -> str:
-    """Name a token in a figure; plotly reads a few HTML tags and entities, so it is escaped."""
-    return html.escape(visible(token.text, 24))
+    """Name a token in a figure, where plotly reads a few HTML tags, %{templates} and $formulas$."""
+    return html.escape(visible(token.text, 24)).replace("%", "&#37;").replace("$", "&#36;")
 
 
 def _shares(explanation: Explanation, go: Any) -> Any:
@@ -176,12 +176,12 @@ def _spectra(explanation: Explanation, go: Any) -> Any:
     )
     figure.update_xaxes(title="singular value, the largest first")
     figure.update_yaxes(
-        title="σ / σ1", type="log", exponentformat="power", dtick=1 if _short(tokens) else None
+        title="σ / σ1", type="log", exponentformat="power", dtick=1 if _few_decades(tokens) else None
     )
     return figure
 
 
-def _short(tokens: list[TokenExplanation]) -> bool:
+def _few_decades(tokens: list[TokenExplanation]) -> bool:
     """Whether all spectra together span few enough decades to name each one."""
     positive = [v / t.singular_values[0] for t in tokens for v in t.singular_values if v > 0]
     return bool(positive) and min(positive) > 1e-10

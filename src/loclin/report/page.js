@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const plots = ["shares", "scatter", "spectra"];
-  let selected = -1;
+  let selected = -1, shownBefore = true;
 
   // Text from a model enters the page only as text, never as HTML.
   function element(tag, className, ...children) {
@@ -79,15 +79,18 @@
     emphasise(before);
   }
 
-  // The selected token's bar gets an outline, its spectrum a bold line.
+  // The selected token's bar gets an outline, its spectrum a bold line; deselected, it is shown or hidden as before.
   function emphasise(before) {
     const bars = data.tokens.map((_, i) => (i === selected ? 2.5 : 0));
     Plotly.restyle("shares", { "marker.line.width": [bars], "marker.line.color": colour("--ink") });
-    const traces = data.figures.spectra.data;
+    const traces = byId("spectra").data;
     const find = (token) => traces.findIndex((trace) => trace.meta === token);
-    const last = find(before), now = find(selected);
-    if (last >= 0) Plotly.restyle("spectra", { "line.width": 1.5 }, [last]);
-    if (now >= 0) Plotly.restyle("spectra", { "line.width": 4, visible: true }, [now]);
+    const last = find(before);
+    if (last >= 0) Plotly.restyle("spectra", { "line.width": 1.5, visible: shownBefore }, [last]);
+    const now = find(selected);
+    if (now < 0) return;
+    shownBefore = traces[now].visible;
+    Plotly.restyle("spectra", { "line.width": 4, visible: true }, [now]);
   }
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
