@@ -1,0 +1,29 @@
+"""An explanation in a notebook: static HTML, without scripts, in the notebook's own colours."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from loclin.analyses.explain import Explanation
+from loclin.report import parts
+from loclin.report.choose import largest
+
+ROWS = 24
+PREDICTIONS = 5
+
+
+def explanation_fragment(explanation: Explanation) -> str:
+    """Write an explanation as a compact piece of HTML for a notebook's output, without scripts.
+
+    Of a long prompt the table shows the tokens with the largest |share|, and says so.
+    """
+    tokens = explanation.tokens
+    shown = largest(tokens, ROWS)
+    style = files("loclin.report").joinpath("notebook.css").read_text("utf-8")
+    warnings = parts.warnings(explanation)
+    return (
+        f'<div class="loclin"><style>{style}</style>'
+        f'<div class="chips">{parts.chips(explanation)}</div>'
+        f"{parts.predictions(explanation, PREDICTIONS)}{parts.verdict(explanation)}{warnings}"
+        f'<div class="scroll">{parts.token_table(explanation, shown)}</div></div>'
+    )

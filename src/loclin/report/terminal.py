@@ -1,0 +1,119 @@
+"""An explanation on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.text import Text
+
+from loclin.analyses.explain import Explanation
+from loclin.report.checks import checks
+from loclin.report.terminal_tables import block_table, share_table, token_text, unit_table
+from loclin.report.text import error, percent
+
+PROMPT_HEAD, PROMPT_TAIL = 40, 80
+"""How much of a prompt is shown when it is longer than both together: its beginning and its end."""
+RUNNERS_UP = 4
+WIDEST = 120
+
+
+def render_explanation(explanation: Explanation, console: Console, top: int = 3) -> None:
+    """Print an explanation: prediction, certificate, shares, singular vectors, rows and columns, warnings.
+
+    Parameters
+    ----------
+    explanation
+        From `loclin.analyses.explain.explain`.
+    console
+        Where to print; colours follow it, and nothing depends on them.
+    top
+        How many singular blocks of each token to show.
+    """
+    width = min(console.width, WIDEST)
+    parts: list[Any] = [
+        _prompt(explanation),
+        _prediction(explanation),
+        _verdict(explanation),
+        Text(),
+        _heading("Which tokens drive it", "share of the logit: J_i x_i through the head"),
+        share_table(explanation, roomy=width >= 100),
+        Text(),
+        _heading("What each token's map writes and reads", "its singular vectors"),
+        *block_table(explanation, top),
+        Text(),
+        _heading("Rows and columns of largest norm", "the largest of each"),
+        *unit_table(explanation),
+        Text(),
+        *(_warning(warning) for warning in explanation.warnings),
+        _settings(explanation),
+    ]
+    console.print(Group(*parts), width=width)
+
+
+def _warning(warning: str) -> Panel:
+    return Panel(Text(warning), title="warning", title_align="left", border_style="yellow")
+
+
+def _heading(title: str, note: str) -> Rule:
+    return Rule(Text.assemble((title, "bold"), (f"  {note}", "dim")), align="left", style="dim")
+
+
+def _prompt(explanation: Explanation) -> Text:
+    """Write the prompt token by token: every gap is a boundary, since its own spaces are drawn."""
+    tokens = explanation.tokens
+    shown = [token_text(token.text, "bold", token.is_sink) for token in tokens]
+    hidden = len(tokens) - PROMPT_HEAD - PROMPT_TAIL
+    if hidden > 0:
+        shown[PROMPT_HEAD:-PROMPT_TAIL] = [Text(f"… {hidden} more tokens …", "dim italic")]
+    return Text(" ").join(shown)
+
+
+def _prediction(explanation: Explanation) -> Text:
+    target = explanation.target
+    line = Text("→ ", "bold green")
+    line.append_text(token_text(target["text"], "bold green"))
+    line.append(f" {percent(target['probability'])}", "green")
+    chosen = (target["text"], target["probability"])
+    others = [word for word in explanation.predictions if word != chosen]
+    for i, (text, probability) in enumerate(others[:RUNNERS_UP]):
+        line.append("   then " if i == 0 else "  ", "dim")
+        line.append_text(token_text(text, ""))
+        line.append(f" {percent(probability)}", "dim")
+    return line
+
+
+def _verdict(explanation: Explanation) -> Text:
+    certificate = explanation.certificate
+    reconstruction, forward, *_ = found = checks(certificate)
+    name, style = ("EXACT", "bold green") if certificate.passed else ("NOT EXACT", "bold red")
+    line = Text.assemble(
+        (name, style),
+        f" reconstruction {reconstruction.value}, forward {forward.value}",
+        f", std {error(certificate.std_error)}",
+        (f" (ordinary {error(explanation.ordinary_error)})", "dim"),
+    )
+    for check in found:
+        if not check.passed:
+            line.append(f"\n  {check.name} error {check.value} is beyond {check.limit}", "red")
+    for culprit in certificate.culprits:
+        text = f"{culprit.module} ({culprit.kind}) is not linear: error {error(culprit.error)}"
+        line.append(f"\n  {text}", "red")
+    return line
+
+
+def _settings(explanation: Explanation) -> Text:
+    model, settings = explanation.model, explanation.settings
+    versions = " ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
+    facts = [
+        str(model.get("name", "")),
+        str(model.get("dtype", "")),
+        f"gate {settings.get('gate')}",
+        f"precision {settings.get('precision')}",
+        f"position {settings.get('position')}",
+        f"{settings.get('source')} → {settings.get('target')}",
+        versions,
+    ]
+    return Text(" · ".join(fact for fact in facts if fact), "dim")

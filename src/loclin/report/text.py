@@ -1,0 +1,58 @@
+"""Tokens and numbers as text that a person can read, the same on a terminal and on a page."""
+
+from __future__ import annotations
+
+SPACE, NEWLINE, TAB, EMPTY = "·", "↵", "⇥", "∅"
+MARKS = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
+
+
+def visible(text: str, limit: int | None = None) -> str:
+    """Draw a token's whitespace, and leave nothing in it that could act on a terminal or reorder a line.
+
+    Characters that do not print, and the marks themselves, are written as Python escapes, so that a mark
+    always means what it stands for.
+
+    Parameters
+    ----------
+    text
+        A token's text.
+    limit
+        The most characters to show; longer tokens end in an ellipsis.
+    """
+    shown = "".join(MARKS[c] if c in MARKS else c if _plain(c) else _escaped(c) for c in text) or EMPTY
+    return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _plain(character: str) -> bool:
+    return character.isprintable() and character not in (SPACE, NEWLINE, TAB, EMPTY)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def number(value: float) -> str:
+    """Give four significant digits."""
+    return f"{value:.4g}"
+
+
+def signed(value: float) -> str:
+    """Give a share its sign and three decimals, or its size alone where those would hide it."""
+    hidden = 0 < abs(value) < 5e-4
+    return f"{value:+.0e}" if hidden else f"{value:+.3f}"
+
+
+def error(value: float) -> str:
+    """Give an error's two significant digits."""
+    return "0" if value == 0 else f"{value:.2g}" if value >= 0.01 else f"{value:.1e}"
+
+
+def percent(probability: float) -> str:
+    """Give a probability in per cent."""
+    return f"{100 * probability:.1f} %"
+
+
+def sigmas(indices: list[int]) -> str:
+    """Name a singular block, counted from 1: σ3, or σ3≈σ4 where the values are near-equal."""
+    names = [f"σ{i + 1}" for i in indices]
+    return "≈".join(names) if len(names) <= 3 else f"{names[0]}≈…≈{names[-1]}"
