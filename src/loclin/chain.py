@@ -19,9 +19,9 @@ from loclin.link import HeadLink, LayerLink, NormLink
 from loclin.points import Point
 from loclin.trace import Trace
 
-_CHUNK_ROWS = 1344
-"""Rows (columns times positions) of one matrix product on a CPU: enough for its full speed, few enough that what it
-makes is still in the cache when the next operation reads it, and that the allocator reuses its pages."""
+_CHUNK_ROWS = 4096
+"""Rows (columns times positions) of one matrix product on a CPU: enough for its full speed; more only takes more
+memory."""
 _CHUNK_ROWS_ACCELERATOR = 65536
 
 
@@ -106,13 +106,13 @@ class Chain:
         # laid out as [T, n, d]: what belongs to one position is then one matrix
         pulled = cotangents.new_zeros((trace.length, len(cotangents), trace.width)).transpose(0, 1)
         pulled[:, position] = cotangents
-        active = slice(position, position + 1)
+        active, workspace = slice(position, position + 1), explicit.Workspace()
         yield pulled
         for index, below, above in reversed(self.steps(source, target)):
             link = self.layers[index]
             whole = (below, above) == ("resid_pre", "resid_post")
             if whole and self.explicit and explicit.worth_it(link, len(pulled)):
-                active = explicit.ExplicitLayer(link).vjp(pulled, active, chunk)
+                active = explicit.ExplicitLayer(link, workspace).vjp(pulled, active, chunk)
             else:
                 pulled = _through(link.vjp, pulled, below, above, chunk)
                 active = slice(0, trace.length)

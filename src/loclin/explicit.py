@@ -10,6 +10,7 @@ column goes along with every block, and is compared with the generic link's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from loclin.freeze import frozen
 from loclin.link import LayerLink, batched_vjp
 from loclin.models.layout import Weights
 
+_FORMED_NUMBERS = 2**24
+"""Numbers of the matrices that are formed at once."""
 _AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -52,11 +55,12 @@ class _Coefficients:
 
 
 class ExplicitLayer:
-    """One layer's explicit backward products; see the module's text. Memory: its coefficients, and one d x d matrix."""
+    """One layer's explicit backward products. Memory: its coefficients, and what the workspace holds."""
 
-    def __init__(self, link: LayerLink) -> None:
+    def __init__(self, link: LayerLink, workspace: Workspace) -> None:
         weights = link.layout.weights
         assert weights is not None
+        self._workspace = workspace
         self._name = link.name
         self._v, self._o, self._gate, self._up, self._down = (
             link.module.get_parameter(f"{path}.weight").detach()
@@ -137,44 +141,79 @@ class ExplicitLayer:
         check[active] = torch.randn(check[active].shape, generator=random, dtype=check.dtype).to(check.device)
         pulled = check.clone()
         chunks = [*block.transpose(0, 1).split(chunk or len(block), dim=1), pulled]
-        for t in range(active.start, active.stop):
-            M = self._mlp(t)
+        for group in _groups(active, self._down.shape):
+            maps = self._mlp_maps(group)
             for part in chunks:
-                part[t] = part[t].to(M.device) @ M
+                moved = self._room("moved", maps.shape[0], part.shape[1], part.shape[2])
+                part[group] = torch.bmm(part[group].to(maps.device), maps, out=moved)
         reached = slice(0, active.stop)
         for part in chunks:
             part[reached] += self._attention(part[active], active, reached).to(part.device)
         self._compare(check, pulled)
         return reached
 
-    def _mlp(self, t: int) -> Float[Tensor, "d d"]:
-        """M_t, the residual stream included."""
+    def _room(self, name: str, *shape: int) -> Tensor:
+        return self._workspace(name, self._down, *shape)
+
+    def _mlp_maps(self, group: slice) -> Float[Tensor, "g d d"]:
+        """M_t for a group of positions, the residual stream included."""
         held = self._held
-        inner = torch.zeros(()) if held.up is None else held.up[t, :, None] * self._up
-        if held.gate is not None:
-            through_gate = held.gate[t, :, None] * self._gate
-            inner = through_gate if held.up is None else inner.add_(through_gate)
-        M = self._down @ inner
+        f, d = self._up.shape
+        g = group.stop - group.start
+        inner = self._room("inner", f, g, d)
+        branches = [(held.up, self._up), (held.gate, self._gate)]
+        live = [(factors[group].T[:, :, None], weight[:, None]) for factors, weight in branches if factors is not None]
+        torch.mul(*live[0], out=inner)
+        for factors, weight in live[1:]:
+            inner.addcmul_(factors, weight)
+        maps = (
+            torch.mm(self._down, inner.view(f, g * d), out=self._room("maps", d, g * d)).view(d, g, d).transpose(0, 1)
+        )
         if held.mlp_out is not None:
-            M *= held.mlp_out[t, :, None]
-        M *= held.mlp_in[t]
-        M.diagonal().add_(1.0)
-        return M
+            maps *= held.mlp_out[group, :, None]
+        maps *= held.mlp_in[group, None]
+        maps.diagonal(dim1=1, dim2=2).add_(1.0)
+        return maps
 
     def _attention(self, cotangents: Tensor, active: slice, reached: slice) -> Float[Tensor, "S n d"]:
         held = self._held
         G = cotangents.to(self._o.device)
         if held.attn_out is not None:
-            G = G * held.attn_out[active, None]
-        n_heads = held.probs.shape[0]
-        d_head = self._o.shape[1] // n_heads
+            G = torch.mul(G, held.attn_out[active, None], out=self._room("scaled", *G.shape))
+        length, n, d = G.shape
+        n_heads, inner = held.probs.shape[0], self._o.shape[1]
+        d_head = inner // n_heads
         n_kv = self._v.shape[0] // d_head
-        length, n, _ = G.shape
-        by_head = (G @ self._o).view(length, n, n_kv, -1, d_head).permute(2, 3, 0, 1, 4).reshape(n_kv, -1, n * d_head)
+        by_position = torch.mm(G.reshape(-1, d), self._o, out=self._room("by_position", length * n, inner))
+        by_head = self._room("by_head", n_kv, n_heads // n_kv, length, n, d_head)
+        by_head.copy_(by_position.view(length, n, n_kv, -1, d_head).permute(2, 3, 0, 1, 4))
         probs = held.probs[:, active, reached].reshape(n_kv, -1, reached.stop)
-        mixed = (probs.transpose(1, 2) @ by_head).view(n_kv, reached.stop, n, d_head)
-        values = mixed.permute(1, 2, 0, 3).reshape(reached.stop, n, n_kv * d_head)
-        return (values @ self._v).mul_(held.attn_in[reached, None])
+        mixed = probs.transpose(1, 2) @ by_head.view(n_kv, -1, n * d_head)
+        values = mixed.view(n_kv, reached.stop, n, d_head).permute(1, 2, 0, 3).reshape(-1, n_kv * d_head)
+        pulled = torch.mm(values, self._v, out=self._room("pulled", len(values), d)).view(reached.stop, n, d)
+        return pulled.mul_(held.attn_in[reached, None])
+
+
+def _groups(positions: slice, down: torch.Size) -> list[slice]:
+    """Cut positions so that the matrices formed at once stay small beside a memory budget."""
+    d, f = down
+    size = max(1, _FORMED_NUMBERS // (d * (d + f)))
+    return [slice(t, min(t + size, positions.stop)) for t in range(positions.start, positions.stop, size)]
+
+
+class Workspace:
+    """Memory that every layer of a sweep uses again: fresh pages for each product would cost as much as the product."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor; the one given under this name before is overwritten."""
+        numbers = math.prod(shape)
+        room = self._rooms.get(name)
+        if room is None or room.numel() < numbers or room.dtype != like.dtype or room.device != like.device:
+            room = self._rooms[name] = like.new_empty(numbers)
+        return room[:numbers].view(shape)
 
 
 def _diagonal(output: Tensor, source: Tensor) -> Tensor | None:

@@ -51,9 +51,7 @@ class Page(HTMLParser):
             self.text += data
 
     def having(self, name: str, value: str) -> list[dict[str, str | None]]:
-        return [
-            attributes for _, attributes in self.elements if value in (attributes.get(name) or "").split()
-        ]
+        return [attributes for _, attributes in self.elements if value in (attributes.get(name) or "").split()]
 
     @property
     def data(self) -> Any:

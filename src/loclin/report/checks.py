@@ -55,9 +55,7 @@ def checks(certificate: Certificate) -> list[Check]:
             c.bit_identical or c.forward_error <= FORWARD_TOLERANCE,
         ),
         check("adjoint", "⟨u, Jv⟩ = ⟨Jᵀu, v⟩", "The map and its transpose belong together.", c.adjoint_error),
-        check(
-            "linearity", "J(av + w) = aJv + Jw", "It is linear, tried on random vectors.", c.linearity_error
-        ),
+        check("linearity", "J(av + w) = aJv + Jw", "It is linear, tried on random vectors.", c.linearity_error),
         check(
             "second derivative",
             "∂J/∂x = 0",

@@ -43,9 +43,7 @@ def figures(explanation: Explanation) -> dict[str, Any]:
     }
     for figure in drawn.values():
         clear = "rgba(0,0,0,0)"
-        figure.update_layout(
-            template="none", paper_bgcolor=clear, plot_bgcolor=clear, hoverlabel={"align": "left"}
-        )
+        figure.update_layout(template="none", paper_bgcolor=clear, plot_bgcolor=clear, hoverlabel={"align": "left"})
     return drawn
 
 
@@ -171,13 +169,9 @@ def _spectra(explanation: Explanation, go: Any) -> Any:
                 hovertemplate="%{fullData.name}<br>σ%{x} = %{y:.3g} σ1<extra></extra>",
             )
         )
-    figure.update_layout(
-        showlegend=True, legend={"maxheight": 0.9}, margin={"l": 76, "r": 12, "t": 36, "b": 48}
-    )
+    figure.update_layout(showlegend=True, legend={"maxheight": 0.9}, margin={"l": 76, "r": 12, "t": 36, "b": 48})
     figure.update_xaxes(title="singular value, the largest first")
-    figure.update_yaxes(
-        title="σ / σ1", type="log", exponentformat="power", dtick=1 if _few_decades(tokens) else None
-    )
+    figure.update_yaxes(title="σ / σ1", type="log", exponentformat="power", dtick=1 if _few_decades(tokens) else None)
     return figure
 
 
@@ -191,9 +185,7 @@ def spectrum_points(explanation: Explanation) -> int:
     """Count the points that each spectrum may have: all of them up to `FULL_SPECTRA` tokens, fewer beyond."""
     length = max(len(token.singular_values) for token in explanation.tokens)
     return (
-        length
-        if len(explanation.tokens) <= FULL_SPECTRA
-        else min(length, SPECTRUM_POINTS // len(explanation.tokens))
+        length if len(explanation.tokens) <= FULL_SPECTRA else min(length, SPECTRUM_POINTS // len(explanation.tokens))
     )
 
 

@@ -147,9 +147,7 @@ def _certificate(explanation: Explanation) -> str:
         ("bias share", "|b| / |y|", "How much of the output comes from biases.", certificate.bias_share),
     )
     tiles = [_check(check) for check in checks(certificate)]
-    tiles += [
-        _tile("aside", name, symbols, meaning, error(value)) for name, symbols, meaning, value in asides
-    ]
+    tiles += [_tile("aside", name, symbols, meaning, error(value)) for name, symbols, meaning, value in asides]
     return f'{parts.verdict(explanation)}{culprits}<ul class="checks">{"".join(tiles)}</ul>'
 
 
