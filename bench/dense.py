@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import Row, arguments, extra_peak_bytes, matmul_rate, report, timed
 from torch import Tensor, nn
 
 import loclin
+from harness import Row, arguments, extra_peak_bytes, matmul_rate, report, timed
 from loclin.freeze import frozen
 from loclin.linearization import Linearization
 

@@ -113,13 +113,13 @@ def explain(
     """
     with _one_clear_line():
         from loclin import memory as budgets
-        from loclin.report import check_writable, load_plotly, render_explanation, write_html, write_text
+        from loclin.report import check_plotly, check_writable, render_explanation, write_html, write_text
 
         for path in (json, html):
             if path is not None:
                 check_writable(path)
         if html is not None:
-            load_plotly()
+            check_plotly()
         text = sys.stdin.read() if prompt == "-" else prompt
         if not text:
             raise PromptError("the prompt is empty: give some text")

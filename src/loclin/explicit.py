@@ -145,7 +145,7 @@ class ExplicitLayer:
             maps = self._mlp_maps(group)
             for part in chunks:
                 moved = self._room("moved", maps.shape[0], part.shape[1], part.shape[2])
-                part[group] = torch.bmm(part[group].to(maps.device), maps, out=moved)
+                part[group] += torch.bmm(part[group].to(maps.device), maps, out=moved).to(part.device)
         reached = slice(0, active.stop)
         for part in chunks:
             part[reached] += self._attention(part[active], active, reached).to(part.device)
@@ -156,7 +156,7 @@ class ExplicitLayer:
         return self._workspace(name, self._down, *shape)
 
     def _mlp_maps(self, group: slice) -> Float[Tensor, "g d d"]:
-        """M_t for a group of positions, the residual stream included."""
+        """M_t - I for a group of positions: the residual stream is added behind the product, which rounds less."""
         held = self._held
         f, d = self._up.shape
         g = group.stop - group.start
@@ -172,7 +172,6 @@ class ExplicitLayer:
         if held.mlp_out is not None:
             maps *= held.mlp_out[group, :, None]
         maps *= held.mlp_in[group, None]
-        maps.diagonal(dim1=1, dim2=2).add_(1.0)
         return maps
 
     def _attention(self, cotangents: Tensor, active: slice, reached: slice) -> Float[Tensor, "S n d"]:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from loclin.certify import Certificate
@@ -122,6 +123,11 @@ class Explanation:
         """Everything, for JSON."""
         return asdict(self) | {"certificate": self.certificate.to_dict()}
 
+    def _repr_html_(self) -> str:
+        from loclin.report import explanation_fragment  # a later room: when a notebook asks, not before
+
+        return explanation_fragment(self)
+
     def to_json(self) -> str:
         """The explanation as JSON text; floats that are not finite do not occur."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -171,6 +177,9 @@ def explain(
     spectra = J.singular_values()
     progress("words")
     decoder = Decoder(lin.model)
+    blocks = _blocks(svd, J.input, decoder)
+    rows = _units(dense.transpose(0, 1), decoder.reads)
+    columns = _units(dense.permute(1, 2, 0), decoder.writes)
     predictions = lin.next_token_ids(10, at)
     chosen, text, probability = predictions[0]
     logits = lin.jacobian(target="logits", position=at)
@@ -188,9 +197,9 @@ def explain(
             stable_rank=J.stable_rank()[i].item(),
             share=shares[i].item(),
             singular_values=spectra[i].tolist(),
-            blocks=_blocks(svd, i, J.input[i], decoder),
-            rows=_units(dense[:, i].norm(dim=1), dense[:, i], decoder.reads),
-            columns=_units(dense[:, i].norm(dim=0), dense[:, i].T, decoder.writes),
+            blocks=blocks[i],
+            rows=rows[i],
+            columns=columns[i],
         )
         for i in range(len(lin.tokens))
     ]
@@ -212,33 +221,34 @@ def explain(
     )
 
 
-def _blocks(svd: SVD, token: int, x: Tensor, decoder: Decoder) -> list[SingularBlock]:
-    """A token's singular vectors in words, near-equal values together; none for a token whose map is zero."""
-    if not svd.S[token, 0] > 0:
-        return []
-    writes = decoder.writes(svd.U[token].T, _WORDS)
-    reads = decoder.reads(svd.Vh[token], _WORDS)
-    found = []
-    for indices in svd.blocks(token):
-        single = len(indices) == 1
-        found.append(
-            SingularBlock(
-                indices=indices,
-                values=svd.S[token, indices].tolist(),
-                writes=writes[indices[0]] if single else decoder.writes_subspace(svd.U[token][:, indices], _WORDS),
-                reads=reads[indices[0]] if single else decoder.reads_subspace(svd.Vh[token][indices].T, _WORDS),
-                gain=(svd.Vh[token, indices[0]] @ x).item() if single else None,
-            )
-        )
-    return found
+def _blocks(svd: SVD, x: Tensor, decoder: Decoder) -> list[list[SingularBlock]]:
+    """Each token's singular vectors in words, near-equal values together; none for a token whose map is zero."""
+    length, k = svd.S.shape
+    writes = decoder.writes(svd.U.transpose(1, 2).reshape(length * k, -1), _WORDS)
+    reads = decoder.reads(svd.Vh.reshape(length * k, -1), _WORDS)
+    gains = torch.einsum("tkd,td->tk", svd.Vh, x).tolist()
+
+    def block(t: int, indices: list[int]) -> SingularBlock:
+        values, first = svd.S[t, indices].tolist(), indices[0]
+        if len(indices) == 1:
+            return SingularBlock(indices, values, writes[t * k + first], reads[t * k + first], gains[t][first])
+        written = decoder.writes_subspace(svd.U[t][:, indices], _WORDS)
+        return SingularBlock(indices, values, written, decoder.reads_subspace(svd.Vh[t][indices].T, _WORDS), None)
+
+    return [[block(t, indices) for indices in svd.blocks(t)] if svd.S[t, 0] > 0 else [] for t in range(length)]
 
 
-def _units(norms: Tensor, vectors: Tensor, decode: Callable[[Tensor, int], list[Words]]) -> list[Unit]:
-    top = norms.topk(min(_UNITS, len(norms)))
-    if not top.values[0] > 0:
-        return []
-    words = decode(vectors[top.indices], _WORDS)
-    return [Unit(*unit) for unit in zip(top.indices.tolist(), top.values.tolist(), words, strict=True)]
+def _units(vectors: Float[Tensor, "T n d"], decode: Callable[[Tensor, int], list[Words]]) -> list[list[Unit]]:
+    """Each token's largest of n vectors in words; none for a token whose map is zero."""
+    top = vectors.norm(dim=2).topk(min(_UNITS, vectors.shape[1]), dim=1)
+    chosen = torch.stack([block[indices] for block, indices in zip(vectors, top.indices, strict=True)])
+    words = decode(chosen.flatten(0, 1), _WORDS)
+    found = [
+        Unit(index, norm, word)
+        for index, norm, word in zip(top.indices.flatten().tolist(), top.values.flatten().tolist(), words, strict=True)
+    ]
+    per_token = top.indices.shape[1]
+    return [found[t * per_token : (t + 1) * per_token] if top.values[t, 0] > 0 else [] for t in range(len(vectors))]
 
 
 def _settings(lin: Linearization, k: int, position: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from loclin.errors import OutputError
 from loclin.report.choose import largest
 from loclin.report.text import error, number, signed, visible
 
+_MISSING = 'an HTML page needs plotly: pip install "loclin[html]"'
 POSITIVE, NEGATIVE, NEUTRAL = "#3b82f6", "#ea6a12", "#8b93a1"
 PALETTE = ["#3b82f6", "#ea6a12", "#12a150", "#a855f7", "#e0457b", "#0ea5b7", "#b58900", "#7c86f0"]
 FULL_SPECTRA = 64
@@ -35,7 +37,7 @@ def figures(explanation: Explanation) -> dict[str, Any]:
     try:
         import plotly.graph_objects as go
     except ImportError as missing:
-        raise OutputError('an HTML page needs plotly: pip install "loclin[html]"') from missing
+        raise OutputError(_MISSING) from missing
     drawn = {
         "shares": _shares(explanation, go),
         "scatter": _scatter(explanation, go),
@@ -45,6 +47,18 @@ def figures(explanation: Explanation) -> dict[str, Any]:
         clear = "rgba(0,0,0,0)"
         figure.update_layout(template="none", paper_bgcolor=clear, plot_bgcolor=clear, hoverlabel={"align": "left"})
     return drawn
+
+
+def check_plotly() -> None:
+    """Refuse a page before any work is done for it.
+
+    Raises
+    ------
+    OutputError
+        When plotly is not installed.
+    """
+    if find_spec("plotly") is None:
+        raise OutputError(_MISSING)
 
 
 def plotly_script() -> str:
