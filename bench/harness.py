@@ -35,6 +35,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
+        """Whether the demand is met; None where there is none."""
         if self.demand is None:
             return None
         return (self.value if self.ratio is None else self.ratio) <= self.demand

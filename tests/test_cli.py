@@ -1,0 +1,145 @@
+"""The command line as a person uses it: real processes on a tiny model in a directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.llama(dtype=torch.float32).save_pretrained(path)
+    words = ["<s>", "<unk>", *(f"w{i}" for i in range(tiny.VOCABULARY - 2))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-c", "from loclin.cli import main; main()", *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def run(*arguments, stdin=""):
+    process = start(*arguments)
+    out, err = process.communicate(stdin, timeout=300)
+    return process.returncode, out, err
+
+
+def test_explain(directory, tmp_path):
+    written, page = tmp_path / "out.json", tmp_path / "out.html"
+    code, out, err = run(
+        "explain", "w3 w4 w5 w6", "--model", directory, "--bos", "--k", 2, "--json", written, "--html", page
+    )
+    assert (code, "error" in err) == (0, False), err
+    assert "EXACT" in out
+    assert "bit-identical" in out
+    read = json.loads(written.read_text())
+    assert [token["text"] for token in read["tokens"]] == ["<s>", "w3", "w4", "w5", "w6"]
+    total = sum(token["share"] for token in read["tokens"]) + read["bias_share"]
+    assert total == pytest.approx(read["target"]["logit"], rel=1e-5)
+    assert page.read_text().lower().startswith("<!doctype html>")
+
+
+def test_explain_reads_standard_input(directory):
+    code, out, _ = run("explain", "-", "--model", directory, "--gate", "half", stdin="w7 w8")
+    assert code == 0
+    assert "w7" in out
+
+
+def test_double_precision(directory, tmp_path):
+    written = tmp_path / "out.json"
+    code, _, err = run(
+        "explain", "w3 w4", "--model", directory, "--dtype", "float64", "--precision", "double", "--json", written
+    )
+    assert code == 0, err
+    assert json.loads(written.read_text())["certificate"]["reconstruction_error"] < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "the prompt is empty"),
+        (["w3", "--position", "5"], "position 5 is outside the prompt, which has 1 tokens"),
+        (["w3", "--k", "0"], "k=0: each token's map has 24 singular values"),
+        (["w3", "--k", "25"], "k is 1 to 24"),
+        (["w3", "--gate", "sideways"], "sideways"),
+        (["w3", "--dtype", "float8"], "float8"),
+        (["w3", "--device", "cuda:7"], "cuda:7"),
+        (["w3", "--precision", "double"], "needs a float64 model"),
+        (["w3", "--memory", "plenty"], "memory='plenty'"),
+        (["w3", "--memory", "10"], "the least that works is"),
+        (["w3 " * 65], "at most 64"),
+        (["w3", "--json", "/nowhere/out.json"], "no directory /nowhere"),
+        (["w3", "--html", "/"], "is a directory"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_exit_code_2(directory, arguments, message):
+    code, out, err = run("explain", *arguments, "--model", directory)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_unknown_models_suggest_near_names():
+    code, _, err = run("explain", "hello", "--model", "smollm2-135")
+    assert code == 2
+    assert "smollm2-135m" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_an_interrupted_run_leaves_no_file(directory, tmp_path):
+    page = tmp_path / "out.html"
+    process = start("explain", "w3 w4 w5", "--model", directory, "--html", page, start_new_session=True)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version():
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "explain" in out
+    assert run("explain", "--help")[0] == 0
+    assert run("--version")[1].startswith("loclin ")
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; sys.argv = ['loclin']; import loclin.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_models_lists_and_removes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCLIN_CACHE", str(tmp_path))
+    code, out, _ = run("models")
+    assert code == 0
+    assert "gemma-3-270m (default)" in out
+    code, _, err = run("models", "remove", "nothing")
+    assert code == 2
+    assert "nothing" in err
