@@ -66,15 +66,21 @@ def _one_clear_line() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-@app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         from loclin import __version__
 
         typer.echo(f"loclin {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    return
 
 
 @app.command()

@@ -15,15 +15,15 @@ from torch.utils.hooks import RemovableHandle
 from loclin.freeze.hold import Gate, Hold, with_value_of
 
 
-def secant(module: nn.Module, z: Tensor, value: Tensor) -> Tensor:
-    """act(z)/z held at z, times z; at z = 0 the ratio's limit, act'(0)."""
-    held = z.detach()
-    ratio = value.detach() / torch.where(held == 0, 1, held)
+def secant(module: nn.Module, z: Tensor, activated: Tensor, factor: Tensor) -> Tensor:
+    """z times the held ratio act(z) * factor / z; at z = 0 the ratio's limit, act'(0) * factor."""
+    held, factor = z.detach(), factor.detach()
+    ratio = activated.detach() * factor / torch.where(held == 0, 1, held)
     if (held == 0).any():
         origin = torch.zeros(1, dtype=z.dtype, device=z.device, requires_grad=True)
         with torch.enable_grad():
             slope = torch.autograd.grad(type(module).forward(module, origin).sum(), origin)[0]
-        ratio = torch.where(held == 0, slope, ratio)
+        ratio = torch.where(held == 0, slope * factor, ratio)
     return z * ratio
 
 
@@ -31,7 +31,7 @@ def split_gate(act: nn.Module, gate: Tensor, activated: Tensor, up: Tensor, spli
     """act(gate) * up, linear in what `gate` and `up` are linear in."""
     if split == "activation":
         return activated.detach() * up
-    through_gate = secant(act, gate, activated) * up.detach()
+    through_gate = secant(act, gate, activated, up)
     return through_gate if split == "up" else 0.5 * (through_gate + activated.detach() * up)
 
 
