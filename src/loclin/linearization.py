@@ -18,8 +18,8 @@ from loclin.models import Model, wrap
 from loclin.points import parse
 from loclin.trace import trace
 
-SINK_RATIO = 5.0
-"""A token is an attention sink when its residual stream's largest norm is this many times the other tokens' median."""
+SINK_SHARE, SINK_RATIO = 0.3, 4.0
+"""An attention sink gets this share of later tokens' attention, and this many times what the median token gets."""
 
 
 class Linearization:
@@ -65,12 +65,14 @@ class Linearization:
 
     @cached_property
     def sinks(self) -> list[int]:
-        """Positions that are attention sinks: their residual stream grows to many times the others' norm."""
-        norms = torch.stack([call.hidden[0].float().norm(dim=-1).cpu() for call in self.trace.layers]).amax(0)
+        """Positions that are attention sinks: most layers and heads look at them, whatever they mean."""
+        received = self.trace.attention_received[:-1]
         return [
             i
-            for i in range(len(norms))
-            if len(norms) > 1 and norms[i] > SINK_RATIO * torch.cat([norms[:i], norms[i + 1 :]]).median()
+            for i, share in enumerate(received.tolist())
+            if len(received) > 1
+            and share >= SINK_SHARE
+            and share >= SINK_RATIO * torch.cat([received[:i], received[i + 1 :]]).median().item()
         ]
 
     def value(self, point: str) -> Float[Tensor, "T n"]:

@@ -42,7 +42,8 @@ class Trace:
 
     `layers[l]` is how layer l was called; `attn_out[l]` is what its attention added to the residual stream `[1, T, d]`;
     `pre_norm` is the last layer's output, `final` the final norm's. `stock_final` is the untouched model's own,
-    and `stock_logits` `[V]` are its logits at the last position.
+    and `stock_logits` `[V]` are its logits at the last position. `attention_received` `[T]` is the share of
+    attention that later tokens give to each token, the mean over layers and heads.
     """
 
     model: Model
@@ -55,6 +56,7 @@ class Trace:
     final: Float[Tensor, "1 T d"]
     stock_final: Float[Tensor, "1 T d"]
     stock_logits: Float[Tensor, " V"]
+    attention_received: Float[Tensor, " T"]
     _logits: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -137,7 +139,7 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold) -> Trace:
     with evaluation(model.hf), torch.no_grad():
         with _recording(parts) as stock:
             stock_logits = _logits(model, input_ids, input_ids.shape[1] - 1)
-        with frozen(model.hf, hold), _recording(parts) as held:
+        with frozen(model.hf, hold, keep=_received) as attention, _recording(parts) as held:
             logits = _logits(model, input_ids, input_ids.shape[1] - 1)
     return Trace(
         model=model,
@@ -150,8 +152,15 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold) -> Trace:
         final=held.final,
         stock_final=stock.final,
         stock_logits=stock_logits,
+        attention_received=torch.stack([share.cpu() for share in attention.values()]).mean(0),
         _logits={input_ids.shape[1] - 1: logits},
     )
+
+
+def _received(probs: Tensor) -> Tensor:
+    """The mean attention `[T]` that the queries behind each token give to it; 0 for the last, which has none."""
+    behind = torch.arange(probs.shape[-1] - 1, -1, -1, device=probs.device).clamp_min(1)
+    return (probs.float().tril(-1).sum(-2) / behind).mean((0, 1))
 
 
 def _logits(model: Model, input_ids: Tensor, position: int) -> Tensor:

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from loclin.freeze.hold import Hold, with_value_of
 
+Keep = Callable[[Tensor], Tensor]
+"""What to remember of a module's attention probabilities."""
+
 
 def probabilities(
     module: nn.Module,
@@ -66,7 +69,9 @@ def _stock_function(module: nn.Module) -> Callable:
     return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
 
 
-def _frozen(stock: Callable | None, names: Mapping[int, str], hold: Hold, held: dict[str, Tensor]) -> Callable:
+def _frozen(
+    stock: Callable | None, names: Mapping[int, str], hold: Hold, keep: Keep | None, held: dict[str, Tensor]
+) -> Callable:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -86,17 +91,20 @@ def _frozen(stock: Callable | None, names: Mapping[int, str], hold: Hold, held: 
                 is_causal=kwargs.get("is_causal"),
                 upcast=hold.precision == "stock",
             )
-        held[names[id(module)]] = probs.detach()
+        if keep is not None:
+            held[names[id(module)]] = keep(probs.detach())
         return with_value_of(orig, _mix(probs, value), hold, names[id(module)]), weights
 
     return attention
 
 
 @contextmanager
-def held_attention(names: Mapping[int, str], modules: list[nn.Module], hold: Hold) -> Iterator[dict[str, Tensor]]:
+def held_attention(
+    names: Mapping[int, str], modules: list[nn.Module], hold: Hold, keep: Keep | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Hold the attention probabilities of the modules in `names` (by id); others run as they are.
 
-    Yields the probabilities `[1, H, T, T]` by the module's path, as the forward pass comes by.
+    Yields what `keep` makes of the probabilities `[1, H, T, T]`, by the module's path, as the forward pass comes by.
 
     The registry is transformers' own, shared by the process: what was in it is put back at the end.
     """
@@ -117,7 +125,7 @@ def held_attention(names: Mapping[int, str], modules: list[nn.Module], hold: Hol
     held: dict[str, Tensor] = {}
     try:
         for registry, name, _ in before:
-            registry[name] = _frozen(registry.get(name), names, hold, held)
+            registry[name] = _frozen(registry.get(name), names, hold, keep, held)
         yield held
     finally:
         for registry, name, local in before:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from loclin.freeze.attention import held_attention
+from loclin.freeze.attention import Keep, held_attention
 from loclin.freeze.hold import Hold
 from loclin.freeze.rules import rule_for
 
@@ -53,7 +53,12 @@ def _gradients_only_to(root: nn.Module, wanted: set[nn.Parameter]) -> Iterator[N
 
 @contextmanager
 def frozen(
-    root: nn.Module, hold: Hold | None = None, *, name: str = "", live_biases: bool = False
+    root: nn.Module,
+    hold: Hold | None = None,
+    *,
+    name: str = "",
+    live_biases: bool = False,
+    keep: Keep | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Make `root`'s graph linear in its input: the coefficients in `hold` are held where the input is.
 
@@ -71,11 +76,13 @@ def frozen(
         `root`'s own path, put in front of the names in error messages.
     live_biases
         Let gradients reach the biases (and nothing else), so that their constants can be collected.
+    keep
+        What to remember of each module's attention probabilities `[1, H, T, T]`; nothing by default.
 
     Yields
     ------
     dict[str, Tensor]
-        The held attention probabilities `[1, H, T, T]` by module path, filled as forward passes are run.
+        What `keep` made of the attention probabilities, by module path; filled as forward passes are run.
 
     Raises
     ------
@@ -95,4 +102,4 @@ def frozen(
             rule = None if hold.ordinary else rule_for(module)
             for handle in rule.install(module, path, hold) if rule else ():
                 stack.callback(handle.remove)
-        yield stack.enter_context(held_attention({id(m): path for m, path in paths.items()}, list(paths), hold))
+        yield stack.enter_context(held_attention({id(m): path for m, path in paths.items()}, list(paths), hold, keep))

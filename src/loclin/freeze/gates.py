@@ -16,7 +16,7 @@ from loclin.freeze.hold import Gate, Hold, with_value_of
 
 
 def secant(module: nn.Module, z: Tensor, activated: Tensor, factor: Tensor) -> Tensor:
-    """z times the held ratio act(z) * factor / z; at z = 0 the ratio's limit, act'(0) * factor."""
+    """The held ratio act(z) * factor / z, times z; at z = 0 the ratio's limit, act'(0) * factor."""
     held, factor = z.detach(), factor.detach()
     ratio = activated.detach() * factor / torch.where(held == 0, 1, held)
     if (held == 0).any():
