@@ -7,6 +7,8 @@ rate of one large float32 product, measured between the runs.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import torch
@@ -17,7 +19,7 @@ from harness import Row, arguments, extra_peak_bytes, matmul_rate, report, timed
 from loclin.freeze import frozen
 from loclin.linearization import Linearization
 
-PROMPT = "The bridge out of Marin is the way"
+PROMPT = "The bridge out of Marin is the"
 BUDGET = 2**30
 LINEAR = ("v_proj", "o_proj", "up_proj", "down_proj")
 
@@ -56,18 +58,22 @@ def ends(lin: Linearization) -> tuple:
     return J.source, J.target
 
 
-def measure(name: str, repeats: int) -> list[Row]:
-    lin = loclin.linearize(loclin.load(name), PROMPT, memory=BUDGET)
+def routes_of(lin: Linearization) -> dict[str, Callable[[], Tensor]]:
     x, forward = lin.embeddings, whole_graph(lin)
-    length, width = x.shape
-    flops = 2 * width * length * linear_weights(lin.model.hf)
-    routes: dict[str, Callable[[], Tensor]] = {
+    return {
         "loclin": lambda: fresh(lin),
         "torch.func.jacrev(chunk_size=128)": held(lin, lambda: torch.func.jacrev(forward, chunk_size=128)(x)),
         "autograd.functional.jacobian(vectorize=True)": held(
             lin, lambda: torch.autograd.functional.jacobian(forward, x, vectorize=True)
         ),
     }
+
+
+def measure(name: str, repeats: int) -> list[Row]:
+    lin = loclin.linearize(loclin.load(name), PROMPT, bos=True, memory=BUDGET)
+    length, width = lin.embeddings.shape
+    flops = 2 * width * length * linear_weights(lin.model.hf)
+    routes = routes_of(lin)
     reference = fresh(lin)
     times: dict[str, list[float]] = {route: [] for route in routes}
     rates = [matmul_rate()]
@@ -88,14 +94,25 @@ def measure(name: str, repeats: int) -> list[Row]:
             error = ((routes[route]() - reference).norm() / reference.norm()).item()
             rows.append(Row(f"{label}: difference from {route}", error, "relative", demand=1e-5))
     allowed = reference.nbytes + BUDGET
-    for route, work in routes.items():
-        peak = extra_peak_bytes(work)
+    for route in routes:
+        peak = peak_in_new_process(name, route)
         demand = 1.0 if route == "loclin" else None
-        rows.append(Row(f"{label}: {route}, peak memory", peak / 1e6, "MB", "J + budget", peak / allowed, demand))
+        rows.append(Row(f"{label}: {route}, extra peak memory", peak / 1e6, "MB", "J + budget", peak / allowed, demand))
     return rows
 
 
+def peak_in_new_process(name: str, route: str) -> float:
+    """A process that has done other work keeps its memory, and a peak would hide in it."""
+    command = [sys.executable, __file__, "--peak-of", name, route]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--peak-of"]:
+        name, route = sys.argv[2:]
+        lin = loclin.linearize(loclin.load(name), PROMPT, bos=True, memory=BUDGET)
+        print(extra_peak_bytes(routes_of(lin)[route]))
+        return
     options = arguments(__doc__ or "")
     names = ["smollm2-135m"] if options.quick else ["smollm2-135m", "gemma-3-270m"]
     rows = [row for name in names for row in measure(name, repeats=3 if options.quick else 7)]
