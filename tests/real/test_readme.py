@@ -1,0 +1,21 @@
+"""The README's Python runs, and prints what its comments say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.real
+
+
+def test_the_lines_of_the_readme(capsys):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    tokens, shape, ranks, words = capsys.readouterr().out.splitlines()
+    assert tokens.startswith("['<bos>', 'The', ' Golden', ' Gate'] -> [(' Bridge', 0.58")
+    assert shape == "(640, 4, 640) True"
+    assert re.findall(r"\d+\.\d\d", ranks) == ["3.31", "7.72", "11.71", "12.82"]
+    assert re.findall(r"\('(.*?)'", words) == [" Bridge", "head", "keeper", " Arch"]
