@@ -17,7 +17,7 @@ from loclin.chain import Chain
 from loclin.errors import BudgetError, OptionError
 from loclin.link import HeadLink
 from loclin.points import Point
-from loclin.spectral import SVD, stable_rank, svd
+from loclin.spectral import SVD, check_rank, stable_rank, svd
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -60,6 +60,7 @@ class LinearMap:
         self._budget = budget
         self._whole = whole
         self._dense: Tensor | None = None
+        self._spectrum: Tensor | None = None
 
     def __repr__(self) -> str:
         """Name the points and the shape."""
@@ -223,27 +224,18 @@ class LinearMap:
 
         Signs are aligned to the output. Cost: the dense map, and T (or one) dense SVDs.
         """
-        return svd(self.dense(), k, self.value, joint)
-
-    def check_rank(self, k: int) -> None:
-        """Refuse a number of singular vectors that a token's map does not have, before any work.
-
-        Raises
-        ------
-        OptionError
-            When k is not between 1 and the smaller side of a token's map.
-        """
-        most = min(self.shape[0], self.shape[2])
-        if not 1 <= k <= most:
-            raise OptionError(f"k={k}: each token's map has {most} singular values, so k is 1 to {most}")
+        d_out, length, d_in = self.shape
+        check_rank(k, d_out, length * d_in if joint else d_in)
+        found = svd(self.dense(), k, self.value, joint)
+        if not joint:
+            self._spectrum = found.spectrum
+        return found
 
     def singular_values(self) -> Float[Tensor, "T r"]:
-        """All singular values of each token's map, descending. Cost: the dense map and T SVDs without vectors."""
-        return self._singular_values
-
-    @cached_property
-    def _singular_values(self) -> Tensor:
-        return torch.stack([torch.linalg.svdvals(matrix) for matrix in self.dense().transpose(0, 1)])
+        """All singular values of each token's map, descending. Cost: the dense map, and T SVDs without vectors."""
+        if self._spectrum is None:
+            self._spectrum = torch.stack([torch.linalg.svdvals(matrix) for matrix in self.dense().transpose(0, 1)])
+        return self._spectrum
 
     def frobenius_norm(self) -> Float[Tensor, " T"]:
         """||J_i||_F of each token. Cost: the dense map."""
@@ -251,7 +243,7 @@ class LinearMap:
 
     def stable_rank(self) -> Float[Tensor, " T"]:
         """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5). Cost: the dense map and its singular values."""
-        return stable_rank(self.frobenius_norm(), self._singular_values[:, 0])
+        return stable_rank(self.frobenius_norm(), self.singular_values()[:, 0])
 
     def _sweep(self, sweep: Callable[..., Iterator[Tensor]], block: Tensor) -> Tensor:
         """Push or pull a block of columns in chunks that fit the budget."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -140,7 +141,7 @@ class Linearization:
 
 def linearize(
     model: Model | PreTrainedModel,
-    prompt: str | Int[Tensor, "1 T"],
+    prompt: str | Tensor,
     *,
     gate: Gate = "activation",
     precision: Precision = "stock",
@@ -179,13 +180,7 @@ def linearize(
     hold = Hold(gate, precision)
     if precision == "double" and model.hf.dtype != torch.float64:
         raise OptionError(f"precision='double' needs a float64 model, this one is {model.info.dtype}: load it so")
-    input_ids = model.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt
-    if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
-        raise PromptError(f"token ids must have the shape [1, T] with T > 0, not {list(input_ids.shape)}")
-    if model.context_length is not None and input_ids.numel() > model.context_length:
-        raise PromptError(
-            f"The prompt has {input_ids.numel()} tokens; {model.info.name} takes at most {model.context_length}."
-        )
+    input_ids = _checked(model, model.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt)
     result = Linearization(model, input_ids, hold, memory)
     if not result.trace.anatomy.known:
         certificate = result.certify()
@@ -196,3 +191,17 @@ def linearize(
                 f"(error {certificate.reconstruction_error:.1e}): {worst or 'no single module found'}"
             )
     return result
+
+
+def _checked(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
+    """Refuse token ids that the model has no place for."""
+    if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
+        raise PromptError(f"token ids must have the shape [1, T] with T > 0, not {list(input_ids.shape)}")
+    if model.context_length is not None and input_ids.numel() > model.context_length:
+        raise PromptError(
+            f"The prompt has {input_ids.numel()} tokens; {model.info.name} takes at most {model.context_length}."
+        )
+    vocabulary = cast("Tensor", model.hf.get_input_embeddings().weight).shape[0]
+    if input_ids.is_floating_point() or not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        raise PromptError(f"token ids must be whole numbers from 0 to {vocabulary - 1}")
+    return input_ids

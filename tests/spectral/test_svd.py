@@ -60,7 +60,7 @@ def test_impossible_k_is_refused(J, k):
 
 def test_near_equal_values_are_one_block():
     values = torch.tensor([[5.0, 4.999, 4.998, 2.0, 1.0, 1.0]])
-    found = SVD(torch.eye(6)[None], values, torch.eye(6)[None], torch.zeros(1, 6))
+    found = SVD(torch.eye(6)[None], values, torch.eye(6)[None], torch.zeros(1, 6), values)
     assert found.blocks(0) == [[0, 1, 2], [3], [4, 5]]
     assert found.blocks(0, tolerance=0.0) == [[0], [1], [2], [3], [4, 5]]
 

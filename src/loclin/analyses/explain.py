@@ -15,7 +15,7 @@ from torch import Tensor
 from loclin.certify import Certificate
 from loclin.decode import Decoder, Words
 from loclin.linearization import Linearization
-from loclin.spectral import SVD
+from loclin.spectral import SVD, check_rank
 
 _WORDS = 8
 _UNITS = 5
@@ -165,7 +165,7 @@ def explain(
     """
     at = lin.trace.position(position)
     J = lin.jacobian(position=at)
-    J.check_rank(k)
+    check_rank(k, J.shape[0], J.shape[2])
     progress("exact map")
     dense = J.dense()
     progress("certificate")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from loclin.errors import OptionError
 
@@ -21,12 +22,14 @@ class SVD:
 
     `U [T, d_out, k]`, `S [T, k]`, `Vh [T, k, d_in]`; of a joint decomposition `U [d_out, k]`, `S [k]`,
     `Vh [k, T, d_in]`. `residuals`, shaped as `S`, are the larger of |J v - s u| and |J^T u - s v|, in S's units.
+    `spectrum [T, r]`, or `[r]`, are all the singular values.
     """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
     residuals: Tensor
+    spectrum: Tensor
 
     def blocks(self, token: int | None = None, tolerance: float = NEAR_EQUAL) -> list[list[int]]:
         """Indices of the singular values, grouped so that near-equal neighbours are together.
@@ -60,25 +63,36 @@ def svd(dense: Float[Tensor, "d_out T d_in"], k: int, towards: Float[Tensor, " d
         When k is not between 1 and the smaller side of the matrix.
     """
     d_out, length, d_in = dense.shape
-    most = min(d_out, length * d_in if joint else d_in)
+    check_rank(k, d_out, length * d_in if joint else d_in)
+    matrices = dense.reshape(1, d_out, length * d_in) if joint else dense.transpose(0, 1)
+    parts = [_one(matrix, k, towards) for matrix in tqdm(matrices, desc="SVD", delay=2, leave=False, disable=None)]
+    U, S, Vh, residuals, spectrum = (torch.stack(part) for part in zip(*parts, strict=True))
+    if joint:
+        return SVD(U[0], S[0], Vh[0].reshape(k, length, d_in), residuals[0], spectrum[0])
+    return SVD(U, S, Vh, residuals, spectrum)
+
+
+def check_rank(k: int, d_out: int, d_in: int) -> None:
+    """Refuse a number of singular triples that a matrix does not have.
+
+    Raises
+    ------
+    OptionError
+        When k is not between 1 and the smaller side.
+    """
+    most = min(d_out, d_in)
     if not 1 <= k <= most:
         raise OptionError(f"k={k}: the map has {most} singular values, so k is 1 to {most}")
-    matrices = dense.reshape(1, d_out, length * d_in) if joint else dense.transpose(0, 1)
-    parts = [_one(matrix, k, towards) for matrix in matrices]
-    U, S, Vh, residuals = (torch.stack(part) for part in zip(*parts, strict=True))
-    if joint:
-        return SVD(U[0], S[0], Vh[0].reshape(k, length, d_in), residuals[0])
-    return SVD(U, S, Vh, residuals)
 
 
-def _one(matrix: Tensor, k: int, towards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    U, S, Vh = U[:, :k], S[:k], Vh[:k]
+def _one(matrix: Tensor, k: int, towards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    U, spectrum, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    U, S, Vh = U[:, :k], spectrum[:k], Vh[:k]
     sign = torch.where(towards.to(U) @ U < 0, -1.0, 1.0).to(U.dtype)
     U, Vh = U * sign, Vh * sign[:, None]
     right = (matrix @ Vh.T - U * S).norm(dim=0)
     left = (U.T @ matrix - S[:, None] * Vh).norm(dim=1)
-    return U.contiguous(), S, Vh.contiguous(), torch.maximum(right, left)
+    return U.contiguous(), S, Vh.contiguous(), torch.maximum(right, left), spectrum
 
 
 def stable_rank(frobenius: Float[Tensor, " T"], largest: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
