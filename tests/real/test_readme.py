@@ -1,4 +1,4 @@
-"""The README's Python runs, and prints what its comments say."""
+"""The Python of the README and the guide runs, and prints what its comments say."""
 
 from __future__ import annotations
 
@@ -19,3 +19,15 @@ def test_the_lines_of_the_readme(capsys):
     assert shape == "(640, 4, 640) True"
     assert re.findall(r"\d+\.\d\d", ranks) == ["3.31", "7.72", "11.71", "12.82"]
     assert re.findall(r"\('(.*?)'", words) == [" Bridge", "head", "keeper", " Arch"]
+
+
+def test_every_block_of_the_guide(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "guide.md", "exec"), names)
+    assert len(blocks) == 5
+    assert "torch.Size([8, 576])" in capsys.readouterr().out
+    assert (names["y"] - names["lin"].value("final")[-1]).norm() < 1e-6 * names["y"].norm()
+    assert names["some"].shape == (576, 8, 576)
