@@ -140,9 +140,7 @@ class Model:
         )
 
 
-def wrap(
-    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None
-) -> Model:
+def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None) -> Model:
     """Take a model that you loaded yourself; it is left exactly as it is.
 
     Parameters

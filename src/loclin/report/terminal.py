@@ -107,9 +107,10 @@ def _verdict(explanation: Explanation) -> Text:
 def _settings(explanation: Explanation) -> Text:
     model, settings = explanation.model, explanation.settings
     versions = " ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
+    used, stored = model.get("dtype", ""), model.get("stored_dtype", "")
     facts = [
         str(model.get("name", "")),
-        str(model.get("dtype", "")),
+        str(used) if stored in ("", used) else f"{used} (stored as {stored})",
         f"gate {settings.get('gate')}",
         f"precision {settings.get('precision')}",
         f"position {settings.get('position')}",
