@@ -50,6 +50,14 @@ def test_equal_to_generic(build, gate, position, dtype, always):
     assert (dense - generic).norm() < (1e-13 if dtype == torch.float64 else 1e-6) * generic.norm()
 
 
+def test_attention_that_looks_ahead(always):
+    lin = linearize(tiny.gemma3(bidirectional=True), tiny.prompt(9), precision="double")
+    J = lin.jacobian(position=2)
+    assert (J.dense()[:, 3:].abs().amax(dim=(0, 2)) > 0).any()
+    assert len(always) == 3
+    assert lin.certify(position=2).passed
+
+
 @pytest.mark.parametrize("formed", [1, 3000])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_groups_and_chunks_change_nothing(monkeypatch, formed, rows):

@@ -41,7 +41,9 @@ def llama(
     return _shaken(LlamaForCausalLM(config), seed, dtype)
 
 
-def gemma3(*, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str = "sdpa") -> PreTrainedModel:
+def gemma3(
+    *, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str = "sdpa", bidirectional: bool = False
+) -> PreTrainedModel:
     """A Gemma 3 with a sliding window shorter than the prompts, full attention in between, and four norms a layer."""
     config = Gemma3TextConfig(
         vocab_size=VOCABULARY,
@@ -54,6 +56,7 @@ def gemma3(*, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str = "sd
         query_pre_attn_scalar=8,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        use_bidirectional_attention=bidirectional,
         max_position_embeddings=64,
         attn_implementation=attn,
     )

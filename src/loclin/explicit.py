@@ -34,7 +34,11 @@ def worth_it(link: LayerLink, columns: int) -> bool:
     if weights is None or link.hold.ordinary or columns == 0:
         return False
     parts = [link.module.get_submodule(path) for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)]
-    linear = [part for part in parts if type(part) is nn.Linear and part.weight.dtype in _AGREEMENT]
+    linear = [
+        part
+        for part in parts
+        if type(part) is nn.Linear and part.weight.dtype in _AGREEMENT and not part.weight.is_meta
+    ]
     if len(linear) < len(parts):
         return False
     f, d = linear[3].weight.shape
@@ -130,7 +134,7 @@ class ExplicitLayer:
         Returns
         -------
         slice
-            The positions that have cotangents now: all up to the last one.
+            The positions that have cotangents now: all that the active ones attend to.
 
         Notes
         -----
@@ -146,7 +150,8 @@ class ExplicitLayer:
             for part in chunks:
                 moved = self._room("moved", maps.shape[0], part.shape[1], part.shape[2])
                 part[group] += torch.bmm(part[group].to(maps.device), maps, out=moved).to(part.device)
-        reached = slice(0, active.stop)
+        later = self._held.probs[:, active, active.stop :]
+        reached = slice(0, len(check) if later.any() else active.stop)
         for part in chunks:
             part[reached] += self._attention(part[active], active, reached).to(part.device)
         self._compare(check, pulled)
