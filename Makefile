@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/loclin explain "The bridge out of Marin is the" --json explain.json --html explain.html
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
