@@ -6,6 +6,15 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 VOCABULARY = 61
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def _shaken(model: PreTrainedModel, seed: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -26,13 +35,7 @@ def llama(
 ) -> PreTrainedModel:
     """A Llama with grouped queries."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
+        **_SIZES,
         attention_bias=biases,
         mlp_bias=biases,
         tie_word_embeddings=tied,
@@ -46,18 +49,12 @@ def gemma3(
 ) -> PreTrainedModel:
     """A Gemma 3 with a sliding window shorter than the prompts, full attention in between, and four norms a layer."""
     config = Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **_SIZES,
         head_dim=8,
         query_pre_attn_scalar=8,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         use_bidirectional_attention=bidirectional,
-        max_position_embeddings=64,
         attn_implementation=attn,
     )
     return _shaken(Gemma3ForCausalLM(config), seed, dtype)

@@ -116,7 +116,8 @@ class LinearMap:
     def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
         """The transpose of J applied to n output vectors. Cost: n columns."""
         Us = Us.to(self.device, self.dtype)
-        return self._sweep(self.chain.backward, Us)[:, self.tokens]
+        pulled = self._sweep(self.chain.backward, Us)
+        return pulled if self._whole is None else pulled[:, self.tokens]
 
     def dense(self) -> Float[Tensor, "d_out T d_in"]:
         """All of J.
@@ -181,9 +182,9 @@ class LinearMap:
         Biases behind the source; for `attn_out` and `mlp_out` the residual stream that passes them by; for one
         token's block the other tokens. Cost: one column.
         """
-        constants = self.chain.constants(self.source, self.target, self.position, self.normed)["sum"]
         if self._whole is None:
-            return constants.to(self.device)
+            constants = self.chain.constants(self.source, self.target, self.position, self.normed)
+            return constants["sum"].to(self.device)
         others = self._whole.input.clone()
         others[self.tokens] = 0
         return self._whole.bias + self._whole.matvec(others)

@@ -19,9 +19,12 @@ from loclin.trace import Trace, first
 Columns = Float[Tensor, "n T d"]
 
 
-def batched_vjp(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Products of a block of cotangents `[n, *output.shape]` with the map from `inputs` to `outputs`."""
-    return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True)
+def batched_vjp(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
+    """Products of a block of cotangents `[n, *output.shape]` with the map from `source` to `output`."""
+    (pulled,) = torch.autograd.grad(
+        output, source, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
+    )
+    return source.new_zeros((len(cotangents), *source.shape)) if pulled is None else pulled
 
 
 def batched_jvp(output: Tensor, source: Tensor) -> Callable[[Tensor], Tensor]:
@@ -113,8 +116,7 @@ class LayerLink:
         """
         graph = self.graph()
         for part in _chunks(cotangents, chunk):
-            (pulled,) = batched_vjp([graph.points[target]], [graph.source(source)], [part.to(self.device).unsqueeze(1)])
-            yield torch.zeros_like(part) if pulled is None else pulled.squeeze(1)
+            yield batched_vjp(graph.points[target], graph.source(source), part.to(self.device).unsqueeze(1)).squeeze(1)
 
     def jvp(
         self, tangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
@@ -170,8 +172,7 @@ class NormLink:
         if not len(cotangents):
             return cotangents
         x, y = self._graph()
-        (pulled,) = batched_vjp([y], [x], [cotangents.to(self.device)[:, None, None]])
-        return torch.zeros_like(cotangents) if pulled is None else pulled[:, 0, 0]
+        return batched_vjp(y, x, cotangents.to(self.device)[:, None, None])[:, 0, 0]
 
     def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Push a block of tangents through the norm."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -51,17 +53,18 @@ def layer_norm(module: nn.Module, x: Tensor, orig: Tensor, hold: Hold) -> Tensor
 
 def hold_rms_norm(module: nn.Module, path: str, hold: Hold) -> list[RemovableHandle]:
     """Freeze a root-mean-square norm."""
-
-    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return with_value_of(output, rms_norm(module, args[0], output, hold), hold, path)
-
-    return [module.register_forward_hook(replace)]
+    return _hold(module, path, hold, rms_norm)
 
 
 def hold_layer_norm(module: nn.Module, path: str, hold: Hold) -> list[RemovableHandle]:
     """Freeze a LayerNorm."""
+    return _hold(module, path, hold, layer_norm)
 
+
+def _hold(
+    module: nn.Module, path: str, hold: Hold, form: Callable[[nn.Module, Tensor, Tensor, Hold], Tensor]
+) -> list[RemovableHandle]:
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return with_value_of(output, layer_norm(module, args[0], output, hold), hold, path)
+        return with_value_of(output, form(module, args[0], output, hold), hold, path)
 
     return [module.register_forward_hook(replace)]
