@@ -1,0 +1,189 @@
+"""A tiny random model of every family that transformers knows as a causal language model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from loclin.errors import ModelError
+from loclin.models.quiet import quiet
+from loclin.models.tiny_sizes import BIAS_FREE, BIASES, FAMILIES, LAYERS, SIZES
+
+# parameters that set decays and time steps: far from where they start, states explode or die
+DELICATE = ("A_log", "dt_bias", "dt_proj.bias", "time_", "recurrent_param", "decay", "igate", "fgate")
+LEARNED_BUFFERS = ("correction_bias", "expert_bias", "layer_scalar")
+
+
+def families() -> tuple[str, ...]:
+    """Name every family that `build` tries: the model types with a causal language model."""
+    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
+def build(
+    family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, attn: str | None = None
+) -> PreTrainedModel:
+    """Build a family's tiny model in eval mode, with random weights far from where training starts.
+
+    Parameters
+    ----------
+    attn
+        The attention implementation; the library's own choice where None, or where the family has no such one.
+
+    Raises
+    ------
+    ModelError
+        When the family is unknown, or something that it needs is not here.
+    """
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"There is no family {family!r} with a causal language model in transformers.")
+    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _marked_garbage():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        try:
+            model = _model(family, attn)
+        except Exception as fault:  # as many kinds as there are families
+            lines = str(fault).strip().splitlines() or [type(fault).__name__]
+            raise ModelError(f"No tiny {family}: {' '.join(lines[-1].split())}") from fault
+        _fill(model, seed)
+        return cast("PreTrainedModel", model.to(dtype).eval())
+
+
+def prompt(model: PreTrainedModel, length: int = 7, seed: int = 1) -> Tensor:
+    """Draw random token ids `[1, length]`, none of them special."""
+    special = _special_ids(model.config)
+    ordinary = torch.tensor([i for i in range(model.config.get_text_config().vocab_size) if i not in special])
+    drawn = torch.randint(len(ordinary), (1, length), generator=torch.Generator().manual_seed(seed))
+    return ordinary[drawn]
+
+
+def config(family: str) -> PreTrainedConfig:
+    """Give a family's tiny config.
+
+    Raises
+    ------
+    ModelError
+        When there is no such family.
+    """
+    if family not in CONFIG_MAPPING:
+        raise ModelError(f"There is no family {family!r} in transformers.")
+    return _config(CONFIG_MAPPING[family], family)
+
+
+def _config(kind: type[PreTrainedConfig], family: str) -> PreTrainedConfig:
+    own = FAMILIES.get(family, {})
+    usual = kind(**{key: value for key, value in own.items() if not isinstance(value, dict)})
+    sizes: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(usual, field.name, None)
+        if isinstance(value, PreTrainedConfig):
+            sizes[field.name] = _config(type(value), value.model_type)
+        elif (size := _size(field.name, value, family, usual)) is not None:
+            sizes[field.name] = size
+    return kind(**{**sizes, **own})
+
+
+def _size(name: str, value: Any, family: str, usual: PreTrainedConfig) -> Any:
+    """Give a field's tiny value; None where it stays as it is."""
+    if name in SIZES:
+        return SIZES[name]
+    if name in BIASES:
+        return None if family.startswith(BIAS_FREE) else True
+    if _holds_ids(name) and value is not None:
+        return _small_id(name, value)
+    if "drop" in name and isinstance(value, float):
+        return 0.0
+    layers = getattr(usual, "num_hidden_layers", None)
+    if isinstance(value, (list, tuple)) and len(value) == layers and set(map(type, value)) <= {str, bool, int}:
+        kinds = list(dict.fromkeys(value))
+        if len(kinds) <= LAYERS:  # more are indices of layers
+            return [kinds[i % len(kinds)] for i in range(LAYERS)]
+    return None
+
+
+def _holds_ids(name: str) -> bool:
+    return name.endswith(("_token_id", "_token_index", "_token_ids", "pad_index", "bos_index", "eos_index"))
+
+
+SPECIAL = ("pad", "bos", "eos", "decoder_start", "unk", "mask", "sep", "cls", "image", "video", "audio")
+
+
+def _small_id(name: str, value: Any) -> Any:
+    small = next((i for i, start in enumerate(SPECIAL) if name.startswith(start)), len(SPECIAL))
+    return [small] if isinstance(value, list) else small
+
+
+def _special_ids(config: PreTrainedConfig) -> set[int]:
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            found |= _special_ids(value)
+        elif _holds_ids(name) and value is not None:
+            found |= set(value) if isinstance(value, (list, tuple)) else {value}
+    return found
+
+
+def _model(family: str, attn: str | None) -> PreTrainedModel:
+    settings: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
+    if attn is not None:
+        try:
+            return AutoModelForCausalLM.from_config(config(family), attn_implementation=attn, **settings)
+        except (ValueError, ImportError):  # the family has no such attention
+            pass
+    return AutoModelForCausalLM.from_config(config(family), **settings)
+
+
+@contextmanager
+def _marked_garbage() -> Iterator[None]:
+    """Make what nobody initialises NaN rather than whatever lay in memory, so that it can be told."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(_weights(module, f"{path}.{name}", parameter, noise))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name.endswith(LEARNED_BUFFERS):
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
+
+
+def _weights(module: nn.Module, name: str, start: Tensor, noise: Tensor) -> Tensor:
+    start = start.nan_to_num()  # NaN: never initialised
+    if any(part in name for part in DELICATE):
+        return start + 0.05 * noise
+    if isinstance(module, nn.Embedding):
+        return noise
+    gains = start.dim() > 1 and start.numel() > 1 and bool((start == start.flatten()[0]).all() and start.any())
+    if start.dim() < 2 or gains:
+        return start + 0.3 * noise
+    return noise * 1.5 * _fan_in(module, start) ** -0.5
+
+
+def _fan_in(module: nn.Module, weights: Tensor) -> int:
+    if isinstance(module, Conv1D):  # [in, out], unlike everything else
+        return weights.shape[0]
+    if type(module).__module__ == nn.Conv1d.__module__:
+        return math.prod(weights.shape[1:])
+    return weights.shape[-1]
