@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -12,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from loclin.errors import ModelError
 from loclin.models.quiet import quiet
-from loclin.models.tiny_sizes import BIAS_FREE, BIASES, FAMILIES, LAYERS, SIZES
+from loclin.models.tiny_sizes import BIAS_FREE, BIASES, FAMILIES, KINDS, LATENT, LAYERS, PARTS, SIZES
 
 # parameters that set decays and time steps: far from where they start, states explode or die
 DELICATE = ("A_log", "dt_bias", "dt_proj.bias", "time_", "recurrent_param", "decay", "igate", "fgate")
@@ -79,23 +80,26 @@ def config(family: str) -> PreTrainedConfig:
     return _config(CONFIG_MAPPING[family], family)
 
 
-def _config(kind: type[PreTrainedConfig], family: str) -> PreTrainedConfig:
-    own = FAMILIES.get(family, {})
-    usual = kind(**{key: value for key, value in own.items() if not isinstance(value, dict)})
-    sizes: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        value = getattr(usual, field.name, None)
-        if isinstance(value, PreTrainedConfig):
-            sizes[field.name] = _config(type(value), value.model_type)
-        elif (size := _size(field.name, value, family, usual)) is not None:
-            sizes[field.name] = size
-    return kind(**{**sizes, **own})
+def _config(kind: type[PreTrainedConfig], family: str, more: dict[str, Any] | None = None) -> PreTrainedConfig:
+    own = {**FAMILIES.get(family, {}), **(more or {})}
+    names = [field.name for field in dataclasses.fields(kind)]
+    changes = {name: own[name] for name in kind.sub_configs if name in own}  # some defaults contradict themselves
+    usual = kind(**{name: KINDS[name] for name in names if name in KINDS}, **changes)
+    sizes = {name: size for name in names if (size := _size(name, usual, family)) is not None}
+    latent = LATENT if "kv_lora_rank" in names else {}
+    parts = {
+        name: _config(type(value), value.model_type, own.get(name))
+        for name, value in vars(usual).items()
+        if isinstance(value, PreTrainedConfig)
+    }
+    return kind(**{**sizes, **latent, **own, **parts})
 
 
-def _size(name: str, value: Any, family: str, usual: PreTrainedConfig) -> Any:
+def _size(name: str, usual: PreTrainedConfig, family: str) -> Any:
     """Give a field's tiny value; None where it stays as it is."""
-    if name in SIZES:
-        return SIZES[name]
+    if name in SIZES or name in KINDS:
+        return {**SIZES, **KINDS}[name]
+    value = vars(usual).get(name)
     if name in BIASES:
         return None if family.startswith(BIAS_FREE) else True
     if _holds_ids(name) and value is not None:
@@ -103,7 +107,7 @@ def _size(name: str, value: Any, family: str, usual: PreTrainedConfig) -> Any:
     if "drop" in name and isinstance(value, float):
         return 0.0
     layers = getattr(usual, "num_hidden_layers", None)
-    if isinstance(value, (list, tuple)) and len(value) == layers and set(map(type, value)) <= {str, bool, int}:
+    if isinstance(value, (list, tuple)) and len(value) == layers and not all(isinstance(x, int) and x > 1 for x in value):
         kinds = list(dict.fromkeys(value))
         if len(kinds) <= LAYERS:  # more are indices of layers
             return [kinds[i % len(kinds)] for i in range(LAYERS)]
@@ -134,12 +138,17 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
 
 def _model(family: str, attn: str | None) -> PreTrainedModel:
     settings: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
+    whole = config(family)
+    make = AutoModelForCausalLM.from_config
+    if family in PARTS:
+        make = MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)]._from_config
+        whole = getattr(whole, PARTS[family])
     if attn is not None:
         try:
-            return AutoModelForCausalLM.from_config(config(family), attn_implementation=attn, **settings)
+            return make(copy.deepcopy(whole), attn_implementation=attn, **settings)
         except (ValueError, ImportError):  # the family has no such attention
             pass
-    return AutoModelForCausalLM.from_config(config(family), **settings)
+    return make(whole, **settings)
 
 
 @contextmanager

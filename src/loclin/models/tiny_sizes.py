@@ -52,13 +52,14 @@ SIZES: dict[str, Any] = {
     # latent attention and indexers
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
-    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 4),
+    "qk_rope_head_dim": 8,
+    "rotary_dim": 4,
     "index_n_heads": 4,
     "index_topk": 4,
     # experts
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"), 2),
-    **dict.fromkeys(("top_k_experts",), 2),
+    **dict.fromkeys(("top_k_experts", "zero_expert_num"), 2),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace", "num_dense_layers"), 1),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
@@ -69,6 +70,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 2),
     "linear_num_value_heads": 4,
+    "mamba_d_ssm": 64,
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16),
     **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("mamba_dt_rank", "time_step_rank"), 4),
@@ -81,11 +83,124 @@ SIZES: dict[str, Any] = {
     # towers
     "image_size": 16,
     "patch_size": 8,
+    **dict.fromkeys(("output_channels", "ext_pw_out_channel", "depthwise_separable_out_channel"), 32),
+    **dict.fromkeys(("nemo_conv_channels", "adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 32),
+    **dict.fromkeys(("out_hidden_size", "projector_input_dim", "projector_output_dim", "backbone_hidden_size"), 32),
+    "num_codebooks": 1,
     # switches
     "is_decoder": True,
     "use_cache": False,
     "use_mamba_kernels": False,
+}
+
+# what decides which kinds of layers there are, and so is set before the kinds are asked for
+KINDS: dict[str, Any] = {
+    "max_window_layers": 1,
+    "mlp_only_layers": [0],
     "use_sliding_window": True,
 }
 
-FAMILIES: dict[str, dict[str, Any]] = {}
+# latent attention makes a key for every head
+LATENT: dict[str, Any] = {"num_key_value_heads": 4}
+
+_SLIDING_LAST = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_DENSE_FIRST = ["dense", "sparse", "sparse"]
+_GEMMA4: dict[str, Any] = {
+    "global_head_dim": 16,
+    "layer_types": _SLIDING_LAST,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
+_GEMMA4_ASSISTANT: dict[str, Any] = {
+    "text_config": {
+        "hidden_size_per_layer_input": 0,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 4,
+        "vocab_size_per_layer_input": 0,
+    }
+}
+_QWEN4: dict[str, Any] = {
+    "hc_lowrank": 8,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+    "ple_embed_dim": 16,
+    "ngram_vocab_size_base": 100,
+    "make_ngram_vocab_size_divisible_by": 4,
+    "split_ngram_parts": 1,
+}
+_BLT = {"hidden_size_global": 32}
+
+# what a family needs besides the tables
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 50, "local_attention_window_len": 4},
+    "blt_local_encoder": _BLT,
+    "blt_local_decoder": _BLT,
+    "cohere2_moe": {"mlp_layer_types": _DENSE_FIRST},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            "full_attention": None,
+        },
+    },
+    "cpmant": {"prompt_length": 2},
+    "dbrx": {"attn_config": {"clip_qkv": 8.0, "rope_theta": 10000.0}, "rope_parameters": {"rope_theta": 10000.0}},
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
+        "head_dim": 16,
+        "hc_mult": 2,
+        "num_key_value_heads": 1,
+        "o_groups": 2,
+        "partial_rotary_factor": 0.5,
+    },
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
+    "gemma3n_text": {
+        "layer_types": _SLIDING_LAST,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+        "laurel_rank": 8,
+    },
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,
+    "gemma4_assistant": _GEMMA4_ASSISTANT,
+    "gemma4_unified_assistant": _GEMMA4_ASSISTANT,
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "num_layers": 3},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "inkling_text": {"mlp_layer_types": _DENSE_FIRST},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
+    "laguna": {"num_attention_heads_per_layer": [4, 8, 4]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1]},
+    "mamba2": {"head_dim": 16},
+    "minimax_m3_vl_text": {"mlp_layer_types": _DENSE_FIRST},
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "hash_seed": 0},
+    "roc_bert": {
+        "pronunciation_embed_dim": 8,
+        "pronunciation_vocab_size": 97,
+        "shape_embed_dim": 8,
+        "shape_vocab_size": 97,
+    },
+    "qwen4_exp_text": _QWEN4,
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "num_experts_per_tok": 1},
+}
+
+# families whose causal language model takes a part of the config
+PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
