@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loclin.errors import ModelError
 from loclin.models.quiet import quiet
-from loclin.models.tiny_sizes import BIAS_FREE, BIASES, FAMILIES, KINDS, LATENT, LAYERS, PARTS, SIZES
+from loclin.models.tiny_sizes import BIAS_FREE, BIASES, FAMILIES, KINDS, LATENT, LAYERS, PARTS, REFUSED, SINGLE, SIZES
 
 # parameters that set decays and time steps: far from where they start, states explode or die
 DELICATE = ("A_log", "dt_bias", "dt_proj.bias", "time_", "recurrent_param", "decay", "igate", "fgate")
@@ -47,16 +47,21 @@ def build(
     """
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"There is no family {family!r} with a causal language model in transformers.")
+    if family in REFUSED:
+        raise ModelError(f"There is no tiny {family}: {REFUSED[family]}.")
     with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _marked_garbage():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
             model = _model(family, attn)
         except Exception as fault:  # as many kinds as there are families
-            lines = str(fault).strip().splitlines() or [type(fault).__name__]
-            raise ModelError(f"No tiny {family}: {' '.join(lines[-1].split())}") from fault
+            raise ModelError(f"There is no tiny {family} here: {_reason(fault)}") from fault
         _fill(model, seed)
-        return cast("PreTrainedModel", model.to(dtype).eval())
+        model = cast("PreTrainedModel", model.to(dtype).eval())
+        for path, module in model.named_modules():
+            if path.endswith(SINGLE.get(family, ())):
+                module.float()
+        return model
 
 
 def prompt(model: PreTrainedModel, length: int = 7, seed: int = 1) -> Tensor:
@@ -65,19 +70,6 @@ def prompt(model: PreTrainedModel, length: int = 7, seed: int = 1) -> Tensor:
     ordinary = torch.tensor([i for i in range(model.config.get_text_config().vocab_size) if i not in special])
     drawn = torch.randint(len(ordinary), (1, length), generator=torch.Generator().manual_seed(seed))
     return ordinary[drawn]
-
-
-def config(family: str) -> PreTrainedConfig:
-    """Give a family's tiny config.
-
-    Raises
-    ------
-    ModelError
-        When there is no such family.
-    """
-    if family not in CONFIG_MAPPING:
-        raise ModelError(f"There is no family {family!r} in transformers.")
-    return _config(CONFIG_MAPPING[family], family)
 
 
 def _config(kind: type[PreTrainedConfig], family: str, more: dict[str, Any] | None = None) -> PreTrainedConfig:
@@ -107,7 +99,11 @@ def _size(name: str, usual: PreTrainedConfig, family: str) -> Any:
     if "drop" in name and isinstance(value, float):
         return 0.0
     layers = getattr(usual, "num_hidden_layers", None)
-    if isinstance(value, (list, tuple)) and len(value) == layers and not all(isinstance(x, int) and x > 1 for x in value):
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) == layers
+        and not all(isinstance(x, int) and x > 1 for x in value)
+    ):
         kinds = list(dict.fromkeys(value))
         if len(kinds) <= LAYERS:  # more are indices of layers
             return [kinds[i % len(kinds)] for i in range(LAYERS)]
@@ -138,7 +134,7 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
 
 def _model(family: str, attn: str | None) -> PreTrainedModel:
     settings: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
-    whole = config(family)
+    whole = _config(CONFIG_MAPPING[family], family)
     make = AutoModelForCausalLM.from_config
     if family in PARTS:
         make = MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)]._from_config
@@ -149,6 +145,12 @@ def _model(family: str, attn: str | None) -> PreTrainedModel:
         except (ValueError, ImportError):  # the family has no such attention
             pass
     return make(whole, **settings)
+
+
+def _reason(fault: Exception) -> str:
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()] or [type(fault).__name__]
+    # a package's absence is said first and explained after; a validator's complaint comes after its name
+    return lines[0 if isinstance(fault, ImportError) else -1]
 
 
 @contextmanager

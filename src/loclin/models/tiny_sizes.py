@@ -111,14 +111,6 @@ _GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
 }
-_GEMMA4_ASSISTANT: dict[str, Any] = {
-    "text_config": {
-        "hidden_size_per_layer_input": 0,
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 4,
-        "vocab_size_per_layer_input": 0,
-    }
-}
 _QWEN4: dict[str, Any] = {
     "hc_lowrank": 8,
     "indexer_n_heads": 4,
@@ -157,6 +149,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "o_groups": 2,
         "partial_rotary_factor": 0.5,
     },
+    "dots3_note_vision_encoder": {"mlp_bias": False},
     "dots3_note_text": {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
@@ -175,8 +168,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
-    "gemma4_assistant": _GEMMA4_ASSISTANT,
-    "gemma4_unified_assistant": _GEMMA4_ASSISTANT,
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "num_layers": 3},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "inkling_text": {"mlp_layer_types": _DENSE_FIRST},
@@ -199,8 +190,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
-    "zaya": {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "num_experts_per_tok": 1},
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
 # families whose causal language model takes a part of the config
 PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+
+# families whose router casts its input to float32 and never its weights
+SINGLE = {"inkling2_text": ("mlp.gate",)}
+
+_DRAFTS = "it reads the keys and values of the model that it drafts for"
+REFUSED = {"gemma4_assistant": _DRAFTS, "gemma4_unified_assistant": _DRAFTS}
