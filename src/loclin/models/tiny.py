@@ -22,7 +22,8 @@ from loclin.models.tiny_sizes import BIAS_FREE, BIASES, FAMILIES, KINDS, LATENT,
 
 # parameters that set decays and time steps: far from where they start, states explode or die
 DELICATE = ("A_log", "dt_bias", "dt_proj.bias", "time_", "recurrent_param", "decay", "igate", "fgate")
-LEARNED_BUFFERS = ("correction_bias", "expert_bias", "layer_scalar")
+SPECIAL = ("pad", "bos", "eos", "decoder_start", "unk", "mask", "sep", "cls", "image", "video", "audio")
+LEARNED_BUFFERS = ("correction_bias", "expert_bias", "balancing_biases", "layer_scalar")
 
 
 def families() -> tuple[str, ...]:
@@ -57,7 +58,7 @@ def build(
         except Exception as fault:  # as many kinds as there are families
             raise ModelError(f"There is no tiny {family} here: {_reason(fault)}") from fault
         _fill(model, seed)
-        model = cast("PreTrainedModel", model.to(dtype).eval())
+        nn.Module.to(model, dtype).eval()
         for path, module in model.named_modules():
             if path.endswith(SINGLE.get(family, ())):
                 module.float()
@@ -98,23 +99,19 @@ def _size(name: str, usual: PreTrainedConfig, family: str) -> Any:
         return _small_id(name, value)
     if "drop" in name and isinstance(value, float):
         return 0.0
-    layers = getattr(usual, "num_hidden_layers", None)
-    if (
-        isinstance(value, (list, tuple))
-        and len(value) == layers
-        and not all(isinstance(x, int) and x > 1 for x in value)
-    ):
+    if isinstance(value, (list, tuple)) and len(value) == getattr(usual, "num_hidden_layers", None):
         kinds = list(dict.fromkeys(value))
-        if len(kinds) <= LAYERS:  # more are indices of layers
-            return [kinds[i % len(kinds)] for i in range(LAYERS)]
+        if len(kinds) <= LAYERS and not all(
+            isinstance(kind, int) and kind > 1 for kind in kinds
+        ):  # no indices or sizes
+            # attention goes round and MLPs stay at the last kind, so that more than one pair of kinds occurs
+            rest = kinds[-1:] if name.startswith("mlp") else kinds
+            return [*kinds, *rest, *rest][:LAYERS] if len(kinds) > 1 else kinds * LAYERS
     return None
 
 
 def _holds_ids(name: str) -> bool:
     return name.endswith(("_token_id", "_token_index", "_token_ids", "pad_index", "bos_index", "eos_index"))
-
-
-SPECIAL = ("pad", "bos", "eos", "decoder_start", "unk", "mask", "sep", "cls", "image", "video", "audio")
 
 
 def _small_id(name: str, value: Any) -> Any:
@@ -135,9 +132,9 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
 def _model(family: str, attn: str | None) -> PreTrainedModel:
     settings: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
     whole = _config(CONFIG_MAPPING[family], family)
-    make = AutoModelForCausalLM.from_config
+    make: Any = AutoModelForCausalLM.from_config
     if family in PARTS:
-        make = MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)]._from_config
+        make = cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)])._from_config
         whole = getattr(whole, PARTS[family])
     if attn is not None:
         try:
@@ -157,14 +154,15 @@ def _reason(fault: Exception) -> str:
 def _marked_garbage() -> Iterator[None]:
     """Make what nobody initialises NaN rather than whatever lay in memory, so that it can be told."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    switch: Any = torch.utils.deterministic
+    fill = switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switch.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switch.fill_uninitialized_memory = fill
 
 
 @torch.no_grad()

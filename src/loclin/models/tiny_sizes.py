@@ -78,7 +78,7 @@ SIZES: dict[str, Any] = {
     # positions
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 64),
     **dict.fromkeys(("model_max_length", "max_target_positions", "max_source_positions"), 64),
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 4),
+    **dict.fromkeys(("sliding_window_size", "attention_window_size", "window_size"), 4),
     **dict.fromkeys(("local_attention", "attention_chunk_size"), 4),
     # towers
     "image_size": 16,
@@ -97,6 +97,7 @@ SIZES: dict[str, Any] = {
 KINDS: dict[str, Any] = {
     "max_window_layers": 1,
     "mlp_only_layers": [0],
+    "sliding_window": 4,
     "use_sliding_window": True,
 }
 
@@ -168,6 +169,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
+    "glm_moe_dsa": {"indexer_types": ["full", "shared", "full"]},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "num_layers": 3},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "inkling_text": {"mlp_layer_types": _DENSE_FIRST},
