@@ -147,7 +147,7 @@ def _model(family: str, attn: str | None) -> PreTrainedModel:
 def _reason(fault: Exception) -> str:
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()] or [type(fault).__name__]
     # a package's absence is said first and explained after; a validator's complaint comes after its name
-    return lines[0 if isinstance(fault, ImportError) else -1]
+    return lines[0].split(" You can install")[0] if isinstance(fault, ImportError) else lines[-1]
 
 
 @contextmanager

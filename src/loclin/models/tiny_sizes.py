@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "dff"), 40),
     **dict.fromkeys(("d_ff", "dim_ff", "d_inner", "ffn_hidden_size", "feed_forward_size", "mlp_dim"), 40),
     **dict.fromkeys(("dense_intermediate_size", "intermediate_size_mlp", "prefix_dense_intermediate_size"), 40),
-    **dict.fromkeys(("hidden_size_per_layer_input", "embedding_multiplier_dim"), 8),
+    "hidden_size_per_layer_input": 8,
     # heads
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "swa_num_attention_heads"), 4),
@@ -104,11 +104,12 @@ KINDS: dict[str, Any] = {
 # latent attention makes a key for every head
 LATENT: dict[str, Any] = {"num_key_value_heads": 4}
 
-_SLIDING_LAST = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_FULL_LAST = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_FULL_AROUND = ["full_attention", "sliding_attention", "full_attention"]
 _DENSE_FIRST = ["dense", "sparse", "sparse"]
 _GEMMA4: dict[str, Any] = {
     "global_head_dim": 16,
-    "layer_types": _SLIDING_LAST,
+    "layer_types": _FULL_LAST,
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
 }
@@ -161,7 +162,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 8,
     },
     "gemma3n_text": {
-        "layer_types": _SLIDING_LAST,
+        "layer_types": _FULL_LAST,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
@@ -174,11 +175,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "inkling_text": {"mlp_layer_types": _DENSE_FIRST},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
-    "laguna": {"num_attention_heads_per_layer": [4, 8, 4]},
+    "laguna": {"layer_types": _FULL_AROUND, "num_attention_heads_per_layer": [4, 8, 4]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1]},
     "mamba2": {"head_dim": 16},
-    "minimax_m3_vl_text": {"mlp_layer_types": _DENSE_FIRST},
+    "mellum": {"layer_types": _FULL_AROUND},
+    "minimax_m3_vl_text": {
+        "index_block_size": 2,
+        "index_topk_blocks": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],
+        "mlp_layer_types": _DENSE_FIRST,
+    },
+    "ministral": {"layer_types": _FULL_AROUND},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "hash_seed": 0},
     "roc_bert": {
