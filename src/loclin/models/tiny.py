@@ -180,7 +180,7 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
 
 def _weights(module: nn.Module, name: str, start: Tensor, noise: Tensor) -> Tensor:
     start = start.nan_to_num()  # NaN: never initialised
-    if any(part in name for part in DELICATE):
+    if name.endswith(".D") or any(part in name for part in DELICATE):
         return start + 0.05 * noise
     if isinstance(module, nn.Embedding):
         return noise
