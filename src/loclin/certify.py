@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loclin.freeze import Hold, biases, covered, frozen
+from loclin.freeze import Hold, evaluation, frozen
 from loclin.linear_map import LinearMap
-from loclin.link import LayerLink, batched_jvp
-from loclin.trace import Trace, first
+from loclin.link import LayerLink, whole_graph
+from loclin.models.route import first, hidden_state, logits_at
+from loclin.trace import Trace
 
 _ROWS = 3
-FORWARD_TOLERANCE = 1e-5
-"""How far `precision="double"` may move the forward pass away from the model's float32 norms and softmax."""
+_FORWARD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+"""How far the linear path's value may be from the model's: the rounding of the model's own dtype, and its casts."""
 
 
-def tolerance(dtype: torch.dtype, hold: Hold) -> float:
-    """The largest relative error at which a map in this dtype counts as exact."""
-    if dtype == torch.float64:
-        return 1e-12 if hold.precision == "double" else 1e-6
-    return {torch.float32: 3e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+def tolerance(trace: Trace) -> float:
+    """The largest relative error at which a map counts as exact."""
+    if trace.dtype == torch.float64:
+        return 1e-6 if trace.hold.keeps_stock(trace.stock_final.dtype) else 1e-12
+    return {torch.float32: 3e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}[trace.dtype]
 
 
 def relative(difference: Tensor, reference: Tensor) -> float:
@@ -36,11 +37,28 @@ def relative(difference: Tensor, reference: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Culprit:
-    """A module that is not linear in its input although its coefficients are held."""
+    """An operation that is not linear in its input although its coefficients are held.
+
+    Attributes
+    ----------
+    module
+        The path of the module that does it.
+    kind
+        The module's class.
+    error
+        How much of the operation's output is not linear: |what a linear twin misses| / |output|.
+    operation, line
+        The operation, and its line of code.
+    """
 
     module: str
     kind: str
     error: float
+    operation: str = ""
+    line: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.kind}): {self.operation} at {self.line}, error {self.error:.1e}"
 
 
 @dataclass(frozen=True)
@@ -52,9 +70,10 @@ class Certificate:
     reconstruction_error
         |J x + b - y_frozen| / |y_frozen|, J x by one forward product: is the algebra right?
     forward_error
-        |y_frozen - y_model| / |y_model| over all positions: did freezing change the forward pass?
+        |y_frozen - y_model| / |y_model| over all positions. Zero where the linear path has the model's dtype; else what
+        the model's own rounding amounts to.
     bit_identical
-        Whether the frozen forward pass equals the model's in every bit.
+        Whether the model's forward pass inside the freeze equals the one outside in every bit.
     std_error
         std(J x + b - y_model) / std(y_model): the paper's metric.
     adjoint_error
@@ -69,8 +88,10 @@ class Certificate:
         |b| / |y|.
     tolerance
         What the errors must not pass in this dtype.
+    forward_tolerance
+        What the forward error must not pass in the model's dtype.
     culprits
-        When the certificate fails: the innermost modules that are not linear.
+        When the certificate fails: the operations that are not linear.
     """
 
     reconstruction_error: float
@@ -83,6 +104,7 @@ class Certificate:
     row_error: float
     bias_share: float
     tolerance: float
+    forward_tolerance: float
     culprits: tuple[Culprit, ...]
 
     @property
@@ -96,7 +118,7 @@ class Certificate:
             self.row_error,
         )
         exact = all(error <= self.tolerance for error in errors)
-        return exact and not self.culprits and (self.bit_identical or self.forward_error <= FORWARD_TOLERANCE)
+        return exact and not self.culprits and self.bit_identical and self.forward_error <= self.forward_tolerance
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -108,7 +130,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
 
     Cost: about ten columns, one backward pass through the whole frozen model, and one small graph per layer.
     """
-    trace, hold = J.chain.trace, J.chain.hold
+    trace = J.chain.trace
     random = torch.Generator().manual_seed(seed)
     v, w = torch.randn(2, *J.shape[1:], generator=random, dtype=J.dtype).to(J.device)
     u = torch.randn(J.shape[0], generator=random, dtype=J.dtype).to(J.device)
@@ -116,37 +138,38 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     combination, pushed_v, pushed_w = J.matmat(torch.stack([3.0 * v + w, v, w]))
     reconstruction = J.matvec(J.input) + J.bias
     adjoint = (u @ pushed_v - (J.rmatvec(u) * v).sum()).abs() / (u.norm() * pushed_v.norm())
-    stock = trace.stock_final[0, J.position].to(J.device) if J.target.kind == "final" else y
+    stock = trace.stock_final[0, J.position].to(J.device, J.dtype) if J.target.kind == "final" else y
     error = relative(reconstruction - y, y)
-    limit = tolerance(J.dtype, hold)
+    limit = tolerance(trace)
     second = max(_second_derivative(link) for link in J.chain.layers)
+    row_error = _row_error(J, random)
+    exact = max(error, second, row_error) <= limit and not trace.misuses
+    model_final = trace.stock_final.to(J.dtype)
     return Certificate(
         reconstruction_error=error,
-        forward_error=relative(trace.final - trace.stock_final, trace.stock_final),
-        bit_identical=torch.equal(trace.final, trace.stock_final) and _logits_equal(trace),
+        forward_error=relative(trace.final - model_final, model_final),
+        bit_identical=trace.bit_identical,
         std_error=((reconstruction - stock).std() / stock.std()).item(),
         adjoint_error=adjoint.item(),
         linearity_error=(
             (combination - 3.0 * pushed_v - pushed_w).norm() / (3.0 * pushed_v.norm() + pushed_w.norm())
         ).item(),
         second_derivative=second,
-        row_error=_row_error(J, random),
+        row_error=row_error,
         bias_share=relative(J.bias, y),
         tolerance=limit,
-        culprits=tuple(culprits(trace, hold, limit)) if not max(error, second) <= limit else (),
+        forward_tolerance=_FORWARD_TOLERANCE[trace.stock_final.dtype],
+        culprits=() if exact else tuple(culprits(trace, J.chain.hold, limit)),
     )
-
-
-def _logits_equal(trace: Trace) -> bool:
-    return torch.equal(trace.logits(trace.length - 1), trace.stock_logits)
 
 
 def _second_derivative(link: LayerLink) -> float:
     """How strongly a layer's vjp depends on the layer's input; 0 for a map that is linear."""
     graph = link.graph()
     x, y = graph.points["resid_pre"], graph.points["resid_post"]
-    cotangent = torch.ones_like(y)
-    (pulled,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
+    if not y.requires_grad:
+        return 0.0
+    (pulled,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
     if not pulled.requires_grad:
         return 0.0
     (again,) = torch.autograd.grad(pulled.sum(), x, allow_unused=True)
@@ -156,84 +179,74 @@ def _second_derivative(link: LayerLink) -> float:
 def _row_error(J: LinearMap, random: torch.Generator) -> float:
     """Sampled rows of J against one backward pass through the whole frozen model, links and sweeps unused."""
     trace = J.chain.trace
-    leaf = trace.layers[0].hidden.clone().requires_grad_()
-    seen: dict[str, Tensor] = {}
-
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return ((leaf, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaf})
-
-    def leave(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        seen["final"] = output
-
-    with torch.enable_grad(), frozen(trace.model.hf, J.chain.hold):
-        handles = [
-            trace.anatomy.layers[0].register_forward_pre_hook(enter, with_kwargs=True),
-            trace.anatomy.final_norm.register_forward_hook(leave),
-        ]
-        try:
-            trace.model.hf(input_ids=trace.input_ids, use_cache=False, logits_to_keep=1)
-        finally:
-            for handle in handles:
-                handle.remove()
+    graph = whole_graph(trace, J.chain.hold)
+    leaf, final = graph.points["resid_pre"], graph.points["resid_post"]
+    if not final.requires_grad:
+        return 1.0
     rows = torch.randint(J.shape[0], (_ROWS,), generator=random)
     cotangents = torch.zeros(_ROWS, J.shape[0], dtype=J.dtype, device=J.device)
     cotangents[range(_ROWS), rows] = 1.0
-    slow = [
-        torch.autograd.grad(seen["final"][0, J.position, row], leaf, retain_graph=True)[0][0] for row in rows.tolist()
-    ]
+    slow = [torch.autograd.grad(final[0, J.position, row], leaf, retain_graph=True)[0][0] for row in rows.tolist()]
     reference = torch.stack(slow).to(J.device)
     return relative(J.rmatmat(cotangents) - reference, reference)
 
 
 def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
-    """The innermost modules whose output is not J x + b at their own input, the worst first.
+    """The operations that are not linear, in the order in which they run.
 
-    Cost: one column through every module of every layer.
+    Every operation's twin is compared with the model's own value; a module that takes something live and gives
+    something that no operation tied to it is named too. Cost: three forward passes.
     """
-    found: list[Culprit] = []
-    for index, layer in enumerate(trace.anatomy.layers):
-        name = f"layers.{index}"
-        errors = _module_errors(layer, trace, index, hold)
-        bad = {path: error for path, error in errors.items() if not error <= 10 * limit}
-        inner = [
-            path for path in bad if not any(other.startswith(f"{path}.".lstrip(".")) for other in bad if other != path)
+    hf = trace.model.hf
+    blind: list[Culprit] = []
+    kinds = {name or "model": type(module).__name__ for name, module in hf.named_modules()}
+
+    with evaluation(hf), torch.no_grad(), frozen(hf, hold, trace.dtype) as mode:
+        mode.graph, mode.audit = False, max(10 * limit, 1e-6 if trace.stock_final.dtype == torch.float64 else 1e-4)
+        if trace.stock_final.dtype in (torch.float16, torch.bfloat16):
+            mode.audit = 0.1
+
+        def entered(hidden: Tensor) -> None:
+            mode.enter(hidden)
+
+        def left(path: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                out = output if isinstance(output, Tensor) else first(output) if isinstance(output, tuple) else None
+                live = mode.depends((*args, *kwargs.values()))
+                if live and isinstance(out, Tensor) and out.is_floating_point() and mode.status(out) is None:
+                    weights = next(module.parameters(), None) is not None
+                    if weights and not any(known.module.startswith(f"{path}.") for known in blind):
+                        kind = type(module).__name__
+                        blind.append(Culprit(path, kind, 1.0, "an operation that loclin cannot see", "its forward"))
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(left(name), with_kwargs=True) for name, module in hf.named_modules() if name
         ]
-        found += [
-            Culprit(f"{name}.{path}".strip("."), type(layer.get_submodule(path)).__name__, bad[path]) for path in inner
-        ]
-    return sorted(found, key=lambda culprit: -culprit.error)
+        first_block = trace.layers[0].block.module
+        if trace.route.whole is None:
+            handles.append(
+                first_block.register_forward_pre_hook(
+                    lambda _m, args, kwargs: entered(hidden_state(args, kwargs)), with_kwargs=True
+                )
+            )
+        else:
+            handles.append(hf.get_input_embeddings().register_forward_hook(lambda _m, _a, output: entered(output)))
+        def left_all(_module: nn.Module, _args: Any, output: Any) -> None:
+            if mode.status(first(output)) is not None:
+                mode.live(first(output))
 
-
-def _module_errors(layer: nn.Module, trace: Trace, index: int, hold: Hold) -> dict[str, float]:
-    """|J x + b - y| / |y| of every module inside a layer at its own input, but for what the rules hold."""
-    call = trace.layers[index]
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def remember(path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entered = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(entered, Tensor) and isinstance(first(output), Tensor):
-                seen[path] = (entered, first(output))
-
-        return hook
-
-    x = call.hidden.clone().requires_grad_()
-    with torch.enable_grad(), frozen(layer, hold, name=f"layers.{index}", live_biases=True):
-        handles = [part.register_forward_hook(remember(path), with_kwargs=True) for path, part in layer.named_modules()]
+        handles.append(trace.route.exit.register_forward_hook(left_all))
         try:
-            call(layer, x)
+            logits_at(trace.model, trace.input_ids, trace.length - 1)
         finally:
             for handle in handles:
                 handle.remove()
-        errors = {}
-        skipped = covered(layer)
-        for path, (entered, left) in seen.items():
-            if layer.get_submodule(path) in skipped:
-                continue
-            if not left.requires_grad or not entered.requires_grad:
-                continue
-            rebuilt = batched_jvp(left, entered)(entered.detach()[None])[0]
-            for bias in biases(layer.get_submodule(path)).values():
-                rebuilt = rebuilt + batched_jvp(left, bias)(bias.detach()[None])[0]
-            errors[path] = relative(rebuilt - left.detach(), left.detach())
-    return errors
+    seen = [
+        Culprit(m.origin.module, kinds.get(m.origin.module, "?"), m.error, m.origin.operation, m.origin.line)
+        for m in dict.fromkeys((*trace.misuses, *mode.misuses))
+        if m.origin.line or not blind
+    ]
+    unique = {(culprit.module, culprit.operation, culprit.line): culprit for culprit in (*blind, *seen)}
+    return list(unique.values())

@@ -46,7 +46,9 @@ class Chain:
 
     def width(self, point: Point) -> int:
         """How many numbers a point has at one position: d, or the vocabulary's size for the logits."""
-        return self.trace.anatomy.head_weight.shape[0] if point.kind == "logits" else self.trace.width
+        if point.kind == "logits":
+            return self.trace.stock_logits.shape[0]
+        return self.trace.final.shape[-1] if point.kind == "final" else self.trace.width
 
     @property
     def chunk(self) -> int:
@@ -77,7 +79,7 @@ class Chain:
         copy that the matrix product makes), and six residual streams.
         """
         widest = max(
-            (part.out_features for part in self.trace.anatomy.layers[0].modules() if isinstance(part, nn.Linear)),
+            (part.out_features for part in self.trace.layers[0].block.module.modules() if isinstance(part, nn.Linear)),
             default=4 * self.trace.width,
         )
         inside = self.trace.length * (4 * widest + 6 * self.trace.width)
@@ -182,9 +184,10 @@ class Chain:
 
     def norm(self, target: Point, position: int) -> NormLink:
         """The final norm on top of a target, frozen at the target's own value there."""
-        at_end = target.kind in ("final", "logits")
-        hidden = self.trace.pre_norm[0] if at_end else self.trace.value(target)
-        return NormLink(self.trace, hidden[position], self.hold)
+        if target.kind in ("final", "logits"):
+            return NormLink(self.trace, self.trace.end.hidden[0, position], self.trace.end.value[0, position], self.hold)
+        value = self.trace.value(target)[position]
+        return NormLink(self.trace, value.to(self.trace.end.hidden.dtype), value, self.hold)
 
     def _leave(self, pushed: Tensor, target: Point, position: int, normed: bool) -> Tensor:
         if target.kind in ("final", "logits") or normed:

@@ -30,14 +30,14 @@ _AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 def worth_it(link: LayerLink, columns: int) -> bool:
     """Whether a layer has explicit products, and this many columns make forming its matrices cheaper."""
-    weights = link.layout.weights
-    if weights is None or link.hold.ordinary or columns == 0:
+    weights = link.weights
+    if weights is None or link.hold.ordinary or columns == 0 or link.trace.dtype not in _AGREEMENT:
         return False
     parts = [link.module.get_submodule(path) for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)]
     linear = [
         part
         for part in parts
-        if type(part) is nn.Linear and part.weight.dtype in _AGREEMENT and not part.weight.is_meta
+        if type(part) is nn.Linear and part.weight.is_floating_point() and not part.weight.is_meta
     ]
     if len(linear) < len(parts):
         return False
@@ -62,12 +62,12 @@ class ExplicitLayer:
     """One layer's explicit backward products. Memory: its coefficients, and what the workspace holds."""
 
     def __init__(self, link: LayerLink, workspace: Workspace) -> None:
-        weights = link.layout.weights
+        weights = link.weights
         assert weights is not None
         self._workspace = workspace
         self._name = link.name
         self._v, self._o, self._gate, self._up, self._down = (
-            link.module.get_parameter(f"{path}.weight").detach()
+            link.module.get_parameter(f"{path}.weight").detach().to(link.trace.dtype)
             for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)
         )
         self._held, self._input, self._output = self._read(link, weights)
@@ -78,16 +78,18 @@ class ExplicitLayer:
 
         def remember(path: str) -> Any:
             def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                seen[path] = (args[0], output)
+                seen[path] = (mode.live(args[0]), mode.live(output))
 
             return hook
 
-        x = link.call.hidden.detach().clone().requires_grad_()
-        with torch.enable_grad(), frozen(link.module, link.hold, name=link.name, keep=_all) as attention:
+        dtype = link.trace.dtype
+        with frozen(link.module, link.hold, dtype, name=link.name, keep=_all) as mode, torch.no_grad():
             paths = {path for path in vars(weights).values() if path is not None}
             handles = [link.module.get_submodule(path).register_forward_hook(remember(path)) for path in paths]
+            hidden = link.call.hidden.clone()
+            x = mode.enter(hidden)
             try:
-                post = link.call(link.module, x)
+                post = mode.live(link.call(hidden))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -96,7 +98,7 @@ class ExplicitLayer:
             return None if path is None else _diagonal(seen[path][1], seen[path][0])
 
         inner = seen[weights.down][0]
-        (probs,) = attention.values()
+        (probs,) = mode.probabilities.values()
         attn_in, mlp_in = diagonal(weights.attn_norm), diagonal(weights.mlp_norm)
         assert attn_in is not None
         assert mlp_in is not None
@@ -107,7 +109,7 @@ class ExplicitLayer:
             mlp_out=diagonal(weights.mlp_post),
             up=_diagonal(inner, seen[weights.up][1]),
             gate=_diagonal(inner, seen[weights.gate][1]),
-            probs=probs[0],
+            probs=probs[0].to(dtype),
         )
         return held, x, post
 

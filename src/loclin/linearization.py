@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from loclin.certify import Certificate, certify
 from loclin.chain import Chain
-from loclin.errors import NotExactError, OptionError, PromptError
+from loclin.errors import NotExactError, PromptError
 from loclin.freeze import Gate, Hold, Precision
 from loclin.linear_map import LinearMap
 from loclin.models import Model, wrap
@@ -44,7 +44,7 @@ class Linearization:
         self.model = model
         self.trace = trace(model, input_ids, hold)
         self.input_ids = self.trace.input_ids
-        self.gate, self.precision = hold.gate, hold.precision
+        self.gate, self.precision = hold.gate, hold.resolved(model.hf.dtype)
         self._memory = memory
         self.chain = Chain(self.trace)
         self._maps: dict[tuple, LinearMap] = {}
@@ -56,7 +56,7 @@ class Linearization:
     @property
     def embeddings(self) -> Float[Tensor, "T d"]:
         """x, what enters layer 0 and what J acts on; any scale that the family puts on its embeddings included."""
-        return self.trace.layers[0].hidden[0]
+        return self.trace.layers[0].value[0]
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -144,9 +144,10 @@ def linearize(
     prompt: str | Tensor,
     *,
     gate: Gate = "activation",
-    precision: Precision = "stock",
+    precision: Precision = "auto",
     bos: bool | str | None = None,
     memory: int | float | str | None = None,
+    strict: bool = True,
 ) -> Linearization:
     """Freeze a model at one prompt.
 
@@ -159,11 +160,13 @@ def linearize(
     gate
         How gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.Hold`.
     precision
-        `"stock"`, or `"double"` for float64 models; see `loclin.freeze.Hold`.
+        The dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see `loclin.freeze.Hold`.
     bos
         For text: True puts a beginning token in front, False none, a string names it; None is the tokenizer's way.
     memory
         The budget of sweeps beside their results: bytes, `"2GB"`, or a fraction of what is free.
+    strict
+        Refuse a model that is not exact. Otherwise its certificate says what is not, and by how much.
 
     Raises
     ------
@@ -174,23 +177,28 @@ def linearize(
 
     Notes
     -----
-    Cost: two forward passes. For a family that is not in loclin's table, the certificate as well.
+    Cost: two forward passes. Where the family has no explicit links, the certificate as well.
     """
     model = model if isinstance(model, Model) else wrap(model)
-    hold = Hold(gate, precision)
-    if precision == "double" and model.hf.dtype != torch.float64:
-        raise OptionError(f"precision='double' needs a float64 model, this one is {model.info.dtype}: load it so")
     input_ids = _checked(model, model.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt)
-    result = Linearization(model, input_ids, hold, memory)
-    if not result.trace.anatomy.known:
+    result = Linearization(model, input_ids, Hold(gate, precision), memory)
+    if strict and (result.trace.misuses or result.trace.anatomy.weights is None):
         certificate = result.certify()
         if not certificate.passed:
-            worst = ", ".join(f"{c.module} ({c.kind}, error {c.error:.1e})" for c in certificate.culprits[:3])
-            raise NotExactError(
-                f"{model.info.family} is not in loclin's table, and its map is not exact "
-                f"(error {certificate.reconstruction_error:.1e}): {worst or 'no single module found'}"
-            )
+            raise NotExactError(_refusal(model, certificate))
     return result
+
+
+def _refusal(model: Model, certificate: Certificate) -> str:
+    """Why a model is refused, which module is to blame, and what can be done."""
+    found = "; ".join(str(culprit) for culprit in certificate.culprits[:3])
+    more = f" and {len(certificate.culprits) - 3} more" if len(certificate.culprits) > 3 else ""
+    kind = certificate.culprits[0].kind if certificate.culprits else "ItsClass"
+    return (
+        f"{model.info.name} ({model.info.family}) is not exact: error {certificate.reconstruction_error:.1e}. "
+        f"Not linear although its coefficients are held: {found or 'no single operation found'}{more}. "
+        f'Say what to hold there with loclin.freeze.register("{kind}", form), or pass strict=False to look at it'
+    )
 
 
 def _checked(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:

@@ -13,10 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.freeze import Hold, biases, frozen
-from loclin.trace import Trace, first
+from loclin.freeze import Hold, evaluation, frozen
+from loclin.models.route import first, hidden_state, logits_at
+from loclin.trace import Call, Trace
 
 Columns = Float[Tensor, "n T d"]
+Constants = list[tuple[str, Tensor]]
+"""(name, leaf) of what is added to live tensors."""
 
 
 def batched_vjp(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
@@ -49,9 +52,19 @@ def _chunks(block: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
     return block.split(chunk or len(block)) if len(block) else ()
 
 
+def pushed_constants(output: Tensor, constants: Constants) -> dict[str, Tensor]:
+    """What each constant adds at `output` `[1, T, d]`, as `[T, d]`; by name, without those that do not reach it."""
+    found: dict[str, Tensor] = {}
+    for name, leaf in constants:
+        pushed = batched_jvp(output, leaf)(leaf.detach().unsqueeze(0))[0]
+        if pushed.any():
+            found[name] = found[name] + pushed[0] if name in found else pushed[0]
+    return found
+
+
 @dataclass
 class Graph:
-    """A layer's tensors at its points.
+    """A layer's tensors on the linear path, at its points.
 
     `attn_shift` is a zero added to the attention's output: moving it moves `resid_mid` and nothing before it, so it
     stands for the points between attention and MLP.
@@ -59,7 +72,7 @@ class Graph:
 
     points: dict[str, Tensor]
     attn_shift: Tensor
-    biases: dict[str, nn.Parameter]
+    constants: Constants
 
     def source(self, kind: str) -> Tensor:
         """The leaf to move for a source point, `resid_pre` or `resid_mid`."""
@@ -74,38 +87,48 @@ class LayerLink:
     """
 
     def __init__(self, trace: Trace, index: int, hold: Hold | None = None) -> None:
-        self.module = trace.anatomy.layers[index]
-        self.name = f"layers.{index}"
-        self.device = trace.layers[index].hidden.device
-        self.call = trace.layers[index]
-        self.layout = trace.anatomy.layout
+        self.trace = trace
+        self.index = index
+        self.call: Call = trace.layers[index]
+        self.module = self.call.block.module
+        self.name = self.call.block.name
+        self.device = self.call.hidden.device
+        self.weights = trace.anatomy.weights
         self.hold = hold or trace.hold
 
-    def graph(self, live_biases: bool = False) -> Graph:
-        """Rebuild the layer's own autograd graph from its recorded input. Cost: one forward pass of the layer."""
-        x = self.call.hidden.detach().requires_grad_()
-        shift = torch.zeros_like(x, requires_grad=True)
+    def graph(self, collect: bool = False) -> Graph:
+        """Rebuild the layer's own graph from its recorded input. Cost: two forward passes of the layer."""
+        if self.trace.route.whole is not None:
+            return whole_graph(self.trace, self.hold, collect)
+        parts = self.call.block.parts
         seen: dict[str, Tensor] = {}
+        with frozen(self.module, self.hold, self.trace.dtype, name=self.name, collect=collect) as mode, torch.no_grad():
+            hidden = self.call.hidden.clone()
+            x = mode.enter(hidden, self.call.value.clone().requires_grad_())
+            shift = torch.zeros_like(x, requires_grad=True)
 
-        def attended(_module: nn.Module, _args: object, output: object) -> object:
-            seen["attn_out"] = first(output) + shift
-            return (seen["attn_out"], *output[1:]) if isinstance(output, tuple) else seen["attn_out"]
+            def attended(_module: nn.Module, _args: object, output: object) -> None:
+                with mode.paused():
+                    seen["attn_out"] = mode.live(first(output)) + shift
+                    mode.enter(first(output), seen["attn_out"])
 
-        def mlp(_module: nn.Module, _args: object, output: object) -> None:
-            seen["mlp_out"] = first(output)
+            def mlp(_module: nn.Module, _args: object, output: object) -> None:
+                seen["mlp_out"] = mode.live(first(output))
 
-        with torch.enable_grad(), frozen(self.module, self.hold, name=self.name, live_biases=live_biases):
             handles = [
-                self.module.get_submodule(self.layout.attn).register_forward_hook(attended),
-                self.module.get_submodule(self.layout.mlp).register_forward_hook(mlp),
+                self.module.get_submodule(path).register_forward_hook(hook)
+                for path, hook in ((parts.attn, attended), (parts.mlp, mlp))
+                if path is not None
             ]
             try:
-                post = self.call(self.module, x)
+                post = mode.live(self.call(hidden))
             finally:
                 for handle in handles:
                     handle.remove()
-            points = {"resid_pre": x, "resid_mid": x + seen["attn_out"], "resid_post": post, **seen}
-        return Graph(points, shift, biases(self.module) if live_biases else {})
+        points = {"resid_pre": x, "resid_post": post, **seen}
+        if "attn_out" in seen:
+            points["resid_mid"] = x + seen["attn_out"]
+        return Graph(points, shift, mode.constants)
 
     def vjp(
         self, cotangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
@@ -114,7 +137,7 @@ class LayerLink:
 
         Yields the chunks in order. Cost: n columns of this layer.
         """
-        graph = self.graph()
+        graph = self._graph(source, target)
         for part in _chunks(cotangents, chunk):
             yield batched_vjp(graph.points[target], graph.source(source), part.to(self.device).unsqueeze(1)).squeeze(1)
 
@@ -122,97 +145,135 @@ class LayerLink:
         self, tangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
     ) -> Iterator[Columns]:
         """Push a block of tangents from `source` forward to `target`; chunks and cost as for `vjp`."""
-        graph = self.graph()
+        graph = self._graph(source, target)
         push = batched_jvp(graph.points[target], graph.source(source))
         for part in _chunks(tangents, chunk):
             yield push(part.to(self.device).unsqueeze(1)).squeeze(1)
 
+    def _graph(self, source: str, target: str, collect: bool = False) -> Graph:
+        for kind in (source, target):
+            if kind == "resid_mid":
+                self.trace.part(self.index, "attn_out")
+            elif kind in ("attn_out", "mlp_out"):
+                self.trace.part(self.index, kind)
+        return self.graph(collect)
+
     def constants(self, source: str = "resid_pre", target: str = "resid_post") -> dict[str, Float[Tensor, "T d"]]:
-        """What each bias inside the layer, behind `source`, adds at `target`; by the bias's path."""
-        if not biases(self.module):
-            return {}
-        graph = self.graph(live_biases=True)
-        sources = dict(graph.biases)
+        """What each bias or constant inside the layer, behind `source`, adds at `target`; by its path."""
+        graph = self._graph(source, target, collect=True)
+        constants = graph.constants
         if source == "resid_mid":
-            sources = {name: bias for name, bias in sources.items() if _behind_attention(graph, bias)}
-        return {
-            f"{self.name}.{name}": pushed[0, 0]
-            for name, bias in sources.items()
-            if (pushed := batched_jvp(graph.points[target], bias)(bias.detach().unsqueeze(0))).any()
-        }
+            constants = [(name, leaf) for name, leaf in constants if _behind_attention(graph, leaf)]
+        return pushed_constants(graph.points[target], constants)
 
 
-def _behind_attention(graph: Graph, bias: nn.Parameter) -> bool:
-    """Whether a bias enters behind the attention, so that `resid_mid` does not hold it yet."""
-    (moves_mid,) = torch.autograd.grad(graph.points["resid_mid"].sum(), bias, retain_graph=True, allow_unused=True)
-    return moves_mid is None
+def _behind_attention(graph: Graph, constant: Tensor) -> bool:
+    """Whether a constant enters behind the attention, so that `resid_mid` does not hold it yet."""
+    middle = graph.points["resid_mid"]
+    (moves,) = torch.autograd.grad(middle.sum(), constant, retain_graph=True, allow_unused=True)
+    return moves is None
+
+
+def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
+    """The graph of the whole network from the embeddings to `final`, in one piece.
+
+    Cost: two forward passes. Memory: every layer's graph at once.
+    """
+    model, points = trace.model, {}
+    entry = trace.layers[0]
+    whole = trace.route.whole is not None
+    x = entry.value.detach().clone().requires_grad_()
+    with (
+        evaluation(model.hf),
+        frozen(model.hf, hold, trace.dtype, collect=collect) as mode,
+        torch.no_grad(),
+    ):
+
+        def enter(hidden: Tensor) -> None:
+            if "resid_pre" not in points:
+                points["resid_pre"] = mode.enter(hidden, x)
+
+        def leave(_module: nn.Module, _args: object, output: object) -> None:
+            points["resid_post"] = mode.live(first(output))
+            mode.collect = False
+
+        if whole:
+            embeddings = model.hf.get_input_embeddings()
+            start = embeddings.register_forward_hook(lambda _m, _a, output: enter(output))
+        else:
+            start = entry.block.module.register_forward_pre_hook(
+                lambda _m, args, kwargs: enter(hidden_state(args, kwargs)), with_kwargs=True
+            )
+        end = trace.route.exit.register_forward_hook(leave)
+        try:
+            logits_at(model, trace.input_ids, trace.length - 1)
+        finally:
+            start.remove()
+            end.remove()
+    return Graph(points, torch.zeros_like(x, requires_grad=True), mode.constants)
 
 
 class NormLink:
     """The final norm, frozen at a given hidden state. Position-wise: it takes blocks `[n, d]` at one position."""
 
-    def __init__(self, trace: Trace, hidden: Float[Tensor, " d"], hold: Hold | None = None) -> None:
-        self.module = trace.anatomy.final_norm
-        self.name = "final_norm"
+    def __init__(self, trace: Trace, hidden: Float[Tensor, " d"], value: Tensor, hold: Hold | None = None) -> None:
+        self.module = trace.end.block.module
+        self.name = trace.end.block.name
         self.device = hidden.device
-        self._hidden = hidden.detach()
+        self._hidden, self._value, self._dtype = hidden.detach(), value.detach(), trace.dtype
         self._hold = hold or trace.hold
 
-    def _graph(self, live_biases: bool = False) -> tuple[Tensor, Tensor]:
-        x = self._hidden[None, None].clone().requires_grad_()
-        with torch.enable_grad(), frozen(self.module, self._hold, name=self.name, live_biases=live_biases):
-            return x, self.module(x)
+    def _graph(self, collect: bool = False) -> tuple[Tensor, Tensor, Constants]:
+        with frozen(self.module, self._hold, self._dtype, name=self.name, collect=collect) as mode, torch.no_grad():
+            hidden = self._hidden[None, None].clone()
+            x = mode.enter(hidden, self._value[None, None].to(self._dtype).clone().requires_grad_())
+            return x, mode.live(self.module(hidden)), mode.constants
 
     def value(self) -> Float[Tensor, " d"]:
         """The frozen norm's output at the given hidden state."""
-        return self._graph()[1].detach()[0, 0]
+        return self._graph()[1][0, 0].detach()
 
     def vjp(self, cotangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Pull a block of cotangents back through the norm."""
         if not len(cotangents):
             return cotangents
-        x, y = self._graph()
+        x, y, _ = self._graph()
         return batched_vjp(y, x, cotangents.to(self.device)[:, None, None])[:, 0, 0]
 
     def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Push a block of tangents through the norm."""
-        x, y = self._graph()
+        if not len(tangents):
+            return tangents
+        x, y, _ = self._graph()
         return batched_jvp(y, x)(tangents.to(self.device)[:, None, None])[:, 0, 0]
 
     def constants(self) -> dict[str, Float[Tensor, " d"]]:
         """What each of the norm's biases adds to its output."""
-        if not biases(self.module):
-            return {}
-        y = self._graph(live_biases=True)[1]
-        return {
-            f"{self.name}.{name}": batched_jvp(y, bias)(bias.detach().unsqueeze(0))[0, 0, 0]
-            for name, bias in biases(self.module).items()
-        }
+        _, y, constants = self._graph(collect=True)
+        return {name: pushed[0] for name, pushed in pushed_constants(y, constants).items()}
 
 
 class HeadLink:
-    """The output head at one position: a matrix, then the factor that a soft cap or a logit scale amounts to there."""
+    """The way from `final` to the logits at one position: the head, and whatever the model does around it."""
 
     def __init__(self, trace: Trace, position: int) -> None:
         self.name = "head"
-        self.weight = trace.anatomy.head_weight
-        self.bias: Tensor | None = getattr(trace.anatomy.head, "bias", None)
-        self.device = self.weight.device
-        with torch.no_grad():
-            raw = trace.anatomy.head(trace.final[:, [position]].to(self.device))[0, 0]
-        logits = trace.logits(position).to(self.device)
-        self.factor = torch.ones_like(raw)
-        if not torch.equal(raw, logits):
-            self.factor = torch.where(raw == 0, self.factor, logits / raw)
+        self._head = trace.head(position)
+        self.device = self._head.logits.device
 
     def vjp(self, cotangents: Float[Tensor, "n V"]) -> Float[Tensor, "n d"]:
-        """Pull a block of cotangents over the vocabulary back to the final norm's output."""
-        return (cotangents.to(self.device) * self.factor) @ self.weight
+        """Pull a block of cotangents over the vocabulary back to `final`."""
+        return batched_vjp(self._head.logits, self._head.final, cotangents.to(self.device))
 
     def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
-        """Push a block of tangents at the final norm's output to the logits."""
-        return tangents.to(self.device) @ self.weight.T * self.factor
+        """Push a block of tangents at `final` to the logits."""
+        return batched_jvp(self._head.logits, self._head.final)(tangents.to(self.device))
 
     def constants(self) -> dict[str, Float[Tensor, " V"]]:
-        """What the head's bias adds to the logits."""
-        return {} if self.bias is None else {"head.bias": self.bias.detach() * self.factor}
+        """What the head's biases add to the logits."""
+        found: dict[str, Tensor] = {}
+        for name, leaf in self._head.constants:
+            pushed = batched_jvp(self._head.logits, leaf)(leaf.detach().unsqueeze(0))[0]
+            if pushed.any():
+                found[name] = found.get(name, 0) + pushed
+        return found

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,53 +10,77 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loclin.errors import PromptError
-from loclin.freeze import Hold, evaluation, frozen
+from loclin.errors import ModelError, OptionError, PromptError
+from loclin.freeze import Frozen, Hold, Misuse, evaluation, frozen
 from loclin.models.layout import Anatomy, anatomy
 from loclin.models.model import Model
+from loclin.models.route import Block, Parts, Route, as_whole, find_route, first, hidden_state, logits_at
 from loclin.points import Point
 
 
 @dataclass(frozen=True)
 class Call:
-    """How a layer was called: its input hidden state `[1, T, d]` and everything else it was given."""
+    """How a block was called.
 
+    `hidden` is its input `[1, T, d]` as the model has it, of which coefficients are made; `value` is the frozen
+    network's own, the same but for the dtype where the linear path has another.
+    """
+
+    block: Block
     hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    value: Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Call `module` again as it was called, with another hidden state."""
-        return first(module(hidden, *self.args, **self.kwargs))
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Call the block again as it was called, with another hidden state."""
+        return first(self.block.module(hidden, *self.args, **self.kwargs))
 
 
-def first(output: Any) -> Tensor:
-    """A module's hidden-state output: some return it alone, some in front of other things."""
-    return output[0] if isinstance(output, tuple) else output
+@dataclass(frozen=True)
+class Head:
+    """The way from `final` to the logits at one position: both ends of its graph, and its constants.
+
+    `stock` are the logits as the model gives them, `value` those of the frozen network.
+    """
+
+    final: Float[Tensor, " d"]
+    logits: Float[Tensor, " V"]
+    stock: Float[Tensor, " V"]
+    value: Float[Tensor, " V"]
+    constants: list[tuple[str, Tensor]]
 
 
 @dataclass
 class Trace:
     """A frozen forward pass at one prompt.
 
-    `layers[l]` is how layer l was called; `attn_out[l]` is what its attention added to the residual stream `[1, T, d]`;
-    `pre_norm` is the last layer's output, `final` the final norm's. `stock_final` is the untouched model's own,
-    and `stock_logits` `[V]` are its logits at the last position. `attention_received` `[T]` is the share of
-    attention that later tokens give to each token, the mean over layers and heads.
+    `layers[l]` is how layer l was called; `attn_out[l]` is what its attention added to the residual stream `[1, T, d]`
+    (None where no part of the layer does); `end` is what enters the tail, the final norm; `final` is what leaves it.
+    `stock_final` is the untouched model's own, and `stock_logits` `[V]` are its logits at the last position;
+    `bit_identical` says whether the model gave the same, in every bit, inside the freeze.
+    `attention_received` `[T]` is the share of attention that later tokens give to each token, the mean over layers and
+    heads (zero where a model has no attention).
+
+    Where blocks do not hand the hidden state straight to one another, `route.whole` says why, and the network from the
+    embeddings to `final` is one single layer.
     """
 
     model: Model
     anatomy: Anatomy
+    route: Route
     hold: Hold
     input_ids: Int[Tensor, "1 T"]
     layers: list[Call]
-    attn_out: list[Float[Tensor, "1 T d"]]
-    pre_norm: Float[Tensor, "1 T d"]
-    final: Float[Tensor, "1 T d"]
-    stock_final: Float[Tensor, "1 T d"]
+    attn_out: list[Tensor | None]
+    end: Call
+    final: Float[Tensor, "1 T d_final"]
+    stock_final: Float[Tensor, "1 T d_final"]
     stock_logits: Float[Tensor, " V"]
+    bit_identical: bool
     attention_received: Float[Tensor, " T"]
-    _logits: dict[int, Tensor] = field(default_factory=dict)
+    misuses: tuple[Misuse, ...]
+    _heads: dict[int, Head] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -76,8 +99,8 @@ class Trace:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the residual stream, and so of the sweeps."""
-        return self.layers[0].hidden.dtype
+        """The dtype of the linear path, and so of the sweeps."""
+        return self.layers[0].value.dtype
 
     def position(self, position: int) -> int:
         """A position counted from the front.
@@ -94,13 +117,37 @@ class Trace:
             )
         return position % self.length
 
+    def part(self, layer: int, kind: str) -> str:
+        """The path, from a layer, of the module that gives `attn_out` or `mlp_out`.
+
+        Raises
+        ------
+        OptionError
+            When no module of the layer does.
+        """
+        parts = self.layers[layer].block.parts
+        path = parts.mlp if kind == "mlp_out" else parts.attn
+        if path is None:
+            raise OptionError(
+                f"no module of layer {layer} ({type(self.layers[layer].block.module).__name__}) gives {kind} alone; "
+                "use resid_pre and resid_post"
+            )
+        return path
+
     def stream(self, node: int) -> Float[Tensor, "1 T d"]:
         """The residual stream's value at a node (see `Point.node`), before the final norm."""
         layer, mid = divmod(node, 2)
         if layer == self.n_layers:
-            return self.pre_norm
-        hidden = self.layers[layer].hidden
-        return hidden + self.attn_out[layer].to(hidden.device) if mid else hidden
+            return self.end.value
+        value = self.layers[layer].value
+        return value + self._attended(layer).to(value.device) if mid else value
+
+    def _attended(self, layer: int) -> Float[Tensor, "1 T d"]:
+        added = self.attn_out[layer]
+        if added is None:
+            self.part(layer, "attn_out")
+        assert added is not None
+        return added
 
     def value(self, point: Point) -> Float[Tensor, "T n"]:
         """The frozen network's value at a point, at every position: `[T, d]`, or `[T, V]` for the logits."""
@@ -109,93 +156,167 @@ class Trace:
         if point.kind == "final":
             return self.final[0]
         if point.layer is not None and point.kind == "attn_out":
-            return self.attn_out[point.layer][0]
+            return self._attended(point.layer)[0]
         node = point.node(self.n_layers)
-        if point.kind == "mlp_out":
+        if point.layer is not None and point.kind == "mlp_out":
+            self.part(point.layer, "mlp_out")
             after = self.stream(node)
             return (after - self.stream(node - 1).to(after.device))[0]
         return self.stream(node)[0]
 
     def logits(self, position: int) -> Float[Tensor, " V"]:
         """The frozen network's logits at one position; soft caps and scales, where the model has them, included."""
-        if position not in self._logits:
-            with frozen(self.model.hf, self.hold), torch.no_grad():
-                self._logits[position] = _logits(self.model, self.input_ids, position)
-        return self._logits[position]
+        return self.head(position).value
+
+    def head(self, position: int) -> Head:
+        """The way from `final` to the logits at one position. Cost: a forward pass, once for each position."""
+        if position not in self._heads:
+            with evaluation(self.model.hf), torch.no_grad(), frozen(self.model.hf, self.hold, self.dtype) as mode:
+                self._heads[position], *_ = _leave(mode, self.model, self.input_ids, self.route, position, self.final)
+        return self._heads[position]
+
+
+class _NotAChain(Exception):
+    """The blocks take more than the hidden state; says why."""
 
 
 def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold) -> Trace:
     """Run the model twice, stock and frozen, and remember the frozen pass.
 
-    Cost: two forward passes. Memory: 2 L T d numbers and the masks.
+    Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks.
 
     Raises
     ------
-    NotExactError
-        When a rule does not describe a module it matched.
+    ModelError
+        When the way from the embeddings to the logits cannot be followed.
     """
     parts = anatomy(model.hf)
     input_ids = input_ids.to(model.device)
     with evaluation(model.hf), torch.no_grad():
-        with _recording(parts) as stock:
-            stock_logits = _logits(model, input_ids, input_ids.shape[1] - 1)
-        with frozen(model.hf, hold, keep=_received) as attention, _recording(parts) as held:
-            logits = _logits(model, input_ids, input_ids.shape[1] - 1)
+        route = find_route(model, parts, input_ids)
+        try:
+            return _record(model, parts, route, input_ids, hold)
+        except _NotAChain as why:
+            decoded: list[Tensor] = []
+            handle = parts.decoder.register_forward_hook(lambda _m, _a, output: decoded.append(first(output)))
+            try:
+                logits_at(model, input_ids, 0)
+            finally:
+                handle.remove()
+            route = as_whole(route, decoded[-1] if decoded else None, model, parts, str(why))
+            return _record(model, parts, route, input_ids, hold)
+
+
+def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold: Hold) -> Trace:
+    dtype = hold.dtype(route.final.dtype)
+    keeps = hold.keeps_stock(route.final.dtype)
+    calls: list[Call] = []
+    attn_out: list[Tensor | None] = []
+    last: dict[str, Tensor] = {}
+
+    with frozen(model.hf, hold, dtype, keep=_received) as mode, ExitStack() as stack:
+
+        def value(tensor: Tensor) -> Tensor:
+            return tensor.detach() if keeps else mode.live(tensor).detach()
+
+        def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = hidden_state(args, kwargs)
+            rest = {name: item for name, item in kwargs.items() if name != "hidden_states"}
+            if not calls:
+                mode.enter(hidden)
+            block = route.blocks[len(calls)]
+            if mode.depends((*args[1:], *rest.values())):
+                raise _NotAChain(f"{block.name} takes more from the embeddings than its hidden state")
+            calls.append(Call(block, hidden.detach().clone(), value(hidden).clone(), args[1:], rest))
+            attn_out.append(None)
+
+        def left(_module: nn.Module, _args: Any, output: Any) -> None:
+            last["hidden"], last["value"] = first(output).detach(), value(first(output))
+
+        def attended(_module: nn.Module, _args: Any, output: Any) -> None:
+            attn_out[-1] = value(first(output))
+
+        def embedded(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if not calls:
+                mode.enter(output)
+                calls.append(Call(Block(model.hf, "model", Parts()), output.detach().clone(), value(output).clone()))
+                attn_out.append(None)
+
+        if route.whole is not None:
+            stack.callback(model.hf.get_input_embeddings().register_forward_hook(embedded).remove)
+        for module in dict.fromkeys(block.module for block in route.blocks):
+            stack.callback(module.register_forward_pre_hook(entered, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(left).remove)
+        for part in dict.fromkeys(b.module.get_submodule(b.parts.attn) for b in route.blocks if b.parts.attn):
+            stack.callback(part.register_forward_hook(attended).remove)
+        head, final, stock_final = _leave(mode, model, input_ids, route, input_ids.shape[1] - 1, None)
+    if not calls or (route.whole is not None and calls[0].hidden.shape != final.shape):
+        raise ModelError(
+            f"{model.info.name}: the way from the embeddings to {type(route.exit).__name__} cannot be followed: one is "
+            f"{list(calls[0].hidden.shape) if calls else 'not used'}, the other {list(final.shape)}"
+        )
+    end = Block(nn.Sequential(*route.tail), "final_norm", Parts())
+    received = [share.cpu() for share in mode.probabilities.values() if share.shape == (input_ids.shape[1],)]
     return Trace(
         model=model,
         anatomy=parts,
+        route=route,
         hold=hold,
         input_ids=input_ids,
-        layers=held.calls,
-        attn_out=held.attn_out,
-        pre_norm=held.pre_norm,
-        final=held.final,
-        stock_final=stock.final,
-        stock_logits=stock_logits,
-        attention_received=torch.stack([share.cpu() for share in attention.values()]).mean(0),
-        _logits={input_ids.shape[1] - 1: logits},
+        layers=calls,
+        attn_out=attn_out,
+        end=Call(end, last["hidden"], last["value"]) if route.whole is None else Call(end, stock_final, final),
+        final=final,
+        stock_final=route.final,
+        stock_logits=route.logits,
+        bit_identical=torch.equal(stock_final, route.final) and torch.equal(head.stock, route.logits),
+        attention_received=torch.stack(received).mean(0) if received else torch.zeros(input_ids.shape[1]),
+        misuses=tuple(mode.misuses),
+        _heads={input_ids.shape[1] - 1: head},
     )
+
+
+def _leave(
+    mode: Frozen, model: Model, input_ids: Tensor, route: Route, position: int, final: Tensor | None
+) -> tuple[Head, Tensor, Tensor]:
+    """Run the model, and build the graph from its final hidden state at one position on.
+
+    Also gives that state at all positions: the frozen network's own (or `final`, where it is known already), and the
+    model's.
+    """
+    seen: dict[str, Tensor] = {}
+    keeps = mode.hold.keeps_stock(route.final.dtype)
+    mode.graph = False
+
+    def left(_module: nn.Module, _args: Any, output: Any) -> None:
+        stock = first(output)
+        if final is None and mode.status(stock) is None:
+            return  # a norm that the embeddings pass too
+        live = mode.live(stock) if final is None else final
+        value = (stock.detach() if keeps else live) if final is None else final
+        leaf = value[0, position].clone().requires_grad_()
+        mode.graph = mode.collect = mode.caps = True
+        mode.constants.clear()
+        with mode.paused():
+            mode.enter(stock, torch.cat([value[:, :position], leaf[None, None], value[:, position + 1 :]], dim=1))
+        seen.update(stock=stock.detach(), final=value, leaf=leaf)
+
+    handle = route.exit.register_forward_hook(left)
+    try:
+        logits = logits_at(model, input_ids, position)
+    finally:
+        handle.remove()
+    if not seen:
+        raise ModelError(
+            f"{model.info.name}: {type(route.exit).__name__} does not depend on the embeddings by any operation that "
+            "loclin sees; load the model with attn_implementation='eager' and without compiled code or kernels"
+        )
+    live = mode.live(logits)
+    value = logits if keeps else live.detach()
+    return Head(seen["leaf"], live, logits, value, mode.constants), seen["final"], seen["stock"]
 
 
 def _received(probs: Tensor) -> Tensor:
     """The mean attention `[T]` that the queries behind each token give to it; 0 for the last, which has none."""
     behind = torch.arange(probs.shape[-1] - 1, -1, -1, device=probs.device).clamp_min(1)
     return (probs.float().tril(-1).sum(-2) / behind).mean((0, 1))
-
-
-def _logits(model: Model, input_ids: Tensor, position: int) -> Tensor:
-    keep = torch.tensor([position], device=input_ids.device)
-    return model.hf(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits[0, 0]
-
-
-class _Recorder:
-    calls: list[Call]
-    attn_out: list[Tensor]
-    pre_norm: Tensor
-    final: Tensor
-
-
-@contextmanager
-def _recording(parts: Anatomy) -> Iterator[_Recorder]:
-    record = _Recorder()
-    record.calls, record.attn_out = [], []
-
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        hidden = args[0] if args else kwargs["hidden_states"]
-        record.calls.append(Call(hidden.detach(), args[1:], rest))
-
-    def attended(_module: nn.Module, _args: Any, output: Any) -> None:
-        record.attn_out.append(first(output).detach())
-
-    def normed(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        record.pre_norm, record.final = args[0].detach(), output.detach()
-
-    handles = [part.register_forward_pre_hook(enter, with_kwargs=True) for part in parts.layers]
-    handles += [part.get_submodule(parts.layout.attn).register_forward_hook(attended) for part in parts.layers]
-    handles.append(parts.final_norm.register_forward_hook(normed))
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()

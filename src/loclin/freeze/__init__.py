@@ -1,7 +1,21 @@
-"""Which coefficients are held, as rules, and the context manager that holds them."""
+"""Which coefficients are held: the linear twin of every torch operation, and the context that computes it."""
 
-from loclin.freeze.context import biases, evaluation, frozen
+from loclin.freeze.context import evaluation, frozen
 from loclin.freeze.hold import Gate, Hold, Precision
-from loclin.freeze.rules import covered
+from loclin.freeze.mode import Frozen
+from loclin.freeze.rules import Call, Registration, register
+from loclin.freeze.status import Misuse, Origin
 
-__all__ = ["Gate", "Hold", "Precision", "biases", "covered", "evaluation", "frozen"]
+__all__ = [
+    "Call",
+    "Frozen",
+    "Gate",
+    "Hold",
+    "Misuse",
+    "Origin",
+    "Precision",
+    "Registration",
+    "evaluation",
+    "frozen",
+    "register",
+]

@@ -1,4 +1,4 @@
-"""What is held, and how a held operation keeps the model's own value."""
+"""What is held, and in what precision the linear path is computed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from loclin.errors import NotExactError, OptionError
+from loclin.errors import OptionError
 
 Gate = Literal["activation", "up", "half"]
-Precision = Literal["stock", "double"]
+Precision = Literal["auto", "stock", "single", "double"]
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Hold:
-    """Which coefficients are held, and in what precision.
+    """Which coefficients are held, and in what precision the linear path runs.
+
+    The coefficients themselves always come from the model's own forward pass, in the model's own dtype.
 
     Parameters
     ----------
@@ -26,15 +27,15 @@ class Hold:
         The split of act(gate) * up: `"activation"` holds act(gate) (the paper), `"up"` holds up and lets the gate's
         branch live through its secant, `"half"` is the mean of both.
     precision
-        `"stock"`: the model's own casts, and a forward pass that is bit-identical to the model's. `"double"`: norms
-        and softmax, which models cast to float32, are kept in the model's dtype; for float64 models, whose map is
-        then exact to 1e-13 instead of 1e-8.
+        The dtype of the linear path, and so of every map and sweep. `"stock"`: the model's own. `"single"`: float32.
+        `"double"`: float64; a map is then exact to 1e-13 instead of 1e-7. `"auto"`: float32 for a float16 or bfloat16
+        model, else the model's own.
     ordinary
         Hold nothing: the ordinary Jacobian, for comparison (the paper's Figure 3).
     """
 
     gate: Gate = "activation"
-    precision: Precision = "stock"
+    precision: Precision = "auto"
     ordinary: bool = False
 
     def __post_init__(self) -> None:
@@ -43,24 +44,16 @@ class Hold:
         if self.precision not in get_args(Precision):
             raise OptionError(f"precision={self.precision!r}: choose one of {', '.join(get_args(Precision))}")
 
+    def resolved(self, stock: torch.dtype) -> Precision:
+        """The precision that `"auto"` stands for."""
+        if self.precision != "auto":
+            return self.precision
+        return "single" if stock in _HALF else "stock"
 
-def with_value_of(orig: Tensor, lin: Tensor, hold: Hold, where: str) -> Tensor:
-    """`lin`'s gradient with `orig`'s value, bit for bit; refuse when the two differ.
+    def dtype(self, stock: torch.dtype) -> torch.dtype:
+        """The dtype of the linear path in a model whose residual stream has the dtype `stock`."""
+        return {"stock": stock, "single": torch.float32, "double": torch.float64}[self.resolved(stock)]
 
-    Under `precision="double"` the value is `lin`'s own, which is the more precise of the two.
-
-    Raises
-    ------
-    NotExactError
-        When `lin` is not what the module computes: the rule does not fit the module named `where`.
-    """
-    with torch.no_grad():
-        error = (lin - orig).norm() / orig.norm().clamp_min(torch.finfo(orig.dtype).tiny)
-    if not error <= _TOLERANCE[orig.dtype]:
-        raise NotExactError(
-            f"{where}: its frozen linear form differs from its real output by {error:.1e}; "
-            "loclin's rule for it does not describe this module"
-        )
-    if hold.precision == "double":
-        return lin
-    return orig.detach() + (lin - lin.detach())
+    def keeps_stock(self, stock: torch.dtype) -> bool:
+        """Whether the frozen network's values are the model's own, bit for bit, or those of the linear path."""
+        return self.precision != "double" and self.dtype(stock) == stock

@@ -1,70 +1,86 @@
-"""Norms: 1/rms and 1/std are held, the input (centred for LayerNorm) stays live. Paper, equations 4 to 6."""
+"""Norms: 1/rms and 1/std are held, the input (centred for LayerNorm) stays live. Paper, equations 4 to 6.
+
+Norms that a model spells out in arithmetic need no rule: their square roots are held like any other coefficient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from loclin.freeze.hold import Hold, with_value_of
-
-_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
-_GAIN_OFFSET = {"Gemma3RMSNorm": 1.0}
-"""Families whose gain is an offset plus the stored weight."""
+from loclin.freeze.operation import Operation, Result
+from loclin.freeze.status import Held, Live
 
 
-def is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module is a root-mean-square norm, by its class's name."""
-    return type(module).__name__.endswith("RMSNorm")
+def _wide(op: Operation, x: Tensor) -> Tensor:
+    """The input at no less than float32, in which norms are computed."""
+    return op.value(x).detach().to(torch.promote_types(op.context.dtype, torch.float32))
 
 
-def _accumulation_dtype(x: Tensor, hold: Hold) -> torch.dtype:
-    return x.dtype if hold.precision == "double" else torch.promote_types(x.dtype, torch.float32)
-
-
-def rms_norm(module: nn.Module, x: Tensor, orig: Tensor, hold: Hold) -> Tensor:
-    """The frozen RMSNorm: x times a held coefficient per position and channel."""
-    dtype = _accumulation_dtype(x, hold)
-    eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), 0.0)
-    held = x.detach().to(dtype)
-    coefficient = torch.rsqrt(held.square().mean(-1, keepdim=True) + eps)
-    weight = getattr(module, "weight", None)
+def _scaled(
+    op: Operation, status: Live, centred: Tensor, coefficient: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Live:
     if weight is not None:
-        coefficient = coefficient * (_GAIN_OFFSET.get(type(module).__name__, 0.0) + weight.detach().to(dtype))
-    return (x.to(dtype) * coefficient).to(orig.dtype)
+        coefficient = coefficient * weight.detach().to(coefficient.dtype)
+    linear = centred * coefficient.to(centred.dtype)
+    if bias is not None:
+        linear = linear + op.context.constant(op.cast(bias), bias, op.name)
+    return status.then(linear)
 
 
-def layer_norm(module: nn.Module, x: Tensor, orig: Tensor, hold: Hold) -> Tensor:
-    """The frozen LayerNorm: the centred x times a held coefficient, plus its bias."""
-    assert isinstance(module, nn.LayerNorm)
-    dtype = _accumulation_dtype(x, hold)
-    live = x.to(dtype)
-    centred = live - live.mean(-1, keepdim=True)
-    coefficient = torch.rsqrt(centred.detach().square().mean(-1, keepdim=True) + module.eps)
-    if module.weight is not None:
-        coefficient = coefficient * module.weight.detach().to(dtype)
-    lin = centred * coefficient
-    if module.bias is not None:
-        lin = lin + module.bias.to(dtype)
-    return lin.to(orig.dtype)
+def rms_norm(op: Operation) -> Result:
+    """`F.rms_norm`: x times a held coefficient."""
+    x = op.get(0, "input")
+    status = op.status(x)
+    if not isinstance(status, Live):
+        return status
+    shape, weight, eps = op.get(1, "normalized_shape"), op.get(2, "weight"), op.get(3, "eps")
+    dims = tuple(range(-len(shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    coefficient = torch.rsqrt(_wide(op, x).square().mean(dims, keepdim=True) + eps)
+    return _scaled(op, status, status.linear, coefficient, weight, None)
 
 
-def hold_rms_norm(module: nn.Module, path: str, hold: Hold) -> list[RemovableHandle]:
-    """Freeze a root-mean-square norm."""
-    return _hold(module, path, hold, rms_norm)
+def layer_norm(op: Operation) -> Result:
+    """`F.layer_norm`: the centred x times a held coefficient, plus its bias."""
+    x = op.get(0, "input")
+    status = op.status(x)
+    if not isinstance(status, Live):
+        return status
+    shape, weight, bias = op.get(1, "normalized_shape"), op.get(2, "weight"), op.get(3, "bias")
+    dims = tuple(range(-len(shape), 0))
+    variance = _wide(op, x).var(dims, unbiased=False, keepdim=True)
+    centred = status.linear - status.linear.mean(dims, keepdim=True)
+    return _scaled(op, status, centred, torch.rsqrt(variance + op.get(4, "eps", 1e-5)), weight, bias)
 
 
-def hold_layer_norm(module: nn.Module, path: str, hold: Hold) -> list[RemovableHandle]:
-    """Freeze a LayerNorm."""
-    return _hold(module, path, hold, layer_norm)
+def group_norm(op: Operation) -> Result:
+    """`F.group_norm`: a LayerNorm of each group of channels."""
+    x = op.get(0, "input")
+    status = op.status(x)
+    if not isinstance(status, Live):
+        return status
+    groups, weight, bias, eps = op.get(1, "num_groups"), op.get(2, "weight"), op.get(3, "bias"), op.get(4, "eps", 1e-5)
+    grouped = status.linear.reshape(x.shape[0], groups, -1)
+    centred = (grouped - grouped.mean(-1, keepdim=True)).view(x.shape)
+    variance = _wide(op, x).reshape(x.shape[0], groups, -1).var(-1, unbiased=False, keepdim=True)
+    coefficient = torch.rsqrt(variance + eps).expand(-1, -1, grouped.shape[-1]).reshape(x.shape)
+    channels = (1, -1, *[1] * (x.dim() - 2))
+    return _scaled(
+        op,
+        status,
+        centred,
+        coefficient,
+        None if weight is None else weight.view(channels),
+        None if bias is None else bias.view(channels),
+    )
 
 
-def _hold(
-    module: nn.Module, path: str, hold: Hold, form: Callable[[nn.Module, Tensor, Tensor, Hold], Tensor]
-) -> list[RemovableHandle]:
-    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return with_value_of(output, form(module, args[0], output, hold), hold, path)
-
-    return [module.register_forward_hook(replace)]
+def normalize(op: Operation) -> Result:
+    """`F.normalize`: x over its held length."""
+    x = op.get(0, "input")
+    status = op.status(x)
+    if not isinstance(status, Live):
+        return Held(status.origin) if isinstance(status, Held) else None
+    length = _wide(op, x).norm(op.get(1, "p", 2.0), op.get(2, "dim", 1), keepdim=True)
+    return status.then(status.linear / length.clamp_min(op.get(3, "eps", 1e-12)).to(status.linear.dtype))

@@ -1,61 +1,247 @@
-"""The rules, as data: what to match, and how to make what it matched linear."""
+"""Rules for whole modules, as data: where what a module is says more than the operations inside it.
+
+Most of a model needs no rule: every torch operation is frozen by the table in `loclin.freeze.table`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from loclin.freeze.gates import hold_gated_mlp
-from loclin.freeze.hold import Hold
-from loclin.freeze.norms import hold_layer_norm, hold_rms_norm, is_rms_norm
+from loclin.errors import NotExactError
+from loclin.freeze.mode import Frozen
+from loclin.freeze.status import Held, Live
+from loclin.freeze.unary import ACTIVATIONS, secant
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far a form may be from the module's own output: rounding in the model's dtype passes, a wrong form does not."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module, as a form sees it.
+
+    Attributes
+    ----------
+    module
+        The module.
+    args, kwargs
+        What it was called with: the model's own values, to make coefficients of.
+    output
+        What it gave.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    _mode: Frozen
+
+    def live(self, tensor: Tensor) -> Tensor:
+        """A tensor's twin on the linear path; a constant's own value there."""
+        return tensor.detach().to(self._mode.dtype) if self._mode.status(tensor) is None else self._mode.live(tensor)
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """A tensor's own value, in the linear path's dtype: a coefficient."""
+        return tensor.detach().to(self._mode.dtype)
+
+
+Form = Callable[[Call], Tensor]
+"""A module's output, affine in the live twins of its inputs."""
+Matches = Callable[[nn.Module, str], bool]
+"""(module, its path) -> whether the rule is for it."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How modules that play a role are frozen.
+    """How the modules of one kind are frozen; the first rule that matches a module is used.
 
     Attributes
     ----------
-    role
-        What the module is: norm, gated MLP ...
+    name
+        What the modules are.
     matches
         Which modules the rule is for.
     install
-        (module, its path, what to hold) -> the handles of the hooks it put on the module.
-    covers
-        Children whose nonlinearity the rule takes care of.
+        (module, its path, the mode) -> the hooks it put on the module.
     """
 
-    role: str
-    matches: Callable[[nn.Module], bool]
-    install: Callable[[nn.Module, str, Hold], list[RemovableHandle]]
-    covers: tuple[str, ...] = ()
+    name: str
+    matches: Matches
+    install: Callable[[nn.Module, str, Frozen], list[RemovableHandle]]
 
 
-def _has(*names: str) -> Callable[[nn.Module], bool]:
-    return lambda module: all(hasattr(module, name) for name in names)
+def by_class(*names: str) -> Matches:
+    """Modules whose class, or one of its bases, has one of these names."""
+    return lambda module, _path: any(base.__name__ in names for base in type(module).__mro__)
+
+
+def form_rule(name: str, matches: Matches, form: Form) -> Rule:
+    """A rule that gives a module's affine form, and refuses the module when the form has another value."""
+
+    def install(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not mode.depends((*args, *kwargs.values())):
+                return
+            with mode.paused():
+                linear = form(Call(module, args, kwargs, output, mode))
+                check(output, linear, path)
+                mode.attach(output, Live(linear))
+
+        return [module.register_forward_hook(replace, with_kwargs=True)]
+
+    return Rule(name, matches, install)
+
+
+def check(output: Tensor, linear: Tensor, path: str) -> None:
+    """Refuse a form whose value is not the module's.
+
+    Raises
+    ------
+    NotExactError
+        Naming the module.
+    """
+    error = (linear.detach().to(output.dtype) - output).norm() / output.norm().clamp_min(
+        torch.finfo(output.dtype).tiny
+    )
+    if not error <= TOLERANCE[output.dtype]:
+        raise NotExactError(
+            f"{path}: its frozen linear form differs from its real output by {error:.1e}; "
+            "the rule for it does not describe this module"
+        )
+
+
+_MORE_ACTIVATIONS = ("LeakyReLU", "PReLU", "RReLU", "Hardswish")
+
+
+def _activation(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+    """A module that is one function of each element: its ratio is held, whatever is inside."""
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        status = mode.status(args[0])
+        if not isinstance(status, Live):
+            return
+        with mode.paused():
+            form = secant(lambda z: type(module).forward(module, z), args[0], output, mode.dtype)
+            if form is None:
+                return
+            linear = status.linear * form.ratio
+            if form.at_zero is not None:
+                linear = linear + mode.constant(form.at_zero, None, path)
+            mode.attach(output, status.then(linear, status.root, active=True))
+
+    return [module.register_forward_hook(replace)]
+
+
+def _is_activation(module: nn.Module, path: str) -> bool:
+    """An MLP's activation. A tanh is one only where it has an activation's name: elsewhere it may be anything."""
+    home, name = type(module).__module__, type(module).__name__
+    if isinstance(module, nn.Tanh):
+        return path.rpartition(".")[2].startswith(("act", "activation", "intermediate_act"))
+    if home == "torch.nn.modules.activation":
+        return name.lower() in ACTIVATIONS or name in _MORE_ACTIVATIONS
+    return home == "transformers.activations" or name == "BloomGelu"
+
+
+def held_submodule(*paths: str) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
+    """What these submodules give is a coefficient."""
+
+    def install(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+        def hold(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+            if mode.status(output) is not None:
+                mode.attach(output, Held(mode.origin("held by rule")))
+
+        return [module.get_submodule(sub).register_forward_hook(hold) for sub in paths if hasattr(module, sub)]
+
+    return install
+
+
+def held_results(operation: str, *indices: int, of: int) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
+    """In a module's own code, these of an operation's `of` results are coefficients."""
+
+    def install(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+        mode.hold_results(module, operation, of, indices)
+        return []
+
+    return install
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("norm", is_rms_norm, hold_rms_norm),
-    Rule("norm", lambda module: isinstance(module, nn.LayerNorm), hold_layer_norm),
-    Rule("gated MLP", _has("gate_proj", "up_proj", "act_fn", "down_proj"), hold_gated_mlp, covers=("act_fn",)),
+    Rule("activation", _is_activation, _activation),
+    Rule("state space: B, C and the time step are held", by_class("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"),
+         held_submodule("x_proj")),
 )
+"""The rules that come with loclin."""
+
+_registered: list[Rule] = []
 
 
-def rule_for(module: nn.Module) -> Rule | None:
-    """The first rule that matches a module."""
-    return next((rule for rule in RULES if rule.matches(module)), None)
+def rule_for(module: nn.Module, path: str) -> Rule | None:
+    """The first rule that matches a module; a registered one comes before loclin's own."""
+    return next((rule for rule in (*_registered, *RULES) if rule.matches(module, path)), None)
 
 
-def covered(root: nn.Module) -> set[nn.Module]:
-    """The modules inside `root` whose nonlinearity a rule on another module takes care of."""
-    return {
-        module.get_submodule(child)
-        for module in root.modules()
-        if (rule := rule_for(module)) is not None
-        for child in rule.covers
-    }
+@contextmanager
+def rules_installed(paths: dict[nn.Module, str], mode: Frozen) -> Iterator[None]:
+    """Put the rules' hooks on the modules, and take them off again."""
+    handles: list[RemovableHandle] = []
+    try:
+        for module, path in paths.items():
+            rule = rule_for(module, path)
+            if rule is not None:
+                handles += rule.install(module, path, mode)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Registration:
+    """A rule of the user's own; `remove()`, or the end of a `with` block, takes it back."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        _registered.insert(0, rule)
+
+    def remove(self) -> None:
+        """Take the rule back."""
+        if self.rule in _registered:
+            _registered.remove(self.rule)
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.remove()
+
+
+def register(modules: type[nn.Module] | str | Callable[[nn.Module], bool], form: Form) -> Registration:
+    """Say how modules of your own architecture become linear.
+
+    Parameters
+    ----------
+    modules
+        A class, a class's name, or a function that tells whether a module is meant.
+    form
+        The module's output as an affine function of its inputs: given the call (see `Call`), build it from
+        `call.live(x)` (affine in the network's input) and from coefficients made of `call.args`, `call.output` and
+        the module's weights. Its value is compared with the module's own output at each call.
+
+    Returns
+    -------
+    Registration
+        The rule in force, until its `remove()` or the end of its `with` block.
+    """
+    if isinstance(modules, str):
+        return Registration(form_rule(modules, by_class(modules), form))
+    if isinstance(modules, type):
+        kind = modules
+        return Registration(form_rule(kind.__name__, lambda module, _path: isinstance(module, kind), form))
+    is_meant = modules
+    return Registration(form_rule("registered", lambda module, _path: is_meant(module), form))

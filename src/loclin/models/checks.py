@@ -38,7 +38,8 @@ def refuse_config(config: PreTrainedConfig, name: str) -> None:
         raise ModelError(f"{name} is an encoder-decoder model ({kind}); loclin needs a causal decoder.")
     # A family that also has a masked-LM class is an encoder, unless its config says it was trained as a
     # decoder. Its "causal LM" class does not help: without `is_decoder` it attends in both directions.
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
         raise ModelError(f"{name} is an encoder ({kind}, is_decoder=False); loclin needs a causal decoder.")
 
 
@@ -86,6 +87,8 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             f"{name} ({type(hf).__name__}) has no output embeddings; load it with its language-model head "
             "(AutoModelForCausalLM)."
         )
+    if not isinstance(getattr(hf.get_input_embeddings(), "weight", None), torch.Tensor):
+        raise ModelError(f"{name} ({type(hf).__name__}) has no single table of input embeddings.")
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:
         empty = [parameter for parameter, value in hf.named_parameters() if value.is_meta]

@@ -1,4 +1,7 @@
-"""Where a family keeps its layers, its norms and its head: a table, and the code that reads it."""
+"""Where a model keeps its layers and its head: found by looking, so that a new family needs no line here.
+
+What a table still says is only which weights explicit links may multiply with.
+"""
 
 from __future__ import annotations
 
@@ -29,47 +32,29 @@ class Weights:
     mlp_post: str | None = None
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Attribute paths of one family's parts.
-
-    `layers` and `final_norm` start at the decoder, `attn` and `mlp` at a layer. `attn` and `mlp` name the module
-    whose output is *added to the residual stream*, so that `attn_out` and `mlp_out` mean what they mean in
-    TransformerLens: where a norm follows the block, it is that norm. `weights` is given where explicit links know the
-    family; generic links serve every other.
-    """
-
-    layers: str = "layers"
-    final_norm: str = "norm"
-    attn: str = "self_attn"
-    mlp: str = "mlp"
-    weights: Weights | None = None
-
-
-LAYOUTS: dict[str, Layout] = {
-    "llama": Layout(weights=Weights()),
-    "gemma3_text": Layout(
-        attn="post_attention_layernorm",
-        mlp="post_feedforward_layernorm",
-        weights=Weights(
-            attn_post="post_attention_layernorm",
-            mlp_norm="pre_feedforward_layernorm",
-            mlp_post="post_feedforward_layernorm",
-        ),
+EXPLICIT: dict[str, Weights] = {
+    "llama": Weights(),
+    "gemma3_text": Weights(
+        attn_post="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_post="post_feedforward_layernorm",
     ),
 }
+"""Families whose layers have explicit products; generic links serve every other."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of one model; `known` is False where the family is not in the table and a Llama's layout was tried."""
+    """The parts of one model.
+
+    `decoder` is the text decoder, `layers` its blocks, `head` the output embeddings. `weights` is given where explicit
+    links know the family.
+    """
 
     decoder: nn.Module
     layers: tuple[nn.Module, ...]
-    final_norm: nn.Module
     head: nn.Module
-    layout: Layout
-    known: bool
+    weights: Weights | None
 
     @property
     def head_weight(self) -> Tensor:
@@ -78,29 +63,28 @@ class Anatomy:
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Find a model's layers, final norm and output head.
+    """Find a model's decoder, its layers and its output head. Cost: a walk over its modules.
 
     Raises
     ------
     ModelError
-        When a part is not where the family's layout says.
+        When it has no output head.
     """
-    decoder = model.get_decoder()
-    family = decoder.config.get_text_config().model_type
-    layout = LAYOUTS.get(family, Layout())
-    try:
-        layers = tuple(decoder.get_submodule(layout.layers).children())
-        final_norm = decoder.get_submodule(layout.final_norm)
-        for layer in layers:
-            layer.get_submodule(layout.attn)
-            layer.get_submodule(layout.mlp)
-    except AttributeError as error:
-        raise ModelError(
-            f"the model family {family!r} is not one loclin knows ({error}); known: {', '.join(LAYOUTS)}"
-        ) from error
+    decoder: nn.Module | None = model.get_decoder()
+    if decoder is None or decoder is model:
+        decoder = model.base_model
     head = model.get_output_embeddings()
-    if head is None or not layers:
-        raise ModelError(
-            f"{type(model).__name__} has no layers or no output head: loclin needs a causal language model"
-        )
-    return Anatomy(decoder, layers, final_norm, head, layout, family in LAYOUTS)
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ModelError(f"{type(model).__name__} has no output head: loclin needs a causal language model")
+    family = model.config.get_text_config().model_type
+    return Anatomy(decoder, _blocks(decoder) or _blocks(model), head, EXPLICIT.get(family))
+
+
+def _blocks(root: nn.Module) -> tuple[nn.Module, ...]:
+    """The members of the largest list of modules that is not inside another list."""
+    lists = {name: module for name, module in root.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [
+        module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists if other)
+    ]
+    largest = max(outermost, key=lambda module: sum(p.numel() for p in module.parameters()), default=None)
+    return () if largest is None else tuple(largest)

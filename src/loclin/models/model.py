@@ -206,5 +206,11 @@ def describe(
         tokenizer=tokenizer,
         info=info,
         bos=encoding.beginning_token(tokenizer, bos_token),
-        context_length=getattr(text_config, "max_position_embeddings", None),
+        context_length=_context_length(text_config),
     )
+
+
+def _context_length(text_config: Any) -> int | None:
+    """The most tokens a model takes; families without a limit write -1, or nothing."""
+    length = getattr(text_config, "max_position_embeddings", None)
+    return length if length is not None and length > 0 else None

@@ -1,0 +1,230 @@
+"""The mode in which every torch operation is done twice: as the model does it, and on the linear path beside it.
+
+The model's own values are never touched. What depends on the input carries a status (see `loclin.freeze.status`), and
+each operation's result gets its own from those of the arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from loclin.freeze.hold import Hold
+from loclin.freeze.operation import Operation, Result
+from loclin.freeze.status import Held, Live, Misuse, Origin, Status
+from loclin.freeze.table import HANDLERS, is_in_place, plain_name
+
+Keep = Callable[[Tensor], Tensor]
+"""What to remember of a module's attention probabilities `[B, H, T, T]`."""
+
+_MARK = "_loclin_status"
+
+
+class Frozen(TorchFunctionMode):
+    """The freezing context; made by `loclin.freeze.frozen`.
+
+    Attributes
+    ----------
+    hold
+        What is held.
+    dtype
+        The dtype of the linear path.
+    probabilities
+        What `keep` made of attention probabilities, by module path.
+    constants
+        Where constants are collected: (name, leaf) of each that was added to a live tensor.
+    misuses
+        Coefficients that were used as if they were live: with any, the linear path is not the network.
+    graph, collect, caps
+        Whether to build the linear path's graph; to make leaves of constants; to take a tanh for a soft cap.
+    audit
+        A relative error: operations whose twins are further from the model's own values are noted in `misuses`.
+    """
+
+    def __init__(
+        self,
+        paths: dict[nn.Module, str],
+        hold: Hold,
+        dtype: torch.dtype,
+        *,
+        collect: bool = False,
+        keep: Keep | None = None,
+    ) -> None:
+        super().__init__()
+        self.hold, self.dtype = hold, dtype
+        self.probabilities: dict[str, Tensor] = {}
+        self.constants: list[tuple[str, Tensor]] = []
+        self.misuses: list[Misuse] = []
+        self.graph, self.collect, self.caps = True, collect, False
+        self.audit: float | None = None
+        self._keep, self._paused = keep, False
+        self._held_results: dict[tuple[str, str, int], tuple[int, ...]] = {}
+        self._paths = {id(module): path for module, path in paths.items()}
+        self._names = {
+            id(parameter): f"{path}.{name}".strip(".")
+            for module, path in paths.items()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Do the model's own call, then its twin on the linear path."""
+        kwargs = kwargs or {}
+        if self._paused or not (self.depends(args) or self.depends(kwargs.values())):
+            return func(*args, **kwargs)
+        in_place = is_in_place(func, args)
+        before = args[0].detach().clone() if in_place else None
+        with torch.no_grad():
+            out = func(*args, **kwargs)
+        result = args[0] if in_place else out
+        if _has_floats(result):
+            op = Operation(self, plain_name(func), func, args, kwargs, in_place, before, result)
+            with torch.set_grad_enabled(self.graph):
+                found = self._derive(op)
+                self._attach_all(result, found)
+            if self.audit is not None and isinstance(found, Live):
+                self._examine(op, found, self.audit)
+        return out
+
+    def _examine(self, op: Operation, found: Live, limit: float) -> None:
+        """Note an operation whose twin has another value although its arguments' twins have theirs."""
+        error = _apart(found.linear, op.out)
+        if not error <= limit:
+            entered = [_apart(s.linear, op.value(tensor)) for _, tensor, s in op.dependents() if isinstance(s, Live)]
+            if not op.in_place and all(e <= limit for e in entered):
+                self.misuse(self.origin(op.name), error)
+
+    def _derive(self, op: Operation) -> Result:
+        handler = HANDLERS.get(op.name)
+        if self.hold.ordinary and op.name != "scaled_dot_product_attention":
+            return self._ordinary(op)
+        result = op.held() if handler is None else handler(op)
+        if isinstance(result, list) and any(op.name == name for _, name, _ in self._held_results):
+            indices = self._held_results.get((self._module(), op.name, len(result)), ())
+            result = [op.held() if index in indices else status for index, status in enumerate(result)]
+        return result
+
+    def _ordinary(self, op: Operation) -> Result:
+        """Nothing held: the operation itself on the live tensors."""
+        return op.wrap(op.again(lambda _slot: True, lambda _slot: False))
+
+    def depends(self, values: Iterable[Any]) -> bool:
+        """Whether any tensor among the values, or in their lists, depends on the input."""
+        return any(
+            self.status(value) is not None
+            if isinstance(value, Tensor)
+            else (isinstance(value, tuple | list) and self.depends(value))
+            or (isinstance(value, Mapping) and self.depends(value.values()))
+            for value in values
+        )
+
+    def _attach_all(self, out: Any, result: Result) -> None:
+        if isinstance(out, Tensor):
+            assert not isinstance(result, list)
+            self.attach(out, result)
+            return
+        statuses = result if isinstance(result, list) else [result] * len(out)
+        for item, status in zip(out, statuses, strict=True):
+            if isinstance(item, Tensor) and item.is_floating_point():
+                self.attach(item, status)
+
+    def enter(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
+        """Make `x` an input: returns its twin on the linear path, a leaf (or `linear`, if it is given)."""
+        if linear is None:
+            linear = x.detach().to(self.dtype).clone().requires_grad_(self.graph)
+        with torch.set_grad_enabled(self.graph):
+            self.attach(x, Live(linear.clone()))
+        return linear
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For computing on the linear path itself."""
+        self._paused = True
+        try:
+            with torch.set_grad_enabled(self.graph):
+                yield
+        finally:
+            self._paused = False
+
+    def hold_results(self, module: nn.Module, operation: str, of: int, indices: tuple[int, ...]) -> None:
+        """Of an operation's results in a module's own code, hold these."""
+        self._held_results[self._paths[id(module)], operation, of] = indices
+
+    def attach(self, tensor: Tensor, status: Status) -> None:
+        """Say what is known of a tensor."""
+        setattr(tensor, _MARK, (self, status))
+
+    def status(self, value: Any) -> Status:
+        """What is known of a tensor."""
+        mode, status = getattr(value, _MARK, (None, None)) if isinstance(value, Tensor) else (None, None)
+        return status if mode is self else None
+
+    def live(self, tensor: Tensor) -> Tensor:
+        """A tensor's twin on the linear path.
+
+        A tensor that is a coefficient, or depends on the input by no operation that was seen, is noted in `misuses`,
+        and counts as a constant.
+        """
+        status = self.status(tensor)
+        if isinstance(status, Live):
+            if status.broken is not None:
+                self.misuse(status.broken.origin, status.broken.error)
+            return status.linear
+        unseen = "an operation that loclin cannot see"
+        self.misuse(status.origin if isinstance(status, Held) else Origin("model", unseen, ""))
+        return tensor.detach().to(self.dtype)
+
+    def misuse(self, origin: Origin, error: float = 1.0) -> None:
+        """Note a coefficient that is used as if it were live."""
+        if all(origin != known.origin for known in self.misuses):
+            self.misuses.append(Misuse(origin, error))
+
+    def constant(self, value: Tensor, original: Any, operation: str) -> Tensor:
+        """A constant that is added to a live tensor; a leaf where constants are collected."""
+        if not self.collect or not value.is_floating_point() or not bool(value.any()):
+            return value
+        name = self._names.get(id(original)) or f"{self._module()}.{operation}"
+        leaf = value.detach().nan_to_num().clone().requires_grad_()
+        self.constants.append((name, leaf))
+        return leaf
+
+    def keep_probabilities(self, probs: Tensor) -> None:
+        """Remember attention probabilities."""
+        if self._keep is not None and probs.dim() in (3, 4):
+            self.probabilities[self._module()] = self._keep(probs if probs.dim() == 4 else probs.unsqueeze(0))
+
+    def origin(self, operation: str) -> Origin:
+        """The place in the model that is running: the innermost module on the stack, and its line of code."""
+        frame: Any = sys._getframe(1)
+        line, here = "", str(Path(__file__).parent)
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if not line and not name.startswith(here) and "/torch/" not in name:
+                line = f"{Path(name).name}:{frame.f_lineno}"
+            path = self._paths.get(id(frame.f_locals.get("self")))
+            if path is not None and line:
+                return Origin(path, operation, line)
+            frame = frame.f_back
+        return Origin("model", operation, line)
+
+    def _module(self) -> str:
+        return self.origin("").module
+
+
+def _has_floats(out: Any) -> bool:
+    if isinstance(out, Tensor):
+        return out.is_floating_point()
+    return isinstance(out, tuple | list) and any(isinstance(o, Tensor) and o.is_floating_point() for o in out)
+
+
+def _apart(linear: Tensor, stock: Tensor) -> float:
+    wide = stock.detach().to(linear.dtype)
+    return ((linear.detach() - wide).norm() / wide.norm().clamp_min(torch.finfo(linear.dtype).tiny)).item()

@@ -1,0 +1,61 @@
+"""What each torch operation becomes on the linear path. What is not in the table gives a coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from loclin.freeze import linear, norms, products, unary
+from loclin.freeze.attention import attention
+from loclin.freeze.grouped import grouped_mm
+from loclin.freeze.operation import Operation, Result
+
+Handler = Callable[[Operation], Result]
+
+
+def _softmax(op: Operation) -> Result:
+    return op.held(probabilities=True)
+
+
+def _nothing(_op: Operation) -> None:
+    return
+
+
+HANDLERS: Mapping[str, Handler] = {
+    **dict.fromkeys(linear.VIEWS | linear.SUMS | linear.AFFINE, linear.linear),
+    **dict.fromkeys(linear.CASTS, linear.cast),
+    **dict.fromkeys(linear.CONSTANT, _nothing),
+    **dict.fromkeys(products.FACTORS, products.product),
+    **dict.fromkeys(("div", "divide", "true_divide", "itruediv"), products.quotient),
+    **dict.fromkeys(unary.ACTIVATIONS | unary.SQUASHES | unary.CLAMPS, unary.unary),
+    "glu": products.glu,
+    "pad": linear.pad,
+    "softmax": _softmax,
+    "rms_norm": norms.rms_norm,
+    "layer_norm": norms.layer_norm,
+    "group_norm": norms.group_norm,
+    "normalize": norms.normalize,
+    "scaled_dot_product_attention": attention,
+    "grouped_mm": grouped_mm,
+}
+
+IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv")
+
+
+def plain_name(func: Callable[..., Any]) -> str:
+    """`add` for `Tensor.add`, `Tensor.__add__`, `torch.add` and `add_`; a property's name for its getter."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name.strip("_")
+
+
+def is_in_place(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call changes its first argument."""
+    name: str = getattr(func, "__name__", "")
+    dunder = name.startswith("__")
+    return bool(args) and isinstance(args[0], Tensor) and (
+        name.strip("_") in IN_PLACE if dunder else name.endswith("_") and name != "requires_grad_"
+    )

@@ -1,0 +1,72 @@
+"""Activations: f(z) is a held ratio times z. Paper, equations 7 to 10."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loclin.freeze.operation import Operation, Result
+from loclin.freeze.status import Held, Live
+
+ACTIVATIONS = frozenset(
+    "silu gelu relu relu6 mish elu selu celu leaky_relu prelu rrelu hardswish hardshrink softshrink square pow".split()
+)
+"""What MLPs use between their matrices."""
+SQUASHES = frozenset("tanh erf sigmoid hardsigmoid softplus logsigmoid exp exp2 log rsqrt reciprocal sin cos".split())
+"""Functions of one element that gate, cap or decay: coefficients, but for the tanh of a soft cap on the logits."""
+CLAMPS = frozenset("clamp clip clamp_min clamp_max maximum minimum".split())
+"""The same, but a clamp is no gate."""
+
+
+def unary(op: Operation) -> Result:
+    """f(z) as f(0) plus a held ratio times z; a coefficient where f is no activation."""
+    z = op.args[0] if op.args else op.kwargs["input"]
+    status = op.status(z)
+    if not isinstance(status, Live):
+        return Held(status.origin, status.root) if isinstance(status, Held) else op.held()
+    if op.name in SQUASHES and not (op.context.caps and op.name == "tanh"):
+        return op.held(root=status.root)
+    if any(tensor is not z for _, tensor, _ in op.dependents()):
+        return op.held(root=status.root)
+
+    rest = {name: value for name, value in op.kwargs.items() if name not in ("input", "out")}
+    form = secant(lambda value: op.func(value, *op.args[1:], **rest), op.value(z), op.out, op.context.dtype)
+    if form is None:
+        return op.held(root=status.root)
+    linear = status.linear * form.ratio
+    if form.at_zero is not None:
+        linear = linear + op.context.constant(form.at_zero, None, op.name)
+    return status.then(linear, status.root, status.active or op.name in ACTIVATIONS)
+
+
+class Secant(NamedTuple):
+    """f(z) = at_zero + ratio * z, element by element; `at_zero` is None where f(0) = 0."""
+
+    ratio: Tensor
+    at_zero: Tensor | None
+
+
+def secant(f: Callable[[Tensor], Tensor], z: Tensor, out: Tensor, dtype: torch.dtype) -> Secant | None:
+    """The line through f(0) and f(z); at z = 0 its limit, with the slope f'(0). None where f(0) is not finite.
+
+    Cost: f once more, at zero.
+    """
+    z = z.detach()
+    origin = torch.zeros_like(z, requires_grad=True)
+    with torch.enable_grad():
+        at_zero = f(origin)
+        at_zero = at_zero if at_zero is not origin else at_zero.clone()
+    if at_zero.shape != z.shape or not bool(at_zero.isfinite().all()):
+        return None
+    zero = z == 0
+    start = at_zero.detach().to(dtype)
+    ratio = (out.detach().to(dtype) - start) / torch.where(zero, 1, z).to(dtype)
+    if bool(zero.any()):
+        slope = torch.zeros_like(ratio)
+        if at_zero.requires_grad:
+            slope = torch.autograd.grad(at_zero, origin, torch.ones_like(at_zero))[0].to(dtype)
+        ratio = torch.where(zero, slope, ratio)
+    return Secant(ratio, start if bool(start.any()) else None)
