@@ -66,7 +66,7 @@ def _one_clear_line(interrupted: str = "nothing was written") -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         from loclin import __version__
 
@@ -77,8 +77,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     _: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
-    ] = False,
+        Optional[bool],  # noqa: UP045
+        typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True),
+    ] = None,
 ) -> None:
     return
 

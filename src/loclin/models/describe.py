@@ -38,7 +38,7 @@ _EXPERTS = r"(Experts|MoE|Moe|MoEBlock|MoeBlock)$"
 _POSITIONS = {
     "rope": r"Rotary",
     "sinusoidal": r"Sinusoidal",
-    "learned": r"LearnedPosition|Axial|(\b(wpe|pos_embed|position_embeddings?)|pos\w*_embed\w*|embed_pos\w*) (?!\w*Sinus)",
+    "learned": r"LearnedPosition|Axial|\b(wpe|pos\w*_embed\w*|embed_pos\w*) (?!\w*Sinus)",
     "relative": r"Relative|relative|SegmentPosition",
 }
 

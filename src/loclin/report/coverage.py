@@ -76,12 +76,12 @@ def coverage_markdown(coverage: Coverage) -> str:
     pieces = [_PAGE.format(versions=_versions(coverage), counts=f"**{_counted(coverage)}.**")]
     if certified:
         heads = ("family", "class", *_PARTS, *_NUMBERS, "status")
-        rows = [[r.family, _code(r.class_name), *_parts(r), *_numbers(r), r.status] for r in certified]
+        rows = [[r.family, _code(r.class_name), *map(_escaped, _parts(r)), *_numbers(r), r.status] for r in certified]
         pieces.append(_section("Certified", heads, rows))
     for status in ("refused", "error"):
         failures = ("family", "class", *_PARTS, "runs passed", "module", "reason")
         rows = [
-            [r.family, _code(r.class_name), *_parts(r), _ratio(r), _code(_module(r)), _escaped(r.reason)]
+            [r.family, _code(r.class_name), *map(_escaped, _parts(r)), _ratio(r), _code(_module(r)), _escaped(r.reason)]
             for r in found[status]
         ]
         if rows:
