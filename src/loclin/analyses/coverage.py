@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -325,7 +326,7 @@ def _run(family: str, dtype: str, gate: Gate) -> Run:
     except LoclinError as fault:
         return Run(dtype, gate, "refused", module=str(getattr(fault, "module", "")), reason=_line(fault))
     except Exception as fault:  # as many kinds as there are families: every one is shown
-        return Run(dtype, gate, "error", reason=f"{type(fault).__name__}: {_line(fault)}")
+        return Run(dtype, gate, "error", reason=f"{type(fault).__name__}: {_line(fault)}{_place(fault)}")
     module, reason = _blame(certificate)
     return Run(
         dtype=dtype,
@@ -365,6 +366,12 @@ def _line(fault: Exception) -> str:
     return lines[0] if lines else type(fault).__name__
 
 
+def _place(fault: Exception) -> str:
+    """Say where in loclin or transformers a fault came up: whose it is."""
+    frames = [f for f in traceback.extract_tb(fault.__traceback__) if {"loclin", "transformers"} & {*Path(f[0]).parts}]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
 def _sorted(results: dict[str, FamilyResult]) -> list[FamilyResult]:
     return [results[family] for family in sorted(results)]
 
@@ -383,7 +390,7 @@ def _known(families: Sequence[str] | None) -> list[str]:
 def _code() -> str:
     """Hash loclin's source, all but what only shows results."""
     home = Path(__file__).parents[1]
-    return sha256(*sorted(path for path in home.rglob("*.py") if path.parent.name != "report"))[:16]
+    return sha256(*(p for p in sorted(home.rglob("*.py")) if p.parent.name != "report" and p.name != "cli.py"))[:16]
 
 
 @contextmanager
