@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from loclin.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +144,64 @@ def test_models_lists_and_removes(tmp_path, monkeypatch):
     code, _, err = run("models", "remove", "nothing")
     assert code == 2
     assert "nothing" in err
+
+
+def here(capsys, *arguments):
+    """The command line in this process, where importing torch costs nothing."""
+    with pytest.raises(SystemExit) as stopped:
+        app(list(map(str, arguments)))
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+def test_coverage(tmp_path, capsys):
+    record, page = tmp_path / "coverage.json", tmp_path / "coverage.md"
+    chosen = ("--family", "llama", "--family", "gemma4_assistant", "--gate", "up", "--json", record)
+    code, out, err = here(capsys, "coverage", *chosen, "--markdown", page)
+    assert code == 0, err
+    assert "2 families: 1 exact, 1 not built, 0 error" in out
+    assert {result["family"] for result in json.loads(record.read_text())["results"]} == {"llama", "gemma4_assistant"}
+    assert "| llama | `LlamaForCausalLM` |" in page.read_text()
+
+
+def test_faults_found_by_coverage_are_exit_code_1(capsys, monkeypatch):
+    monkeypatch.setattr("loclin.analyses.coverage.linearize", lambda *_, **__: 1 / 0)
+    code, out, _ = here(capsys, "coverage", "--family", "llama")
+    assert code == 1
+    assert "llama error: ZeroDivisionError: division by zero" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--family", "gema3_text"], "did you mean gemma3_text"),
+        (["--gate", "sideways"], "sideways"),
+        (["--json", "/nowhere/out.json"], "no directory /nowhere"),
+        (["--markdown", "/"], "is a directory"),
+        (["--json", "DAMAGED"], "is no coverage record to go on with"),
+    ],
+)
+def test_mistakes_of_coverage_are_one_clear_line(tmp_path, capsys, arguments, message):
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"kind":')
+    code, out, err = here(capsys, "coverage", *(damaged if value == "DAMAGED" else value for value in arguments))
+    assert code == 2
+    assert message in err
+    assert out == ""
+    assert damaged.read_text() == '{"kind":'
+
+
+def test_interrupted_coverage_keeps_what_is_finished(tmp_path):
+    record = tmp_path / "coverage.json"
+    process = start("coverage", "--json", record, start_new_session=True)
+    for _ in range(600):
+        if record.exists():
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert len(json.loads(record.read_text())["results"]) > 0
+    assert list(tmp_path.iterdir()) == [record]

@@ -49,7 +49,7 @@ class PrecisionOption(str, Enum):
 
 
 @contextmanager
-def _one_clear_line() -> Iterator[None]:
+def _one_clear_line(interrupted: str = "nothing was written") -> Iterator[None]:
     """A user's mistake is one line and exit code 2; Ctrl-C is exit code 130."""
     try:
         yield
@@ -62,11 +62,11 @@ def _one_clear_line() -> Iterator[None]:
         stderr.print("[bold red]error:[/] out of memory; try a smaller --memory, a shorter prompt or --dtype bfloat16")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        stderr.print("interrupted; nothing was written")
+        stderr.print(f"interrupted; {escape(interrupted)}", soft_wrap=True)
         raise typer.Exit(130) from None
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         from loclin import __version__
 
@@ -77,8 +77,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     _: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
-    ] = False,
+        Optional[bool],  # noqa: UP045
+        typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True),
+    ] = None,
 ) -> None:
     return
 
@@ -154,6 +155,55 @@ def explain(
             raise typer.Exit(1)
 
 
+@app.command()
+def coverage(
+    family: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Try this family; give it again for more. Default: all that transformers has."),
+    ] = None,
+    gate: Annotated[
+        Optional[list[GateOption]],  # noqa: UP045
+        typer.Option(help="Try this gate split; give it again for more. Default: all three."),
+    ] = None,
+    json: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write each family to this JSON file as it is finished, and go on from what it holds."),
+    ] = None,
+    markdown: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write the table to this Markdown file."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")] = False,
+) -> None:
+    """Certify a tiny random model of every family of language models, and say which are exact.
+
+    loclin coverage --family llama --family gpt2
+    """
+    kept = "nothing was written" if json is None else f"what is finished is kept: the same command goes on ({json})"
+    with _one_clear_line(kept):
+        from loclin.report import check_writable, coverage_markdown, render_coverage, write_text
+
+        for path in (json, markdown):
+            if path is not None:
+                check_writable(path)
+
+        from loclin.analyses.coverage import GATES
+        from loclin.analyses.coverage import coverage as run
+
+        chosen = None if gate is None else {option.value for option in gate}
+        gates = [name for name in GATES if chosen is None or name in chosen]
+        record = run(family, gates=gates, path=json, fresh=fresh, progress=_Steps())
+        if markdown is not None:
+            write_text(markdown, coverage_markdown(record))
+        shown = record if family is None else record.only(family)
+        render_coverage(shown, stdout)
+        for path in (json, markdown):
+            if path is not None:
+                stderr.print(f"wrote {escape(str(path))}")
+        if shown.counts["error"]:
+            raise typer.Exit(1)
+
+
 @models_app.callback()
 def models(context: typer.Context) -> None:
     """List the packaged models and the converted copies in the cache; 'remove NAME' deletes a copy."""
@@ -206,7 +256,7 @@ class _Steps:
 
     def __call__(self, step: str) -> None:
         if stderr.is_terminal:
-            stderr.print(f"[dim]{step} …[/]")
+            stderr.print(f"[dim]{escape(step)} …[/]", soft_wrap=True)
 
 
 def main() -> None:

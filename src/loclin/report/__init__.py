@@ -1,5 +1,6 @@
 """Results for people: terminal tables, a self-contained HTML page, notebook display, whole files."""
 
+from loclin.report.coverage import coverage_markdown, render_coverage
 from loclin.report.figures import check_plotly
 from loclin.report.notebook import explanation_fragment
 from loclin.report.output import check_writable, write_text
@@ -9,8 +10,10 @@ from loclin.report.terminal import render_explanation
 __all__ = [
     "check_plotly",
     "check_writable",
+    "coverage_markdown",
     "explanation_fragment",
     "explanation_html",
+    "render_coverage",
     "render_explanation",
     "write_html",
     "write_text",
