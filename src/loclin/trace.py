@@ -217,7 +217,7 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
     with frozen(model.hf, hold, dtype, keep=_received) as mode, ExitStack() as stack:
 
         def value(tensor: Tensor) -> Tensor:
-            return tensor.detach() if keeps else mode.live(tensor).detach()
+            return (tensor if keeps else mode.live(tensor)).detach().to(dtype)
 
         def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = hidden_state(args, kwargs)
@@ -242,6 +242,8 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
                 calls.append(Call(Block(model.hf, "model", Parts()), output.detach().clone(), value(output).clone()))
                 attn_out.append(None)
 
+        for module in model.hf.modules():
+            stack.callback(mode.watch(module).remove)
         if route.whole is not None:
             stack.callback(model.hf.get_input_embeddings().register_forward_hook(embedded).remove)
         for module in dict.fromkeys(block.module for block in route.blocks):
@@ -293,7 +295,7 @@ def _leave(
         if final is None and mode.status(stock) is None:
             return  # a norm that the embeddings pass too
         live = mode.live(stock) if final is None else final
-        value = (stock.detach() if keeps else live) if final is None else final
+        value = (stock.detach() if keeps else live).to(mode.dtype) if final is None else final
         leaf = value[0, position].clone().requires_grad_()
         mode.graph = mode.collect = mode.caps = True
         mode.constants.clear()
@@ -312,7 +314,7 @@ def _leave(
             "loclin sees; load the model with attn_implementation='eager' and without compiled code or kernels"
         )
     live = mode.live(logits)
-    value = logits if keeps else live.detach()
+    value = logits.to(mode.dtype) if keeps else live.detach()
     return Head(seen["leaf"], live, logits, value, mode.constants), seen["final"], seen["stock"]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin.errors import NotExactError
-from loclin.freeze.mode import Frozen
+from loclin.freeze.mode import Frozen, HeldParts
 from loclin.freeze.status import Held, Live
 from loclin.freeze.unary import ACTIVATIONS, secant
 
@@ -162,20 +162,44 @@ def held_submodule(*paths: str) -> Callable[[nn.Module, str, Frozen], list[Remov
     return install
 
 
-def held_results(operation: str, *indices: int, of: int) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
-    """In a module's own code, these of an operation's `of` results are coefficients."""
+def held_parts(which: HeldParts) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
+    """Where a module's own code splits a tensor, some of the parts are coefficients."""
 
-    def install(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
-        mode.hold_results(module, operation, of, indices)
+    def install(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
+        mode.hold_parts(module, which)
         return []
 
     return install
 
 
+def _is_delta_net(module: nn.Module, _path: str) -> bool:
+    return type(module).__name__.endswith("GatedDeltaNet")
+
+
+def _is_mamba2(module: nn.Module, _path: str) -> bool:
+    name = type(module).__name__
+    return "Mamba2" in name or name in ("BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "Zamba2MambaMixer")
+
+
 RULES: tuple[Rule, ...] = (
     Rule("activation", _is_activation, _activation),
-    Rule("state space: B, C and the time step are held", by_class("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"),
-         held_submodule("x_proj")),
+    # of x, B and C, which a state space multiplies with one another, x is live
+    Rule(
+        "selective state space",
+        by_class("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"),
+        held_submodule("x_proj"),
+    ),
+    Rule(
+        "state space duality",
+        _is_mamba2,
+        held_parts(lambda widths: (1, 2) if len(widths) == 3 and widths[1] == widths[2] else ()),
+    ),
+    # of q, k and v, v is live, as in attention
+    Rule(
+        "gated delta rule",
+        _is_delta_net,
+        held_parts(lambda widths: (0, 1) if len(widths) == 3 and widths[0] == widths[1] else ()),
+    ),
 )
 """The rules that come with loclin."""
 
