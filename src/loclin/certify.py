@@ -108,6 +108,11 @@ class Certificate:
     culprits: tuple[Culprit, ...]
 
     @property
+    def same_forward(self) -> bool:
+        """Whether the frozen network's values are the model's: every bit, or to the rounding of the model's dtype."""
+        return self.forward_error <= self.forward_tolerance and (self.bit_identical or self.forward_tolerance > 0)
+
+    @property
     def passed(self) -> bool:
         """Whether every error is within the tolerance."""
         errors = (
@@ -118,8 +123,7 @@ class Certificate:
             self.row_error,
         )
         exact = all(error <= self.tolerance for error in errors)
-        same = self.forward_error <= self.forward_tolerance and (self.bit_identical or self.forward_tolerance > 0)
-        return exact and not self.culprits and same
+        return exact and not self.culprits and self.same_forward
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -220,6 +224,7 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
             )
         else:
             handles.append(hf.get_input_embeddings().register_forward_hook(lambda _m, _a, output: entered(output)))
+
         def left_all(_module: nn.Module, _args: Any, output: Any) -> None:
             if mode.status(first(output)) is not None:
                 mode.live(first(output))

@@ -219,7 +219,7 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
         def value(tensor: Tensor) -> Tensor:
             return (tensor if keeps else mode.live(tensor)).detach().to(dtype)
 
-        def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = hidden_state(args, kwargs)
             rest = {name: item for name, item in kwargs.items() if name != "hidden_states"}
             if not calls:

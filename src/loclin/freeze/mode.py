@@ -88,7 +88,7 @@ class Frozen(TorchFunctionMode):
     ) -> Any:
         """Do the model's own call, then its twin on the linear path."""
         kwargs = kwargs or {}
-        if self._wide and not self._paused:
+        if self._wide and not self._paused and args and self._is_model_s(args[0]):
             func, args, kwargs = without_lowering(func, plain_name(func), args, kwargs)
         if self._paused or not (self.depends(args) or self.depends(kwargs.values())):
             return func(*args, **kwargs)
@@ -105,6 +105,10 @@ class Frozen(TorchFunctionMode):
             if self.audit is not None and isinstance(found, Live):
                 self._examine(op, found, self.audit)
         return out
+
+    def _is_model_s(self, value: Any) -> bool:
+        """Whether a tensor is a weight, or depends on the input; the tables of rotations stay as the model has them."""
+        return isinstance(value, nn.Parameter) or self.status(value) is not None
 
     def _examine(self, op: Operation, found: Live, limit: float) -> None:
         """Note an operation whose twin has another value although its arguments' twins have theirs."""
@@ -207,7 +211,11 @@ class Frozen(TorchFunctionMode):
             out = output[0] if isinstance(output, tuple) and output else output
             if isinstance(out, Tensor) and out.is_floating_point() and self.status(out) is None:
                 inside = any(known.origin.module.startswith(f"{path}.") for known in self.misuses)
-                if not inside and self.depends((*args, *kwargs.values())) and next(module.parameters(), None) is not None:
+                if (
+                    not inside
+                    and self.depends((*args, *kwargs.values()))
+                    and next(module.parameters(), None) is not None
+                ):
                     self.misuse(Origin(path, UNSEEN, "a fused kernel, compiled code, or not torch"))
 
         return module.register_forward_hook(left, with_kwargs=True)

@@ -105,7 +105,7 @@ def quotient(op: Operation) -> Result:
 
 
 def glu(op: Operation) -> Result:
-    """a * sigmoid(b), the two halves of one tensor: the sigmoid is held."""
+    """A * sigmoid(b), the two halves of one tensor: the sigmoid is held."""
     status = op.status(op.args[0])
     if not isinstance(status, Live):
         return status

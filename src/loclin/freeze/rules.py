@@ -107,9 +107,7 @@ def check(output: Tensor, linear: Tensor, path: str) -> None:
     NotExactError
         Naming the module.
     """
-    error = (linear.detach().to(output.dtype) - output).norm() / output.norm().clamp_min(
-        torch.finfo(output.dtype).tiny
-    )
+    error = (linear.detach().to(output.dtype) - output).norm() / output.norm().clamp_min(torch.finfo(output.dtype).tiny)
     if not error <= TOLERANCE[output.dtype]:
         raise NotExactError(
             f"{path}: its frozen linear form differs from its real output by {error:.1e}; "
@@ -152,7 +150,7 @@ def _is_activation(module: nn.Module, path: str) -> bool:
 def held_submodule(*paths: str) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
     """What these submodules give is a coefficient."""
 
-    def install(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+    def install(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
         def hold(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
             if mode.status(output) is not None:
                 mode.attach(output, Held(mode.origin("held by rule")))
