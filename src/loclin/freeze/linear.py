@@ -9,9 +9,9 @@ from loclin.freeze.status import Held, Live
 
 VIEWS = words(
     "view reshape view_as reshape_as transpose t permute movedim moveaxis swapaxes swapdims T mT H mH flatten "
-    "unflatten squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split split_with_sizes "
-    "tensor_split hsplit vsplit unbind getitem select narrow index_select gather take_along_dim masked_select diagonal "
-    "unfold flip roll contiguous clone detach alias positive data requires_grad"
+    "unflatten squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split "
+    "split_with_sizes tensor_split hsplit vsplit unbind getitem select narrow index_select gather take_along_dim "
+    "masked_select diagonal unfold flip roll contiguous clone detach alias positive data requires_grad"
 )
 """A result's every element is one of the argument's."""
 CASTS = words("to float double half bfloat16 type type_as cpu cuda")
