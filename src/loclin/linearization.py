@@ -185,7 +185,8 @@ def linearize(
     if strict and (result.trace.misuses or result.trace.anatomy.weights is None):
         certificate = result.certify()
         if not certificate.passed:
-            raise NotExactError(_refusal(model, certificate))
+            blamed = certificate.culprits[0].module if certificate.culprits else ""
+            raise NotExactError(_refusal(model, certificate), blamed)
     return result
 
 

@@ -255,7 +255,8 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
     if not calls or (route.whole is not None and calls[0].hidden.shape != final.shape):
         raise ModelError(
             f"{model.info.name}: the way from the embeddings to {type(route.exit).__name__} cannot be followed: one is "
-            f"{list(calls[0].hidden.shape) if calls else 'not used'}, the other {list(final.shape)}"
+            f"{list(calls[0].hidden.shape) if calls else 'not used'}, the other {list(final.shape)}",
+            type(route.exit).__name__,
         )
     end = Block(nn.Sequential(*route.tail), "final_norm", Parts())
     received = [share.cpu() for share in mode.probabilities.values() if share.shape == (input_ids.shape[1],)]

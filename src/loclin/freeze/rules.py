@@ -111,7 +111,8 @@ def check(output: Tensor, linear: Tensor, path: str) -> None:
     if not error <= TOLERANCE[output.dtype]:
         raise NotExactError(
             f"{path}: its frozen linear form differs from its real output by {error:.1e}; "
-            "the rule for it does not describe this module"
+            "the rule for it does not describe this module",
+            path,
         )
 
 

@@ -12,11 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loclin.freeze.products import FACTORS
+
 _CASTS = ("float", "half", "bfloat16")
 
 
 def _lowers(value: Any) -> bool:
     return isinstance(value, torch.dtype) and value.is_floating_point and value != torch.float64
+
+
+def _wide(value: Any) -> Any:
+    lower = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.double() if lower else value
 
 
 def without_lowering(
@@ -25,6 +32,8 @@ def without_lowering(
     """The same call, but for what would cast a float64 tensor to less: that is left out."""
     if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float64:
         return func, args, kwargs
+    if name in FACTORS:  # a weight that was kept in float32 for what was to be cast to it
+        return func, tuple(_wide(value) for value in args), {key: _wide(value) for key, value in kwargs.items()}
     if name in _CASTS:
         return Tensor.to, (args[0], torch.float64), {}
     if name == "type_as" and isinstance(args[1], Tensor) and _lowers(args[1].dtype):
