@@ -1,0 +1,124 @@
+"""Padding, in a batch or around one prompt, changes no map."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+import tiny
+from loclin import linearize, linearize_batch
+from loclin.errors import OptionError, PromptError
+from loclin.models import tiny as families
+
+FAMILIES = ["llama", "gemma3_text", "qwen2", "gpt2", "bloom", "mixtral"]
+LENGTHS = (3, 7, 5)
+
+
+@cache
+def _model(family, dtype):
+    return families.build(family, dtype=dtype)
+
+
+def _prompts(model):
+    return [families.prompt(model, length, seed=length) for length in LENGTHS]
+
+
+def _relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "limit"),
+    [(torch.float64, "double", 1e-12), (torch.float32, "auto", 1e-5), (torch.float32, "double", 1e-12)],
+    ids=["double", "single", "wider"],
+)
+def test_maps_of_a_batch_are_those_of_the_prompts(family, padding, dtype, precision, limit):
+    model = _model(family, dtype)
+    prompts = _prompts(model)
+    batch = linearize_batch(model, prompts, padding=padding, precision=precision)
+    for prompt, lin in zip(prompts, batch, strict=True):
+        alone = linearize(model, prompt, precision=precision)
+        assert torch.equal(lin.input_ids, prompt)
+        assert lin.embeddings.shape[0] == prompt.shape[1]
+        J, expected = lin.jacobian(), alone.jacobian()
+        rows = torch.randn(4, J.shape[0], generator=torch.Generator().manual_seed(0), dtype=J.dtype)
+        assert _relative(J.rmatmat(rows), expected.rmatmat(rows)) <= limit
+        assert _relative(J.reconstruct(), expected.value) <= limit
+        assert lin.padded_error < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert batch[0].certify().passed
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_tensor_is_taken_apart(side):
+    model = _model("llama", torch.float64)
+    prompts = _prompts(model)
+    ids, mask = torch.full((3, 9), 5), torch.zeros(3, 9, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        own = slice(0, prompt.shape[1]) if side == "right" else slice(9 - prompt.shape[1], 9)
+        ids[row, own], mask[row, own] = prompt[0], 1
+    batch = linearize_batch(model, ids, attention_mask=mask)
+    assert [torch.equal(lin.input_ids, prompt) for lin, prompt in zip(batch, prompts, strict=True)] == [True] * 3
+    assert all(lin.padded_error < 1e-12 for lin in batch)
+
+
+def test_without_a_mask_nothing_is_padding():
+    model = _model("llama", torch.float64)
+    ids = torch.cat([tiny.prompt(4, seed=1), tiny.prompt(4, seed=2)])
+    assert [lin.input_ids.tolist() for lin in linearize_batch(model, ids)] == [[row] for row in ids.tolist()]
+
+
+def test_a_model_that_padding_disturbs_says_so():
+    model = families.build("llama", dtype=torch.float64)
+    # it takes the mask and does not look at it
+    model.model.register_forward_pre_hook(
+        lambda _m, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+    )
+    short, long = linearize_batch(model, [tiny.prompt(3), tiny.prompt(6)], padding="left")
+    assert short.padded_error > 1e-3
+    assert long.padded_error < 1e-12
+    assert short.certify().passed
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_padded_prompt(side):
+    model, ids = _model("gemma3_text", torch.float64), tiny.prompt(5)
+    pad, one = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 5, dtype=torch.long)
+    order = -1 if side == "right" else 1
+    lin = linearize(
+        model, torch.cat([pad, ids][::order], 1), attention_mask=torch.cat([pad, one][::order], 1), precision="double"
+    )
+    assert torch.equal(lin.input_ids, ids)
+    assert lin.padded_error is None
+    assert torch.equal(lin.jacobian().dense(), linearize(model, ids, precision="double").jacobian().dense())
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[0, 0, 0]], "leaves no token"),
+        ([[1, 0, 1]], "between tokens"),
+        ([[1, 1]], "has the shape"),
+    ],
+)
+def test_impossible_masks_are_refused(mask, message):
+    for function in (linearize, linearize_batch):
+        with pytest.raises(PromptError, match=message):
+            function(_model("llama", torch.float64), tiny.prompt(3), attention_mask=torch.tensor(mask))
+
+
+def test_impossible_batches_are_refused():
+    model = _model("llama", torch.float64)
+    with pytest.raises(PromptError, match="no prompts"):
+        linearize_batch(model, [])
+    with pytest.raises(PromptError, match=r"\[B, T\]"):
+        linearize_batch(model, torch.ones(3, dtype=torch.long))
+    with pytest.raises(PromptError, match="padded tensor"):
+        linearize_batch(model, [tiny.prompt(3)], attention_mask=torch.ones(1, 3))
+    with pytest.raises(PromptError, match="text has no padding"):
+        linearize(model, "text", attention_mask=torch.ones(1, 3))
+    with pytest.raises(OptionError, match="left or right"):
+        linearize_batch(model, [tiny.prompt(3)], padding="both")
