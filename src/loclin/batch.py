@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from loclin.certify import relative
 from loclin.errors import ModelError, PromptError
-from loclin.freeze import Gate, Precision, evaluation
+from loclin.freeze import Gate, Precision, evaluation, exact_arithmetic
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model, wrap
 from loclin.padding import Padding, padded, without_padding
@@ -38,7 +39,8 @@ def linearize_batch(
 
     The padded batch goes through the untouched model once. How far its predictions there are from those at the prompt
     alone is each result's `padded_error`: rounding where the maps describe the batch too. It is large where a family's
-    padded tokens move the others (positions that are counted from the row's beginning; states that padding enters).
+    padded tokens move the others (positions that are counted from the row's beginning; states that padding enters), and
+    infinite where the padded batch is not a number.
 
     Parameters
     ----------
@@ -88,7 +90,8 @@ def linearize_batch(
     if predicted is not None:
         for one, logits in zip(found, predicted, strict=True):
             alone = one.trace.stock_logits.double()
-            one.padded_error = relative(logits.to(alone) - alone, alone)
+            error = relative(logits.to(alone) - alone, alone)
+            one.padded_error = math.inf if math.isnan(error) else error
     return found
 
 
@@ -109,7 +112,7 @@ def _predicted(model: Model, input_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "
     last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
     if "logits_to_keep" in takes:
         more["logits_to_keep"], last = torch.unique(last, return_inverse=True)
-    with evaluation(model.hf), torch.no_grad():
+    with exact_arithmetic(), evaluation(model.hf), torch.no_grad():
         try:
             logits = model.hf(input_ids=input_ids, use_cache=False, **more).logits
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from loclin.errors import OptionError, PromptError
@@ -13,7 +13,7 @@ from loclin.errors import OptionError, PromptError
 Padding = Literal["left", "right"]
 
 
-def without_padding(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> list[Int[Tensor, "1 T_b"]]:
+def without_padding(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> list[Tensor]:
     """Each row's own tokens `[1, T_b]`, in order: those where the mask is not zero.
 
     Raises
@@ -36,10 +36,8 @@ def without_padding(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> li
     return rows
 
 
-def padded(
-    prompts: list[Int[Tensor, "1 T_b"]], padding: Padding, fill: int
-) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Prompts as the rows of one tensor, and the mask of what is not padding.
+def padded(prompts: list[Tensor], padding: Padding, fill: int) -> tuple[Tensor, Tensor]:
+    """Prompts `[1, T_b]` as the rows of one tensor `[B, T]`, and the mask `[B, T]` of what is not padding.
 
     Raises
     ------
