@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
@@ -29,28 +30,51 @@ def _relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@cache
+def _alone(family, dtype, precision):
+    """Four products with each prompt's map, and its value."""
+    found = []
+    for prompt in _prompts(_model(family, dtype)):
+        J = linearize(_model(family, dtype), prompt, precision=precision, strict=False).jacobian()
+        found.append((J.rmatmat(_rows(J)), J.value))
+    return found
+
+
+def _rows(J):
+    return torch.randn(4, J.shape[0], generator=torch.Generator().manual_seed(0), dtype=J.dtype)
+
+
+def _check(family, padding, dtype, precision, limit):
+    model = _model(family, dtype)
+    batch = linearize_batch(model, _prompts(model), padding=padding, precision=precision, strict=False)
+    for prompt, lin, (pulled, value) in zip(_prompts(model), batch, _alone(family, dtype, precision), strict=True):
+        J = lin.jacobian()
+        assert torch.equal(lin.input_ids, prompt)
+        assert J.shape[1] == len(lin.embeddings) == prompt.shape[1]
+        assert _relative(J.rmatmat(_rows(J)), pulled) <= limit
+        assert _relative(J.reconstruct(), value) <= limit
+    assert batch[0].certify().passed
+    return [lin.padded_error for lin in batch]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padding", ["left", "right"])
+def test_maps_of_a_batch_are_those_of_the_prompts(family, padding):
+    errors = _check(family, padding, torch.float64, "double", 1e-12)
+    if (family, padding) == ("bloom", "left"):  # which gives NaN there by itself
+        assert errors[0] == math.inf
+        assert errors[1] < 1e-12
+    else:
+        assert max(errors) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("dtype", "precision", "limit"),
-    [(torch.float64, "double", 1e-12), (torch.float32, "auto", 1e-5), (torch.float32, "double", 1e-12)],
-    ids=["double", "single", "wider"],
+    [(torch.float32, "auto", 1e-5), (torch.float32, "double", 1e-12), (torch.bfloat16, "auto", 1e-5)],
+    ids=["single", "wider", "half"],
 )
-def test_maps_of_a_batch_are_those_of_the_prompts(family, padding, dtype, precision, limit):
-    model = _model(family, dtype)
-    prompts = _prompts(model)
-    batch = linearize_batch(model, prompts, padding=padding, precision=precision, strict=False)
-    for prompt, lin in zip(prompts, batch, strict=True):
-        alone = linearize(model, prompt, precision=precision, strict=False)
-        assert torch.equal(lin.input_ids, prompt)
-        assert lin.embeddings.shape[0] == prompt.shape[1]
-        J, expected = lin.jacobian(), alone.jacobian()
-        rows = torch.randn(4, J.shape[0], generator=torch.Generator().manual_seed(0), dtype=J.dtype)
-        assert _relative(J.rmatmat(rows), expected.rmatmat(rows)) <= limit
-        assert _relative(J.reconstruct(), expected.value) <= limit
-        if (family, padding) != ("bloom", "left"):  # which gives NaN there by itself
-            assert lin.padded_error < (1e-12 if dtype == torch.float64 else 1e-5)
-    assert batch[0].certify().passed
+def test_maps_are_exact_in_every_precision(dtype, precision, limit):
+    assert max(_check("llama", "left", dtype, precision, limit)) < (0.1 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -47,6 +47,21 @@ def test_an_error_restores_them_too(careless):
     assert torch.get_float32_matmul_precision() == careless
 
 
+def test_sums_may_still_be_split():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "allow_bf16_reduced_precision_reduction_split_k"):
+        pytest.skip("torch has no such switch")
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
+    matmul.allow_bf16_reduced_precision_reduction = (True, False)
+    try:
+        with exact_arithmetic():
+            assert not matmul.allow_bf16_reduced_precision_reduction
+        assert matmul.allow_bf16_reduced_precision_reduction
+        assert not matmul.allow_bf16_reduced_precision_reduction_split_k
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
 @NEW
 def test_newer_switches_do_not_get_in_the_way():
     matmul = torch.backends.cuda.matmul
@@ -60,7 +75,8 @@ def test_newer_switches_do_not_get_in_the_way():
         matmul.fp32_precision = before
 
 
-def test_tracing_and_sweeps_are_exact(careless):
+@pytest.mark.usefixtures("careless")
+def test_tracing_and_sweeps_are_exact():
     model, seen, before = tiny.llama(dtype=torch.float32), [], _now()
     model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(_now()))
     lin = linearize(model, tiny.prompt())

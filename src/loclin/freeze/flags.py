@@ -10,7 +10,7 @@ import torch
 
 _backends: Any = torch.backends
 _NEW = hasattr(_backends.cuda.matmul, "fp32_precision")
-"""Whether torch has a switch for each operation. The older ones must not be read then: they raise for mixed settings."""
+"""Whether torch has a switch for each operation. The older ones then raise where both kinds have been set."""
 _ROOMS = (_backends.cuda.matmul, *(getattr(_backends.cudnn, name, None) for name in ("conv", "rnn")))
 _ROOMS_CPU = tuple(getattr(_backends.mkldnn, name, None) for name in ("matmul", "conv", "rnn"))
 _SWITCHES: tuple[tuple[Any, str, Any], ...] = (
@@ -35,6 +35,7 @@ def exact_arithmetic() -> Iterator[None]:
         for room, name, exact in _SWITCHES:
             before = getattr(room, name)
             if before != exact:
-                stack.callback(setattr, room, name, before)
+                split = getattr(room, f"{name}_split_k", None)  # which setting the other one resets
+                stack.callback(setattr, room, name, before if split is None else (before, split))
                 setattr(room, name, exact)
         yield
