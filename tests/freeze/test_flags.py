@@ -47,21 +47,6 @@ def test_an_error_restores_them_too(careless):
     assert torch.get_float32_matmul_precision() == careless
 
 
-def test_sums_may_still_be_split():
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, "allow_bf16_reduced_precision_reduction_split_k"):
-        pytest.skip("torch has no such switch")
-    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
-    matmul.allow_bf16_reduced_precision_reduction = (True, False)
-    try:
-        with exact_arithmetic():
-            assert not matmul.allow_bf16_reduced_precision_reduction
-        assert matmul.allow_bf16_reduced_precision_reduction
-        assert not matmul.allow_bf16_reduced_precision_reduction_split_k
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
-
-
 @NEW
 def test_newer_switches_do_not_get_in_the_way():
     matmul = torch.backends.cuda.matmul

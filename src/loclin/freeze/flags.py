@@ -35,7 +35,6 @@ def exact_arithmetic() -> Iterator[None]:
         for room, name, exact in _SWITCHES:
             before = getattr(room, name)
             if before != exact:
-                split = getattr(room, f"{name}_split_k", None)  # which setting the other one resets
-                stack.callback(setattr, room, name, before if split is None else (before, split))
+                stack.callback(setattr, room, name, before)
                 setattr(room, name, exact)
         yield
