@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loclin.freeze import Hold, evaluation, frozen
+from loclin.freeze import Hold, evaluation, exact_arithmetic, frozen
 from loclin.linear_map import LinearMap
 from loclin.link import LayerLink, whole_graph
 from loclin.models.route import first, hidden_state, logits_at
@@ -130,6 +130,7 @@ class Certificate:
         return asdict(self) | {"passed": self.passed}
 
 
+@exact_arithmetic()
 def certify(J: LinearMap, seed: int = 0) -> Certificate:
     """Certify a map from the embeddings.
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loclin.errors import ModelError, OptionError, PromptError
-from loclin.freeze import Frozen, Hold, Misuse, evaluation, frozen
+from loclin.freeze import Frozen, Hold, Misuse, evaluation, exact_arithmetic, frozen
 from loclin.models.layout import Anatomy, anatomy
 from loclin.models.model import Model
 from loclin.models.route import Block, Parts, Route, as_whole, find_route, first, hidden_state, logits_at
@@ -180,6 +180,7 @@ class _NotAChain(Exception):
     """The blocks take more than the hidden state; says why."""
 
 
+@exact_arithmetic()
 def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold) -> Trace:
     """Run the model twice, stock and frozen, and remember the frozen pass.
 
