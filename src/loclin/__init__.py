@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loclin import freeze
     from loclin.analyses.explain import Explanation, explain
     from loclin.batch import linearize_batch
     from loclin.certify import Certificate
@@ -25,6 +26,7 @@ __all__ = [
     "LoclinError",
     "Model",
     "explain",
+    "freeze",
     "linearize",
     "linearize_batch",
     "load",
@@ -49,6 +51,8 @@ _ROOMS = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `loclin --help` need not wait for torch."""
+    if name == "freeze":
+        return import_module("loclin.freeze")
     if name not in _ROOMS:
         raise AttributeError(f"module 'loclin' has no attribute {name!r}")
     return getattr(import_module(f"loclin.{_ROOMS[name]}"), name)

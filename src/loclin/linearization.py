@@ -53,6 +53,7 @@ class Linearization:
         self._memory = memory
         self.chain = Chain(self.trace)
         self._maps: dict[tuple, LinearMap] = {}
+        self._certificates: dict[int, Certificate] = {}
 
     def __repr__(self) -> str:
         """Name the model, the length and what was held."""
@@ -141,7 +142,10 @@ class Linearization:
 
     def certify(self, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""
-        return certify(self.jacobian(position=position))
+        J = self.jacobian(position=position)
+        if J.position not in self._certificates:
+            self._certificates[J.position] = certify(J)
+        return self._certificates[J.position]
 
 
 def linearize(

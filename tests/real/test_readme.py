@@ -27,7 +27,7 @@ def test_every_block_of_the_guide(capsys):
     names: dict = {}
     for block in blocks:
         exec(compile(block, "guide.md", "exec"), names)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     assert "torch.Size([8, 576])" in capsys.readouterr().out
     assert (names["y"] - names["lin"].value("final")[-1]).norm() < 1e-6 * names["y"].norm()
     assert names["some"].shape == (576, 8, 576)
