@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -91,7 +92,12 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name} ({type(hf).__name__}) has no single table of input embeddings.")
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:
-        empty = [parameter for parameter, value in hf.named_parameters() if value.is_meta]
+        empty = [
+            f"{path}.{parameter}".strip(".")
+            for path, module in hf.named_modules()
+            for parameter, value in module.named_parameters(recurse=False)
+            if value.is_meta and not hasattr(module, "_hf_hook")
+        ]
         if empty:
             raise ModelError(f"{name} has parameters without values (meta device): {some(empty)}.")
     broken = non_finite(hf)
@@ -104,8 +110,8 @@ def non_finite(module: nn.Module) -> list[str]:
     names = []
     with torch.no_grad():
         for name, value in module.named_parameters():
-            if value.is_meta or not value.is_floating_point():
-                continue
+            if value.is_meta or not value.is_floating_point() or is_traceable_wrapper_subclass(value):
+                continue  # what stands in for a quantised weight has no sum
             wide = value.float() if value.element_size() == 1 else value  # float8 has no sum
             # A finite tensor may overflow its sum; a tensor with NaN or Inf never has a finite one.
             if not wide.sum().isfinite() and not wide.isfinite().all():
