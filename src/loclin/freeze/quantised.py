@@ -35,8 +35,10 @@ def dense_weight(module: nn.Module) -> Tensor | None:
 def has_dense_weight(module: nn.Module) -> bool:
     """Whether `dense_weight` gives one. Costs nothing."""
     weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return False
     plain = type(module) is nn.Linear and type(weight) in (Tensor, nn.Parameter)
-    return is_quantised(module) or (plain and weight.is_floating_point() and not weight.is_meta)
+    return is_quantised(module) or (plain and weight.is_floating_point())
 
 
 def is_quantised(module: nn.Module, _path: str = "") -> bool:

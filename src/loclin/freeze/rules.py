@@ -229,7 +229,7 @@ def _refused(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle
                 f'quantisation, or say what it is with loclin.freeze.register("{type(module).__name__}", form)'
             )
 
-    return [module.register_forward_pre_hook(refuse, with_kwargs=True)]
+    return [module.register_forward_pre_hook(refuse, with_kwargs=True, prepend=True)]
 
 
 RULES: tuple[Rule, ...] = (

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NAMES_SHOWN = 3
+HIDDEN_ATTENTION = ("flash", "flex", "paged")
+"""How the attention implementations begin that are one kernel, without a result that tells who looks at whom."""
 
 
 def some(names: list[str]) -> str:
@@ -90,6 +92,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
         )
     if not isinstance(getattr(hf.get_input_embeddings(), "weight", None), torch.Tensor):
         raise ModelError(f"{name} ({type(hf).__name__}) has no single table of input embeddings.")
+    _refuse_kernels(hf, name)
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:
         empty = [
@@ -103,6 +106,20 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
     broken = non_finite(hf)
     if broken:
         raise ModelError(f"{name} has weights that are NaN or infinite: {some(broken)}.")
+
+
+def _refuse_kernels(hf: PreTrainedModel, name: str) -> None:
+    """Refuse attention and layers that run where no operation can be seen."""
+    if getattr(hf, "use_kernels", False):
+        raise ModelError(
+            f"{name} uses kernels from the hub, which loclin cannot look into; load it without use_kernels."
+        )
+    attention = str(getattr(hf.config.get_text_config(), "_attn_implementation", None))
+    if "/" in attention or attention.startswith(HIDDEN_ATTENTION):
+        raise ModelError(
+            f"{name} computes its attention with {attention}, which loclin cannot look into: "
+            "model.set_attn_implementation('sdpa') first, or load it with attn_implementation='sdpa'."
+        )
 
 
 def non_finite(module: nn.Module) -> list[str]:
