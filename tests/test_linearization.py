@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from loclin.errors import OptionError, PromptError
+from loclin.errors import PromptError
 from loclin.linearization import linearize
 
 
@@ -27,9 +27,27 @@ def test_impossible_ids_are_refused(ids, message):
         linearize(tiny.llama(), ids)
 
 
-def test_double_needs_a_double_model():
-    with pytest.raises(OptionError, match="needs a float64 model"):
-        linearize(tiny.llama(dtype=torch.float32), tiny.prompt(), precision="double")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_double_sweeps_of_a_less_precise_model(dtype):
+    """The coefficients are the model's own, the algebra is in float64, and both errors are told apart."""
+    lin = linearize(tiny.llama(dtype=dtype), tiny.prompt(), precision="double")
+    certificate = lin.certify()
+    assert certificate.passed
+    assert lin.jacobian().dense().dtype == torch.float64
+    assert certificate.reconstruction_error < 1e-14
+    assert 1e-9 < certificate.forward_error < {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 0.1}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_models_have_sweeps_in_single(dtype):
+    lin = linearize(tiny.gemma3(dtype=dtype), tiny.prompt())
+    certificate = lin.certify()
+    assert certificate.passed
+    assert lin.precision == "single"
+    assert lin.jacobian().dense().dtype == torch.float32
+    assert certificate.reconstruction_error < 1e-6
+    assert certificate.bit_identical
+    assert certificate.forward_error > 1e-4
 
 
 def test_values_and_predictions_are_the_models():

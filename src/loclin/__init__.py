@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loclin.analyses.explain import Explanation, explain
+    from loclin.batch import linearize_batch
     from loclin.certify import Certificate
     from loclin.errors import LoclinError
     from loclin.linear_map import LinearMap
@@ -25,6 +26,7 @@ __all__ = [
     "Model",
     "explain",
     "linearize",
+    "linearize_batch",
     "load",
     "wrap",
 ]
@@ -40,6 +42,7 @@ _ROOMS = {
     "explain": "analyses.explain",
     "load": "models",
     "linearize": "linearization",
+    "linearize_batch": "batch",
     "wrap": "models",
 }
 

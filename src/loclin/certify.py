@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loclin.freeze import Hold, evaluation, frozen
+from loclin.freeze import Hold, evaluation, exact_arithmetic, frozen
 from loclin.linear_map import LinearMap
 from loclin.link import LayerLink, whole_graph
 from loclin.models.route import first, hidden_state, logits_at
@@ -89,7 +89,7 @@ class Certificate:
     tolerance
         What the errors must not pass in this dtype.
     forward_tolerance
-        What the forward error must not pass in the model's dtype.
+        What the forward error must not pass: 0 where the linear path has the model's dtype.
     culprits
         When the certificate fails: the operations that are not linear.
     """
@@ -108,6 +108,11 @@ class Certificate:
     culprits: tuple[Culprit, ...]
 
     @property
+    def same_forward(self) -> bool:
+        """Whether the frozen network's values are the model's: every bit, or to the rounding of the model's dtype."""
+        return self.forward_error <= self.forward_tolerance and (self.bit_identical or self.forward_tolerance > 0)
+
+    @property
     def passed(self) -> bool:
         """Whether every error is within the tolerance."""
         errors = (
@@ -118,13 +123,14 @@ class Certificate:
             self.row_error,
         )
         exact = all(error <= self.tolerance for error in errors)
-        return exact and not self.culprits and self.bit_identical and self.forward_error <= self.forward_tolerance
+        return exact and not self.culprits and self.same_forward
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return asdict(self) | {"passed": self.passed}
 
 
+@exact_arithmetic()
 def certify(J: LinearMap, seed: int = 0) -> Certificate:
     """Certify a map from the embeddings.
 
@@ -145,6 +151,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     row_error = _row_error(J, random)
     exact = max(error, second, row_error) <= limit and not trace.misuses
     model_final = trace.stock_final.to(J.dtype)
+    keeps = trace.hold.keeps_stock(trace.stock_final.dtype)
     return Certificate(
         reconstruction_error=error,
         forward_error=relative(trace.final - model_final, model_final),
@@ -158,7 +165,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
         row_error=row_error,
         bias_share=relative(J.bias, y),
         tolerance=limit,
-        forward_tolerance=_FORWARD_TOLERANCE[trace.stock_final.dtype],
+        forward_tolerance=0.0 if keeps else _FORWARD_TOLERANCE[trace.stock_final.dtype],
         culprits=() if exact else tuple(culprits(trace, J.chain.hold, limit)),
     )
 
@@ -198,7 +205,6 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
     something that no operation tied to it is named too. Cost: three forward passes.
     """
     hf = trace.model.hf
-    blind: list[Culprit] = []
     kinds = {name or "model": type(module).__name__ for name, module in hf.named_modules()}
 
     with evaluation(hf), torch.no_grad(), frozen(hf, hold, trace.dtype) as mode:
@@ -209,21 +215,7 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
         def entered(hidden: Tensor) -> None:
             mode.enter(hidden)
 
-        def left(path: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                out = output if isinstance(output, Tensor) else first(output) if isinstance(output, tuple) else None
-                live = mode.depends((*args, *kwargs.values()))
-                if live and isinstance(out, Tensor) and out.is_floating_point() and mode.status(out) is None:
-                    weights = next(module.parameters(), None) is not None
-                    if weights and not any(known.module.startswith(f"{path}.") for known in blind):
-                        kind = type(module).__name__
-                        blind.append(Culprit(path, kind, 1.0, "an operation that loclin cannot see", "its forward"))
-
-            return hook
-
-        handles = [
-            module.register_forward_hook(left(name), with_kwargs=True) for name, module in hf.named_modules() if name
-        ]
+        handles = [mode.watch(module) for module in hf.modules()]
         first_block = trace.layers[0].block.module
         if trace.route.whole is None:
             handles.append(
@@ -233,6 +225,7 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
             )
         else:
             handles.append(hf.get_input_embeddings().register_forward_hook(lambda _m, _a, output: entered(output)))
+
         def left_all(_module: nn.Module, _args: Any, output: Any) -> None:
             if mode.status(first(output)) is not None:
                 mode.live(first(output))
@@ -243,10 +236,7 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
         finally:
             for handle in handles:
                 handle.remove()
-    seen = [
-        Culprit(m.origin.module, kinds.get(m.origin.module, "?"), m.error, m.origin.operation, m.origin.line)
-        for m in dict.fromkeys((*trace.misuses, *mode.misuses))
-        if m.origin.line or not blind
-    ]
-    unique = {(culprit.module, culprit.operation, culprit.line): culprit for culprit in (*blind, *seen)}
-    return list(unique.values())
+    found = dict.fromkeys(misuse.origin for misuse in (*trace.misuses, *mode.misuses))
+    errors = {misuse.origin: misuse.error for misuse in (*mode.misuses, *trace.misuses)}
+    named = [origin for origin in found if origin.line] or list(found)
+    return [Culprit(o.module, kinds.get(o.module, "?"), errors[o], o.operation, o.line) for o in named]

@@ -185,7 +185,9 @@ class Chain:
     def norm(self, target: Point, position: int) -> NormLink:
         """The final norm on top of a target, frozen at the target's own value there."""
         if target.kind in ("final", "logits"):
-            return NormLink(self.trace, self.trace.end.hidden[0, position], self.trace.end.value[0, position], self.hold)
+            return NormLink(
+                self.trace, self.trace.end.hidden[0, position], self.trace.end.value[0, position], self.hold
+            )
         value = self.trace.value(target)[position]
         return NormLink(self.trace, value.to(self.trace.end.hidden.dtype), value, self.hold)
 

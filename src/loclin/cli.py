@@ -44,7 +44,9 @@ class GateOption(str, Enum):
 class PrecisionOption(str, Enum):
     """The precision rules, for the parser."""
 
+    auto = "auto"
     stock = "stock"
+    single = "single"
     double = "double"
 
 
@@ -96,8 +98,9 @@ def explain(
         GateOption, typer.Option(help="Hold act(gate) (the paper), hold up, or the mean of both.")
     ] = GateOption.activation,
     precision: Annotated[
-        PrecisionOption, typer.Option(help="'double' keeps norms and softmax in float64; needs --dtype float64.")
-    ] = PrecisionOption.stock,
+        PrecisionOption,
+        typer.Option(help="The map's own precision: the model's (stock), float32, float64; auto: at least float32."),
+    ] = PrecisionOption.auto,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16, or auto (as stored).")] = "float32",
     device: Annotated[Optional[str], typer.Option(help="Such as cpu or cuda:0.")] = None,  # noqa: UP045
     device_map: Annotated[Optional[str], typer.Option(help="Spread the layers, such as auto.")] = None,  # noqa: UP045

@@ -2,7 +2,14 @@
 
 
 class LoclinError(Exception):
-    """A fault the user can mend. The command line prints its one line and exits with code 2."""
+    """A fault the user can mend. The command line prints its one line and exits with code 2.
+
+    `module` is the path of the module that is to blame, where one is.
+    """
+
+    def __init__(self, message: str, module: str = "") -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class OptionError(LoclinError, ValueError):

@@ -34,7 +34,10 @@ def worth_it(link: LayerLink, columns: int) -> bool:
     weights = link.weights
     if weights is None or link.hold.ordinary or columns == 0 or link.trace.dtype not in _AGREEMENT:
         return False
-    parts = [link.module.get_submodule(path) for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)]
+    modules = dict(link.module.named_modules())
+    if any(path not in modules for path in vars(weights).values() if path is not None):
+        return False
+    parts = [modules[path] for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)]
     up = parts[3]
     if not all(has_dense_weight(part) for part in parts) or not isinstance(up, nn.Linear):
         return False

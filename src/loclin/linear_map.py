@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from loclin import memory
 from loclin.chain import Chain
 from loclin.errors import BudgetError, OptionError
+from loclin.freeze import exact_arithmetic
 from loclin.link import HeadLink
 from loclin.points import Point
 from loclin.spectral import SVD, check_rank, stable_rank, svd
@@ -119,6 +120,7 @@ class LinearMap:
         pulled = self._sweep(self.chain.backward, Us)
         return pulled if self._whole is None else pulled[:, self.tokens]
 
+    @exact_arithmetic()
     def dense(self) -> Float[Tensor, "d_out T d_in"]:
         """All of J.
 
@@ -149,6 +151,7 @@ class LinearMap:
                 self._dense = self.rmatmat(torch.eye(d_out, dtype=self.dtype, device=self.device))
         return self._dense
 
+    @exact_arithmetic()
     def reconstruct(self) -> Float[Tensor, " d_out"]:
         """J x + b at the prompt's own x, which equals `value`. Cost: one column, or none once the map is dense."""
         if self._dense is None:
@@ -176,6 +179,7 @@ class LinearMap:
         )
 
     @cached_property
+    @exact_arithmetic()
     def bias(self) -> Float[Tensor, " d_out"]:
         """b: everything that does not come from the source's tokens, computed from its sources and never as y - J x.
 
@@ -189,6 +193,7 @@ class LinearMap:
         others[self.tokens] = 0
         return self._whole.bias + self._whole.matvec(others)
 
+    @exact_arithmetic()
     def bias_by_source(self) -> dict[str, Float[Tensor, " d_out"]]:
         """The share of `bias` that each bias or constant gives, by its path. Cost: one column each."""
         return self.chain.constants(self.source, self.target, self.position, self.normed, by_source=True)
@@ -246,6 +251,7 @@ class LinearMap:
         """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5). Cost: the dense map and its singular values."""
         return stable_rank(self.frobenius_norm(), self.singular_values()[:, 0])
 
+    @exact_arithmetic()
     def _sweep(self, sweep: Callable[..., Iterator[Tensor]], block: Tensor) -> Tensor:
         """Push or pull a block of columns in chunks that fit the budget."""
         per_column = self.chain.column_bytes(self.target)

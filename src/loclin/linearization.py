@@ -15,6 +15,7 @@ from loclin.errors import NotExactError, PromptError
 from loclin.freeze import Gate, Hold, Precision
 from loclin.linear_map import LinearMap
 from loclin.models import Model, wrap
+from loclin.padding import without_padding
 from loclin.points import parse
 from loclin.trace import trace
 
@@ -35,6 +36,9 @@ class Linearization:
         What was held (see `loclin.freeze.Hold`).
     trace, chain
         The remembered forward pass, and its links.
+    padded_error
+        |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when no batch
+        was run (see `loclin.linearize_batch`).
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Linearization:
         self.trace = trace(model, input_ids, hold)
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = hold.gate, hold.resolved(model.hf.dtype)
+        self.padded_error: float | None = None
         self._memory = memory
         self.chain = Chain(self.trace)
         self._maps: dict[tuple, LinearMap] = {}
@@ -142,6 +147,7 @@ def linearize(
     model: Model | nn.Module,
     prompt: str | Tensor,
     *,
+    attention_mask: Tensor | None = None,
     gate: Gate = "activation",
     precision: Precision = "auto",
     bos: bool | str | None = None,
@@ -156,6 +162,8 @@ def linearize(
         From `loclin.load` or `loclin.wrap`; a transformers model, compiled or with adapters as it may be, is wrapped.
     prompt
         Text, or token ids `[1, T]`.
+    attention_mask
+        For token ids: zero at padding `[1, T]`. Padding is left out, and the map is that of the other tokens alone.
     gate
         How gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.Hold`.
     precision
@@ -170,7 +178,7 @@ def linearize(
     Raises
     ------
     PromptError
-        For an empty prompt, or one beyond the model's context.
+        For an empty prompt, or one beyond the model's context; for a mask with padding between tokens.
     NotExactError
         When the model has a module that does not become linear; the message names it.
 
@@ -179,12 +187,18 @@ def linearize(
     Cost: two forward passes. Where the family has no explicit links, the certificate as well.
     """
     model = model if isinstance(model, Model) else wrap(model)
-    input_ids = _checked(model, model.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt)
-    result = Linearization(model, input_ids, Hold(gate, precision), memory)
+    if isinstance(prompt, str):
+        if attention_mask is not None:
+            raise PromptError("an attention mask belongs to token ids; text has no padding")
+        prompt = model.encode(prompt, bos=bos)
+    elif attention_mask is not None and prompt.dim() == 2 and len(prompt) == 1:
+        (prompt,) = without_padding(prompt, attention_mask)
+    result = Linearization(model, _checked(model, prompt), Hold(gate, precision), memory)
     if strict and (result.trace.misuses or result.trace.anatomy.weights is None):
         certificate = result.certify()
         if not certificate.passed:
-            raise NotExactError(_refusal(model, certificate))
+            blamed = certificate.culprits[0].module if certificate.culprits else ""
+            raise NotExactError(_refusal(model, certificate), blamed)
     return result
 
 

@@ -24,9 +24,11 @@ Constants = list[tuple[str, Tensor]]
 
 def batched_vjp(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
     """Products of a block of cotangents `[n, *output.shape]` with the map from `source` to `output`."""
-    (pulled,) = torch.autograd.grad(
-        output, source, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
-    )
+    pulled = None
+    if output.requires_grad:
+        (pulled,) = torch.autograd.grad(
+            output, source, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
+        )
     return source.new_zeros((len(cotangents), *source.shape)) if pulled is None else pulled
 
 
@@ -36,8 +38,9 @@ def batched_jvp(output: Tensor, source: Tensor) -> Callable[[Tensor], Tensor]:
     A vjp is linear in its cotangent; its derivative in the cotangent is the jvp. Unlike forward-mode AD this respects
     `detach`, on which every held coefficient rests.
     """
-    cotangent = torch.zeros_like(output, requires_grad=True)
-    (pulled,) = torch.autograd.grad(output, source, cotangent, create_graph=True, allow_unused=True)
+    cotangent, pulled = torch.zeros_like(output, requires_grad=True), None
+    if output.requires_grad:
+        (pulled,) = torch.autograd.grad(output, source, cotangent, create_graph=True, allow_unused=True)
 
     def push(tangents: Tensor) -> Tensor:
         if pulled is None or not pulled.requires_grad or not len(tangents):

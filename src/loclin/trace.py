@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loclin.errors import ModelError, OptionError, PromptError
-from loclin.freeze import Frozen, Hold, Misuse, evaluation, frozen
+from loclin.freeze import Frozen, Hold, Misuse, evaluation, exact_arithmetic, frozen
 from loclin.models.layout import Anatomy, anatomy
 from loclin.models.model import Model
 from loclin.models.route import Block, Parts, Route, as_whole, find_route, first, hidden_state, logits_at
@@ -180,6 +180,7 @@ class _NotAChain(Exception):
     """The blocks take more than the hidden state; says why."""
 
 
+@exact_arithmetic()
 def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold) -> Trace:
     """Run the model twice, stock and frozen, and remember the frozen pass.
 
@@ -217,9 +218,9 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
     with frozen(model.hf, hold, dtype, keep=_received) as mode, ExitStack() as stack:
 
         def value(tensor: Tensor) -> Tensor:
-            return tensor.detach() if keeps else mode.live(tensor).detach()
+            return (tensor if keeps else mode.live(tensor)).detach().to(dtype)
 
-        def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = hidden_state(args, kwargs)
             rest = {name: item for name, item in kwargs.items() if name != "hidden_states"}
             if not calls:
@@ -242,6 +243,8 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
                 calls.append(Call(Block(model.hf, "model", Parts()), output.detach().clone(), value(output).clone()))
                 attn_out.append(None)
 
+        for module in model.hf.modules():
+            stack.callback(mode.watch(module).remove)
         if route.whole is not None:
             stack.callback(model.hf.get_input_embeddings().register_forward_hook(embedded).remove)
         for module in dict.fromkeys(block.module for block in route.blocks):
@@ -253,7 +256,8 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
     if not calls or (route.whole is not None and calls[0].hidden.shape != final.shape):
         raise ModelError(
             f"{model.info.name}: the way from the embeddings to {type(route.exit).__name__} cannot be followed: one is "
-            f"{list(calls[0].hidden.shape) if calls else 'not used'}, the other {list(final.shape)}"
+            f"{list(calls[0].hidden.shape) if calls else 'not used'}, the other {list(final.shape)}",
+            type(route.exit).__name__,
         )
     end = Block(nn.Sequential(*route.tail), "final_norm", Parts())
     received = [share.cpu() for share in mode.probabilities.values() if share.shape == (input_ids.shape[1],)]
@@ -293,7 +297,7 @@ def _leave(
         if final is None and mode.status(stock) is None:
             return  # a norm that the embeddings pass too
         live = mode.live(stock) if final is None else final
-        value = (stock.detach() if keeps else live) if final is None else final
+        value = (stock.detach() if keeps else live).to(mode.dtype) if final is None else final
         leaf = value[0, position].clone().requires_grad_()
         mode.graph = mode.collect = mode.caps = True
         mode.constants.clear()
@@ -312,7 +316,7 @@ def _leave(
             "loclin sees; load the model with attn_implementation='eager' and without compiled code or kernels"
         )
     live = mode.live(logits)
-    value = logits if keeps else live.detach()
+    value = logits.to(mode.dtype) if keeps else live.detach()
     return Head(seen["leaf"], live, logits, value, mode.constants), seen["final"], seen["stock"]
 
 

@@ -12,7 +12,7 @@ HOSTILE = '</script><b onmouseover="x()">&[red]%{x}$a$'
 
 
 def certificate(**changes: Any) -> Certificate:
-    passed = Certificate(4e-7, 0.0, True, 5e-7, 2e-8, 6e-7, 0.0, 7e-8, 0.25, 3e-6, ())
+    passed = Certificate(4e-7, 0.0, True, 5e-7, 2e-8, 6e-7, 0.0, 7e-8, 0.25, 3e-6, 0.0, ())
     return replace(passed, **changes)
 
 

@@ -55,7 +55,7 @@ def attention(op: Operation) -> Result:
     status = op.status(value)
     ordinary = op.context.hold.ordinary
     if isinstance(status, Held):
-        return op.held()
+        return Held(status.origin)
 
     if ordinary:
         query, key = _live(op, query), _live(op, key)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from loclin.freeze.flags import exact_arithmetic
 from loclin.freeze.hold import Hold
 from loclin.freeze.mode import Frozen, Keep
 from loclin.freeze.rules import rules_installed
@@ -72,5 +73,5 @@ def frozen(
         dtype = hold.dtype(next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32))
     paths = {module: f"{name}.{path}".strip(".") or "model" for path, module in root.named_modules()}
     mode = Frozen(paths, hold, dtype, collect=collect, keep=keep)
-    with evaluation(root), rules_installed(paths, mode), mode:
+    with exact_arithmetic(), evaluation(root), rules_installed(paths, mode), mode:
         yield mode

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from loclin.freeze.operation import Operation, Result, everywhere, nowhere
+from loclin.freeze.operation import Operation, Result, everywhere, nowhere, words
 from loclin.freeze.status import Held, Live
 
-VIEWS = frozenset(
-    "view reshape view_as reshape_as transpose t permute movedim moveaxis swapaxes swapdims T mT H mH flatten unflatten "
-    "squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split split_with_sizes "
-    "tensor_split hsplit vsplit unbind getitem select narrow index_select gather take_along_dim masked_select diagonal "
-    "unfold flip roll contiguous clone detach alias positive data requires_grad".split()
+VIEWS = words(
+    "view reshape view_as reshape_as transpose t permute movedim moveaxis swapaxes swapdims T mT H mH flatten "
+    "unflatten squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split "
+    "split_with_sizes tensor_split hsplit vsplit unbind getitem select narrow index_select gather take_along_dim "
+    "masked_select diagonal unfold flip roll contiguous clone detach alias positive data requires_grad"
 )
 """A result's every element is one of the argument's."""
-CASTS = frozenset("to float double half bfloat16 type type_as cpu cuda".split())
-SUMS = frozenset("sum mean cumsum neg negative diff tril triu diag_embed nansum dropout alpha_dropout".split())
+CASTS = words("to float double half bfloat16 type type_as cpu cuda")
+SUMS = words("sum mean cumsum neg negative diff tril triu diag_embed nansum dropout alpha_dropout")
 """Linear, with nothing to add."""
-AFFINE = frozenset(
+AFFINE = words(
     "add sub subtract rsub iadd isub radd cat concat concatenate stack hstack vstack dstack where masked_fill setitem "
-    "index_put index_add index_copy index_fill scatter scatter_add masked_scatter copy fill zero".split()
+    "index_put index_add index_copy index_fill scatter scatter_add masked_scatter copy fill zero"
 )
 """Linear, and a constant argument is added to, or put beside, what is live."""
-_ELEMENTWISE = frozenset("neg negative add sub subtract rsub iadd isub radd clone contiguous".split()) | CASTS
+_ELEMENTWISE = words("neg negative add sub subtract rsub iadd isub radd clone contiguous") | CASTS
 """With constants, these keep the result a function of the argument's element."""
 
 
@@ -36,9 +35,7 @@ def linear(op: Operation) -> Result:
     lives = [status for _, _, status in found if isinstance(status, Live)]
     if held and not lives:
         return _pass_on(op, held[0])
-    additive = everywhere if op.name in AFFINE else nowhere
-    if op.name == "where":
-        additive = _behind_the_condition
+    additive = _behind_the_condition if op.name == "where" else everywhere if op.name in AFFINE else nowhere
     linear = op.again(everywhere, additive)
     same_root = all(status.root is lives[0].root for status in lives) and not held
     root = lives[0].root if same_root and op.name in _ELEMENTWISE else None
@@ -74,13 +71,9 @@ def pad(op: Operation) -> Result:
     return op.held() if mode == "constant" and value else linear(op)
 
 
-
-
-CONSTANT = frozenset(
+CONSTANT = words(
     "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor "
     "size stride dim numel shape device dtype is_floating_point is_contiguous data_ptr grad item tolist "
-    "requires_grad_ record_stream register_hook storage_offset untyped_storage".split()
+    "requires_grad_ record_stream register_hook storage_offset untyped_storage"
 )
 """Only the shape is read."""
-
-

@@ -15,15 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from loclin.freeze.hold import Hold
 from loclin.freeze.operation import Operation, Result
 from loclin.freeze.status import Held, Live, Misuse, Origin, Status
 from loclin.freeze.table import HANDLERS, is_in_place, plain_name
+from loclin.freeze.widen import without_lowering
+
+UNSEEN = "an operation that loclin cannot see"
 
 Keep = Callable[[Tensor], Tensor]
 """What to remember of a module's attention probabilities `[B, H, T, T]`."""
 
+HeldParts = Callable[[tuple[int, ...]], tuple[int, ...]]
+"""(the parts' widths) -> which of them are held."""
+
+_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
 _MARK = "_loclin_status"
 
 
@@ -67,8 +76,9 @@ class Frozen(TorchFunctionMode):
         self.graph, self.collect, self.caps = True, collect, False
         self.audit: float | None = None
         self.unseen = False
+        self._wide = hold.precision == "double" and not hold.ordinary
         self._keep, self._paused = keep, False
-        self._held_results: dict[tuple[str, str, int], tuple[int, ...]] = {}
+        self._held_parts: dict[str, HeldParts] = {}
         self._paths = {id(module): path for module, path in paths.items()}
         self._modules = {path: module for module, path in paths.items()}
         # with the parameters themselves: the id of one that is offloaded in the meantime would be another's
@@ -83,6 +93,8 @@ class Frozen(TorchFunctionMode):
     ) -> Any:
         """Do the model's own call, then its twin on the linear path."""
         kwargs = kwargs or {}
+        if self._wide and not self._paused and not self.unseen and args and self._is_model_s(args[0]):
+            func, args, kwargs = without_lowering(func, plain_name(func), args, kwargs)
         if self._paused or self.unseen or not (self.depends(args) or self.depends(kwargs.values())):
             return func(*args, **kwargs)
         in_place = is_in_place(func, args)
@@ -99,6 +111,10 @@ class Frozen(TorchFunctionMode):
                 self._examine(op, found, self.audit)
         return out
 
+    def _is_model_s(self, value: Any) -> bool:
+        """Whether a tensor is a weight, or depends on the input; the tables of rotations stay as the model has them."""
+        return isinstance(value, nn.Parameter) or self.status(value) is not None
+
     def _examine(self, op: Operation, found: Live, limit: float) -> None:
         """Note an operation whose twin has another value although its arguments' twins have theirs."""
         error = _apart(found.linear, op.out)
@@ -112,9 +128,10 @@ class Frozen(TorchFunctionMode):
         if self.hold.ordinary and op.name != "scaled_dot_product_attention":
             return self._ordinary(op)
         result = op.held() if handler is None else handler(op)
-        if isinstance(result, list) and any(op.name == name for _, name, _ in self._held_results):
-            indices = self._held_results.get((self._module(), op.name, len(result)), ())
-            result = [op.held() if index in indices else status for index, status in enumerate(result)]
+        if self._held_parts and op.name == "split" and isinstance(result, list):
+            which = self._held_parts.get(self._module())
+            held = which(tuple(part.shape[-1] for part in op.out)) if which is not None else ()
+            result = [op.held() if index in held else status for index, status in enumerate(result)]
         return result
 
     def _ordinary(self, op: Operation) -> Result:
@@ -159,9 +176,9 @@ class Frozen(TorchFunctionMode):
         finally:
             self._paused = False
 
-    def hold_results(self, module: nn.Module, operation: str, of: int, indices: tuple[int, ...]) -> None:
-        """Of an operation's results in a module's own code, hold these."""
-        self._held_results[self._paths[id(module)], operation, of] = indices
+    def hold_parts(self, module: nn.Module, which: HeldParts) -> None:
+        """Where a module's own code splits a tensor, hold some of the parts."""
+        self._held_parts[self._paths[id(module)]] = which
 
     def attach(self, tensor: Tensor, status: Status) -> None:
         """Say what is known of a tensor."""
@@ -183,14 +200,30 @@ class Frozen(TorchFunctionMode):
             if status.broken is not None:
                 self.misuse(status.broken.origin, status.broken.error)
             return status.linear
-        unseen = "an operation that loclin cannot see"
-        self.misuse(status.origin if isinstance(status, Held) else Origin("model", unseen, ""))
+        self.misuse(status.origin if isinstance(status, Held) else Origin("model", UNSEEN, ""))
         return tensor.detach().to(self.dtype)
 
     def misuse(self, origin: Origin, error: float = 1.0) -> None:
         """Note a coefficient that is used as if it were live."""
         if all(origin != known.origin for known in self.misuses):
             self.misuses.append(Misuse(origin, error))
+
+    def watch(self, module: nn.Module) -> RemovableHandle:
+        """Note a module that takes something live and gives something that no seen operation ties to it."""
+        path = self._paths[id(module)]
+
+        def left(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            out = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(out, Tensor) and out.is_floating_point() and self.status(out) is None:
+                inside = any(known.origin.module.startswith(f"{path}.") for known in self.misuses)
+                if (
+                    not inside
+                    and self.depends((*args, *kwargs.values()))
+                    and next(module.parameters(), None) is not None
+                ):
+                    self.misuse(Origin(path, UNSEEN, "a fused kernel, compiled code, or not torch"))
+
+        return module.register_forward_hook(left, with_kwargs=True)
 
     def constant(self, value: Tensor, original: Any, operation: str) -> Tensor:
         """A constant that is added to a live tensor; a leaf where constants are collected."""
@@ -210,16 +243,14 @@ class Frozen(TorchFunctionMode):
     def origin(self, operation: str) -> Origin:
         """The place in the model that is running: the innermost module on the stack, and its line of code."""
         frame: Any = sys._getframe(1)
-        line, here = "", str(Path(__file__).parent)
-        while frame is not None:
+        line, path = "", ""
+        while frame is not None and not (line and path):
             name = frame.f_code.co_filename
-            if not line and not name.startswith(here) and "/torch/" not in name:
+            if not line and not name.startswith(_HERE) and not name.startswith(_TORCH):
                 line = f"{Path(name).name}:{frame.f_lineno}"
-            path = self._paths.get(id(frame.f_locals.get("self")))
-            if path is not None and line:
-                return Origin(path, operation, line)
+            path = path or self._paths.get(id(frame.f_locals.get("self")), "")
             frame = frame.f_back
-        return Origin("model", operation, line)
+        return Origin(path or "model", operation, line)
 
     def _own_name(self, original: Any) -> str | None:
         """The name of a parameter in the module that is running, which may have fetched it just now."""

@@ -118,7 +118,6 @@ class Operation:
         additive
             The places whose constants are added to what is live.
         """
-
         args = [self._twin(slot, value, live, additive) for slot, value in enumerate(self.args)]
         kwargs = {
             slot: self._twin(slot, value, live, additive)
@@ -144,9 +143,7 @@ class Operation:
             return self.context.constant(torch.tensor(float(value), dtype=self.context.dtype), value, self.name)
         return value
 
-    def wrap(
-        self, linear: Any, root: object = None, active: bool = False, broken: Misuse | None = None
-    ) -> Result:
+    def wrap(self, linear: Any, root: object = None, active: bool = False, broken: Misuse | None = None) -> Result:
         """Live statuses for what the call gave on the linear path, in the order of its results."""
         if isinstance(linear, Tensor):
             return Live(linear, object() if root is None else root, active, broken)
@@ -170,6 +167,11 @@ class Operation:
     def held(self, probabilities: bool = False, root: object = None) -> Held:
         """The status of a result that is not affine."""
         return Held(self.context.origin(self.name), object() if root is None else root, probabilities)
+
+
+def words(names: str) -> frozenset[str]:
+    """A set of operations, written as one text."""
+    return frozenset(names.split())
 
 
 def _tensors(argument: Any) -> Iterator[Tensor]:

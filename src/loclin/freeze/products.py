@@ -40,8 +40,9 @@ def product(op: Operation) -> Result:
     """A product: one live factor stays live, every other factor is held.
 
     Of two live factors the one behind an activation is the gate, and is split as the option says; without an
-    activation the left one is held, as it is where a matrix of weights stands in front of what it mixes. A tensor
-    times a function of itself, as in z * sigmoid(z), is an activation.
+    activation the left one is held, as it is where a matrix of weights stands in front of what it mixes. One that is
+    no longer affine is held whatever the option says. A tensor times a function of itself, as in z * sigmoid(z), is
+    an activation.
     """
     factors, added = FACTORS[op.name]
     found = op.dependents()
@@ -66,6 +67,8 @@ def product(op: Operation) -> Result:
     (left, _, a), (right, _, b) = lives
     if a.root is b.root and op.name in _SCALES:
         return _live(op, left if b.active else right, root=a.root, active=True)
+    if (a.broken is None) != (b.broken is None):  # only one of them can be live
+        return _live(op, right if b.broken is None else left)
     if a.active == b.active:
         return _live(op, right)
     gate, up = (left, right) if a.active else (right, left)
@@ -105,7 +108,7 @@ def quotient(op: Operation) -> Result:
 
 
 def glu(op: Operation) -> Result:
-    """a * sigmoid(b), the two halves of one tensor: the sigmoid is held."""
+    """A * sigmoid(b), the two halves of one tensor: the sigmoid is held."""
     status = op.status(op.args[0])
     if not isinstance(status, Live):
         return status

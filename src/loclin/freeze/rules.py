@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loclin.errors import NotExactError
 from loclin.freeze import quantised
-from loclin.freeze.mode import Frozen
+from loclin.freeze.mode import Frozen, HeldParts
 from loclin.freeze.status import Held, Live
 from loclin.freeze.unary import ACTIVATIONS, secant
 
@@ -118,7 +118,8 @@ def check(output: Tensor, linear: Tensor, path: str, dtype: torch.dtype | None =
     if not error <= TOLERANCE[dtype or output.dtype]:
         raise NotExactError(
             f"{path}: its frozen linear form differs from its real output by {error:.1e}; "
-            "the rule for it does not describe this module"
+            "the rule for it does not describe this module",
+            path,
         )
 
 
@@ -157,7 +158,7 @@ def _is_activation(module: nn.Module, path: str) -> bool:
 def held_submodule(*paths: str) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
     """What these submodules give is a coefficient."""
 
-    def install(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+    def install(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
         def hold(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
             if mode.status(output) is not None:
                 mode.attach(output, Held(mode.origin("held by rule")))
@@ -167,11 +168,11 @@ def held_submodule(*paths: str) -> Callable[[nn.Module, str, Frozen], list[Remov
     return install
 
 
-def held_results(operation: str, *indices: int, of: int) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
-    """In a module's own code, these of an operation's `of` results are coefficients."""
+def held_parts(which: HeldParts) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
+    """Where a module's own code splits a tensor, some of the parts are coefficients."""
 
-    def install(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
-        mode.hold_results(module, operation, of, indices)
+    def install(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
+        mode.hold_parts(module, which)
         return []
 
     return install
@@ -200,7 +201,8 @@ def _quantised(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHand
             weight, bias = quantised.dense_weight(module), module._parameters.get("bias")
             if weight is None:
                 raise NotExactError(
-                    f"{path}: its quantised weight is not at hand when the layer has run; do not offload it"
+                    f"{path}: its quantised weight is not at hand when the layer has run; do not offload it",
+                    path,
                 )
             added = None if bias is None else mode.constant(bias.detach().to(mode.dtype), bias, "bias")
             linear = nn.functional.linear(status.linear, weight.to(mode.dtype), added)
@@ -210,7 +212,8 @@ def _quantised(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHand
             if torch.finfo(output.dtype).eps < _SINGLE <= torch.finfo(rounds).eps:
                 raise NotExactError(
                     f"{path} computes in {str(rounds)[6:]}, but the model is in {str(output.dtype)[6:]}: load it with "
-                    f"bnb_4bit_compute_dtype={output.dtype}, or with dtype={rounds}"
+                    f"bnb_4bit_compute_dtype={output.dtype}, or with dtype={rounds}",
+                    path,
                 )
             check(output, again, path, rounds)
             mode.attach(output, status.then(linear))
@@ -226,20 +229,42 @@ def _refused(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle
         if mode.depends((*args, *kwargs.values())):
             raise NotExactError(
                 f"{path} ({kind}) has quantised weights, and {quantised.why_unknown(module)}: load the model without "
-                f'quantisation, or say what it is with loclin.freeze.register("{type(module).__name__}", form)'
+                f'quantisation, or say what it is with loclin.freeze.register("{type(module).__name__}", form)',
+                path,
             )
 
     return [module.register_forward_pre_hook(refuse, with_kwargs=True, prepend=True)]
+
+
+def _is_delta_net(module: nn.Module, _path: str) -> bool:
+    return type(module).__name__.endswith("GatedDeltaNet")
+
+
+def _is_mamba2(module: nn.Module, _path: str) -> bool:
+    name = type(module).__name__
+    return "Mamba2" in name or name in ("BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "Zamba2MambaMixer")
 
 
 RULES: tuple[Rule, ...] = (
     Rule("quantised linear layer", quantised.is_quantised, _quantised, linear=True),
     Rule("quantised in an unknown way", quantised.is_unknown, _refused, linear=True),
     Rule("activation", _is_activation, _activation),
+    # of x, B and C, which a state space multiplies with one another, x is live
     Rule(
-        "state space: B, C and the time step are held",
+        "selective state space",
         by_class("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"),
         held_submodule("x_proj"),
+    ),
+    Rule(
+        "state space duality",
+        _is_mamba2,
+        held_parts(lambda widths: (1, 2) if len(widths) == 3 and widths[1] == widths[2] else ()),
+    ),
+    # of q, k and v, v is live, as in attention
+    Rule(
+        "gated delta rule",
+        _is_delta_net,
+        held_parts(lambda widths: (0, 1) if len(widths) == 3 and widths[0] == widths[1] else ()),
     ),
 )
 """The rules that come with loclin."""

@@ -56,6 +56,8 @@ def is_in_place(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether a call changes its first argument."""
     name: str = getattr(func, "__name__", "")
     dunder = name.startswith("__")
-    return bool(args) and isinstance(args[0], Tensor) and (
-        name.strip("_") in IN_PLACE if dunder else name.endswith("_") and name != "requires_grad_"
+    return (
+        bool(args)
+        and isinstance(args[0], Tensor)
+        and (name.strip("_") in IN_PLACE if dunder else name.endswith("_") and name != "requires_grad_")
     )

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loclin.freeze.operation import Operation, Result
+from loclin.freeze.operation import Operation, Result, words
 from loclin.freeze.status import Held, Live
 
-ACTIVATIONS = frozenset(
-    "silu gelu relu relu6 mish elu selu celu leaky_relu prelu rrelu hardswish hardshrink softshrink square pow".split()
+ACTIVATIONS = words(
+    "silu gelu relu relu6 mish elu selu celu leaky_relu prelu rrelu hardswish hardshrink softshrink square pow"
 )
 """What MLPs use between their matrices."""
-SQUASHES = frozenset("tanh erf sigmoid hardsigmoid softplus logsigmoid exp exp2 log rsqrt reciprocal sin cos".split())
+SQUASHES = words("tanh erf sigmoid hardsigmoid softplus logsigmoid exp exp2 log rsqrt reciprocal sin cos")
 """Functions of one element that gate, cap or decay: coefficients, but for the tanh of a soft cap on the logits."""
-CLAMPS = frozenset("clamp clip clamp_min clamp_max maximum minimum".split())
+CLAMPS = words("clamp clip clamp_min clamp_max maximum minimum")
 """The same, but a clamp is no gate."""
 
 

@@ -91,7 +91,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             "(AutoModelForCausalLM)."
         )
     if not isinstance(getattr(hf.get_input_embeddings(), "weight", None), torch.Tensor):
-        raise ModelError(f"{name} ({type(hf).__name__}) has no single table of input embeddings.")
+        raise ModelError(f"{name} ({type(hf).__name__}) has no single table of input embeddings.", "input embeddings")
     _refuse_kernels(hf, name)
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:

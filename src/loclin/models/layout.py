@@ -32,13 +32,14 @@ class Weights:
     mlp_post: str | None = None
 
 
+_FOUR_NORMS = Weights(
+    attn_post="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post="post_feedforward_layernorm",
+)
 EXPLICIT: dict[str, Weights] = {
-    "llama": Weights(),
-    "gemma3_text": Weights(
-        attn_post="post_attention_layernorm",
-        mlp_norm="pre_feedforward_layernorm",
-        mlp_post="post_feedforward_layernorm",
-    ),
+    **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), Weights()),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _FOUR_NORMS),
 }
 """Families whose layers have explicit products; generic links serve every other."""
 

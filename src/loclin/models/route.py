@@ -105,7 +105,7 @@ def find_route(model: Model, parts: Anatomy, input_ids: Tensor) -> Route:
             logits = logits_at(model, input_ids, input_ids.shape[1] - 1)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
             what = str(fault).partition("\n")[0]
-            raise ModelError(f"{model.info.name}: the model's own forward pass fails: {what}") from fault
+            raise ModelError(f"{model.info.name}: the model's own forward pass fails: {what}", "forward") from fault
     route = Route(watch.blocks, watch.tail, watch.current, logits, watch.why_not())
     route.exit = route.tail[-1] if route.tail else (watch.blocks[-1].module if watch.blocks else parts.decoder)
     return route if route.whole is None else as_whole(route, watch.decoded, model, parts, route.whole)
@@ -115,7 +115,8 @@ def as_whole(route: Route, decoded: Tensor | None, model: Model, parts: Anatomy,
     """The same route with everything from the embeddings to the decoder's output as one block."""
     if decoded is None:
         raise ModelError(
-            f"{model.info.name}: loclin cannot follow the hidden state through {type(parts.decoder).__name__}: {why}"
+            f"{model.info.name}: loclin cannot follow the hidden state through {type(parts.decoder).__name__}: {why}",
+            type(parts.decoder).__name__,
         )
     return Route([], [], decoded, route.logits, why, parts.decoder)
 

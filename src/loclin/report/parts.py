@@ -7,6 +7,7 @@ from html import escape
 
 from loclin.analyses.explain import Explanation, TokenExplanation
 from loclin.decode import Words
+from loclin.report.checks import forward
 from loclin.report.choose import full_colour
 from loclin.report.text import EMPTY, NEWLINE, SPACE, TAB, error, number, percent, signed, visible
 
@@ -61,10 +62,9 @@ def verdict(explanation: Explanation) -> str:
     """Write the certificate's verdict in a line."""
     certificate = explanation.certificate
     kind, name = ("exact", "EXACT") if certificate.passed else ("inexact", "NOT EXACT")
-    forward = "bit-identical" if certificate.bit_identical else error(certificate.forward_error)
     return (
         f'<p class="verdict {kind}"><strong>{name}</strong> reconstruction error '
-        f"{error(certificate.reconstruction_error)}, forward {forward}. "
+        f"{error(certificate.reconstruction_error)}, forward {forward(certificate)}. "
         f"Std error {error(certificate.std_error)}; "
         f"the ordinary Jacobian's is {error(explanation.ordinary_error)}.</p>"
     )

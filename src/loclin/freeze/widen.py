@@ -1,0 +1,45 @@
+"""The precision rule for float64 models: what they cast to float32 stays in float64.
+
+Norms, softmax, routers and rotations are cast to float32 in the model's own code, whatever the model's dtype; with
+coefficients rounded so, J x stops at 1e-8. Under `precision="double"` such casts are not done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loclin.freeze.products import FACTORS
+
+_CASTS = ("float", "half", "bfloat16")
+
+
+def _lowers(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value.is_floating_point and value != torch.float64
+
+
+def _wide(value: Any) -> Any:
+    lower = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.double() if lower else value
+
+
+def without_lowering(
+    func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The same call, but for what would cast a float64 tensor to less: that is left out."""
+    if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float64:
+        return func, args, kwargs
+    if name in FACTORS:  # a weight that was kept in float32 for what was to be cast to it
+        return func, tuple(_wide(value) for value in args), {key: _wide(value) for key, value in kwargs.items()}
+    if name in _CASTS:
+        return Tensor.to, (args[0], torch.float64), {}
+    if name == "type_as" and isinstance(args[1], Tensor) and _lowers(args[1].dtype):
+        return Tensor.to, (args[0], args[1].device), {}
+    args = tuple(torch.float64 if _lowers(value) else value for value in args)
+    kwargs = {key: torch.float64 if _lowers(value) else value for key, value in kwargs.items()}
+    if name == "to" and len(args) > 1 and isinstance(args[1], Tensor) and _lowers(args[1].dtype):
+        args = (args[0], args[1].device, *args[2:])
+    return func, args, kwargs
