@@ -7,8 +7,9 @@ from typing import cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from loclin.freeze.quantised import dense_weight
 from loclin.models import Model
 
 Words = list[tuple[str, float]]
@@ -25,11 +26,11 @@ class Decoder:
 
     @property
     def _head(self) -> Tensor:
-        return cast("Tensor", self.model.hf.get_output_embeddings().weight).detach()
+        return _table(self.model.hf.get_output_embeddings())
 
     @property
     def _embeddings(self) -> Tensor:
-        return cast("Tensor", self.model.hf.get_input_embeddings().weight).detach()
+        return _table(self.model.hf.get_input_embeddings())
 
     def writes(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
         """The k tokens whose head rows have the largest product with each vector; `vectors` live behind the final norm.
@@ -80,6 +81,12 @@ class Decoder:
     def _words(self, found: tuple[Tensor, Tensor]) -> Words:
         values, ids = found
         return list(zip(self.model.decode_each(ids.tolist()), values.tolist(), strict=True))
+
+
+def _table(module: nn.Module) -> Tensor:
+    """A head's or an embedding's rows."""
+    dense = dense_weight(module)
+    return cast("Tensor", module.weight).detach() if dense is None else dense
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from loclin.errors import NotExactError
 from loclin.freeze import frozen
+from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.link import LayerLink, batched_vjp
 from loclin.models.layout import Weights
 
@@ -37,14 +38,10 @@ def worth_it(link: LayerLink, columns: int) -> bool:
     if any(path not in modules for path in vars(weights).values() if path is not None):
         return False
     parts = [modules[path] for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)]
-    linear = [
-        part
-        for part in parts
-        if type(part) is nn.Linear and part.weight.is_floating_point() and not part.weight.is_meta
-    ]
-    if len(linear) < len(parts):
+    up = parts[3]
+    if not all(has_dense_weight(part) for part in parts) or not isinstance(up, nn.Linear):
         return False
-    f, d = linear[3].weight.shape
+    f, d = up.out_features, up.in_features
     return columns * (2 * f - d) > d * f
 
 
@@ -70,7 +67,7 @@ class ExplicitLayer:
         self._workspace = workspace
         self._name = link.name
         self._v, self._o, self._gate, self._up, self._down = (
-            link.module.get_parameter(f"{path}.weight").detach().to(link.trace.dtype)
+            cast("Tensor", dense_weight(link.module.get_submodule(path))).to(link.trace.dtype)
             for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)
         )
         self._held, self._input, self._output = self._read(link, weights)

@@ -7,8 +7,7 @@ from typing import cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from loclin.certify import Certificate, certify
 from loclin.chain import Chain
@@ -149,7 +148,7 @@ class Linearization:
 
 
 def linearize(
-    model: Model | PreTrainedModel,
+    model: Model | nn.Module,
     prompt: str | Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -164,7 +163,7 @@ def linearize(
     Parameters
     ----------
     model
-        From `loclin.load` or `loclin.wrap`; a transformers model is wrapped.
+        From `loclin.load` or `loclin.wrap`; a transformers model, compiled or with adapters as it may be, is wrapped.
     prompt
         Text, or token ids `[1, T]`.
     attention_mask

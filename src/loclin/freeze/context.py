@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -16,12 +17,17 @@ from loclin.freeze.rules import rules_installed
 
 @contextmanager
 def evaluation(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module of `root`; those that were in training mode are put back into it."""
+    """Evaluation mode for every module of `root`; those that were in training mode are put back into it.
+
+    What is compiled runs as it was written: a compiled graph has no operations to look into.
+    """
     training = [module for module in root.modules() if module.training]
+    compiler = sys.modules.get("torch._dynamo")  # slow to import, and not needed unless something is compiled
     try:
         for module in training:
             module.training = False
-        yield
+        with nullcontext() if compiler is None else torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -67,5 +73,5 @@ def frozen(
         dtype = hold.dtype(next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32))
     paths = {module: f"{name}.{path}".strip(".") or "model" for path, module in root.named_modules()}
     mode = Frozen(paths, hold, dtype, collect=collect, keep=keep)
-    with exact_arithmetic(), evaluation(root), rules_installed({} if hold.ordinary else paths, mode), mode:
+    with exact_arithmetic(), evaluation(root), rules_installed(paths, mode), mode:
         yield mode

@@ -53,6 +53,8 @@ class Frozen(TorchFunctionMode):
         Coefficients that were used as if they were live: with any, the linear path is not the network.
     graph, collect, caps
         Whether to build the linear path's graph; to make leaves of constants; to take a tanh for a soft cap.
+    unseen
+        True while a rule's module runs whose own operations are of no interest.
     audit
         A relative error: operations whose twins are further from the model's own values are noted in `misuses`.
     """
@@ -73,12 +75,15 @@ class Frozen(TorchFunctionMode):
         self.misuses: list[Misuse] = []
         self.graph, self.collect, self.caps = True, collect, False
         self.audit: float | None = None
+        self.unseen = False
         self._wide = hold.precision == "double" and not hold.ordinary
         self._keep, self._paused = keep, False
         self._held_parts: dict[str, HeldParts] = {}
         self._paths = {id(module): path for module, path in paths.items()}
+        self._modules = {path: module for module, path in paths.items()}
+        # with the parameters themselves: the id of one that is offloaded in the meantime would be another's
         self._names = {
-            id(parameter): f"{path}.{name}".strip(".")
+            id(parameter): (f"{path}.{name}".strip("."), parameter)
             for module, path in paths.items()
             for name, parameter in module.named_parameters(recurse=False)
         }
@@ -88,9 +93,9 @@ class Frozen(TorchFunctionMode):
     ) -> Any:
         """Do the model's own call, then its twin on the linear path."""
         kwargs = kwargs or {}
-        if self._wide and not self._paused and args and self._is_model_s(args[0]):
+        if self._wide and not self._paused and not self.unseen and args and self._is_model_s(args[0]):
             func, args, kwargs = without_lowering(func, plain_name(func), args, kwargs)
-        if self._paused or not (self.depends(args) or self.depends(kwargs.values())):
+        if self._paused or self.unseen or not (self.depends(args) or self.depends(kwargs.values())):
             return func(*args, **kwargs)
         in_place = is_in_place(func, args)
         before = args[0].detach().clone() if in_place else None
@@ -224,7 +229,8 @@ class Frozen(TorchFunctionMode):
         """A constant that is added to a live tensor; a leaf where constants are collected."""
         if not self.collect or not value.is_floating_point() or not bool(value.any()):
             return value
-        name = self._names.get(id(original)) or f"{self._module()}.{operation}"
+        known = self._names.get(id(original))
+        name = f"{self._module()}.{self._own_name(original) or operation}" if known is None else known[0]
         leaf = value.detach().nan_to_num().clone().requires_grad_()
         self.constants.append((name, leaf))
         return leaf
@@ -245,6 +251,12 @@ class Frozen(TorchFunctionMode):
             path = path or self._paths.get(id(frame.f_locals.get("self")), "")
             frame = frame.f_back
         return Origin(path or "model", operation, line)
+
+    def _own_name(self, original: Any) -> str | None:
+        """The name of a parameter in the module that is running, which may have fetched it just now."""
+        module = self._modules.get(self._module())
+        own = () if module is None else module.named_parameters(recurse=False)
+        return next((name for name, parameter in own if parameter is original), None)
 
     def _module(self) -> str:
         return self.origin("").module

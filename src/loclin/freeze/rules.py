@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin.errors import NotExactError
+from loclin.freeze import quantised
 from loclin.freeze.mode import Frozen, HeldParts
 from loclin.freeze.status import Held, Live
 from loclin.freeze.unary import ACTIVATIONS, secant
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far a form may be from the module's own output: rounding in the model's dtype passes, a wrong form does not."""
+
+_SINGLE = 1e-6
+"""Between the roundings of float32 and of the half precisions."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,14 @@ class Rule:
         Which modules the rule is for.
     install
         (module, its path, the mode) -> the hooks it put on the module.
+    linear
+        Whether the modules are linear by themselves: then the rule is good for the ordinary Jacobian too.
     """
 
     name: str
     matches: Matches
     install: Callable[[nn.Module, str, Frozen], list[RemovableHandle]]
+    linear: bool = False
 
 
 def by_class(*names: str) -> Matches:
@@ -99,8 +106,8 @@ def form_rule(name: str, matches: Matches, form: Form) -> Rule:
     return Rule(name, matches, install)
 
 
-def check(output: Tensor, linear: Tensor, path: str) -> None:
-    """Refuse a form whose value is not the module's.
+def check(output: Tensor, linear: Tensor, path: str, dtype: torch.dtype | None = None) -> None:
+    """Refuse a form whose value is not the module's, up to the rounding of `dtype`: by default the output's own.
 
     Raises
     ------
@@ -108,7 +115,7 @@ def check(output: Tensor, linear: Tensor, path: str) -> None:
         Naming the module.
     """
     error = (linear.detach().to(output.dtype) - output).norm() / output.norm().clamp_min(torch.finfo(output.dtype).tiny)
-    if not error <= TOLERANCE[output.dtype]:
+    if not error <= TOLERANCE[dtype or output.dtype]:
         raise NotExactError(
             f"{path}: its frozen linear form differs from its real output by {error:.1e}; "
             "the rule for it does not describe this module",
@@ -171,6 +178,64 @@ def held_parts(which: HeldParts) -> Callable[[nn.Module, str, Frozen], list[Remo
     return install
 
 
+def _quantised(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+    """A quantised linear layer: its kernel is run unseen, and its weight, dequantised once a call, beside it.
+
+    Its bias is collected where constants are. That its kernel rounds in another dtype than the model is refused.
+    """
+    entered: list[bool] = []
+
+    def enter(_module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+        entered.append(mode.unseen)
+        mode.unseen = True
+
+    def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        mode.unseen = entered.pop()
+        if mode.unseen or not mode.depends(args):
+            return
+        status = mode.status(args[0])
+        if not isinstance(status, Live):
+            mode.attach(output, Held(mode.origin("linear")))
+            return
+        with mode.paused():
+            weight, bias = quantised.dense_weight(module), module._parameters.get("bias")
+            if weight is None:
+                raise NotExactError(
+                    f"{path}: its quantised weight is not at hand when the layer has run; do not offload it",
+                    path,
+                )
+            added = None if bias is None else mode.constant(bias.detach().to(mode.dtype), bias, "bias")
+            linear = nn.functional.linear(status.linear, weight.to(mode.dtype), added)
+            with torch.no_grad():
+                again = nn.functional.linear(args[0].to(mode.dtype), weight.to(mode.dtype), added)
+            rounds = quantised.compute_dtype(module, output.dtype)
+            if torch.finfo(output.dtype).eps < _SINGLE <= torch.finfo(rounds).eps:
+                raise NotExactError(
+                    f"{path} computes in {str(rounds)[6:]}, but the model is in {str(output.dtype)[6:]}: load it with "
+                    f"bnb_4bit_compute_dtype={output.dtype}, or with dtype={rounds}",
+                    path,
+                )
+            check(output, again, path, rounds)
+            mode.attach(output, status.then(linear))
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+def _refused(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+    """A module whose quantised weights cannot be read."""
+    kind = f"{type(module).__module__.partition('.')[0]} {type(module).__name__}"
+
+    def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if mode.depends((*args, *kwargs.values())):
+            raise NotExactError(
+                f"{path} ({kind}) has quantised weights, and {quantised.why_unknown(module)}: load the model without "
+                f'quantisation, or say what it is with loclin.freeze.register("{type(module).__name__}", form)',
+                path,
+            )
+
+    return [module.register_forward_pre_hook(refuse, with_kwargs=True, prepend=True)]
+
+
 def _is_delta_net(module: nn.Module, _path: str) -> bool:
     return type(module).__name__.endswith("GatedDeltaNet")
 
@@ -181,6 +246,8 @@ def _is_mamba2(module: nn.Module, _path: str) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("quantised linear layer", quantised.is_quantised, _quantised, linear=True),
+    Rule("quantised in an unknown way", quantised.is_unknown, _refused, linear=True),
     Rule("activation", _is_activation, _activation),
     # of x, B and C, which a state space multiplies with one another, x is live
     Rule(
@@ -217,7 +284,7 @@ def rules_installed(paths: dict[nn.Module, str], mode: Frozen) -> Iterator[None]
     try:
         for module, path in paths.items():
             rule = rule_for(module, path)
-            if rule is not None:
+            if rule is not None and (rule.linear or not mode.hold.ordinary):
                 handles += rule.install(module, path, mode)
         yield
     finally:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NAMES_SHOWN = 3
+HIDDEN_ATTENTION = ("flash", "flex", "paged")
+"""How the attention implementations begin that are one kernel, without a result that tells who looks at whom."""
 
 
 def some(names: list[str]) -> str:
@@ -89,9 +92,15 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
         )
     if not isinstance(getattr(hf.get_input_embeddings(), "weight", None), torch.Tensor):
         raise ModelError(f"{name} ({type(hf).__name__}) has no single table of input embeddings.", "input embeddings")
+    _refuse_kernels(hf, name)
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:
-        empty = [parameter for parameter, value in hf.named_parameters() if value.is_meta]
+        empty = [
+            f"{path}.{parameter}".strip(".")
+            for path, module in hf.named_modules()
+            for parameter, value in module.named_parameters(recurse=False)
+            if value.is_meta and not hasattr(module, "_hf_hook")
+        ]
         if empty:
             raise ModelError(f"{name} has parameters without values (meta device): {some(empty)}.")
     broken = non_finite(hf)
@@ -99,13 +108,27 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name} has weights that are NaN or infinite: {some(broken)}.")
 
 
+def _refuse_kernels(hf: PreTrainedModel, name: str) -> None:
+    """Refuse attention and layers that run where no operation can be seen."""
+    if getattr(hf, "use_kernels", False):
+        raise ModelError(
+            f"{name} uses kernels from the hub, which loclin cannot look into; load it without use_kernels."
+        )
+    attention = str(getattr(hf.config.get_text_config(), "_attn_implementation", None))
+    if "/" in attention or attention.startswith(HIDDEN_ATTENTION):
+        raise ModelError(
+            f"{name} computes its attention with {attention}, which loclin cannot look into: "
+            "model.set_attn_implementation('sdpa') first, or load it with attn_implementation='sdpa'."
+        )
+
+
 def non_finite(module: nn.Module) -> list[str]:
     """Name the parameters that hold NaN or Inf: one sum per tensor, an exact look where it is not finite."""
     names = []
     with torch.no_grad():
         for name, value in module.named_parameters():
-            if value.is_meta or not value.is_floating_point():
-                continue
+            if value.is_meta or not value.is_floating_point() or is_traceable_wrapper_subclass(value):
+                continue  # what stands in for a quantised weight has no sum
             wide = value.float() if value.element_size() == 1 else value  # float8 has no sum
             # A finite tensor may overflow its sum; a tensor with NaN or Inf never has a finite one.
             if not wide.sum().isfinite() and not wide.isfinite().all():

@@ -78,7 +78,16 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise ModelError(f"{type(model).__name__} has no output head: loclin needs a causal language model")
     family = model.config.get_text_config().model_type
-    return Anatomy(decoder, _blocks(decoder) or _blocks(model), head, EXPLICIT.get(family))
+    layers, weights = _blocks(decoder) or _blocks(model), EXPLICIT.get(family)
+    known = weights is not None and all(_has(layer, weights) for layer in layers)
+    return Anatomy(decoder, layers, head, weights if known else None)
+
+
+def _has(layer: nn.Module, weights: Weights) -> bool:
+    """Whether a layer is the family's own, with every part in its place; code beside it may borrow its config."""
+    paths = {path for path in vars(weights).values() if path is not None}
+    own = type(layer).__module__.startswith("transformers.models.")
+    return own and paths <= {path for path, _ in layer.named_modules()}
 
 
 def _blocks(root: nn.Module) -> tuple[nn.Module, ...]:

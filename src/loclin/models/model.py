@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loclin.errors import ModelError, PromptError
 from loclin.models import encoding
 from loclin.models.checks import refuse_model
+from loclin.models.unwrap import unwrapped
 
 Source = Literal["package", "hub", "directory", "gguf", "wrapped"]
 
@@ -146,7 +147,8 @@ def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, 
     Parameters
     ----------
     hf_model
-        A causal language model of transformers. It keeps its mode, device and dtype.
+        A causal language model of transformers, compiled or with adapters of peft as you like. It keeps its mode,
+        device and dtype; adapters stay as they are, and so do those that are switched off.
     tokenizer
         Its tokenizer. Without one, prompts are token ids.
     name
@@ -162,10 +164,11 @@ def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, 
     ModelError
         When it is no causal decoder with a head, or its weights are missing or not finite.
     """
+    given = type(hf_model).__name__
+    hf_model = unwrapped(hf_model)
     if not isinstance(hf_model, PreTrainedModel):
-        adapted = hasattr(hf_model, "merge_and_unload")
-        hint = "; merge its adapter first (merge_and_unload)" if adapted else ""
-        raise ModelError(f"loclin.wrap takes a transformers PreTrainedModel, not {type(hf_model).__name__}{hint}.")
+        inside = "" if type(hf_model).__name__ == given else f" (around {type(hf_model).__name__})"
+        raise ModelError(f"loclin.wrap takes a transformers PreTrainedModel, not {given}{inside}.")
     name = name or hf_model.config.name_or_path or type(hf_model).__name__
     return describe(hf_model, tokenizer, name=name, source="wrapped")
 
