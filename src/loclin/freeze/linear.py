@@ -11,7 +11,7 @@ VIEWS = words(
     "view reshape view_as reshape_as transpose t permute movedim moveaxis swapaxes swapdims T mT H mH flatten "
     "unflatten squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile chunk split "
     "split_with_sizes tensor_split hsplit vsplit unbind getitem select narrow index_select gather take_along_dim "
-    "masked_select diagonal unfold flip roll contiguous clone detach alias positive data requires_grad"
+    "masked_select diagonal unfold flip roll contiguous clone positive"
 )
 """A result's every element is one of the argument's."""
 CASTS = words("to float double half bfloat16 type type_as cpu cuda")
@@ -63,6 +63,11 @@ def cast(op: Operation) -> Result:
     if moved is status.linear and op.out is not op.args[0]:
         moved = moved.clone()
     return status.then(moved, status.root, status.active)
+
+
+def same(op: Operation) -> Result:
+    """The tensor itself; where a model stops its gradient, what it computes still depends on the input."""
+    return op.status(op.args[0])
 
 
 def pad(op: Operation) -> Result:

@@ -26,6 +26,7 @@ def _nothing(_op: Operation) -> None:
 HANDLERS: Mapping[str, Handler] = {
     **dict.fromkeys(linear.VIEWS | linear.SUMS | linear.AFFINE, linear.linear),
     **dict.fromkeys(linear.CASTS, linear.cast),
+    **dict.fromkeys(("detach", "data", "alias", "requires_grad"), linear.same),
     **dict.fromkeys(linear.CONSTANT, _nothing),
     **dict.fromkeys(products.FACTORS, products.product),
     **dict.fromkeys(("div", "divide", "true_divide", "itruediv"), products.quotient),
