@@ -212,8 +212,8 @@ def _refusal(model: Model, certificate: Certificate) -> str:
     more = f" and {len(certificate.culprits) - 3} more" if len(certificate.culprits) > 3 else ""
     kind = certificate.culprits[0].kind if certificate.culprits else "ItsClass"
     return (
-        f"{model.info.name} ({model.info.family}) is not exact: error {certificate.reconstruction_error:.1e}. "
-        f"Not linear although its coefficients are held: {found or 'no single operation found'}{more}. "
+        f"{model.info.name} ({model.info.family}) is not exact. Not linear although its coefficients are held: "
+        f"{found or f'no single operation (error {certificate.reconstruction_error:.1e})'}{more}. "
         f'Say what to hold there with loclin.freeze.register("{kind}", form), or pass strict=False to look at it'
     )
 

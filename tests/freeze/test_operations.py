@@ -54,7 +54,8 @@ AFFINE = {
     ),
     "index_add": lambda x: torch.zeros(4, 6, dtype=x.dtype).index_add(0, FLAT, x[0]) + N[0].index_copy(0, FLAT, x[1]),
     "scatter": lambda x: (
-        N.scatter(2, FLAT.view(1, 1, 4).expand(3, 4, 4), x) + N.scatter_add(1, FLAT.view(1, 4, 1).expand(3, 4, 6), x)
+        N.scatter(2, FLAT.view(1, 1, 4).expand(3, 4, 4), x[..., :4])
+        + N.scatter_add(1, FLAT.view(1, 4, 1).expand(3, 4, 6), x)
     ),
     "written into": _written,
     "in place": _in_place,

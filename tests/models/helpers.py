@@ -55,7 +55,7 @@ def saved(path: Path, model: PreTrainedModel | None = None, *, tokenizer: bool =
 
 
 def tiny_gguf(path: Path, *, seed: int = 0, architecture: str = "llama") -> Path:
-    """Write a two-layer Llama with 8-bit blocks, a tied head and a byte-level vocabulary."""
+    """Write a two-layer Llama, or Qwen 2 with its biases, of 8-bit blocks, a tied head and a byte-level vocabulary."""
     rng = np.random.default_rng(seed)
     d, ffn, layers, heads, kv_heads = 32, 64, 2, 4, 2
     out = gguf.GGUFWriter(path, architecture)
@@ -95,6 +95,9 @@ def tiny_gguf(path: Path, *, seed: int = 0, architecture: str = "llama") -> Path
         blocks(f"blk.{i}.attn_k.weight", d * kv_heads // heads, d)
         blocks(f"blk.{i}.attn_v.weight", d * kv_heads // heads, d)
         blocks(f"blk.{i}.attn_output.weight", d, d)
+        if architecture == "qwen2":
+            for part, width in (("q", d), ("k", d * kv_heads // heads), ("v", d * kv_heads // heads)):
+                out.add_tensor(f"blk.{i}.attn_{part}.bias", rng.standard_normal(width).astype(np.float32))
         blocks(f"blk.{i}.ffn_gate.weight", ffn, d)
         blocks(f"blk.{i}.ffn_up.weight", ffn, d)
         blocks(f"blk.{i}.ffn_down.weight", d, ffn)

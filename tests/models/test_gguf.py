@@ -60,3 +60,16 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, module, extra)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModelError, match=rf'pip install "loclin\[{extra}\]"'):
         load(path)
+
+
+def test_a_qwen2_with_biases_is_affine_and_says_how_much_of_it_is_bias(tmp_path):
+    from loclin import linearize
+
+    model = load(tiny_gguf(tmp_path / "tiny.gguf", architecture="qwen2"))
+    assert model.info.family == "qwen2"
+    certificate = linearize(model, "the other the").certify()
+    assert certificate.passed
+    assert certificate.reconstruction_error < 1e-6
+    assert certificate.bias_share > 0.01
+    named = linearize(model, "the other the").jacobian().bias_by_source()
+    assert set(named) == {f"model.layers.{layer}.self_attn.v_proj.bias" for layer in range(2)}
