@@ -33,20 +33,17 @@ def linear_weights(model: nn.Module) -> int:
 
 
 def whole_graph(lin: Linearization) -> Callable[[Tensor], Tensor]:
-    """The network as one function of its embeddings `[T, d]`; frozen inside the context."""
+    """The frozen network as one function of its embeddings `[T, d]`."""
+    hf, stock = lin.model.hf, lin.trace.layers[0].hidden
 
     def forward(x: Tensor) -> Tensor:
-        return lin.model.hf.get_decoder()(inputs_embeds=x[None], use_cache=False).last_hidden_state[0, -1]
+        with frozen(hf, lin.trace.hold) as mode:
+            hidden = stock.clone()
+            mode.enter(hidden, x[None])
+            final = mode.live(hf.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state)
+        return final[0, -1]
 
     return forward
-
-
-def held(lin: Linearization, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def inside() -> Tensor:
-        with frozen(lin.model.hf, lin.trace.hold):
-            return work()
-
-    return inside
 
 
 def fresh(lin: Linearization) -> Tensor:
@@ -62,9 +59,9 @@ def routes_of(lin: Linearization) -> dict[str, Callable[[], Tensor]]:
     x, forward = lin.embeddings, whole_graph(lin)
     return {
         "loclin": lambda: fresh(lin),
-        "torch.func.jacrev(chunk_size=128)": held(lin, lambda: torch.func.jacrev(forward, chunk_size=128)(x)),
-        "autograd.functional.jacobian(vectorize=True)": held(
-            lin, lambda: torch.autograd.functional.jacobian(forward, x, vectorize=True)
+        "torch.func.jacrev(chunk_size=128)": lambda: torch.func.jacrev(forward, chunk_size=128)(x),
+        "autograd.functional.jacobian(vectorize=True)": lambda: torch.autograd.functional.jacobian(
+            forward, x, vectorize=True
         ),
     }
 
