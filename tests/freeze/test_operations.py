@@ -67,6 +67,7 @@ AFFINE = {
     "lone activations": lambda x: F.silu(x) + F.gelu(x, approximate="tanh") + F.relu(x).square() + F.leaky_relu(x),
     "an activation that is not 0 at 0": lambda x: F.relu(x - 1) + F.elu(x),
     "activation modules": lambda x: nn.GELU()(x) + nn.Mish()(x) + nn.ReLU()(x),
+    "activations in place": lambda x: nn.ReLU(inplace=True)(x @ W) + F.silu(x @ W, inplace=True) + torch.relu_(x + 1),
     "clamps": lambda x: x.clamp(-1, 1) + x.clamp(max=0.5) + torch.minimum(x, N.abs()),
     "powers": lambda x: x**2 + x.pow(3),
     "gates": lambda x: F.silu(x @ W) * x + torch.sigmoid(x) * (x @ W) + F.glu(x).repeat(1, 1, 2),

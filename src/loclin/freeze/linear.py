@@ -39,7 +39,7 @@ def linear(op: Operation) -> Result:
     linear = op.again(everywhere, additive)
     same_root = all(status.root is lives[0].root for status in lives) and not held
     root = lives[0].root if same_root and op.name in _ELEMENTWISE else None
-    active = lives[0].active and len(lives) == 1 and op.name in VIEWS | _ELEMENTWISE - {"split", "chunk"}
+    active = lives[0].active and len(lives) == 1 and op.name in VIEWS | _ELEMENTWISE
     return op.wrap(linear, root, active, op.broken(everywhere))
 
 

@@ -97,7 +97,7 @@ class Frozen(TorchFunctionMode):
             func, args, kwargs = without_lowering(func, plain_name(func), args, kwargs)
         if self._paused or self.unseen or not (self.depends(args) or self.depends(kwargs.values())):
             return func(*args, **kwargs)
-        in_place = is_in_place(func, args)
+        in_place = is_in_place(func, args, kwargs)
         before = args[0].detach().clone() if in_place else None
         with torch.no_grad():
             out = func(*args, **kwargs)

@@ -131,7 +131,9 @@ def _activation(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHan
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         status = mode.status(args[0])
-        if not isinstance(status, Live):
+        if not isinstance(status, Live) or getattr(
+            module, "inplace", False
+        ):  # its input is gone; its operation is known
             return
         with mode.paused():
             form = secant(lambda z: type(module).forward(module, z), args[0], output, mode.dtype)

@@ -53,8 +53,10 @@ def plain_name(func: Callable[..., Any]) -> str:
     return name.strip("_")
 
 
-def is_in_place(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call changes its first argument."""
+    if kwargs.get("inplace") is True:
+        return bool(args)
     name: str = getattr(func, "__name__", "")
     dunder = name.startswith("__")
     return (

@@ -32,7 +32,7 @@ def unary(op: Operation) -> Result:
     if any(tensor is not z for _, tensor, _ in op.dependents()):
         return op.held(root=status.root)
 
-    rest = {name: value for name, value in op.kwargs.items() if name not in ("input", "out")}
+    rest = {name: value for name, value in op.kwargs.items() if name not in ("input", "out", "inplace")}
     form = secant(lambda value: op.func(value, *op.args[1:], **rest), op.value(z), op.out, op.context.dtype)
     if form is None:
         return op.held(root=status.root)
@@ -57,8 +57,7 @@ def secant(f: Callable[[Tensor], Tensor], z: Tensor, out: Tensor, dtype: torch.d
     z = z.detach()
     origin = torch.zeros_like(z, requires_grad=True)
     with torch.enable_grad():
-        at_zero = f(origin)
-        at_zero = at_zero if at_zero is not origin else at_zero.clone()
+        at_zero = f(origin.clone())  # a copy, for functions that work in place
     if at_zero.shape != z.shape or not bool(at_zero.isfinite().all()):
         return None
     zero = z == 0
