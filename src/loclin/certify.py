@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from loclin.freeze import Hold, evaluation, exact_arithmetic, frozen
 from loclin.linear_map import LinearMap
-from loclin.link import LayerLink, whole_graph
-from loclin.models.route import first, hidden_state, logits_at
+from loclin.link import LayerLink, at_entry, whole_graph
+from loclin.models.route import first, logits_at
 from loclin.trace import Trace
 
 _ROWS = 3
@@ -215,16 +215,7 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
         def entered(hidden: Tensor) -> None:
             mode.enter(hidden)
 
-        handles = [mode.watch(module) for module in hf.modules()]
-        first_block = trace.layers[0].block.module
-        if trace.route.whole is None:
-            handles.append(
-                first_block.register_forward_pre_hook(
-                    lambda _m, args, kwargs: entered(hidden_state(args, kwargs)), with_kwargs=True
-                )
-            )
-        else:
-            handles.append(hf.get_input_embeddings().register_forward_hook(lambda _m, _a, output: entered(output)))
+        handles = [*(mode.watch(module) for module in hf.modules()), at_entry(trace, entered)]
 
         def left_all(_module: nn.Module, _args: Any, output: Any) -> None:
             if mode.status(first(output)) is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loclin.freeze import Hold, evaluation, frozen
 from loclin.models.route import first, hidden_state, logits_at
@@ -177,6 +178,16 @@ def _behind_attention(graph: Graph, constant: Tensor) -> bool:
     return moves is None
 
 
+def at_entry(trace: Trace, enter: Callable[[Tensor], None]) -> RemovableHandle:
+    """Hook the place where the network's input comes by: what enters the first layer, or what the embeddings give."""
+    if trace.route.whole is not None:
+        embeddings = trace.model.hf.get_input_embeddings()
+        return embeddings.register_forward_hook(lambda _m, _a, output: enter(output))
+    return trace.layers[0].block.module.register_forward_pre_hook(
+        lambda _m, args, kwargs: enter(hidden_state(args, kwargs)), with_kwargs=True
+    )
+
+
 def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
     """The graph of the whole network from the embeddings to `final`, in one piece.
 
@@ -184,7 +195,6 @@ def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
     """
     model, points = trace.model, {}
     entry = trace.layers[0]
-    whole = trace.route.whole is not None
     x = entry.value.detach().clone().requires_grad_()
     with (
         evaluation(model.hf),
@@ -200,13 +210,7 @@ def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
             points["resid_post"] = mode.live(first(output))
             mode.collect = False
 
-        if whole:
-            embeddings = model.hf.get_input_embeddings()
-            start = embeddings.register_forward_hook(lambda _m, _a, output: enter(output))
-        else:
-            start = entry.block.module.register_forward_pre_hook(
-                lambda _m, args, kwargs: enter(hidden_state(args, kwargs)), with_kwargs=True
-            )
+        start = at_entry(trace, enter)
         end = trace.route.exit.register_forward_hook(leave)
         try:
             logits_at(model, trace.input_ids, trace.length - 1)

@@ -198,14 +198,7 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold) -> Trace:
         try:
             return _record(model, parts, route, input_ids, hold)
         except _NotAChain as why:
-            decoded: list[Tensor] = []
-            handle = parts.decoder.register_forward_hook(lambda _m, _a, output: decoded.append(first(output)))
-            try:
-                logits_at(model, input_ids, 0)
-            finally:
-                handle.remove()
-            route = as_whole(route, decoded[-1] if decoded else None, model, parts, str(why))
-            return _record(model, parts, route, input_ids, hold)
+            return _record(model, parts, as_whole(route, model, parts, str(why)), input_ids, hold)
 
 
 def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold: Hold) -> Trace:
@@ -296,8 +289,10 @@ def _leave(
         stock = first(output)
         if final is None and mode.status(stock) is None:
             return  # a norm that the embeddings pass too
-        live = mode.live(stock) if final is None else final
-        value = (stock.detach() if keeps else live).to(mode.dtype) if final is None else final
+        value = final
+        if value is None:
+            live = mode.live(stock)  # also where it is not the value: it notes what is not live
+            value = (stock.detach() if keeps else live).to(mode.dtype)
         leaf = value[0, position].clone().requires_grad_()
         mode.graph = mode.collect = mode.caps = True
         mode.constants.clear()

@@ -5,11 +5,29 @@ Norms that a model spells out in arithmetic need no rule: their square roots are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
 from loclin.freeze.operation import Operation, Result
-from loclin.freeze.status import Held, Live
+from loclin.freeze.status import Live
+
+Form = Callable[[Operation, Tensor, Live], Live]
+"""(the call, its input, what is known of it) -> the output's status."""
+
+
+def _of_live(form: Form) -> Callable[[Operation], Result]:
+    """A handler for a norm: of something live its form, and of a coefficient another coefficient."""
+
+    @wraps(form)
+    def handler(op: Operation) -> Result:
+        x = op.get(0, "input")
+        status = op.status(x)
+        return form(op, x, status) if isinstance(status, Live) else status
+
+    return handler
 
 
 def _wide(op: Operation, x: Tensor) -> Tensor:
@@ -28,12 +46,9 @@ def _scaled(
     return status.then(linear)
 
 
-def rms_norm(op: Operation) -> Result:
+@_of_live
+def rms_norm(op: Operation, x: Tensor, status: Live) -> Live:
     """`F.rms_norm`: x times a held coefficient."""
-    x = op.get(0, "input")
-    status = op.status(x)
-    if not isinstance(status, Live):
-        return status
     shape, weight, eps = op.get(1, "normalized_shape"), op.get(2, "weight"), op.get(3, "eps")
     dims = tuple(range(-len(shape), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
@@ -41,12 +56,9 @@ def rms_norm(op: Operation) -> Result:
     return _scaled(op, status, status.linear, coefficient, weight, None)
 
 
-def layer_norm(op: Operation) -> Result:
+@_of_live
+def layer_norm(op: Operation, x: Tensor, status: Live) -> Live:
     """`F.layer_norm`: the centred x times a held coefficient, plus its bias."""
-    x = op.get(0, "input")
-    status = op.status(x)
-    if not isinstance(status, Live):
-        return status
     shape, weight, bias = op.get(1, "normalized_shape"), op.get(2, "weight"), op.get(3, "bias")
     dims = tuple(range(-len(shape), 0))
     variance = _wide(op, x).var(dims, unbiased=False, keepdim=True)
@@ -54,12 +66,9 @@ def layer_norm(op: Operation) -> Result:
     return _scaled(op, status, centred, torch.rsqrt(variance + op.get(4, "eps", 1e-5)), weight, bias)
 
 
-def group_norm(op: Operation) -> Result:
+@_of_live
+def group_norm(op: Operation, x: Tensor, status: Live) -> Live:
     """`F.group_norm`: a LayerNorm of each group of channels."""
-    x = op.get(0, "input")
-    status = op.status(x)
-    if not isinstance(status, Live):
-        return status
     groups, weight, bias, eps = op.get(1, "num_groups"), op.get(2, "weight"), op.get(3, "bias"), op.get(4, "eps", 1e-5)
     grouped = status.linear.reshape(x.shape[0], groups, -1)
     centred = (grouped - grouped.mean(-1, keepdim=True)).view(x.shape)
@@ -76,11 +85,8 @@ def group_norm(op: Operation) -> Result:
     )
 
 
-def normalize(op: Operation) -> Result:
+@_of_live
+def normalize(op: Operation, x: Tensor, status: Live) -> Live:
     """`F.normalize`: x over its held length."""
-    x = op.get(0, "input")
-    status = op.status(x)
-    if not isinstance(status, Live):
-        return Held(status.origin) if isinstance(status, Held) else None
     length = _wide(op, x).norm(op.get(1, "p", 2.0), op.get(2, "dim", 1), keepdim=True)
     return status.then(status.linear / length.clamp_min(op.get(3, "eps", 1e-12)).to(status.linear.dtype))

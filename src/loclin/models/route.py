@@ -63,6 +63,8 @@ class Route:
         None, or why the blocks do not form a chain.
     exit
         The module whose output `final` is.
+    decoded
+        The decoder's output, where it is one vector per token: `final` once the blocks are taken as one.
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Route:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     whole: str | None = None
     exit: nn.Module = field(default_factory=nn.Identity)
+    decoded: Tensor | None = None
 
 
 def first(output: Any) -> Any:
@@ -106,19 +109,25 @@ def find_route(model: Model, parts: Anatomy, input_ids: Tensor) -> Route:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
             what = str(fault).partition("\n")[0]
             raise ModelError(f"{model.info.name}: the model's own forward pass fails: {what}", "forward") from fault
-    route = Route(watch.blocks, watch.tail, watch.current, logits, watch.why_not())
+    route = Route(watch.blocks, watch.tail, watch.current, logits, watch.why_not(), decoded=watch.decoded)
     route.exit = route.tail[-1] if route.tail else (watch.blocks[-1].module if watch.blocks else parts.decoder)
-    return route if route.whole is None else as_whole(route, watch.decoded, model, parts, route.whole)
+    return route if route.whole is None else as_whole(route, model, parts, route.whole)
 
 
-def as_whole(route: Route, decoded: Tensor | None, model: Model, parts: Anatomy, why: str) -> Route:
-    """The same route with everything from the embeddings to the decoder's output as one block."""
-    if decoded is None:
+def as_whole(route: Route, model: Model, parts: Anatomy, why: str) -> Route:
+    """The same route with everything from the embeddings to the decoder's output as one block.
+
+    Raises
+    ------
+    ModelError
+        When the decoder's output is not one vector per token.
+    """
+    if route.decoded is None:
         raise ModelError(
             f"{model.info.name}: loclin cannot follow the hidden state through {type(parts.decoder).__name__}: {why}",
             type(parts.decoder).__name__,
         )
-    return Route([], [], decoded, route.logits, why, parts.decoder)
+    return Route([], [], route.decoded, route.logits, why, parts.decoder)
 
 
 class _Watch:
