@@ -150,7 +150,7 @@ NEEDED = {
     "chunk": "mixtral",
     "index_add": "mixtral",
     "expand": "mixtral",
-    "matmul": "gemma2",
+    "matmul": "gpt_neo",
     "tanh": "gemma2",
     "silu": "mamba",
     "float": "mamba",
