@@ -29,7 +29,7 @@ REPRESENTATIVES = (
     pytest.param(
         "musicgen",
         marks=pytest.mark.skipif(
-            Version(version("transformers")) < Version("5.23"), reason="its config asks for an encoder in older versions"
+            Version(version("transformers")) < Version("5.23"), reason="older configs ask for an encoder"
         ),
     ),
 )
