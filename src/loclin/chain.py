@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin import explicit
 from loclin.errors import OptionError
+from loclin.explicit import ExplicitLayer, Workspace
 from loclin.freeze import Hold
 from loclin.link import HeadLink, LayerLink, NormLink
 from loclin.points import Point
@@ -35,7 +35,7 @@ class Chain:
     hold
         What to hold; the trace's own by default. `Hold(ordinary=True)` gives the sweeps of the ordinary Jacobian.
     explicit
-        Use explicit products (see `loclin.explicit`) where the family has them and they are cheaper.
+        Use explicit products (see `loclin.explicit`) where the family has them.
     """
 
     def __init__(self, trace: Trace, hold: Hold | None = None, explicit: bool = True) -> None:
@@ -108,16 +108,16 @@ class Chain:
         # laid out as [T, n, d]: what belongs to one position is then one matrix
         pulled = cotangents.new_zeros((trace.length, len(cotangents), trace.width)).transpose(0, 1)
         pulled[:, position] = cotangents
-        active, workspace = slice(position, position + 1), explicit.Workspace()
+        active, workspace = slice(position, position + 1), Workspace()
         yield pulled
         for index, below, above in reversed(self.steps(source, target)):
-            link = self.layers[index]
-            whole = (below, above) == ("resid_pre", "resid_post")
-            if whole and self.explicit and explicit.worth_it(link, len(pulled)):
-                active = explicit.ExplicitLayer(link, workspace).vjp(pulled, active, chunk)
+            layer = self._explicit(index, below, above, workspace)
+            reached = slice(0, active.stop if trace.causal else trace.length)
+            if layer is not None and len(pulled):
+                layer.vjp(pulled.transpose(0, 1), active, reached, chunk)
             else:
-                pulled = _through(link.vjp, pulled, below, above, chunk)
-                active = slice(0, trace.length)
+                _through(self.layers[index].vjp, pulled, below, above, chunk)
+            active = reached
             yield pulled
 
     def forward(
@@ -134,11 +134,26 @@ class Chain:
         Yields the tangents behind every layer on the way, `[n, T, d]`, in one tensor that is overwritten by the next;
         the last is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
         """
-        tangents = tangents.clone()
-        for index, below, above in self.steps(source, target):
-            tangents = _through(self.layers[index].jvp, tangents, below, above, chunk)
-            yield tangents
-        yield self._leave(tangents[:, position], target, position, normed)
+        trace, workspace = self.trace, Workspace()
+        pushed = tangents.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+        steps = self.steps(source, target)
+        for index, below, above in steps:
+            layer = self._explicit(index, below, above, workspace)
+            seen = slice(0, position + 1 if trace.causal else trace.length)  # what the target can depend on
+            if layer is not None and len(pushed):
+                last = index == steps[-1][0]
+                wanted = slice(position, position + 1) if last else seen
+                layer.jvp(pushed.transpose(0, 1)[seen], wanted, chunk)
+            else:
+                _through(self.layers[index].jvp, pushed, below, above, chunk)
+            yield pushed
+        yield self._leave(pushed[:, position], target, position, normed)
+
+    def _explicit(self, index: int, below: str, above: str, workspace: Workspace) -> ExplicitLayer | None:
+        """A layer's explicit products, where it has them and the step goes through the whole layer."""
+        if not self.explicit or (below, above) != ("resid_pre", "resid_post"):
+            return None
+        return self.layers[index].explicit(workspace)
 
     def constants(
         self, source: Point, target: Point, position: int, normed: bool = False, by_source: bool = False

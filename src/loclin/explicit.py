@@ -1,208 +1,260 @@
-"""Explicit links: a layer's backward products from its weights and held coefficients, without autograd.
+"""Explicit products: a layer's jvp and vjp from its weights and held coefficients, without autograd.
 
 A position-wise MLP at position t is one matrix M_t = I + C_out W_down A_t W_up C_in (C: norms, A_t: held activations).
 Pushing n columns through its factors costs 4 n d f flops; forming M_t once costs 2 d^2 f and applying it 2 n d^2. From
 about n = 0.6 d on forming is cheaper, and there is nothing element-wise left to do. Attention skips Q and K.
-
-The coefficients are read off the generic link's own frozen graph, so every rule and gate split holds here too. A random
-column goes along with every block, and is compared with the generic link's.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.errors import NotExactError
-from loclin.freeze import frozen
+from loclin.coefficients import Coefficients
 from loclin.freeze.quantised import dense_weight, has_dense_weight
-from loclin.link import LayerLink, batched_vjp
 from loclin.models.layout import Weights
 
-_FORMED_NUMBERS = 2**24
-"""Numbers of the matrices that are formed at once."""
-_AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
+_FORMED_NUMBERS = 2**22
+"""Numbers of the matrices that are formed at once: they stay in the processor's cache."""
+_FORMED_NUMBERS_ACCELERATOR = 2**28
+_ROWS = 4096
+"""Rows that go through an MLP's factors at a time."""
+AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""How far an explicit layer's value may be from the frozen layer's own."""
 
 
-def worth_it(link: LayerLink, columns: int) -> bool:
-    """Whether a layer has explicit products, and this many columns make forming its matrices cheaper."""
-    weights = link.weights
-    if weights is None or link.hold.ordinary or columns == 0 or link.trace.dtype not in _AGREEMENT:
+def available(layer: nn.Module, weights: Weights, dtype: torch.dtype) -> bool:
+    """Whether a layer has every part that its family's entry names, with a weight that can be read."""
+    modules = dict(layer.named_modules())
+    if dtype not in AGREEMENT or any(path not in modules for path in weights.paths):
         return False
-    modules = dict(link.module.named_modules())
-    if any(path not in modules for path in vars(weights).values() if path is not None):
-        return False
-    parts = [modules[path] for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)]
-    up = parts[3]
-    if not all(has_dense_weight(part) for part in parts) or not isinstance(up, nn.Linear):
-        return False
-    f, d = up.out_features, up.in_features
-    return columns * (2 * f - d) > d * f
-
-
-@dataclass(frozen=True)
-class _Coefficients:
-    """What is held in one layer: norms `[T, d]`, the MLP's branches `[T, f]`, attention `[H, T, T]`."""
-
-    attn_in: Tensor
-    attn_out: Tensor | None
-    mlp_in: Tensor
-    mlp_out: Tensor | None
-    up: Tensor | None
-    gate: Tensor | None
-    probs: Tensor
+    return all(has_dense_weight(modules[path]) for path in weights.matrices)
 
 
 class ExplicitLayer:
-    """One layer's explicit backward products. Memory: its coefficients, and what the workspace holds."""
+    """One layer's explicit products.
 
-    def __init__(self, link: LayerLink, workspace: Workspace) -> None:
-        weights = link.weights
-        assert weights is not None
-        self._workspace = workspace
-        self._name = link.name
-        self._v, self._o, self._gate, self._up, self._down = (
-            cast("Tensor", dense_weight(link.module.get_submodule(path))).to(link.trace.dtype)
-            for path in (weights.v, weights.o, weights.gate, weights.up, weights.down)
-        )
-        self._held, self._input, self._output = self._read(link, weights)
+    Blocks are `[T, n, d]`: what belongs to one position is one matrix. Memory: the weights once more where they are
+    stored in another dtype, and what the workspace holds.
 
-    def _read(self, link: LayerLink, weights: Weights) -> tuple[_Coefficients, Tensor, Tensor]:
-        """Run the layer frozen and read every coefficient off its graph; also the graph's two ends."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+    Parameters
+    ----------
+    layer, weights
+        The layer, and where its parts are.
+    held
+        Its coefficients.
+    dtype
+        Of the products.
+    workspace
+        Shared by all layers of a sweep.
+    """
 
-        def remember(path: str) -> Any:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                seen[path] = (mode.live(args[0]), mode.live(output))
+    def __init__(
+        self, layer: nn.Module, weights: Weights, held: Coefficients, dtype: torch.dtype, workspace: Workspace
+    ) -> None:
+        self._held, self._workspace = held, workspace
+        self._v, self._v_bias = _part(layer, weights.v, dtype)
+        self._o, self._o_bias = _part(layer, weights.o, dtype)
+        self._gate, self._gate_bias = _part(layer, weights.gate, dtype)
+        self._up, self._up_bias = _part(layer, weights.up, dtype)
+        self._down, self._down_bias = _part(layer, weights.down, dtype)
+        if weights.fused:
+            rows = (len(self._v) - self._o.shape[1]) // 2  # q, k and v lie one behind the other, k as wide as v
+            self._v, self._v_bias = self._v[-rows:], None if self._v_bias is None else self._v_bias[-rows:]
+            inner = self._down.shape[1]
+            self._gate, self._up = self._gate[:inner], self._up[inner:]
+            if self._up_bias is not None and self._gate_bias is not None:
+                self._gate_bias, self._up_bias = self._gate_bias[:inner], self._up_bias[inner:]
 
-            return hook
+    @property
+    def device(self) -> torch.device:
+        """Where the products are done."""
+        return self._down.device
 
-        dtype = link.trace.dtype
-        with frozen(link.module, link.hold, dtype, name=link.name, keep=_all) as mode, torch.no_grad():
-            paths = {path for path in vars(weights).values() if path is not None}
-            handles = [link.module.get_submodule(path).register_forward_hook(remember(path)) for path in paths]
-            hidden = link.call.hidden.clone()
-            x = mode.enter(hidden)
-            try:
-                post = mode.live(link.call(hidden))
-            finally:
-                for handle in handles:
-                    handle.remove()
+    def formed(self, columns: int) -> bool:
+        """Whether this many columns make forming the MLP's matrices cheaper than its factors."""
+        d, f = self._down.shape
+        return columns * (2 * f - d) > d * f
 
-        def diagonal(path: str | None) -> Tensor | None:
-            return None if path is None else _diagonal(seen[path][1], seen[path][0])
-
-        inner = seen[weights.down][0]
-        (probs,) = mode.probabilities.values()
-        attn_in, mlp_in = diagonal(weights.attn_norm), diagonal(weights.mlp_norm)
-        assert attn_in is not None
-        assert mlp_in is not None
-        held = _Coefficients(
-            attn_in=attn_in,
-            attn_out=diagonal(weights.attn_post),
-            mlp_in=mlp_in,
-            mlp_out=diagonal(weights.mlp_post),
-            up=_diagonal(inner, seen[weights.up][1]),
-            gate=_diagonal(inner, seen[weights.gate][1]),
-            probs=probs[0].to(dtype),
-        )
-        return held, x, post
-
-    def _compare(self, cotangent: Tensor, pulled: Tensor) -> None:
-        """Refuse when the generic link pulls a column `[T, 1, d]` somewhere else."""
-        generic = batched_vjp(self._output, self._input, cotangent.transpose(0, 1)[None])[0]
-        error = ((pulled.transpose(0, 1) - generic).norm() / generic.norm()).item()
-        if not error <= _AGREEMENT[pulled.dtype]:
-            raise NotExactError(f"{self._name}: explicit and generic products differ by {error:.1e}")
-
-    def vjp(self, block: Float[Tensor, "n T d"], active: slice, chunk: int | None) -> slice:
+    def vjp(self, block: Float[Tensor, "T n d"], active: slice, reached: slice, chunk: int | None) -> None:
         """Pull a block of cotangents through the layer, in place.
 
         Parameters
         ----------
         block
-            The cotangents; those outside `active` are zero. Fastest when its memory is laid out as `[T, n, d]`.
-        active
-            The positions that have cotangents.
+            The cotangents; those outside `active` are zero.
+        active, reached
+            The positions that have cotangents, and those that they attend to.
         chunk
             How many columns at a time.
 
-        Returns
-        -------
-        slice
-            The positions that have cotangents now: all that the active ones attend to.
-
         Notes
         -----
-        Cost: 2 T d^2 (f + n) flops for the MLP, 2 n T d (H + H_kv) d_head for V and O, 2 n T^2 H d_head for mixing.
+        Cost: 2 T d^2 (f + n) flops for the MLP with its matrices formed, 4 n T d f with its factors; 2 n T d d_head
+        (H + H_kv) for V and O, 2 n T^2 H d_head for mixing.
         """
-        check = torch.zeros_like(self._output).transpose(0, 1)
-        random = torch.Generator().manual_seed(0)
-        check[active] = torch.randn(check[active].shape, generator=random, dtype=check.dtype).to(check.device)
-        pulled = check.clone()
-        chunks = [*block.transpose(0, 1).split(chunk or len(block), dim=1), pulled]
-        for group in _groups(active, self._down.shape):
-            maps = self._mlp_maps(group)
-            for part in chunks:
-                moved = self._room("moved", maps.shape[0], part.shape[1], part.shape[2])
-                part[group] += torch.bmm(part[group].to(maps.device), maps, out=moved).to(part.device)
-        later = self._held.probs[:, active, active.stop :]
-        reached = slice(0, len(check) if later.any() else active.stop)
-        for part in chunks:
-            part[reached] += self._attention(part[active], active, reached).to(part.device)
-        self._compare(check, pulled)
-        return reached
+        self._mlp(block, active, back=True)
+        for part in block.split(chunk or block.shape[1], dim=1):
+            pulled = self._attention_back(part[active], active, reached)
+            _add(part[reached], pulled, _rows(self._held.attn_in, reached))
+
+    def jvp(self, block: Float[Tensor, "T n d"], wanted: slice, chunk: int | None) -> None:
+        """Push a block of tangents through the layer, in place: only the `wanted` positions are right afterwards.
+
+        Positions behind the last wanted one must not matter. Cost: as for `vjp`, V at all positions and the rest at
+        those wanted.
+        """
+        for part in block.split(chunk or block.shape[1], dim=1):
+            pushed = self._attention_forth(part, wanted)
+            _add(part[wanted], pushed, _rows(self._held.attn_out, wanted))
+        self._mlp(block, wanted, back=False)
+
+    def value(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
+        """The layer's value at an input, biases included. Cost: one column."""
+        block, everywhere = x.to(self.device)[:, None].clone(), slice(0, len(x))
+        pushed = self._attention_forth(block, everywhere, affine=True)
+        _add(block, pushed, _rows(self._held.attn_out, everywhere))
+        self._factored(block, everywhere, back=False, affine=True)
+        return block[:, 0]
 
     def _room(self, name: str, *shape: int) -> Tensor:
         return self._workspace(name, self._down, *shape)
 
-    def _mlp_maps(self, group: slice) -> Float[Tensor, "g d d"]:
-        """M_t - I for a group of positions: the residual stream is added behind the product, which rounds less."""
+    def _mlp(self, block: Tensor, positions: slice, back: bool) -> None:
+        """Put the block through the MLP, some positions at a time."""
+        columns = block.shape[1]
+        if not self.formed(columns):
+            for group in _groups(positions, max(1, _ROWS // columns)):
+                self._factored(block, group, back)
+            return
+        mlp_in = self._held.mlp_in
+        for group in _groups(positions, self._together):
+            maps, factors, source = self._maps(group), _rows(mlp_in, group), block[group].to(self.device)
+            if not back:
+                maps = maps.transpose(1, 2)
+                source, factors = source if factors is None else source * factors, None
+            moved = torch.bmm(source, maps, out=self._room("moved", *source.shape))
+            _add(block[group], moved, factors)
+
+    @property
+    def _together(self) -> int:
+        """How many positions' matrices are formed at once."""
+        d, f = self._down.shape
+        numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
+        return max(1, numbers // (d * (d + f)))
+
+    def _maps(self, group: slice) -> Float[Tensor, "g d d"]:
+        """C_out W_down A_t W_up for a group of positions.
+
+        Without the identity, which is added behind the product: that rounds less.
+        """
         held = self._held
         f, d = self._up.shape
         g = group.stop - group.start
         inner = self._room("inner", f, g, d)
-        branches = [(held.up, self._up), (held.gate, self._gate)]
-        live = [(factors[group].T[:, :, None], weight[:, None]) for factors, weight in branches if factors is not None]
+        live = [(factors[group].T[:, :, None], weight[:, None]) for factors, weight in self._branches()]
         torch.mul(*live[0], out=inner)
         for factors, weight in live[1:]:
             inner.addcmul_(factors, weight)
-        maps = (
-            torch.mm(self._down, inner.view(f, g * d), out=self._room("maps", d, g * d)).view(d, g, d).transpose(0, 1)
-        )
+        maps = torch.mm(self._down, inner.view(f, g * d), out=self._room("maps", d, g * d)).view(d, g, d)
         if held.mlp_out is not None:
-            maps *= held.mlp_out[group, :, None]
-        maps *= held.mlp_in[group, None]
-        return maps
+            maps *= held.mlp_out[group].T[:, :, None]
+        return maps.transpose(0, 1)
 
-    def _attention(self, cotangents: Tensor, active: slice, reached: slice) -> Float[Tensor, "S n d"]:
+    def _branches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(held factors, weight) of the branches through which something flows."""
+        for factors, weight in ((self._held.up, self._up), (self._held.gate, self._gate)):
+            if factors is not None:
+                yield factors, weight
+
+    def _factored(self, block: Tensor, group: slice, back: bool, affine: bool = False) -> None:
+        """Move a group of positions through the MLP's factors and add the result to the block."""
         held = self._held
-        G = cotangents.to(self._o.device)
+        source = block[group].to(self.device)
+        before, after = (held.mlp_out, held.mlp_in) if back else (held.mlp_in, held.mlp_out)
+        if before is not None:
+            source = source * before[group, None]
+        if back:
+            inner = source @ self._down
+            moved = torch.zeros_like(source)
+            for factors, weight in self._branches():
+                moved += (inner * factors[group, None]) @ weight
+        else:
+            biases = {id(self._up): self._up_bias, id(self._gate): self._gate_bias} if affine else {}
+            live = [
+                nn.functional.linear(source, weight, biases.get(id(weight))).mul_(factors[group, None])
+                for factors, weight in self._branches()
+            ]
+            inner = live[0] if len(live) == 1 else live[0] + live[1]
+            moved = nn.functional.linear(inner, self._down, self._down_bias if affine else None)
+        _add(block[group], moved, _rows(after, group))
+
+    def _heads(self) -> tuple[int, int, int]:
+        """How many heads, how many of keys and values, and d_head."""
+        heads = self._held.probs.shape[0]
+        d_head = self._o.shape[1] // heads
+        return heads, self._v.shape[0] // d_head, d_head
+
+    def _attention_back(self, cotangents: Tensor, active: slice, reached: slice) -> Float[Tensor, "S n d"]:
+        """Pull through O, the mixing and V; the norm before V is left to the caller."""
+        held, G = self._held, cotangents.to(self.device)
         if held.attn_out is not None:
             G = torch.mul(G, held.attn_out[active, None], out=self._room("scaled", *G.shape))
-        length, n, d = G.shape
-        n_heads, inner = held.probs.shape[0], self._o.shape[1]
-        d_head = inner // n_heads
-        n_kv = self._v.shape[0] // d_head
-        by_position = torch.mm(G.reshape(-1, d), self._o, out=self._room("by_position", length * n, inner))
-        by_head = self._room("by_head", n_kv, n_heads // n_kv, length, n, d_head)
-        by_head.copy_(by_position.view(length, n, n_kv, -1, d_head).permute(2, 3, 0, 1, 4))
-        probs = held.probs[:, active, reached].reshape(n_kv, -1, reached.stop)
-        mixed = probs.transpose(1, 2) @ by_head.view(n_kv, -1, n * d_head)
-        values = mixed.view(n_kv, reached.stop, n, d_head).permute(1, 2, 0, 3).reshape(-1, n_kv * d_head)
-        pulled = torch.mm(values, self._v, out=self._room("pulled", len(values), d)).view(reached.stop, n, d)
-        return pulled.mul_(held.attn_in[reached, None])
+        (length, n, d), (heads, kv, d_head) = G.shape, self._heads()
+        by_position = torch.mm(G.reshape(-1, d), self._o, out=self._room("by_position", length * n, heads * d_head))
+        by_head = self._room("by_head", kv, heads // kv, length, n, d_head)
+        by_head.copy_(by_position.view(length, n, kv, -1, d_head).permute(2, 3, 0, 1, 4))
+        probs = held.probs[:, active, reached].reshape(kv, -1, reached.stop - reached.start)
+        mixed = self._room("mixed", kv, probs.shape[-1], n * d_head)
+        torch.bmm(probs.transpose(1, 2), by_head.view(kv, -1, n * d_head), out=mixed)
+        values = self._room("values", probs.shape[-1], n, kv, d_head)
+        values.copy_(mixed.view(kv, -1, n, d_head).permute(1, 2, 0, 3))
+        pulled = self._room("pulled", probs.shape[-1] * n, d)
+        return torch.mm(values.view(-1, kv * d_head), self._v, out=pulled).view(-1, n, d)
+
+    def _attention_forth(self, block: Tensor, wanted: slice, affine: bool = False) -> Float[Tensor, "W n d"]:
+        """Push through V, the mixing and O; the norm behind O is left to the caller."""
+        held, X = self._held, block.to(self.device)
+        (length, n, _), (heads, kv, d_head) = X.shape, self._heads()
+        if held.attn_in is not None:
+            X = torch.mul(X, held.attn_in[:length, None], out=self._room("scaled", *X.shape))
+        values = nn.functional.linear(X, self._v, self._v_bias if affine else None)
+        by_head = self._room("by_head", kv, length, n, d_head)
+        by_head.copy_(values.view(length, n, kv, d_head).permute(2, 0, 1, 3))
+        probs = held.probs[:, wanted, :length]
+        rows = probs.shape[1]
+        mixed = self._room("mixed", kv, heads // kv * rows, n * d_head)
+        torch.bmm(probs.reshape(kv, -1, length), by_head.view(kv, length, -1), out=mixed)
+        by_position = self._room("by_position", rows, n, heads, d_head)
+        by_position.copy_(mixed.view(heads, rows, n, d_head).permute(1, 2, 0, 3))
+        return nn.functional.linear(by_position.view(rows, n, -1), self._o, self._o_bias if affine else None)
 
 
-def _groups(positions: slice, down: torch.Size) -> list[slice]:
-    """Cut positions so that the matrices formed at once stay small beside a memory budget."""
-    d, f = down
-    size = max(1, _FORMED_NUMBERS // (d * (d + f)))
+def _part(layer: nn.Module, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A part's weight `[out, in]` and bias."""
+    module = layer.get_submodule(path)
+    weight, bias = dense_weight(module), module.bias
+    assert weight is not None
+    return weight.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None
+
+
+def _rows(factors: Tensor | None, positions: slice) -> Tensor | None:
+    return None if factors is None else factors[positions, None]
+
+
+def _add(block: Tensor, moved: Tensor, factors: Tensor | None) -> None:
+    """Add to the residual stream, factors first, wherever the block lives."""
+    if factors is None:
+        block += moved.to(block.device)
+    else:
+        block.addcmul_(moved.to(block.device), factors.to(block.device))
+
+
+def _groups(positions: slice, size: int) -> list[slice]:
     return [slice(t, min(t + size, positions.stop)) for t in range(positions.start, positions.stop, size)]
 
 
@@ -219,13 +271,3 @@ class Workspace:
         if room is None or room.numel() < numbers or room.dtype != like.dtype or room.device != like.device:
             room = self._rooms[name] = like.new_empty(numbers)
         return room[:numbers].view(shape)
-
-
-def _all(probs: Tensor) -> Tensor:
-    return probs
-
-
-def _diagonal(output: Tensor, source: Tensor) -> Tensor | None:
-    """The factors `[T, n]` of an element-wise linear operation; None where nothing flows."""
-    (factors,) = torch.autograd.grad(output.sum(), source, retain_graph=True, allow_unused=True)
-    return None if factors is None else factors[0]

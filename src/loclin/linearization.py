@@ -14,6 +14,7 @@ from loclin.chain import Chain
 from loclin.errors import NotExactError, PromptError
 from loclin.freeze import Gate, Hold, Precision
 from loclin.linear_map import LinearMap
+from loclin.memory import budget
 from loclin.models import Model, wrap
 from loclin.padding import without_padding
 from loclin.points import parse
@@ -45,7 +46,7 @@ class Linearization:
         self, model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, memory: int | float | str | None
     ) -> None:
         self.model = model
-        self.trace = trace(model, input_ids, hold)
+        self.trace = trace(model, input_ids, hold, keep=budget(memory, model.device) // 4)
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = hold.gate, hold.resolved(model.hf.dtype)
         self.padded_error: float | None = None
@@ -188,7 +189,7 @@ def linearize(
 
     Notes
     -----
-    Cost: two forward passes. Where the family has no explicit links, the certificate as well.
+    Cost: two forward passes. Where layers have no explicit products, the certificate as well.
     """
     model = model if isinstance(model, Model) else wrap(model)
     if isinstance(prompt, str):
@@ -198,7 +199,7 @@ def linearize(
     elif attention_mask is not None and prompt.dim() == 2 and len(prompt) == 1:
         (prompt,) = without_padding(prompt, attention_mask)
     result = Linearization(model, _checked(model, prompt), Hold(gate, precision), memory)
-    if strict and (result.trace.misuses or result.trace.anatomy.weights is None):
+    if strict and (result.trace.misuses or not all(result.trace.explicit)):
         certificate = result.certify()
         if not certificate.passed:
             blamed = certificate.culprits[0].module if certificate.culprits else ""

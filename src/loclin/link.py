@@ -14,7 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.coefficients import Coefficients, Reader
+from loclin.explicit import ExplicitLayer, Workspace
 from loclin.freeze import Hold, evaluation, frozen
+from loclin.models.layout import Weights
 from loclin.models.route import first, hidden_state, logits_at
 from loclin.trace import Call, Trace
 
@@ -97,8 +100,37 @@ class LayerLink:
         self.module = self.call.block.module
         self.name = self.call.block.name
         self.device = self.call.hidden.device
-        self.weights = trace.anatomy.weights
         self.hold = hold or trace.hold
+
+    def explicit(self, workspace: Workspace) -> ExplicitLayer | None:
+        """The layer's explicit products, where it has them. Cost: a forward pass, if its coefficients are not kept."""
+        weights, trace = self.trace.anatomy.weights, self.trace
+        if weights is None or not trace.explicit[self.index] or self.hold != trace.hold:
+            return None
+        held = trace.coefficients[self.index] or self._coefficients(weights)
+        return ExplicitLayer(self.module, weights, held, trace.dtype, workspace)
+
+    def _coefficients(self, weights: Weights) -> Coefficients:
+        probs: list[Tensor] = []
+
+        def keep(found: Tensor) -> Tensor:
+            probs.append(found)
+            return found
+
+        with frozen(self.module, self.hold, self.trace.dtype, name=self.name, keep=keep) as mode, torch.no_grad():
+            mode.graph = False
+            reader = Reader(mode, self.module, weights)
+            handles = list(reader.hooks())
+            hidden = self.call.hidden.clone()
+            mode.enter(hidden, self.call.value)
+            try:
+                self.call(hidden)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        held = reader.found(probs[-1])
+        assert held is not None  # the same pass was read before
+        return held
 
     def graph(self, collect: bool = False) -> Graph:
         """Rebuild the layer's own graph from its recorded input. Cost: two forward passes of the layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from loclin import explicit
+from loclin.coefficients import Coefficients, Reader
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Frozen, Hold, Misuse, evaluation, exact_arithmetic, frozen
 from loclin.models.layout import Anatomy, anatomy
@@ -62,6 +66,9 @@ class Trace:
     `attention_received` `[T]` is the share of attention that later tokens give to each token, the mean over layers and
     heads (zero where a model has no attention).
 
+    `explicit[l]` says whether layer l has explicit products (see `loclin.explicit`) that rebuild its value, and
+    `coefficients[l]` is what they need, where it is kept; `causal` is True where no token attends to a later one.
+
     Where blocks do not hand the hidden state straight to one another, `route.whole` says why, and the network from the
     embeddings to `final` is one single layer.
     """
@@ -80,6 +87,9 @@ class Trace:
     bit_identical: bool
     attention_received: Float[Tensor, " T"]
     misuses: tuple[Misuse, ...]
+    explicit: tuple[bool, ...]
+    coefficients: tuple[Coefficients | None, ...]
+    causal: bool
     _heads: dict[int, Head] = field(default_factory=dict)
 
     @property
@@ -181,10 +191,11 @@ class _NotAChain(Exception):
 
 
 @exact_arithmetic()
-def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold) -> Trace:
+def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, keep: int = 0) -> Trace:
     """Run the model twice, stock and frozen, and remember the frozen pass.
 
-    Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks.
+    Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks,
+    and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T) numbers are all of them.
 
     Raises
     ------
@@ -196,19 +207,26 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold) -> Trace:
     with evaluation(model.hf), torch.no_grad():
         route = find_route(model, parts, input_ids)
         try:
-            return _record(model, parts, route, input_ids, hold)
+            return _record(model, parts, route, input_ids, hold, keep)
         except _NotAChain as why:
-            return _record(model, parts, as_whole(route, model, parts, str(why)), input_ids, hold)
+            return _record(model, parts, as_whole(route, model, parts, str(why)), input_ids, hold, keep)
 
 
-def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold: Hold) -> Trace:
+def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold: Hold, keep: int) -> Trace:
     dtype = hold.dtype(route.final.dtype)
     keeps = hold.keeps_stock(route.final.dtype)
     calls: list[Call] = []
     attn_out: list[Tensor | None] = []
     last: dict[str, Tensor] = {}
+    ahead: list[Tensor] = []
 
-    with frozen(model.hf, hold, dtype, keep=_received) as mode, ExitStack() as stack:
+    def attention(probs: Tensor) -> Tensor:
+        last["probs"] = probs
+        ahead.append(probs.triu(1).any().cpu())
+        return _received(probs)
+
+    with frozen(model.hf, hold, dtype, keep=attention) as mode, ExitStack() as stack:
+        layers = _Explicit(mode, route, parts, keep)
 
         def value(tensor: Tensor) -> Tensor:
             return (tensor if keeps else mode.live(tensor)).detach().to(dtype)
@@ -223,9 +241,12 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
                 raise _NotAChain(f"{block.name} takes more from the embeddings than its hidden state")
             calls.append(Call(block, hidden.detach().clone(), value(hidden).clone(), args[1:], rest))
             attn_out.append(None)
+            last["entered"] = mode.live(hidden).detach()
 
         def left(_module: nn.Module, _args: Any, output: Any) -> None:
             last["hidden"], last["value"] = first(output).detach(), value(first(output))
+            if route.whole is None:
+                layers.read(len(calls) - 1, last["entered"], mode.live(first(output)), last.pop("probs", None))
 
         def attended(_module: nn.Module, _args: Any, output: Any) -> None:
             attn_out[-1] = value(first(output))
@@ -240,6 +261,8 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
             stack.callback(mode.watch(module).remove)
         if route.whole is not None:
             stack.callback(model.hf.get_input_embeddings().register_forward_hook(embedded).remove)
+        for handle in layers.hooks():
+            stack.callback(handle.remove)
         for module in dict.fromkeys(block.module for block in route.blocks):
             stack.callback(module.register_forward_pre_hook(entered, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(left).remove)
@@ -269,8 +292,48 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
         bit_identical=torch.equal(stock_final, route.final) and torch.equal(head.stock, route.logits),
         attention_received=torch.stack(received).mean(0) if received else torch.zeros(input_ids.shape[1]),
         misuses=tuple(mode.misuses),
+        explicit=tuple(layers.exact) if calls else (),
+        coefficients=tuple(layers.kept),
+        causal=not any(ahead),
         _heads={input_ids.shape[1] - 1: head},
     )
+
+
+class _Explicit:
+    """Which layers of a frozen pass have explicit products, and their coefficients as far as they are kept."""
+
+    def __init__(self, mode: Frozen, route: Route, parts: Anatomy, keep: int) -> None:
+        self._mode, self._room = mode, keep
+        self._weights = None if mode.hold.ordinary or route.whole is not None else parts.weights
+        self._readers: list[Reader | None] = [self._reader(block.module) for block in route.blocks]
+        self._workspace = explicit.Workspace()
+        n = max(1, len(route.blocks))
+        self.exact = [False] * n
+        self.kept: list[Coefficients | None] = [None] * n
+
+    def _reader(self, layer: nn.Module) -> Reader | None:
+        if self._weights is None or not explicit.available(layer, self._weights, self._mode.dtype):
+            return None
+        return Reader(self._mode, layer, self._weights)
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hook every layer's parts."""
+        for reader in self._readers:
+            if reader is not None:
+                yield from reader.hooks()
+
+    def read(self, index: int, x: Tensor, y: Tensor, probs: Tensor | None) -> None:
+        """Take a layer's coefficients after it ran from x to y `[1, T, d]`, if they rebuild y."""
+        reader = self._readers[index]
+        held = None if reader is None or probs is None else reader.found(probs)
+        if held is None or reader is None or self._weights is None:
+            return
+        layer = explicit.ExplicitLayer(reader.layer, self._weights, held, self._mode.dtype, self._workspace)
+        error = (layer.value(x[0]).to(y.device) - y[0]).norm() / y.norm()
+        self.exact[index] = error.item() <= explicit.AGREEMENT[self._mode.dtype]
+        if self.exact[index] and held.nbytes <= self._room:
+            self._room -= held.nbytes
+            self.kept[index] = held
 
 
 def _leave(

@@ -18,18 +18,31 @@ from loclin.errors import ModelError
 class Weights:
     """Paths, from a layer, of the parts on the linear path: what explicit links multiply with.
 
-    The `_post` norms are those that some families put behind a block.
+    The `_norm`s stand before a block, the `_post` ones behind it; None where there is none. `fused`: v is the last part
+    of one matrix with q and k, and the gate is the first half of one matrix with up.
     """
 
-    attn_norm: str = "input_layernorm"
+    attn_norm: str | None = "input_layernorm"
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
     attn_post: str | None = None
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     mlp_post: str | None = None
+    fused: bool = False
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The paths of what has a weight matrix."""
+        return self.v, self.o, self.gate, self.up, self.down
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths there are."""
+        norms = (self.attn_norm, self.attn_post, self.mlp_norm, self.mlp_post)
+        return (*self.matrices, *(path for path in norms if path is not None))
 
 
 _FOUR_NORMS = Weights(
@@ -37,9 +50,18 @@ _FOUR_NORMS = Weights(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post="post_feedforward_layernorm",
 )
+_NORMS_BEHIND = Weights(
+    attn_norm=None,
+    attn_post="post_attention_layernorm",
+    mlp_norm=None,
+    mlp_post="post_feedforward_layernorm",
+)
+_FUSED = Weights(v="self_attn.qkv_proj", gate="mlp.gate_up_proj", up="mlp.gate_up_proj", fused=True)
 EXPLICIT: dict[str, Weights] = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), Weights()),
     **dict.fromkeys(("gemma2", "gemma3_text"), _FOUR_NORMS),
+    **dict.fromkeys(("olmo2", "olmo3"), _NORMS_BEHIND),
+    "phi3": _FUSED,
 }
 """Families whose layers have explicit products; generic links serve every other."""
 
@@ -85,9 +107,8 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
 def _has(layer: nn.Module, weights: Weights) -> bool:
     """Whether a layer is the family's own, with every part in its place; code beside it may borrow its config."""
-    paths = {path for path in vars(weights).values() if path is not None}
     own = type(layer).__module__.startswith("transformers.models.")
-    return own and paths <= {path for path, _ in layer.named_modules()}
+    return own and set(weights.paths) <= {path for path, _ in layer.named_modules()}
 
 
 def _blocks(root: nn.Module) -> tuple[nn.Module, ...]:
