@@ -6,6 +6,7 @@ target, 2 T P flops where P counts the V, O, up and down weights of those layers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,7 +20,7 @@ from loclin.link import HeadLink, LayerLink, NormLink
 from loclin.points import Point
 from loclin.trace import Trace
 
-_CHUNK_ROWS = 4096
+_CHUNK_ROWS = 1600
 """Rows (columns times positions) of one matrix product on a CPU: enough for its full speed; more only takes more
 memory."""
 _CHUNK_ROWS_ACCELERATOR = 65536
@@ -50,12 +51,12 @@ class Chain:
             return self.trace.stock_logits.shape[0]
         return self.trace.final.shape[-1] if point.kind == "final" else self.trace.width
 
-    @property
-    def chunk(self) -> int:
-        """How many columns go through a layer at a time when memory does not matter."""
-        if self.trace.layers[0].hidden.device.type != "cpu":
-            return _CHUNK_ROWS_ACCELERATOR // self.trace.length + 1
-        return _CHUNK_ROWS // self.trace.length + 1
+    def chunk(self, columns: int, most: int) -> int:
+        """How many columns go through a layer at a time: equal parts of at most `most`, that fill a product's rows."""
+        on_cpu = self.trace.layers[0].hidden.device.type == "cpu"
+        rows = _CHUNK_ROWS if on_cpu else _CHUNK_ROWS_ACCELERATOR
+        parts = math.ceil(columns / max(1, min(most, math.ceil(rows / self.trace.length))))
+        return math.ceil(columns / max(1, parts))
 
     def check(self, source: Point, target: Point) -> None:
         """Refuse a target that the source does not lead to.

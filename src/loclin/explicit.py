@@ -18,7 +18,7 @@ from loclin.coefficients import Coefficients
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.models.layout import Weights
 
-_FORMED_NUMBERS = 2**22
+_FORMED_NUMBERS = 5_000_000
 """Numbers of the matrices that are formed at once: they stay in the processor's cache."""
 _FORMED_NUMBERS_ACCELERATOR = 2**28
 _ROWS = 4096
@@ -145,7 +145,7 @@ class ExplicitLayer:
         """How many positions' matrices are formed at once."""
         d, f = self._down.shape
         numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
-        return max(1, numbers // (d * (d + f)))
+        return max(1, numbers // (d * (d + f)) // 2 * 2)  # an odd one would leave a core idle
 
     def _maps(self, group: slice) -> Float[Tensor, "g d d"]:
         """C_out W_down A_t W_up for a group of positions.
@@ -153,17 +153,17 @@ class ExplicitLayer:
         Without the identity, which is added behind the product: that rounds less.
         """
         held = self._held
-        f, d = self._up.shape
+        d, f = self._down.shape
         g = group.stop - group.start
-        inner = self._room("inner", f, g, d)
-        live = [(factors[group].T[:, :, None], weight[:, None]) for factors, weight in self._branches()]
-        torch.mul(*live[0], out=inner)
-        for factors, weight in live[1:]:
-            inner.addcmul_(factors, weight)
-        maps = torch.mm(self._down, inner.view(f, g * d), out=self._room("maps", d, g * d)).view(d, g, d)
-        if held.mlp_out is not None:
-            maps *= held.mlp_out[group].T[:, :, None]
-        return maps.transpose(0, 1)
+        maps = self._room("maps", g * d, d)
+        for i, (factors, weight) in enumerate(self._branches()):
+            inner = torch.mul(factors[group, None], self._down, out=self._room("inner", g, d, f)).view(g * d, f)
+            if i:
+                maps.addmm_(inner, weight)
+            else:
+                torch.mm(inner, weight, out=maps)
+        maps = maps.view(g, d, d)
+        return maps if held.mlp_out is None else maps.mul_(held.mlp_out[group, :, None])
 
     def _branches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(held factors, weight) of the branches through which something flows."""

@@ -258,7 +258,7 @@ class LinearMap:
         room = memory.budget(self._budget, self.device) // per_column
         if room < 1:
             raise BudgetError(f"the memory budget is too small: the least that works is {per_column:,} bytes")
-        chunk = min(room, self.chain.chunk)
+        chunk = self.chain.chunk(len(block), room)
         total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
         with tqdm(
             total=total, desc="exact map", unit="col", unit_scale=True, delay=2, leave=False, disable=None
