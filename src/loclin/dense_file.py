@@ -77,9 +77,10 @@ class DenseFile:
         ResultError
             When there is a file of another map, or one that was altered.
         """
+        if not self.path.is_file():
+            check_writable(self.path)
         found = self._open()
         if found is None:
-            check_writable(self.path)
             with self._lock():
                 found = self._open()
                 if found is None:

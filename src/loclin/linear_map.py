@@ -399,7 +399,7 @@ class LinearMap:
             normed=self.normed,
             positions=self.tokens,
             versions=versions(),
-            certificate=self.certificate,
+            certificate=(self._whole or self).certificate,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
