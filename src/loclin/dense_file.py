@@ -32,7 +32,8 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" e
 class DenseFile:
     """A dense map `[d_out, T, d_in]` in the file `path`, and what it is of in `PATH.json`.
 
-    Until all rows are there, they are in `PATH.partial`; the `.json` counts those that are on the disk.
+    Until all rows are there, they are in `PATH.partial`; the `.json` counts those that are on the disk. The hidden
+    `.lock` beside them may be deleted when nobody writes.
 
     Parameters
     ----------

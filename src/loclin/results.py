@@ -126,7 +126,7 @@ class Comparison:
     Attributes
     ----------
     provenance
-        What is not the same about where they came from: both values, by field.
+        What is not the same about where they came from, dates and certificates aside: both values, by field.
     errors
         |a - b| / |b| of every tensor, by field; 0 where all bits agree.
     """
@@ -145,7 +145,7 @@ def compare(a: Result, b: Result) -> Comparison:
     """
     if type(a) is not type(b):
         raise OptionError(f"a {type(a).__name__} and a {type(b).__name__} cannot be compared; give two of one kind")
-    first, second = (result.provenance.to_dict() if result.provenance else {} for result in (a, b))
+    first, second = (_described(result) for result in (a, b))
     names = dict.fromkeys([*first, *second])
     differing = {n: (first.get(n), second.get(n)) for n in names if first.get(n) != second.get(n)}
     errors = {}
@@ -157,6 +157,11 @@ def compare(a: Result, b: Result) -> Comparison:
                 raise OptionError(f"{field.name} has the shapes {shapes}: compare maps of one shape, with the same k")
             errors[field.name] = _relative(one, other)
     return Comparison(differing, errors)
+
+
+def _described(result: Result) -> dict[str, Any]:
+    known = result.provenance
+    return {} if known is None else known.key() | {"versions": known.versions}
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

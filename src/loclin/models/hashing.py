@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def weights_hash(module: nn.Module) -> str:
     Cost: one read of them, about 600 MB/s.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in module.state_dict().items():
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):  # tied ones once
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         if not tensor.is_meta:
             digest.update(tensor_bytes(tensor))
