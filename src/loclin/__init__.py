@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loclin.linear_map import LinearMap
     from loclin.linearization import Linearization, linearize
     from loclin.models import Model, load, wrap
+    from loclin.results import Provenance, compare
     from loclin.spectral import SVD
 
 __version__ = "0.1.0"
@@ -25,6 +26,8 @@ __all__ = [
     "Linearization",
     "LoclinError",
     "Model",
+    "Provenance",
+    "compare",
     "explain",
     "freeze",
     "linearize",
@@ -41,6 +44,8 @@ _ROOMS = {
     "Linearization": "linearization",
     "LoclinError": "errors",
     "Model": "models",
+    "Provenance": "results",
+    "compare": "results",
     "explain": "analyses.explain",
     "load": "models",
     "linearize": "linearization",

@@ -127,12 +127,12 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return asdict(self) | {"passed": self.passed}
+        return asdict(self) | {"culprits": [asdict(culprit) for culprit in self.culprits], "passed": self.passed}
 
 
 @exact_arithmetic()
 def certify(J: LinearMap, seed: int = 0) -> Certificate:
-    """Certify a map from the embeddings.
+    """Certify a map from the embeddings; from then on, what is saved of it carries the certificate.
 
     Cost: about ten columns, one backward pass through the whole frozen model, and one small graph per layer.
     """
@@ -152,7 +152,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     exact = max(error, second, row_error) <= limit and not trace.misuses
     model_final = trace.stock_final.to(J.dtype)
     keeps = trace.hold.keeps_stock(trace.stock_final.dtype)
-    return Certificate(
+    certificate = Certificate(
         reconstruction_error=error,
         forward_error=relative(trace.final - model_final, model_final),
         bit_identical=trace.bit_identical,
@@ -168,6 +168,8 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
         forward_tolerance=0.0 if keeps else _FORWARD_TOLERANCE[trace.stock_final.dtype],
         culprits=() if exact else tuple(culprits(trace, J.chain.hold, limit)),
     )
+    J.certificate = certificate.to_dict()
+    return certificate
 
 
 def _second_derivative(link: LayerLink) -> float:

@@ -34,3 +34,7 @@ class BudgetError(LoclinError):
 
 class OutputError(LoclinError):
     """A result cannot be written where it was asked for."""
+
+
+class ResultError(LoclinError):
+    """A saved result cannot be read: it is missing, not loclin's, another one's, or not as it was written."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,13 +17,18 @@ from tqdm.auto import tqdm
 
 from loclin import memory
 from loclin.chain import Chain
+from loclin.dense_file import DenseFile
 from loclin.errors import BudgetError, OptionError
+from loclin.frames import dataframe
 from loclin.freeze import exact_arithmetic
 from loclin.link import HeadLink
+from loclin.models.hashing import weights_hash
 from loclin.points import Point
+from loclin.results import Provenance, versions
 from loclin.spectral import SVD, check_rank, stable_rank, svd
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from scipy.sparse.linalg import LinearOperator
 
 
@@ -38,6 +46,8 @@ class LinearMap:
         The target's position, from the front.
     tokens
         The source positions, all T of them unless this is one token's block.
+    certificate
+        `Certificate.to_dict()`, once this very map has been certified.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class LinearMap:
         self._whole = whole
         self._dense: Tensor | None = None
         self._spectrum: Tensor | None = None
+        self.certificate: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """Name the points and the shape."""
@@ -116,40 +127,140 @@ class LinearMap:
 
     def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
         """The transpose of J applied to n output vectors. Cost: n columns."""
-        Us = Us.to(self.device, self.dtype)
-        pulled = self._sweep(self.chain.backward, Us)
-        return pulled if self._whole is None else pulled[:, self.tokens]
+        return self._pull(Us.to(self.device, self.dtype))
 
     @exact_arithmetic()
-    def dense(self) -> Float[Tensor, "d_out T d_in"]:
+    def dense(self, path: str | os.PathLike[str] | None = None) -> Float[Tensor, "d_out T d_in"]:
         """All of J.
 
         Cost: d columns backward (for the logits: those of `final`, then one product with the head). Memory: J, and
         the budget. Kept for later calls.
 
+        Parameters
+        ----------
+        path
+            A `.npy` file to hold J instead of the memory, which then needs the budget only. It is written in chunks of
+            rows (see `rows`); what is there already is not computed again, so that an interrupted run goes on, and a
+            finished file is just opened. `PATH.json` says which map it is. The tensor given back is on the CPU and
+            reads the file; writing to it changes nothing there. Cost, also to open: one read of the model's weights,
+            by which the file knows its map.
+
         Raises
         ------
         BudgetError
-            When J itself is larger than the free memory.
+            When J itself is larger than the free memory; with a path, when the budget is too small for one row.
+        OutputError
+            When the file cannot be written, or the disk has no room for it.
+        ResultError
+            When the file is of another map, or was altered.
         """
+        if path is not None:
+            return self._dense_file(path)
         if self._whole is not None:
             return self._whole.dense()[:, self.tokens]
         if self._dense is None:
             d_out, length, d_in = self.shape
-            size = d_out * length * d_in * self.dtype.itemsize
-            if size > memory.available(self.device):
+            if self._dense_bytes > memory.available(self.device):
                 raise BudgetError(
-                    f"the dense map {self.source} -> {self.target} takes {size / 1e9:.1f} GB, more than is free; "
-                    "use rmatmat on the rows you need"
+                    f"the dense map {self.source} -> {self.target} takes {self._dense_bytes / 1e9:.1f} GB, more than "
+                    "is free; use dense(path=...), or rows()"
                 )
             if self.target.kind == "logits":
-                final = LinearMap(self.chain, self.source, Point("final"), self.position, budget=self._budget)
-                columns = final.dense().flatten(1).T
                 head = HeadLink(self.chain.trace, self.position)
+                columns = self._to_final().dense().flatten(1).T
                 self._dense = head.jvp(columns).T.reshape(d_out, length, d_in).to(self.device)
             else:
                 self._dense = self.rmatmat(torch.eye(d_out, dtype=self.dtype, device=self.device))
         return self._dense
+
+    def _dense_file(self, path: str | os.PathLike[str]) -> Tensor:
+        """J in a file; kept for later calls where the products' results are on the CPU too."""
+        key = self.provenance().key() | {"weights": weights_hash(self.chain.trace.model.hf)}
+        mapped = DenseFile(path, self.shape, self.dtype, key).obtain(lambda start: self.rows(start=start))
+        if self._whole is None and self.device.type == "cpu":
+            self._dense = mapped
+        return mapped
+
+    def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
+        """J in chunks of rows, in order: for what can be summed up without holding J.
+
+        Cost: d columns in all, and one sweep's fixed cost for each chunk. Memory: two chunks and a sweep, within the
+        budget; for the logits also the dense map to `final` and the head's matrix. Costs nothing once J is dense.
+
+        Parameters
+        ----------
+        chunk
+            How many rows at a time; as many as the budget allows by default.
+        start
+            The first row.
+
+        Yields
+        ------
+        tuple[slice, Tensor]
+            Which rows, and these rows of J.
+
+        Raises
+        ------
+        BudgetError
+            When the budget is too small for one row.
+        OptionError
+            When `chunk` is below 1.
+        """
+        if chunk is not None and chunk < 1:
+            raise OptionError(f"chunk={chunk}: give at least one row, or None for what the budget allows")
+        most, sweep = self._chunking()
+        chunk = chunk or most
+        rows = self._row_source(sweep)
+        for first in range(start, self.shape[0], chunk):
+            where = slice(first, min(first + chunk, self.shape[0]))
+            yield where, rows(where)
+
+    @exact_arithmetic()
+    def _row_source(self, budget: int) -> Callable[[slice], Tensor]:
+        """How some rows are made: cut out of the dense map, from that of `final` and the head, or by a sweep."""
+        d_out, length, d_in = self.shape
+        whole = self._whole or self
+        if whole._dense is not None:
+            dense = whole._dense
+            return lambda where: dense[where] if self._whole is None else dense[where][:, self.tokens]
+        if self.target.kind == "logits":
+            final = self._to_final().dense()[:, self.tokens].flatten(1)
+            basis = torch.eye(len(final), dtype=self.dtype, device=self.device)
+            head = HeadLink(self.chain.trace, self.position).jvp(basis).T.to(self.device)
+
+            @exact_arithmetic()
+            def multiplied(where: slice) -> Tensor:
+                return (head[where] @ final).reshape(-1, length, d_in)
+
+            return multiplied
+
+        def swept(where: slice) -> Tensor:
+            unit = torch.zeros(where.stop - where.start, d_out, dtype=self.dtype, device=self.device)
+            unit[:, where].fill_diagonal_(1)
+            return self._pull(unit, budget, progress=False)
+
+        return swept
+
+    def _chunking(self) -> tuple[int, int]:
+        """(rows at a time, bytes for the sweep inside): two chunks, the one in use and the next, and the sweep."""
+        total = memory.budget(self._budget, self.device)
+        per_column = self.chain.column_bytes(self.target)
+        per_row = 2 * (self.chain.trace.length * self.shape[2] + self.shape[0]) * self.dtype.itemsize
+        if (self._whole or self)._dense is not None:
+            return max(total // per_row, 1), 0
+        sweep = min(self.chain.chunk * per_column, total // 2)
+        if min(sweep // per_column, (total - sweep) // per_row) < 1:
+            least = 2 * max(per_column, per_row)
+            raise BudgetError(f"the memory budget is too small: the least that works is {least:,} bytes")
+        return (total - sweep) // per_row, sweep
+
+    def _to_final(self) -> LinearMap:
+        """The map from all tokens to `final`, of which that to the logits is made."""
+        return LinearMap(self.chain, self.source, Point("final"), self.position, budget=self._budget)
+
+    @property
+    def _dense_bytes(self) -> int:
+        return self.shape[0] * self.chain.trace.length * self.shape[2] * self.dtype.itemsize
 
     @exact_arithmetic()
     def reconstruct(self) -> Float[Tensor, " d_out"]:
@@ -232,7 +343,7 @@ class LinearMap:
         """
         d_out, length, d_in = self.shape
         check_rank(k, d_out, length * d_in if joint else d_in)
-        found = svd(self.dense(), k, self.value, joint)
+        found = replace(svd(self.dense(), k, self.value, joint), provenance=self.provenance())
         if not joint:
             self._spectrum = found.spectrum
         return found
@@ -244,24 +355,76 @@ class LinearMap:
         return self._spectrum
 
     def frobenius_norm(self) -> Float[Tensor, " T"]:
-        """||J_i||_F of each token. Cost: the dense map."""
-        return self.dense().square().sum(dim=(0, 2)).sqrt()
+        """||J_i||_F of each token. Cost: the dense map, which is not held where it exceeds the budget."""
+        whole = self._whole or self
+        if whole._dense is None and self._dense_bytes <= memory.budget(self._budget, self.device):
+            whole.dense()
+        return sum((part.square().sum(dim=(0, 2)) for _, part in self.rows()), torch.zeros(())).sqrt()
 
     def stable_rank(self) -> Float[Tensor, " T"]:
         """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5). Cost: the dense map and its singular values."""
-        return stable_rank(self.frobenius_norm(), self.singular_values()[:, 0])
+        largest = self.singular_values()[:, 0]  # first: it needs the dense map, of which the norms are then free
+        return stable_rank(self.frobenius_norm(), largest)
+
+    def to_dataframe(self) -> DataFrame:
+        """One row per token: index, text, Frobenius norm, stable rank, largest singular value; needs pandas.
+
+        Cost: the dense map, and T SVDs without vectors.
+        """
+        texts = self.provenance().tokens
+        return dataframe(
+            {
+                "token": self.tokens,
+                "text": [texts[token] for token in self.tokens],
+                "frobenius_norm": self.frobenius_norm().tolist(),
+                "stable_rank": self.stable_rank().tolist(),
+                "singular_value": self.singular_values()[:, 0].tolist(),
+            }
+        )
+
+    def provenance(self) -> Provenance:
+        """Which map this is, for what is computed from it."""
+        trace, hold = self.chain.trace, self.chain.hold
+        ids = trace.input_ids[0].tolist()
+        return Provenance(
+            model=trace.model.info,
+            token_ids=ids,
+            tokens=trace.model.decode_each(ids),
+            gate="ordinary" if hold.ordinary else hold.gate,
+            precision=trace.hold.resolved(trace.model.hf.dtype),
+            dtype=str(self.dtype).removeprefix("torch."),
+            source=str(self.source),
+            target=str(self.target),
+            position=self.position,
+            normed=self.normed,
+            positions=self.tokens,
+            versions=versions(),
+            certificate=(self._whole or self).certificate,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def _pull(self, Us: Tensor, budget: int | None = None, progress: bool = True) -> Tensor:
+        pulled = self._sweep(self.chain.backward, Us, budget, progress)
+        return pulled if self._whole is None else pulled[:, self.tokens]
 
     @exact_arithmetic()
-    def _sweep(self, sweep: Callable[..., Iterator[Tensor]], block: Tensor) -> Tensor:
-        """Push or pull a block of columns in chunks that fit the budget."""
+    def _sweep(
+        self,
+        sweep: Callable[..., Iterator[Tensor]],
+        block: Tensor,
+        budget: int | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Push or pull a block of columns in chunks that fit the budget (the map's own by default)."""
         per_column = self.chain.column_bytes(self.target)
-        room = memory.budget(self._budget, self.device) // per_column
+        room = memory.budget(self._budget if budget is None else budget, self.device) // per_column
         if room < 1:
             raise BudgetError(f"the memory budget is too small: the least that works is {per_column:,} bytes")
         chunk = self.chain.chunk(len(block), room)
         total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
+        silent = None if progress else True  # None: on a terminal only
         with tqdm(
-            total=total, desc="exact map", unit="col", unit_scale=True, delay=2, leave=False, disable=None
+            total=total, desc="exact map", unit="col", unit_scale=True, delay=2, leave=False, disable=silent
         ) as bar:
             for swept in sweep(block, self.source, self.target, self.position, self.normed, chunk):
                 bar.update(len(block))

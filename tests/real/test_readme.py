@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.real
 
@@ -21,13 +22,17 @@ def test_the_lines_of_the_readme(capsys):
     assert re.findall(r"\('(.*?)'", words) == [" Bridge", "head", "keeper", " Arch"]
 
 
-def test_every_block_of_the_guide(capsys):
+def test_every_block_of_the_guide(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some blocks write files
     text = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     names: dict = {}
     for block in blocks:
         exec(compile(block, "guide.md", "exec"), names)
-    assert len(blocks) == 7
-    assert "torch.Size([8, 576])" in capsys.readouterr().out
+    assert len(blocks) == 9
+    shown = capsys.readouterr().out
+    assert "torch.Size([8, 576])" in shown
+    assert "activation True" in shown
     assert (names["y"] - names["lin"].value("final")[-1]).norm() < 1e-6 * names["y"].norm()
     assert names["some"].shape == (576, 8, 576)
+    assert torch.allclose(names["squares"].sqrt(), names["dense"].square().sum((0, 2)).sqrt())

@@ -26,6 +26,7 @@ from loclin.models import tiny, wrap
 from loclin.models.describe import Description, describe_parts
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
+from loclin.output import write_text
 
 Outcome = Literal["passed", "refused", "error"]
 Status = Literal["exact", "affine", "refused", "not built", "error"]
@@ -271,8 +272,6 @@ def coverage(
     -----
     Cost: a second or two for each family, in one thread; a failing family never stops the others.
     """
-    from loclin.report.output import write_text  # a later room: it imports the other analyses
-
     wanted = _known(families)
     record = Coverage({name: version(name) for name in ("loclin", "torch", "transformers")}, _code(), [])
     earlier = read(path) if path is not None and not fresh else None

@@ -1,11 +1,15 @@
-"""SHA-256 of files, in a way that other threads can work beside it."""
+"""Hashes of files, in a way that other threads can work beside it, and of tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import mmap
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
 
 BLOCK = 1 << 30
 
@@ -35,3 +39,21 @@ def blocks(path: Path) -> Iterable[memoryview]:
         for start in range(0, len(view), BLOCK):
             with view[start : start + BLOCK] as block:
                 yield block
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as bytes, in row order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def weights_hash(module: nn.Module) -> str:
+    """One hash of all weights and buffers that are in memory; offloaded ones count by name only.
+
+    Cost: one read of them, about 600 MB/s.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):  # tied ones once
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        if not tensor.is_meta:
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

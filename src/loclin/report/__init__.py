@@ -1,9 +1,9 @@
 """Results for people: terminal tables, a self-contained HTML page, notebook display, whole files."""
 
+from loclin.output import check_writable, write_text
 from loclin.report.coverage import coverage_markdown, render_coverage
 from loclin.report.figures import check_plotly
 from loclin.report.notebook import explanation_fragment
-from loclin.report.output import check_writable, write_text
 from loclin.report.page import explanation_html, write_html
 from loclin.report.terminal import render_explanation
 

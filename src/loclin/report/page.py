@@ -11,11 +11,11 @@ from typing import Any
 
 from loclin.analyses.explain import Explanation, TokenExplanation, Unit
 from loclin.decode import Words
+from loclin.output import write_text
 from loclin.report import parts
 from loclin.report.checks import Check, checks
 from loclin.report.choose import largest
 from loclin.report.figures import figures, plotly_script, spectrum_points
-from loclin.report.output import write_text
 from loclin.report.text import SPACE, error, number, percent, sigmas, signed, visible
 
 _SHORT = 60

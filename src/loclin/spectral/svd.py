@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin.errors import OptionError
+from loclin.frames import by_rank
+from loclin.results import Provenance, Result
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 NEAR_EQUAL = 1e-3
 """Neighbouring singular values closer than this share of the larger one are one block: single vectors in it are not
@@ -17,12 +23,12 @@ defined, only the subspace is."""
 
 
 @dataclass(frozen=True)
-class SVD:
+class SVD(Result):
     """The k largest singular triples of each token's map (paper, section 3.3).
 
     `U [T, d_out, k]`, `S [T, k]`, `Vh [T, k, d_in]`; of a joint decomposition `U [d_out, k]`, `S [k]`,
     `Vh [k, T, d_in]`. `residuals`, shaped as `S`, are the larger of |J v - s u| and |J^T u - s v|, in S's units.
-    `spectrum [T, r]`, or `[r]`, are all the singular values.
+    `spectrum [T, r]`, or `[r]`, are all the singular values. `provenance` says which map they are of.
     """
 
     U: Tensor
@@ -30,6 +36,11 @@ class SVD:
     Vh: Tensor
     residuals: Tensor
     spectrum: Tensor
+    provenance: Provenance | None = None
+
+    def to_dataframe(self) -> DataFrame:
+        """One row per token and rank (of a joint decomposition: per rank); needs pandas."""
+        return by_rank({"singular_value": self.S, "residual": self.residuals}, self.provenance)
 
     def blocks(self, token: int | None = None, tolerance: float = NEAR_EQUAL) -> list[list[int]]:
         """Indices of the singular values, grouped so that near-equal neighbours are together.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loclin.errors import OutputError
-from loclin.report import check_writable, write_text
+from loclin.output import check_writable, write_text
 
 
 def test_writes_whole_files_and_leaves_nothing_beside_them(tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text as `write_bytes` writes bytes, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all: beside its place first, then moved there.
 
     Raises
@@ -41,17 +46,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     target = Path(path)
     try:
         if target.exists() and not target.is_file():  # a pipe or a device: nothing may take its place
-            target.write_text(text, encoding="utf-8")
+            target.write_bytes(data)
         else:
-            _replace(Path(os.path.realpath(target)), text)  # a link stays a link
+            _replace(Path(os.path.realpath(target)), data)  # a link stays a link
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
 
 
-def _replace(target: Path, text: str) -> None:
+def _replace(target: Path, data: bytes) -> None:
     partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
         partial.replace(target)
     except BaseException:  # Ctrl-C too
         partial.unlink(missing_ok=True)
