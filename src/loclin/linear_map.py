@@ -248,7 +248,7 @@ class LinearMap:
         per_row = 2 * (self.chain.trace.length * self.shape[2] + self.shape[0]) * self.dtype.itemsize
         if (self._whole or self)._dense is not None:
             return max(total // per_row, 1), 0
-        sweep = min(self.chain.chunk * per_column, total // 2)
+        sweep = min(self.chain.chunk(self.shape[0], self.shape[0]) * per_column, total // 2)
         if min(sweep // per_column, (total - sweep) // per_row) < 1:
             least = 2 * max(per_column, per_row)
             raise BudgetError(f"the memory budget is too small: the least that works is {least:,} bytes")
