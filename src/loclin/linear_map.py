@@ -18,7 +18,7 @@ from loclin.errors import BudgetError, OptionError
 from loclin.freeze import exact_arithmetic
 from loclin.link import HeadLink
 from loclin.points import Point
-from loclin.spectral import SVD, check_rank, stable_rank, svd
+from loclin.spectral import SVD, check_rank, full, stable_rank, values
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -232,7 +232,7 @@ class LinearMap:
         """
         d_out, length, d_in = self.shape
         check_rank(k, d_out, length * d_in if joint else d_in)
-        found = svd(self.dense(), k, self.value, joint)
+        found = full(self.dense(), k, towards=self.value, joint=joint)
         if not joint:
             self._spectrum = found.spectrum
         return found
@@ -240,7 +240,7 @@ class LinearMap:
     def singular_values(self) -> Float[Tensor, "T r"]:
         """All singular values of each token's map, descending. Cost: the dense map, and T SVDs without vectors."""
         if self._spectrum is None:
-            self._spectrum = torch.stack([torch.linalg.svdvals(matrix) for matrix in self.dense().transpose(0, 1)])
+            self._spectrum = values(self.dense())
         return self._spectrum
 
     def frobenius_norm(self) -> Float[Tensor, " T"]:
