@@ -20,9 +20,7 @@ def values(dense: Float[Tensor, "d_out T d_in"]) -> Float[Tensor, "T r"]:
     return torch.stack([torch.linalg.svdvals(matrix) for matrix in dense.transpose(0, 1)])
 
 
-def full(
-    dense: Float[Tensor, "d_out T d_in"], k: int, *, towards: Float[Tensor, " d_out"], joint: bool = False
-) -> SVD:
+def full(dense: Float[Tensor, "d_out T d_in"], k: int, *, towards: Float[Tensor, " d_out"], joint: bool = False) -> SVD:
     """Decompose each token's map, or with `joint` all of them side by side, by LAPACK; all values come along.
 
     Bounds are the measured ||J - U S V^T||_F (Weyl), and rounding for what U and V lack in orthogonality.
@@ -99,7 +97,7 @@ def _matrices(dense: Tensor, k: int, joint: bool) -> Tensor:
 
 def _one(matrix: Tensor, k: int, towards: Tensor) -> tuple[Tensor, ...]:
     U, spectrum, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    slack = rounding(*matrix.shape, matrix.dtype) * spectrum[0]
+    slack = rounding(matrix.shape[0], matrix.shape[1], matrix.dtype) * spectrum[0]
     error = torch.linalg.matrix_norm(matrix - (U * spectrum) @ Vh) + slack
     U, Vh = (part[0] for part in aligned(U[None, :, :k], Vh[None, :k], towards))
     S = spectrum[:k]
@@ -160,7 +158,7 @@ def _certified(
     U, S, Vh = torch.linalg.svd(W[..., :k].mT.to(B) @ B, full_matrices=False)
     U = Q @ (W[..., :k].to(B) @ U)
     residuals = _residuals(J, U, S, Vh)
-    floor = rounding(*J.shape[1:], J.dtype)
+    floor = rounding(J.shape[1], J.shape[2], J.dtype)
     slack = floor * S[:, :1]
     enough = torch.maximum(tolerance * S, 2 * slack)
     lower, upper = (S - slack).clamp(min=0), torch.full_like(S, torch.inf)

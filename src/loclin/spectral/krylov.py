@@ -167,13 +167,15 @@ def search(
 
 
 def _wanted(ritz: Ritz, k: int, tolerance: float, rounded: Tensor, square: Tensor) -> Tensor:
-    """Which right vectors to push, if ||E||^2 is `square`: those that keep the k largest values from being certified."""
+    """Which right vectors to push if ||E||^2 is `square`: those that keep the k largest values from being certified."""
     squares = ritz.values.square()
     added = square[:, None] * ritz.missed.diagonal(dim1=-2, dim2=-1)
-    wanted = added > torch.maximum(tolerance * squares, rounded.square())
-    # Smaller values matter where their own bounds reach the k-th.
-    wanted[:, k:] = (squares + added)[:, k:] > _REACH * squares[:, k - 1, None]
-    return wanted
+    # Beyond the k-th, values matter where their own bounds come near it.
+    reaching = squares + added > _REACH * squares[:, min(k, squares.shape[1]) - 1, None]
+    reaching[:, :k] = True
+    least = squares.clone()
+    least[:, k:] = squares[:, min(k, squares.shape[1]) - 1, None]
+    return reaching & (added > torch.maximum(tolerance * least, rounded.square()))
 
 
 def frobenius_bound(missing: Float[Tensor, "M s"], failure: float) -> Float[Tensor, " M"]:

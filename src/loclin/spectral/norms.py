@@ -73,7 +73,7 @@ def frobenius(op: TokenMaps, *, tolerance: float = 0.01, seed: int = 0) -> Estim
 
 
 def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, seed: int = 0) -> Norms:
-    """sigma_1, ||J_i||_F and the stable rank of all tokens, each to a relative tolerance, from one basis and its probes.
+    """sigma_1, ||J_i||_F and stable rank of all tokens to a relative tolerance, from one basis and its probes.
 
     The stable rank takes twice the relative errors of both norms, so each of these gets a quarter of the tolerance.
 
@@ -95,8 +95,9 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, seed: int = 
     slack = sketch.floor * largest
     above = torch.where(largest > 0, (upper[:, 0] + slack - largest) / largest, 0.0)
     rank = stable_rank(norm, largest)
-    parts = (part.to(op.dtype) for part in (largest, norm, rank, above, norm_error))
-    return Norms(*parts, failure=0.0 if sketch.complete else FAILURE, columns=sketch.columns)
+    largest, norm, rank, above, norm_error = (part.to(op.dtype) for part in (largest, norm, rank, above, norm_error))
+    failure = 0.0 if sketch.complete else FAILURE
+    return Norms(largest, norm, rank, above, norm_error, failure, sketch.columns)
 
 
 def stable_rank(frobenius: Float[Tensor, "*T"], largest: Float[Tensor, "*T"]) -> Float[Tensor, "*T"]:
@@ -105,7 +106,7 @@ def stable_rank(frobenius: Float[Tensor, "*T"], largest: Float[Tensor, "*T"]) ->
 
 
 def effective_rank(values: Float[Tensor, "*T r"]) -> Float[Tensor, "*T"]:
-    """exp of the entropy of the singular values over their sum (Roy & Vetterli 2007); 0 for a zero map."""
+    """The exponential of the entropy of the singular values over their sum (Roy & Vetterli 2007); 0 for a zero map."""
     total = values.sum(dim=-1)
     shares = values / total.clamp_min(torch.finfo(values.dtype).tiny).unsqueeze(-1)
     return torch.where(total > 0, torch.special.entr(shares).sum(dim=-1).exp(), 0.0)
