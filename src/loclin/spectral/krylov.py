@@ -139,18 +139,21 @@ def search(
         def settled(bound: Tensor, ritz: Ritz = ritz, allowed: Tensor = allowed) -> bool:
             return bool((bound[:, :k] - ritz.values[:, :k] <= allowed).all())
 
-        hoped = upper_values(ritz.values, ritz.missed, level**0.5 * scale)
-        price = 2 * math.prod(_CERTIFICATE)
-        if size >= max(k, tried) and settled(hoped) and price < d_out - size and sketch.columns + price <= most:
-            attempts, tried = attempts + 1, size + size // 4
-            share = sketch.largest_missing(scale, level, *_CERTIFICATE, FAILURE / 2 ** (attempts + 1))
-            eta = torch.minimum(eta, share**0.5 * scale)
+        # A bound on ||E|| that was bought stays one while the basis grows.
+        if attempts:
             upper = torch.minimum(upper, upper_values(ritz.values, ritz.missed, eta)[:, :k])
             if settled(upper):
                 return ritz, upper, eta
-            level = share
-
+        hoped = upper_values(ritz.values, ritz.missed, level**0.5 * scale)
         wanted = _wanted(ritz, k, tolerance, rounded, level * scale.square())
+        ready = settled(hoped) or (sketch.maps > 1 and steps >= _POWERS and not wanted.any())
+        price = 2 * math.prod(_CERTIFICATE)
+        if size >= max(k, tried) and ready and price < d_out - size and sketch.columns + price <= most:
+            attempts, tried = attempts + 1, size + size // 4
+            level = sketch.largest_missing(scale, level, *_CERTIFICATE, FAILURE / 2 ** (attempts + 1))
+            eta = torch.minimum(eta, level**0.5 * scale)
+            continue
+
         shared = sketch.maps == 1 or steps < _POWERS or level > _HOPELESS or not wanted.any()
         cost = 2 * (sketch.newest if shared else int(wanted.sum()))
         if cost >= d_out - size:
@@ -161,7 +164,7 @@ def search(
             sketch.grow(sketch.random(cost))
         elif shared:
             sketch.power()
-            level, steps = min(level, _LEVEL), steps + 1
+            level, steps = (_LEVEL if level > _HOPELESS else level), steps + 1
         else:
             sketch.polish(ritz, wanted)
 
@@ -175,7 +178,7 @@ def _wanted(ritz: Ritz, k: int, tolerance: float, rounded: Tensor, square: Tenso
     reaching[:, :k] = True
     least = squares.clone()
     least[:, k:] = squares[:, min(k, squares.shape[1]) - 1, None]
-    return reaching & (added > torch.maximum(tolerance * least, rounded.square()))
+    return reaching & (added > torch.maximum(0.1 * tolerance * least, rounded.square()))
 
 
 def frobenius_bound(missing: Float[Tensor, "M s"], failure: float) -> Float[Tensor, " M"]:

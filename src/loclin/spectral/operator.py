@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class TokenMaps(Protocol):
     """J = [J_0 ... J_{T-1}] as an operator; one column is one vector pushed or pulled through all tokens at once.
 

@@ -38,7 +38,7 @@ class Sketch:
     Q, B
         The basis `[d_out, m]`, and its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint.
     newest
-        How many basis vectors the last step brought.
+        How many basis vectors, the last ones, the next shared step pushes.
     columns
         What the operator's products have cost so far.
     floor
@@ -54,6 +54,7 @@ class Sketch:
         self.Q = torch.zeros(d_out, 0, dtype=op.dtype, device=op.device)
         self.B = torch.zeros(self.maps, 0, width, dtype=op.dtype, device=op.device)
         self._pushed = [self.Q.new_zeros(0, 0, dtype=torch.float64) for _ in range(self.maps)]
+        self._block = block
         self.newest = self.grow(self.random(block))
         squares = self.B.double().square().sum(dim=(1, 2))
         # Scaled to equal norm, tokens with small maps are not lost in the shared basis; zero maps take no part.
@@ -90,7 +91,7 @@ class Sketch:
         rows = self.B[:, self.B.shape[1] - self.newest :]
         if self.maps == 1:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
-        self.newest = self.grow(self.push(rows, self._weights)) or self.grow(self.random(self.newest))
+        self._grown(self.push(rows, self._weights))
 
     def polish(self, ritz: Ritz, wanted: Bool[Tensor, "M m"]) -> None:
         """Push single maps' right Ritz vectors, and take the images in: they are what the basis misses of them.
@@ -105,7 +106,7 @@ class Sketch:
                 rows = torch.zeros(self.maps, coefficients.shape[1], self.B.shape[2]).to(self.B)
                 rows[i] = coefficients.T.to(self.B) @ self.B[i]
                 images.append(self._tangents(rows))
-        self.newest = self.grow(self._push(torch.cat(images))) or self.grow(self.random(self.newest))
+        self._grown(self._push(torch.cat(images)))
 
     def ritz(self) -> Ritz:
         """Every map's Ritz values and vectors, and what was pushed. Cost: no columns, about 10 M m^3 flops."""
@@ -154,6 +155,11 @@ class Sketch:
         inside = (turn * ritz.values[:, :k, None] / S.unsqueeze(-2).clamp(min=torch.finfo(S.dtype).tiny)).double()
         left = torch.einsum("mak,mab,mbk->mk", inside, ritz.missed[:, :k, :k], inside).clamp(min=0).sqrt()
         return self.Q @ (W.to(self.B) @ turn), S, Vh, torch.where(S > 0, left.to(S), 1.0)
+
+    def _grown(self, images: Tensor) -> None:
+        """Take a step's images in. A step that brings little pushes a whole block next time all the same."""
+        new = self.grow(images) or self.grow(self.random(self._block))
+        self.newest = new if self.maps == 1 else max(new, self._block)
 
     def _push(self, tangents: Tensor) -> Tensor:
         self.columns += len(tangents)
