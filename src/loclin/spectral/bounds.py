@@ -54,15 +54,23 @@ def outside(
     pushed
         F spans B^T `pushed`; any columns will do.
     floor
-        Directions of F below this share of the largest value are rounding, and not counted.
+        Directions of F below this share of the largest value are rounding, and not counted; 1e-6 at least, which
+        float64 needs.
     """
     # F spans X; X (X^T X + r I)^-1 X^T is at most the projector on it, whatever X's rank.
     X = values.unsqueeze(-1) * (W.mT @ pushed)
-    ridge = (floor * values[..., :1]).square().clamp(min=torch.finfo(X.dtype).tiny).unsqueeze(-1)
+    ridge = (max(floor, 1e-6) * values[..., :1]).square().clamp(min=torch.finfo(X.dtype).tiny).unsqueeze(-1)
     gram = X.mT @ X
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device))
     half = torch.linalg.solve_triangular(factor, X.mT, upper=False)
     return torch.eye(X.shape[-2], dtype=X.dtype, device=X.device) - half.mT @ half
+
+
+def bound_matrix(
+    values: Float[Tensor, "M m"], missed: Float[Tensor, "M m m"], square: Float[Tensor, " M"]
+) -> Float[Tensor, "M m m"]:
+    """B^T B + eta^2 (I - F F^T) in the basis of B's right vectors, `square` being eta^2."""
+    return torch.diag_embed(values.square()) + square[:, None, None] * missed
 
 
 def upper_values(
@@ -79,10 +87,10 @@ def upper_values(
     eta
         At least ||E||_2 of each map.
     """
-    square = eta.square()[:, None]
-    squares = torch.linalg.eigvalsh(torch.diag_embed(values.square()) + square.unsqueeze(-1) * missed).flip(-1)
+    square = eta.square()
+    squares = torch.linalg.eigvalsh(bound_matrix(values, missed, square)).flip(-1)
     # Input directions that B maps to 0 are not in that basis; there the bound is eta itself.
-    return torch.maximum(torch.maximum(squares, square).sqrt(), values)
+    return torch.maximum(torch.maximum(squares, square[:, None]).sqrt(), values)
 
 
 def schatten(E: Float[Tensor, "M d_out n"]) -> Iterator[Float[Tensor, " M"]]:

@@ -146,7 +146,7 @@ def _orthonormal(images: Tensor, Q: Tensor) -> Tensor:
     for _ in range(2):
         images = images - Q @ (Q.mT @ images)
         images = torch.linalg.qr(images).Q
-    vanished = (Q.mT @ images).norm(dim=-2) > torch.finfo(Q.dtype).eps ** 0.5
+    vanished = (Q.mT @ images).norm(dim=-2) > 10 * rounding(Q.shape[1], Q.shape[2], Q.dtype)
     return images.masked_fill(vanished.unsqueeze(-2), 0.0)
 
 
@@ -174,4 +174,6 @@ def _certified(
             good[ready] = (upper[ready] - S[ready] <= enough[ready]).all(dim=-1)
             if good[ready].all():
                 break
+    # A zero map has no left vectors here.
+    good &= (U.norm(dim=-2) > 0.5).all(dim=-1)
     return (U, S, Vh, residuals, lower, upper), good

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.spectral.bounds import chi2_quantile, upper_values
+from loclin.spectral.bounds import bound_matrix, chi2_quantile, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.dense import shaped
 from loclin.spectral.operator import TokenMaps
@@ -145,17 +145,19 @@ def search(
             if settled(upper):
                 return ritz, upper, eta
         hoped = upper_values(ritz.values, ritz.missed, level**0.5 * scale)
-        wanted = _wanted(ritz, k, tolerance, rounded, level * scale.square())
-        ready = settled(hoped) or (sketch.maps > 1 and steps >= _POWERS and not wanted.any())
+        wanted = _wanted(ritz, allowed, level * scale.square())
+        pushes = sum(part.shape[1] for part in wanted)
+        ready = settled(hoped) or (sketch.maps > 1 and steps >= _POWERS and not pushes)
         price = 2 * math.prod(_CERTIFICATE)
         if size >= max(k, tried) and ready and price < d_out - size and sketch.columns + price <= most:
             attempts, tried = attempts + 1, size + size // 4
-            level = sketch.largest_missing(scale, level, *_CERTIFICATE, FAILURE / 2 ** (attempts + 1))
-            eta = torch.minimum(eta, level**0.5 * scale)
+            share = sketch.largest_missing(scale, _LEVEL, *_CERTIFICATE, FAILURE / 2 ** (attempts + 1))
+            eta = torch.minimum(eta, share**0.5 * scale)
+            level = share
             continue
 
-        shared = sketch.maps == 1 or steps < _POWERS or level > _HOPELESS or not wanted.any()
-        cost = 2 * (sketch.newest if shared else int(wanted.sum()))
+        shared = sketch.maps == 1 or steps < _POWERS or level > _HOPELESS or not pushes
+        cost = 2 * (sketch.newest if shared else pushes)
         if cost >= d_out - size:
             cost = d_out - size
         if sketch.columns + cost > most:
@@ -166,19 +168,22 @@ def search(
             sketch.power()
             level, steps = (_LEVEL if level > _HOPELESS else level), steps + 1
         else:
-            sketch.polish(ritz, wanted)
+            sketch.polish(wanted)
 
 
-def _wanted(ritz: Ritz, k: int, tolerance: float, rounded: Tensor, square: Tensor) -> Tensor:
-    """Which right vectors to push if ||E||^2 is `square`: those that keep the k largest values from being certified."""
-    squares = ritz.values.square()
-    added = square[:, None] * ritz.missed.diagonal(dim1=-2, dim2=-1)
-    # Beyond the k-th, values matter where their own bounds come near it.
-    reaching = squares + added > _REACH * squares[:, min(k, squares.shape[1]) - 1, None]
-    reaching[:, :k] = True
-    least = squares.clone()
-    least[:, k:] = squares[:, min(k, squares.shape[1]) - 1, None]
-    return reaching & (added > torch.maximum(0.1 * tolerance * least, rounded.square()))
+def _wanted(ritz: Ritz, allowed: Float[Tensor, "M k"], square: Float[Tensor, " M"]) -> list[Tensor]:
+    """What to push if ||E||^2 is `square`: for each map `[m, c]`, the directions of which the upper bounds are made."""
+    squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(bound_matrix(ritz.values, ritz.missed, square)))
+    added = square[:, None] * (vectors * (ritz.missed @ vectors)).sum(dim=1)
+    smallest = ritz.values[:, allowed.shape[1] - 1, None]
+    wanted = (squares > _REACH * smallest.square()) & (added > 0.5 * allowed[:, -1:] * smallest)
+    # Values far below the k-th have right vectors that are too inexact to build on.
+    inverse = torch.where(ritz.values > 1e-3 * smallest, 1 / ritz.values.clamp(min=1e-300), 0.0)
+    parts = []
+    for i in range(len(squares)):
+        part = ritz.W[i] @ (inverse[i, :, None] * vectors[i][:, wanted[i]])
+        parts.append(part / part.norm(dim=0).clamp(min=1e-300))
+    return parts
 
 
 def frobenius_bound(missing: Float[Tensor, "M s"], failure: float) -> Float[Tensor, " M"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
@@ -93,17 +93,16 @@ class Sketch:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
         self._grown(self.push(rows, self._weights))
 
-    def polish(self, ritz: Ritz, wanted: Bool[Tensor, "M m"]) -> None:
-        """Push single maps' right Ritz vectors, and take the images in: they are what the basis misses of them.
+    def polish(self, wanted: list[Tensor]) -> None:
+        """Push each map's own vectors B_i^T `wanted[i]`, `[m, c_i]`, and take the images in: they are what the basis misses of them.
 
         Cost: at most two columns for each vector wanted.
         """
         images = []
-        for i in range(self.maps):
-            coefficients = ritz.W[i][:, wanted[i]]
+        for i, coefficients in enumerate(wanted):
             if coefficients.shape[1]:
                 self._remember(i, coefficients)
-                rows = torch.zeros(self.maps, coefficients.shape[1], self.B.shape[2]).to(self.B)
+                rows = self.B.new_zeros(self.maps, coefficients.shape[1], self.B.shape[2])
                 rows[i] = coefficients.T.to(self.B) @ self.B[i]
                 images.append(self._tangents(rows))
         self._grown(self._push(torch.cat(images)))
