@@ -159,7 +159,10 @@ def _certified(
     U = Q @ (W[..., :k].to(B) @ U)
     residuals = _residuals(J, U, S, Vh)
     floor = rounding(J.shape[1], J.shape[2], J.dtype)
-    slack = floor * S[:, :1]
+    # Vanished directions may leave columns that are less than orthonormal; what they lack counts as rounding.
+    gram = Q.mT @ Q
+    overlap = torch.linalg.matrix_norm(gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)))
+    slack = (floor + overlap).unsqueeze(-1) * S[:, :1]
     enough = torch.maximum(tolerance * S, 2 * slack)
     lower, upper = (S - slack).clamp(min=0), torch.full_like(S, torch.inf)
     # A value is off by about its residual's square; bounds are not worth their price before.

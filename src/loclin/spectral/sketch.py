@@ -94,7 +94,7 @@ class Sketch:
         self._grown(self.push(rows, self._weights))
 
     def polish(self, wanted: list[Tensor]) -> None:
-        """Push each map's own vectors B_i^T `wanted[i]`, `[m, c_i]`, and take the images in: they are what the basis misses of them.
+        """Push each map's own vectors B_i^T `wanted[i]`, `[m, c_i]`, and take the images into the basis.
 
         Cost: at most two columns for each vector wanted.
         """
