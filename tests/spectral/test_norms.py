@@ -41,6 +41,10 @@ def test_few_columns_give_norms_and_ranks():
     assert torch.allclose(found.frobenius.double(), norm, rtol=0.02)
     assert torch.allclose(found.stable_rank.double(), stable_rank(norm, true[:, 0]), rtol=0.02, atol=1e-9)
     assert (found.stable_rank_error <= 0.0201).all()
+    quick = stable_rank_and_norm(op, certify=False)
+    assert (found.failure, quick.failure) == (1e-3, 1.0)
+    assert quick.columns <= found.columns
+    assert torch.allclose(quick.largest.double(), true[:, 0], rtol=0.01)
     estimate = frobenius(op, tolerance=0.01)
     assert (estimate.error <= 0.01).all()
     assert torch.allclose(estimate.value.double(), norm, rtol=0.03)

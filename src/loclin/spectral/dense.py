@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loclin.spectral.bounds import left_svd, outside, rounding, schatten, upper_values
+from loclin.spectral.bounds import left_svd, norm_from_below, outside, rounding, schatten, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.result import SVD, aligned
 
@@ -171,7 +171,12 @@ def _certified(
     if len(ready):
         pushed = torch.eye(B.shape[-2], B.shape[-2] - block, dtype=W.dtype, device=W.device)
         missed = outside(W[ready], all_values[ready], pushed.expand(len(ready), -1, -1), 10 * floor)
-        for eta in schatten(J[ready] - Q[ready] @ B[ready]):
+        E = J[ready] - Q[ready] @ B[ready]
+        # Where less than ||E|| is too much already, no bound on it will do.
+        hoped = upper_values(all_values[ready], missed, norm_from_below(E).double())[:, :k].to(S)
+        worth = (hoped - S[ready] <= enough[ready]).all(dim=-1)
+        good[ready], ready, missed, E = worth, ready[worth], missed[worth], E[worth]
+        for eta in schatten(E) if len(ready) else ():
             bound = upper_values(all_values[ready], missed, eta.double())[:, :k]
             upper[ready] = torch.minimum(upper[ready], torch.maximum(bound.to(S), S[ready]) + slack[ready])
             good[ready] = (upper[ready] - S[ready] <= enough[ready]).all(dim=-1)
