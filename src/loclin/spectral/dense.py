@@ -117,7 +117,7 @@ def _group(matrices: Tensor, k: int, towards: Tensor, tolerance: float, seed: in
     matrices = matrices.contiguous()
     block = k + _OVERSAMPLING
     found: dict[int, tuple[Tensor, ...]] = {}
-    left = torch.arange(count)
+    left = torch.arange(count, device=matrices.device)
     if 3 * block <= min(d_out, d_in):
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(d_in, block, generator=generator, dtype=torch.float64).to(matrices)
