@@ -25,7 +25,7 @@ from loclin.link import HeadLink
 from loclin.models.hashing import weights_hash
 from loclin.points import Point
 from loclin.results import Provenance, versions
-from loclin.spectral import SVD, check_rank, stable_rank, svd
+from loclin.spectral import SVD, check_rank, full, stable_rank, values
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -343,7 +343,7 @@ class LinearMap:
         """
         d_out, length, d_in = self.shape
         check_rank(k, d_out, length * d_in if joint else d_in)
-        found = replace(svd(self.dense(), k, self.value, joint), provenance=self.provenance())
+        found = replace(full(self.dense(), k, towards=self.value, joint=joint), provenance=self.provenance())
         if not joint:
             self._spectrum = found.spectrum
         return found
@@ -351,7 +351,7 @@ class LinearMap:
     def singular_values(self) -> Float[Tensor, "T r"]:
         """All singular values of each token's map, descending. Cost: the dense map, and T SVDs without vectors."""
         if self._spectrum is None:
-            self._spectrum = torch.stack([torch.linalg.svdvals(matrix) for matrix in self.dense().transpose(0, 1)])
+            self._spectrum = values(self.dense())
         return self._spectrum
 
     def frobenius_norm(self) -> Float[Tensor, " T"]:

@@ -1,5 +1,27 @@
 """Spectra: singular values and vectors, norms, stable rank, and how far to trust them."""
 
-from loclin.spectral.svd import NEAR_EQUAL, SVD, check_rank, stable_rank, svd
+from loclin.spectral.checks import check_rank, check_tolerance
+from loclin.spectral.dense import full, top, values
+from loclin.spectral.krylov import krylov_svd
+from loclin.spectral.norms import Estimate, Norms, effective_rank, frobenius, stable_rank, stable_rank_and_norm
+from loclin.spectral.operator import DenseMaps, TokenMaps
+from loclin.spectral.result import NEAR_EQUAL, SVD
 
-__all__ = ["NEAR_EQUAL", "SVD", "check_rank", "stable_rank", "svd"]
+__all__ = [
+    "NEAR_EQUAL",
+    "SVD",
+    "DenseMaps",
+    "Estimate",
+    "Norms",
+    "TokenMaps",
+    "check_rank",
+    "check_tolerance",
+    "effective_rank",
+    "frobenius",
+    "full",
+    "krylov_svd",
+    "stable_rank",
+    "stable_rank_and_norm",
+    "top",
+    "values",
+]

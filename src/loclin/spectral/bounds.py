@@ -1,0 +1,155 @@
+"""How large singular values can be, given what a part of the output space shows of the map.
+
+Let Q be orthonormal, B = Q^T J and E = J - Q B. Then J^T J = B^T B + E^T E, so sigma_j(B) <= sigma_j(J). Let further
+the columns of F be input directions whose images lie in the span of Q (they were pushed through J and Q was made to
+hold the result). Then E F = 0, so E^T E <= eta^2 (I - F F^T) for any eta >= ||E||_2, and
+
+    sigma_j(J)^2 <= lambda_j(B^T B + eta^2 (I - F F^T)).
+
+Without F this is Weyl's bound, sigma_j(B)^2 + eta^2. With F it is quadratic: where the j-th right vector of B leaves F
+by a sine of x, it adds about eta^2 x^2, as long as eta^2 plus what B has outside of F stays below sigma_j^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:
+    """The share of a map's largest singular value that rounding may add to any of them: sqrt(n) eps.
+
+    The statistical growth of rounding errors (Higham & Mary 2019), with a floor for small maps.
+    """
+    return max(4.0, math.sqrt(max(d_out, d_in))) * torch.finfo(dtype).eps
+
+
+def left_svd(B: Float[Tensor, "M m n"]) -> tuple[Float[Tensor, "M m m"], Float[Tensor, "M m"]]:
+    """Left singular vectors and values of flat matrices, in float64. Cost: M (2 m^2 n + about 10 m^3) flops.
+
+    Through the Gram matrix, of which float64 keeps more than B's float32 has; float64 itself takes a QR first.
+    """
+    if B.dtype == torch.float64:
+        square = torch.linalg.qr(B.mT, mode="r").R.mT
+        W, values, _ = torch.linalg.svd(square, full_matrices=True)
+        return W, torch.nn.functional.pad(values, (0, W.shape[-1] - values.shape[-1]))
+    B = B.double()
+    squares, W = torch.linalg.eigh(B @ B.mT)
+    return W.flip(-1), squares.flip(-1).clamp(min=0).sqrt()
+
+
+def outside(
+    W: Float[Tensor, "*M m m"], values: Float[Tensor, "*M m"], pushed: Float[Tensor, "*M m f"], floor: float
+) -> Float[Tensor, "*M m m"]:
+    """I - F F^T in the basis of B's right vectors, or a little more of it. Cost: M m f (m + f) flops.
+
+    Parameters
+    ----------
+    W, values
+        Left singular vectors and values of B.
+    pushed
+        F spans B^T `pushed`; any columns will do.
+    floor
+        Directions of F below this share of the largest value are rounding, and not counted; 1e-6 at least, which
+        float64 needs.
+    """
+    # F spans X; X (X^T X + r I)^-1 X^T is at most the projector on it, whatever X's rank.
+    X = values.unsqueeze(-1) * (W.mT @ pushed)
+    ridge = (max(floor, 1e-6) * values[..., :1]).square().clamp(min=torch.finfo(X.dtype).tiny).unsqueeze(-1)
+    gram = X.mT @ X
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device))
+    half = torch.linalg.solve_triangular(factor, X.mT, upper=False)
+    return torch.eye(X.shape[-2], dtype=X.dtype, device=X.device) - half.mT @ half
+
+
+def bound_matrix(
+    values: Float[Tensor, "M m"], missed: Float[Tensor, "M m m"], square: Float[Tensor, " M"]
+) -> Float[Tensor, "M m m"]:
+    """B^T B + eta^2 (I - F F^T) in the basis of B's right vectors, `square` being eta^2."""
+    return torch.diag_embed(values.square()) + square[:, None, None] * missed
+
+
+def upper_values(
+    values: Float[Tensor, "M m"], missed: Float[Tensor, "M m m"], eta: Float[Tensor, " M"]
+) -> Float[Tensor, "M m"]:
+    """Bound the m largest singular values of J from above (see the head of this file). Cost: about 2 M m^3 flops.
+
+    Parameters
+    ----------
+    values
+        Singular values of B.
+    missed
+        `outside` of what was pushed.
+    eta
+        At least ||E||_2 of each map.
+    """
+    square = eta.square()
+    squares = torch.linalg.eigvalsh(bound_matrix(values, missed, square)).flip(-1)
+    # Input directions that B maps to 0 are not in that basis; there the bound is eta itself.
+    return torch.maximum(torch.maximum(squares, square[:, None]).sqrt(), values)
+
+
+def schatten(E: Float[Tensor, "M d_out n"]) -> Iterator[Float[Tensor, " M"]]:
+    """Ever sharper bounds on ||E||_2: the Schatten norms of order 2, 4, 8 and 16.
+
+    Cost: each after the first one product of the smaller side's squares.
+    """
+    scale = torch.linalg.matrix_norm(E).clamp(min=torch.finfo(E.dtype).tiny)
+    yield scale
+    E = E / scale[:, None, None]
+    power = E @ E.mT if E.shape[-2] <= E.shape[-1] else E.mT @ E
+    for order in (4, 8, 16):
+        yield scale * torch.linalg.matrix_norm(power) ** (2 / order)
+        if order < 16:
+            power = power @ power
+
+
+def norm_from_below(E: Float[Tensor, "M d_out n"], steps: int = 4) -> Float[Tensor, " M"]:
+    """At most ||E||_2, and mostly near it, by the power method from the sum of the rows.
+
+    Cost: 4 M d_out n flops a step.
+    """
+    vector = E.sum(dim=-2)
+    tiny = torch.finfo(E.dtype).tiny
+    norm = vector.new_zeros(len(vector))
+    for _ in range(steps):
+        vector = vector / vector.norm(dim=-1, keepdim=True).clamp(min=tiny)
+        image = (E @ vector.unsqueeze(-1)).squeeze(-1)
+        norm = image.norm(dim=-1)
+        vector = (image.unsqueeze(-2) @ E).squeeze(-2)
+    return norm
+
+
+def chi2_quantile(probability: float, degrees: int) -> float:
+    """The value below which chi-square with so many degrees of freedom falls with a probability, by bisection."""
+    half = torch.tensor(degrees / 2, dtype=torch.float64)
+    low, high = 0.0, degrees + 40.0 * math.sqrt(degrees)
+    for _ in range(200):
+        middle = (low + high) / 2
+        below = torch.special.gammainc(half, torch.tensor(middle / 2, dtype=torch.float64)).item()
+        low, high = (middle, high) if below < probability else (low, middle)
+    return low
+
+
+def chebyshev_bound(squares: float, degree: int, level: float, probes: int, failure: float) -> float:
+    """Bound lambda_1(A), up to `failure`, by what a Chebyshev polynomial of A does to Gaussian vectors.
+
+    C(A) has C(x) = cos(degree arccos(2 x / level - 1)), at most 1 on [0, level] and steep beyond. With u the first
+    eigenvector, |C(A) g|^2 >= C(lambda_1)^2 (u g)^2, and the sum of (u g)^2 over the probes is chi-square. Dixon
+    (1983) does this with a power of A; the polynomial needs the root of its degree (Kuczynski & Wozniakowski 1992).
+
+    Parameters
+    ----------
+    squares
+        The sum of |C(A) g|^2 over the probes.
+    degree, level
+        Of the polynomial.
+    probes, failure
+        How many Gaussian vectors there were, and how likely the bound may fail.
+    """
+    growth = math.sqrt(max(1.0, squares / chi2_quantile(failure, probes)))
+    return level * (1 + math.cosh(math.acosh(growth) / degree)) / 2

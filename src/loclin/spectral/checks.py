@@ -1,0 +1,37 @@
+"""What may be asked of a spectrum: how many triples, and how exactly."""
+
+from __future__ import annotations
+
+import torch
+
+from loclin.errors import OptionError
+
+_LEAST = 50
+"""A tolerance is at least this many units of rounding; below, bounds would state rounding and not the map."""
+
+
+def check_rank(k: int, d_out: int, d_in: int) -> None:
+    """Refuse a number of singular triples that a matrix does not have.
+
+    Raises
+    ------
+    OptionError
+        When k is not between 1 and the smaller side.
+    """
+    most = min(d_out, d_in)
+    if not 1 <= k <= most:
+        raise OptionError(f"k={k}: the map has {most} singular values, so k is 1 to {most}")
+
+
+def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
+    """Refuse a relative tolerance that the dtype cannot hold.
+
+    Raises
+    ------
+    OptionError
+        When the tolerance is below 50 units of rounding; the message names the least.
+    """
+    least = _LEAST * torch.finfo(dtype).eps
+    if not tolerance >= least:
+        name = str(dtype).removeprefix("torch.")
+        raise OptionError(f"tolerance={tolerance:g}: {name} holds no less than {least:.1e}; use that or a wider dtype")

@@ -1,0 +1,105 @@
+"""Dense routes agree with LAPACK in float64, and their bounds hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from loclin.errors import OptionError
+from loclin.linearization import linearize
+from loclin.spectral import full, top, values
+from spectra import DESIGNS, maps, power_law, true_values
+
+
+@pytest.fixture(scope="module")
+def J():
+    return linearize(tiny.gemma3(), tiny.prompt(5), precision="double").jacobian()
+
+
+def test_every_token_s_triples(J):
+    found = J.svd(k=6)
+    assert (found.U.shape, found.S.shape, found.Vh.shape) == ((5, 24, 6), (5, 6), (5, 6, 24))
+    for i in range(5):
+        matrix = J.dense()[:, i]
+        assert found.S[i].tolist() == pytest.approx(torch.linalg.svdvals(matrix)[:6].tolist(), rel=1e-10)
+        assert torch.allclose(matrix @ found.Vh[i].T, found.U[i] * found.S[i], atol=1e-10)
+        assert (J.value @ found.U[i] >= 0).all()
+    assert (found.residuals < 1e-10 * found.S[:, :1]).all()
+    assert torch.allclose(found.frobenius, J.frobenius_norm())
+
+
+def test_joint_triples(J):
+    found = J.svd(k=4, joint=True)
+    matrix = J.dense().flatten(1)
+    assert (found.U.shape, found.S.shape, found.Vh.shape) == ((24, 4), (4,), (4, 5, 24))
+    assert found.S.tolist() == pytest.approx(torch.linalg.svdvals(matrix)[:4].tolist(), rel=1e-10)
+    assert torch.allclose(matrix @ found.Vh.flatten(1).T, found.U * found.S, atol=1e-10)
+
+
+@pytest.mark.parametrize("k", [0, -1, 25])
+def test_impossible_k_is_refused(J, k):
+    with pytest.raises(OptionError, match="24 singular values"):
+        J.svd(k)
+    with pytest.raises(OptionError, match="24 singular values"):
+        top(J.dense(), k, towards=J.value)
+
+
+def test_impossible_tolerance_is_refused():
+    with pytest.raises(OptionError, match=r"float32 holds no less than 6\.0e-06"):
+        top(torch.eye(4)[:, None], 1, towards=torch.ones(4), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_top_is_certified(design, joint, dtype):
+    dense = maps(60, 70, DESIGNS[design], dtype=dtype)
+    true = true_values(dense, joint)[..., :4]
+    towards = torch.randn(60, dtype=dtype)
+    found = top(dense, 4, towards=towards, tolerance=1e-3, joint=joint)
+    assert ((found.lower <= true) & (true <= found.upper)).all()
+    certain = 1e-3 * found.S[..., :1] < found.S
+    assert (found.relative_error[certain] < 1.1e-3).all()
+    assert (torch.einsum("o,...ok->...k", towards, found.U) >= -1e-5).all()
+    gram = found.U.mT @ found.U
+    assert torch.allclose(gram, torch.eye(4, dtype=dtype).expand_as(gram), atol=1e-5)
+
+
+def test_top_does_not_fall_back_and_repeats_itself(monkeypatch):
+    dense = maps(160, 150, [power_law(150, 1.0), power_law(150, 0.7)], dtype=torch.float32)
+    monkeypatch.setattr("loclin.spectral.dense._one", None)
+    found, again = (top(dense, 2, towards=torch.ones(160), tolerance=1e-2, seed=3) for _ in range(2))
+    true = true_values(dense)[:, :2]
+    assert ((found.lower <= true) & (true <= found.upper)).all()
+    assert torch.equal(found.U, again.U)
+    assert found.route == "top"
+
+
+def test_all_values():
+    dense = maps(20, 30, [torch.zeros(20), power_law(20, 1)])
+    assert torch.allclose(values(dense), true_values(dense))
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    d_out=st.integers(1, 40),
+    d_in=st.integers(1, 40),
+    tokens=st.integers(1, 3),
+    exponent=st.floats(0, 3),
+    scale=st.integers(-6, 6),
+    route=st.sampled_from([full, top]),
+    joint=st.booleans(),
+    double=st.booleans(),
+)
+def test_bounds_are_never_violated(seed, d_out, d_in, tokens, exponent, scale, route, joint, double):
+    """Rounding is in the bounds already."""
+    spectra = [power_law(min(d_out, d_in), exponent, 10.0**scale)] * tokens
+    dense = maps(d_out, d_in, spectra, seed=seed, dtype=torch.float64 if double else torch.float32)
+    k = min(d_out, d_in, 1 + seed % 3)
+    found = route(dense, k, towards=torch.ones(d_out), joint=joint)
+    true = true_values(dense, joint)[..., :k]
+    assert ((found.lower <= true) & (true <= found.upper)).all()
