@@ -59,6 +59,16 @@ def test_wide_maps_go_without_the_dense_map(monkeypatch):
     assert plan(J, 2, joint=True, tolerance=1e-3).chosen == "krylov"
 
 
+def test_beyond_the_budget_there_is_no_dense_map():
+    lin = linearize(tiny.llama(), tiny.prompt(), memory=24 * 7 * 24 * 8 - 1)
+    J = lin.jacobian()
+    assert not J.fits
+    assert J.plan(3).chosen == "krylov"
+    assert J.svd(3).route == "krylov"
+    assert J.norms().columns > 0
+    assert J.known is None
+
+
 def test_columns_grow_with_what_is_asked():
     joint, each = expected_columns(8, 8, True, 2048), expected_columns(8, 8, False, 2048)
     assert expected_columns(1, 8, False, 2048) < each < expected_columns(8, 64, False, 2048) <= 4096

@@ -48,6 +48,10 @@ class Map(Protocol):
     def known(self) -> Tensor | None:
         """The dense map, where it has been made."""
 
+    @property
+    def fits(self) -> bool:
+        """Whether the dense map is within the memory budget."""
+
 
 @dataclass(frozen=True)
 class Route:
@@ -111,13 +115,15 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
     alone = _alone(J, expected, maps, rows, k)
     ways: tuple[tuple[Way, Cost], ...] = (("full", full), ("top", top), ("krylov", alone))
     routes = sorted((Route(name, cost) for name, cost in ways), key=lambda route: route.cost.seconds)
-    chosen = cast("Way", way)
-    if way == "auto":
+    chosen, most = cast("Way", way), int(_REACH * expected)
+    if way == "auto" and not J.fits:
+        chosen, most = "krylov", 4 * d_out
+    elif way == "auto":
         best = min((route for route in routes if route.name != "krylov"), key=lambda route: route.cost.seconds)
         certain = J.known is None and alone.seconds < _MARGIN * best.cost.seconds
         chosen = "krylov" if certain else best.name
     what = f"{k} largest triples of {'all tokens together' if joint else f'each of {length} tokens'} to {tolerance:g}"
-    return Plan(what, tuple(routes), chosen, int(_REACH * expected))
+    return Plan(what, tuple(routes), chosen, most)
 
 
 def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
@@ -134,8 +140,8 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
 
 def cheaper_alone(J: Map) -> bool:
     """Whether norms to a few percent cost less by products alone than by the dense map and its singular values."""
-    if J.known is not None:
-        return False
+    if J.known is not None or not J.fits:
+        return J.known is None
     d_out, length, d_in = J.shape
     dense = sweep(J.chain, J.source, J.target, d_out) + products(4.0 * length * d_out * d_in**2, J.chain, _LAPACK)
     expected = min(_NORM_COLUMNS, 2 * min(d_out, d_in))

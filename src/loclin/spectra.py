@@ -124,7 +124,7 @@ class Spectra(ABC):
         plan
             "full": the dense map and LAPACK. "top": the dense map and a block Krylov method. "krylov": products alone;
             where its columns do not reach the tolerance, "top" takes over. "auto": the cheapest by counted time (see
-            `plan`).
+            `plan`); products alone where the dense map is beyond the memory budget.
         seed
             Of random vectors: the same seed gives the same result.
 
