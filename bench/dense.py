@@ -7,14 +7,13 @@ rate of one large float32 product, measured between the runs.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from harness import Row, arguments, extra_peak_bytes, matmul_rate, report, timed
+from harness import Row, arguments, extra_peak_bytes, in_new_process, matmul_rate, report, timed
 from loclin.linearization import Linearization
 from models import BUDGET, fresh, linear_weights, packaged, whole_graph
 
@@ -56,16 +55,10 @@ def measure(name: str, repeats: int) -> list[Row]:
             rows.append(Row(f"{label}: difference from {route}", error, "relative", demand=1e-5))
     allowed = reference.nbytes + BUDGET
     for route in routes:
-        peak = peak_in_new_process(name, route)
+        peak = float(in_new_process(__file__, "--peak-of", name, route))
         demand = 1.0 if route == "loclin" else None
         rows.append(Row(f"{label}: {route}, extra peak memory", peak / 1e6, "MB", "J + budget", peak / allowed, demand))
     return rows
-
-
-def peak_in_new_process(name: str, route: str) -> float:
-    """A process that has done other work keeps its memory, and a peak would hide in it."""
-    command = [sys.executable, __file__, "--peak-of", name, route]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:

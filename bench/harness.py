@@ -139,6 +139,20 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def show(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table, the first column of which names its lines."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    Console(width=170 if not sys.stdout.isatty() else None).print(table)
+
+
 def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = ()) -> None:
     """Print the table, write `bench/results/NAME.json`, and with `check` exit 1 when a demand is not met.
 
@@ -150,7 +164,7 @@ def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = ())
         demand = "" if row.demand is None else f"≤ {row.demand:.3g}"
         met = {None: "", True: "yes", False: "NO"}[row.met]
         table.add_row(row.name, f"{row.value:.4g}", row.unit, row.against, ratio, demand, met)
-    Console(width=170 if not sys.stdout.isatty() else None).print(table)
+    _print(table)
     RESULTS.mkdir(exist_ok=True)
     content = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
