@@ -13,9 +13,9 @@ from models import fresh, linear_weights
 
 LENGTH = 512
 PARAGRAPH = (
-    "The river rises among low hills, where rain that has fallen on the moor gathers in many small streams, and for the "
-    "first miles of its course it is shallow and quick. Below the old mill the valley opens, the banks grow soft, and "
-    "the water slows between meadows that are flooded every spring. Carters used to cross here by a ford, and in dry "
+    "The river rises among low hills, where rain that has fallen on the moor gathers in many small streams, and for "
+    "the first miles of its course it is shallow and quick. Below the old mill the valley opens, the banks grow soft, "
+    "and the water slows between meadows that are flooded every spring. Carters used to cross here by a ford, and in dry "
     "summers the stones of it can still be seen. The town stands a little further on, upon the northern side, with a "
     "market square, a church of grey stone, and a row of warehouses from the time when barges carried wool and grain "
     "down to the harbour. A bridge of five arches was built to replace the ferry; it took eleven years to finish, and "
@@ -52,7 +52,7 @@ def main() -> None:
         "planned": columns,
         "columns": J.columns,
         "peak": peak,
-        "passed": certificate.passed,
+        "passed": float(certificate.passed),
         "reconstruction_error": certificate.reconstruction_error,
     }
     print(json.dumps(found))

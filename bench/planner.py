@@ -7,6 +7,7 @@ that it puts there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from harness import Row, interleaved, say, show
@@ -69,7 +70,7 @@ def _trial(lin: Linearization, k: int, tolerance: float, joint: bool, label: str
     if not names:
         say(f"planner: dropped {label}: {min(seconds.values()):.0f} s expected")
         return None
-    routes = {name: lambda name=name: ours(lin, joint, name, k, tolerance) for name in [*names, "auto"]}
+    routes = {name: partial(ours, lin, joint, name, k, tolerance) for name in [*names, "auto"]}
     runs = interleaved(routes, 7, f"planner, {label}", patience=4.0)
     return Trial(label, {name: runs[name].seconds for name in names}, runs["auto"].seconds, runs["auto"].found.route)
 

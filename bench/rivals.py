@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,7 +51,7 @@ def routes_of(lin: Linearization, joint: bool) -> dict[str, Callable[[], Outcome
     """Every route by its name; each starts from nothing."""
     _check_installed()
     routes = {DENSE: lambda: Outcome(torch.empty(1, 0), len(fresh(lin).dense()))}
-    routes |= {f"loclin svd, {plan}": lambda plan=plan: ours(lin, joint, plan) for plan in PLANS}
+    routes |= {f"loclin svd, {plan}": partial(ours, lin, joint, plan) for plan in PLANS}
     routes[PAPER] = lambda: _decomposed(_papers_jacobian(lin), joint, _randomized)
     routes[HYBRID] = lambda: _decomposed(fresh(lin).dense(), joint, _randomized)
     routes[f"loclin dense J + torch.svd_lowrank(q={_LOWRANK})"] = lambda: _decomposed(

@@ -1,22 +1,26 @@
 """Spectra of a network's token maps: ours by every route against other packages', each from nothing, in one run.
 
-Real models: the k = 8 largest values of every token's map and of the joint map, by our routes, by the paper's (PyTorch's
-dense Jacobian, then scikit-learn's `randomized_svd`), by `randomized_svd` and `torch.svd_lowrank` on our dense map, by
-SciPy's `svds` on our products, and by matfree where it is installed. Errors are the largest of any value against the
-float64 SVD of the dense map. Then: norms to 2 % and a wide random model's spectra, both against the dense map alone; the
-planner against the best single route; and 512 tokens against the matmul limit of the columns.
+Real models: the k = 8 largest values of every token's map and of the joint map, by our routes, by the paper's
+(PyTorch's dense Jacobian, then scikit-learn's `randomized_svd`), by `randomized_svd` and `torch.svd_lowrank` on our
+dense map, by SciPy's `svds` on our products, and by matfree on our dense map where it is installed. Errors are the
+largest of any value against the float64 SVD of the dense map. Then: norms to 2 % and a wide random model's spectra,
+both against the dense map alone; the planner against the best single route; and 512 tokens against the matmul limit of
+the columns.
 
-Times are the best of several interleaved runs; peaks are measured in processes of their own.
+Times are the best of several interleaved runs; peaks are measured in processes of their own (not with --quick).
 Needs the extra `bench`: pip install -c constraints.txt -e ".[bench]"
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +38,7 @@ from harness import (
     show,
 )
 from loclin.linearization import Linearization
-from loclin.spectral import stable_rank_and_norm
+from loclin.spectral import Norms, stable_rank_and_norm
 from models import SMOLLM2_SPECTRUM, decaying, fresh, packaged
 from rivals import AUTO, DENSE, HYBRID, PAPER, TOLERANCE, K, Outcome, ours, routes_of, truth
 
@@ -51,11 +55,12 @@ def main() -> None:
     if not (find_spec("matfree") and find_spec("jax")):
         print("matfree is not installed and is left out (pip install matfree jax)")
     rows, details = [], []
+    repeats = 2 if options.quick else 5
     for name in ["smollm2-135m"] if options.quick else ["smollm2-135m", "gemma-3-270m"]:
         lin = packaged(name)
         for joint in (False, True):
-            add(rows, details, side_by_side(name, lin, joint, repeats=2 if options.quick else 5))
-        rows += norms(name, lin, repeats=3 if options.quick else 7)
+            add(rows, details, side_by_side(name, lin, joint, repeats, peak=not options.quick))
+        rows += norms(name, lin, repeats)
     rows += wide(*((512, 2) if options.quick else (2048, 4)))
     add(rows, details, planner.measure(options.quick))
     rows += [] if options.quick else long_prompt()
@@ -67,16 +72,16 @@ def add(rows: list[Row], details: list[Row], found: tuple[Iterable[Row], Iterabl
     details += found[1]
 
 
-def side_by_side(name: str, lin: Linearization, joint: bool, repeats: int) -> tuple[list[Row], list[Row]]:
+def side_by_side(name: str, lin: Linearization, joint: bool, repeats: int, peak: bool) -> tuple[list[Row], list[Row]]:
     """(what is demanded, everything); prints the table of everything."""
     scope = "joint" if joint else "every token"
     label = f"{name}, {lin.trace.length} tokens, {scope}"
     true = truth(fresh(lin).dense(), joint)
     runs = interleaved(routes_of(lin, joint), repeats, label)
-    peaks = {route: peak_in_new_process(name, scope, route) for route in runs}
+    peaks = {route: peak_in_new_process(name, scope, route) if peak else math.nan for route in runs}
     errors = {route: run.found.error(true) for route, run in runs.items()}
     lines = [
-        [route, f"{run.seconds:.2f}", f"{run.seconds / runs[PAPER].seconds:.2f}", f"{peaks[route] / 1e6:.0f}"]
+        [route, f"{run.seconds:.2f}", f"{run.seconds / runs[PAPER].seconds:.2f}", megabytes(peaks[route])]
         + [str(run.found.columns), number(errors[route]), number(run.found.certified), run.found.route]
         for route, run in runs.items()
     ]
@@ -86,8 +91,12 @@ def side_by_side(name: str, lin: Linearization, joint: bool, repeats: int) -> tu
     return _demanded(label, runs, errors, 1.05 if name == "smollm2-135m" and not joint else None), details
 
 
+def megabytes(peak: float) -> str:
+    return "" if math.isnan(peak) else f"{peak / 1e6:.0f}"
+
+
 def number(error: float) -> str:
-    return "" if error != error else f"{error:.1e}"
+    return "" if math.isnan(error) else f"{error:.1e}"
 
 
 def _details(
@@ -96,12 +105,12 @@ def _details(
     run = runs[route]
     rows = [
         Row(label, run.seconds, "s", PAPER, run.seconds / runs[PAPER].seconds),
-        Row(f"{label}, extra peak memory", peaks[route] / 1e6, "MB", PAPER, peaks[route] / max(peaks[PAPER], 1.0)),
+        Row(f"{label}, extra peak memory", peaks[route] / 1e6, "MB", PAPER, peaks[route] / peaks[PAPER]),
         Row(f"{label}, columns", run.found.columns, "columns"),
         Row(f"{label}, true error", errors[route], "relative"),
         Row(f"{label}, certified error", run.found.certified, "relative"),
     ]
-    return [row for row in rows if row.value == row.value]
+    return [row for row in rows if not math.isnan(row.value)]
 
 
 def _demanded(label: str, runs: dict[str, Timed[Outcome]], errors: dict[str, float], demand: float | None) -> list[Row]:
@@ -141,11 +150,12 @@ def norms(name: str, lin: Linearization, repeats: int) -> list[Row]:
         columns["stable_rank"] = J.columns
         return rank
 
-    routes: dict[str, Callable[[], object]] = {"dense": lambda: fresh(lin).dense(), "stable_rank": planned}
+    def unplanned(certify: bool) -> Norms:
+        return stable_rank_and_norm(fresh(lin), tolerance=_NORM_TOLERANCE, certify=certify)
+
+    routes: dict[str, Callable[[], Any]] = {"dense": lambda: fresh(lin).dense(), "stable_rank": planned}
     for certify in (True, False):
-        routes[f"certify={certify}"] = lambda certify=certify: stable_rank_and_norm(
-            fresh(lin), tolerance=_NORM_TOLERANCE, certify=certify
-        )
+        routes[f"certify={certify}"] = partial(unplanned, certify)
     runs = interleaved(routes, repeats, label)
 
     def off(found: Tensor, exact: Tensor) -> float:
@@ -185,8 +195,8 @@ def wide(d: int, layers: int, length: int = 8) -> list[Row]:
 
     routes = {
         "dense": dense,
-        "joint": lambda: ours(lin, True, "auto"),
-        "every token": lambda: ours(lin, False, "auto"),
+        "joint": partial(ours, lin, True, "auto"),
+        "every token": partial(ours, lin, False, "auto"),
     }
     runs = interleaved(routes, 3, label, patience=120)
     limit = runs["dense"].seconds
