@@ -84,11 +84,15 @@ def _layer(chain: Chain, index: int, columns: int, explicit: bool) -> tuple[floa
     module, T, d = trace.layers[index].block.module, trace.length, trace.width
     if not explicit or weights is None:
         matrices = sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-        return _GENERIC * 2 * columns * T * matrices, matrices * trace.dtype.itemsize
+        return float(_GENERIC * 2 * columns * T * matrices), matrices * trace.dtype.itemsize
     down, o, v = (module.get_submodule(path) for path in (weights.down, weights.o, weights.v))
-    f, inner = int(down.in_features), int(o.in_features)
-    values = (int(v.out_features) - inner) // 2 if weights.fused else int(v.out_features)
+    assert isinstance(down, nn.Linear)
+    assert isinstance(o, nn.Linear)
+    assert isinstance(v, nn.Linear)
+    f, inner = down.in_features, o.in_features
+    values = (v.out_features - inner) // 2 if weights.fused else v.out_features
     branches = 2 if chain.hold.gate == "half" else 1
     mlp = min(2 * columns * d * f * (1 + branches), 2 * d * d * (branches * f + columns))
     numbers = d * ((1 + branches) * f + inner + values)
-    return T * (mlp + 2 * columns * d * (inner + values) + 2 * columns * T * inner), numbers * trace.dtype.itemsize
+    attention = 2 * columns * d * (inner + values) + 2 * columns * T * inner
+    return float(T * (mlp + attention)), numbers * trace.dtype.itemsize

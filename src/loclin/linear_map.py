@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,20 +18,18 @@ from loclin import memory
 from loclin.chain import Chain
 from loclin.dense_file import DenseFile
 from loclin.errors import BudgetError, OptionError
-from loclin.frames import dataframe
 from loclin.freeze import exact_arithmetic
 from loclin.link import HeadLink
 from loclin.models.hashing import weights_hash
 from loclin.points import Point
 from loclin.results import Provenance, versions
-from loclin.spectral import SVD, check_rank, full, stable_rank, values
+from loclin.spectra import Spectra
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
     from scipy.sparse.linalg import LinearOperator
 
 
-class LinearMap:
+class LinearMap(Spectra):
     """The map J of y = sum_i J_i x_i + b, from all tokens at `source` to one position at `target` (paper, equation 2).
 
     Made by `Linearization.jacobian`. `T` is the number of source tokens, `d_in` and `d_out` the widths of the points.
@@ -62,6 +59,7 @@ class LinearMap:
         whole: LinearMap | None = None,
         token: int | None = None,
     ) -> None:
+        super().__init__()
         chain.check(source, target)
         if normed and target.kind in ("final", "logits"):
             raise OptionError(f"normed=True puts the final norm on top of a point before it, and {target} is behind it")
@@ -71,7 +69,6 @@ class LinearMap:
         self._budget = budget
         self._whole = whole
         self._dense: Tensor | None = None
-        self._spectrum: Tensor | None = None
         self.certificate: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -336,51 +333,17 @@ class LinearMap:
             rmatmat=rmatmat,
         )
 
-    def svd(self, k: int = 8, joint: bool = False) -> SVD:
-        """The k largest singular triples of each token's map, or with `joint` of [J_0 ... J_{T-1}].
+    @property
+    def known(self) -> Tensor | None:
+        """The dense map, where it has been made already."""
+        if self._whole is not None:
+            return None if self._whole.known is None else self._whole.known[:, self.tokens]
+        return self._dense
 
-        Signs are aligned to the output. Cost: the dense map, and T (or one) dense SVDs.
-        """
-        d_out, length, d_in = self.shape
-        check_rank(k, d_out, length * d_in if joint else d_in)
-        found = replace(full(self.dense(), k, towards=self.value, joint=joint), provenance=self.provenance())
-        if not joint:
-            self._spectrum = found.spectrum
-        return found
-
-    def singular_values(self) -> Float[Tensor, "T r"]:
-        """All singular values of each token's map, descending. Cost: the dense map, and T SVDs without vectors."""
-        if self._spectrum is None:
-            self._spectrum = values(self.dense())
-        return self._spectrum
-
-    def frobenius_norm(self) -> Float[Tensor, " T"]:
-        """||J_i||_F of each token. Cost: the dense map, which is not held where it exceeds the budget."""
-        whole = self._whole or self
-        if whole._dense is None and self._dense_bytes <= memory.budget(self._budget, self.device):
-            whole.dense()
-        return sum((part.square().sum(dim=(0, 2)) for _, part in self.rows()), torch.zeros(())).sqrt()
-
-    def stable_rank(self) -> Float[Tensor, " T"]:
-        """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5). Cost: the dense map and its singular values."""
-        largest = self.singular_values()[:, 0]  # first: it needs the dense map, of which the norms are then free
-        return stable_rank(self.frobenius_norm(), largest)
-
-    def to_dataframe(self) -> DataFrame:
-        """One row per token: index, text, Frobenius norm, stable rank, largest singular value; needs pandas.
-
-        Cost: the dense map, and T SVDs without vectors.
-        """
-        texts = self.provenance().tokens
-        return dataframe(
-            {
-                "token": self.tokens,
-                "text": [texts[token] for token in self.tokens],
-                "frobenius_norm": self.frobenius_norm().tolist(),
-                "stable_rank": self.stable_rank().tolist(),
-                "singular_value": self.singular_values()[:, 0].tolist(),
-            }
-        )
+    @property
+    def fits(self) -> bool:
+        """Whether the dense map is within the budget, or there already."""
+        return self.known is not None or self._dense_bytes <= memory.budget(self._budget, self.device)
 
     def provenance(self) -> Provenance:
         """Which map this is, for what is computed from it."""

@@ -17,6 +17,7 @@ from loclin.linear_map import LinearMap
 from loclin.memory import budget
 from loclin.models import Model, wrap
 from loclin.padding import without_padding
+from loclin.plan import Plan
 from loclin.points import parse
 from loclin.trace import trace
 
@@ -130,6 +131,22 @@ class Linearization:
         if key not in self._maps:
             self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self._memory)
         return self._maps[key]
+
+    def cost(
+        self,
+        source: str = "embed",
+        target: str = "final",
+        position: int = -1,
+        *,
+        k: int = 8,
+        joint: bool = False,
+        tolerance: float = 1e-3,
+    ) -> Plan:
+        """What `jacobian(source, target, position).svd(k, joint)` costs by each way; `print` it before running.
+
+        Columns, flops, bytes that are held, and seconds on this machine by the speed of one large product.
+        """
+        return self.jacobian(source, target, position).plan(k, joint, tolerance)
 
     def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:
         """J_ordinary x: the output as the ordinary Jacobian, nothing held, would rebuild it (the paper's Figure 3).

@@ -161,7 +161,7 @@ def explain(
 
     Notes
     -----
-    Cost: the dense map (d columns), T dense SVDs, and about 15 columns. Memory: the map, T d^2 numbers.
+    Cost: the dense map (d columns), T dense decompositions, and about 15 columns. Memory: the map, T d^2 numbers.
     """
     at = lin.trace.position(position)
     J = lin.jacobian(position=at)
@@ -173,8 +173,8 @@ def explain(
     progress("ordinary Jacobian")
     ordinary = lin.ordinary_reconstruction(at)
     progress("singular vectors")
-    svd = J.svd(k)
-    spectra = J.singular_values()
+    svd = J.svd(k, tolerance=1e-5)
+    spectra, norms, ranks = J.singular_values().tolist(), J.frobenius_norm().tolist(), J.stable_rank().tolist()
     progress("words")
     decoder = Decoder(lin.model)
     blocks = _blocks(svd, J.input, decoder)
@@ -193,10 +193,10 @@ def explain(
             text=lin.tokens[i],
             id=int(lin.input_ids[0, i]),
             is_sink=i in lin.sinks,
-            frobenius_norm=J.frobenius_norm()[i].item(),
-            stable_rank=J.stable_rank()[i].item(),
+            frobenius_norm=norms[i],
+            stable_rank=ranks[i],
             share=shares[i].item(),
-            singular_values=spectra[i].tolist(),
+            singular_values=spectra[i],
             blocks=blocks[i],
             rows=rows[i],
             columns=columns[i],

@@ -1,6 +1,6 @@
 """Spectra: singular values and vectors, norms, stable rank, and how far to trust them."""
 
-from loclin.spectral.checks import check_rank, check_tolerance
+from loclin.spectral.checks import check_rank, check_tolerance, least_tolerance
 from loclin.spectral.dense import full, top, values
 from loclin.spectral.krylov import krylov_svd
 from loclin.spectral.norms import Estimate, Norms, effective_rank, frobenius, stable_rank, stable_rank_and_norm
@@ -20,6 +20,7 @@ __all__ = [
     "frobenius",
     "full",
     "krylov_svd",
+    "least_tolerance",
     "stable_rank",
     "stable_rank_and_norm",
     "top",

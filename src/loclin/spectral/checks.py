@@ -31,7 +31,12 @@ def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
     OptionError
         When the tolerance is below 50 units of rounding; the message names the least.
     """
-    least = _LEAST * torch.finfo(dtype).eps
+    least = least_tolerance(dtype)
     if not tolerance >= least:
         name = str(dtype).removeprefix("torch.")
         raise OptionError(f"tolerance={tolerance:g}: {name} holds no less than {least:.1e}; use that or a wider dtype")
+
+
+def least_tolerance(dtype: torch.dtype) -> float:
+    """The smallest relative tolerance that a dtype holds."""
+    return _LEAST * torch.finfo(dtype).eps
