@@ -42,13 +42,14 @@ class Trial:
 def measure(quick: bool) -> tuple[list[Row], list[Row]]:
     """(the worst ratio, every combination's)."""
     widths, lengths = ((512,), (2, 8)) if quick else ((512, 1024, 2048), (2, 8, 64, 256))
+    patience = 0.5 if quick else 5.0
     trials, dropped = [], 0
     for d, T in product(widths, lengths):
         lin = decaying(d, 2, T)
         for k, tolerance, joint in product((1, 8), (1e-3, 1e-2), (False, True)):
-            found = _trial(
-                lin, k, tolerance, joint, f"d={d} T={T} k={k} {tolerance:g} {'joint' if joint else 'tokens'}"
-            )
+            label = f"d={d} T={T} k={k} {tolerance:g} {'joint' if joint else 'tokens'}"
+            say(f"planner: {label}")
+            found = _trial(lin, k, tolerance, joint, label, patience)
             trials, dropped = ([*trials, found], dropped) if found else (trials, dropped + 1)
     _show(trials)
     worst = max(trials, key=lambda trial: trial.ratio)
@@ -63,7 +64,7 @@ def measure(quick: bool) -> tuple[list[Row], list[Row]]:
     return rows, details
 
 
-def _trial(lin: Linearization, k: int, tolerance: float, joint: bool, label: str) -> Trial | None:
+def _trial(lin: Linearization, k: int, tolerance: float, joint: bool, label: str, patience: float) -> Trial | None:
     plan = fresh(lin).plan(k=k, joint=joint, tolerance=tolerance)
     seconds = {route.name: route.cost.seconds for route in plan.routes}
     names = [name for name, expected in seconds.items() if expected <= _MOST_SECONDS]
@@ -71,7 +72,7 @@ def _trial(lin: Linearization, k: int, tolerance: float, joint: bool, label: str
         say(f"planner: dropped {label}: {min(seconds.values()):.0f} s expected")
         return None
     routes = {name: partial(ours, lin, joint, name, k, tolerance) for name in [*names, "auto"]}
-    runs = interleaved(routes, 7, f"planner, {label}", patience=4.0)
+    runs = interleaved(routes, 7, f"planner, {label}", patience)
     return Trial(label, {name: runs[name].seconds for name in names}, runs["auto"].seconds, runs["auto"].found.route)
 
 

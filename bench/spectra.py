@@ -138,7 +138,7 @@ def peak_in_new_process(name: str, scope: str, route: str) -> float:
 
 def norms(name: str, lin: Linearization, repeats: int) -> list[Row]:
     """sigma_1 and the stable rank of every token to 2 %, against dense J alone; what they are off by."""
-    label = f"{name}, {lin.trace.length} tokens, sigma_1 and stable rank of every token to {NORM_TOLERANCE:.0%}"
+    label = f"{name}, {lin.trace.length} tokens, norms to {NORM_TOLERANCE:.0%}"
     values = truth(fresh(lin).dense(), joint=False)
     exact = {"sigma_1": values[:, 0], "stable rank": values.square().sum(dim=1) / values[:, 0].square()}
     routes: dict[str, Callable[[], Any]] = {
@@ -179,12 +179,13 @@ def wide(d: int, layers: int, length: int = 8) -> list[Row]:
     limit = runs["dense"].seconds
     rows = [Row(f"{label}: {DENSE}", limit, "s")]
     spectra = {}
-    for scope, demand in (("joint", 0.25), ("every token", 0.6)):
+    demands = {"joint": 0.25, "every token": 0.6} if d >= 2048 else {}  # narrower, and the dense map is right
+    for scope in ("joint", "every token"):
         run, name = runs[scope], f"{label}, {scope}: svd(k={K})"
         say(f"{label}, {scope}: float64 SVD to compare with")
         spectra[scope] = truth(kept[0], joint=scope == "joint")
         rows += [
-            Row(f"{name}, auto ({run.found.route})", run.seconds, "s", DENSE, run.seconds / limit, demand),
+            Row(f"{name}, auto ({run.found.route})", run.seconds, "s", DENSE, run.seconds / limit, demands.get(scope)),
             Row(f"{name}, columns", run.found.columns, "columns", f"d = {d}", run.found.columns / d),
             Row(f"{name}, certified error", run.found.certified, "relative", demand=TOLERANCE),
             Row(f"{name}, true error", run.found.error(spectra[scope]), "relative", demand=TOLERANCE),
