@@ -167,7 +167,11 @@ def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = ())
     _print(table)
     RESULTS.mkdir(exist_ok=True)
     content = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "versions": {name: version(name) for name in ("loclin", "torch", "transformers")},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rows": [asdict(row) | {"met": row.met} for row in [*rows, *details]],
