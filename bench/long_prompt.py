@@ -1,5 +1,6 @@
 """SmolLM2 at 512 tokens: the top singular vector and the stable rank of every token, in a process of its own.
 
+The columns are those that `J.plan` counts for the vectors, and those that the stable ranks then spend on the same map.
 Prints what it found as JSON, for `bench/spectra.py`, which sets the seconds against the matmul limit of the columns.
 """
 
