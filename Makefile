@@ -1,4 +1,5 @@
 # make demo: a real model, explained, in one command.   make test: lint, types and all tests.
+# make bench: the package against others and against the limits, side by side (an hour or so).
 # make test-matrix: the engine's tests with the oldest and the newest transformers that pyproject.toml supports.
 PYTHON ?= python3
 VENV := .venv
@@ -39,8 +40,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(BIN)/python bench/dense.py
+	$(BIN)/python bench/spectra.py
+	$(BIN)/python bench/scaling.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("loclin needs Python 3.10 or newer; this is " + sys.version.split()[0] \
@@ -62,6 +65,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -e ".[bench]"
 	@touch $@
 
 clean:

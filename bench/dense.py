@@ -7,58 +7,21 @@ rate of one large float32 product, measured between the runs.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import loclin
-from harness import Row, arguments, extra_peak_bytes, matmul_rate, report, timed
-from loclin.freeze import frozen
+from harness import Row, arguments, extra_peak_bytes, in_new_process, matmul_rate, report, timed
 from loclin.linearization import Linearization
-
-PROMPT = "The bridge out of Marin is the"
-BUDGET = 2**30
-LINEAR = ("v_proj", "o_proj", "up_proj", "down_proj")
-
-
-def linear_weights(model: nn.Module) -> int:
-    return sum(
-        part.weight.numel()
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in LINEAR
-    )
-
-
-def whole_graph(lin: Linearization) -> Callable[[Tensor], Tensor]:
-    """The frozen network as one function of its embeddings `[T, d]`."""
-    hf, stock = lin.model.hf, lin.trace.layers[0].hidden
-
-    def forward(x: Tensor) -> Tensor:
-        with frozen(hf, lin.trace.hold) as mode:
-            hidden = stock.clone()
-            mode.enter(hidden, x[None])
-            final = mode.live(hf.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state)
-        return final[0, -1]
-
-    return forward
-
-
-def fresh(lin: Linearization) -> Tensor:
-    return loclin.LinearMap(lin.chain, *ends(lin), lin.trace.length - 1, budget=BUDGET).dense()
-
-
-def ends(lin: Linearization) -> tuple:
-    J = lin.jacobian()
-    return J.source, J.target
+from models import BUDGET, fresh, linear_weights, packaged, whole_graph
 
 
 def routes_of(lin: Linearization) -> dict[str, Callable[[], Tensor]]:
     x, forward = lin.embeddings, whole_graph(lin)
     return {
-        "loclin": lambda: fresh(lin),
+        "loclin": lambda: fresh(lin).dense(),
         "torch.func.jacrev(chunk_size=128)": lambda: torch.func.jacrev(forward, chunk_size=128)(x),
         "autograd.functional.jacobian(vectorize=True)": lambda: torch.autograd.functional.jacobian(
             forward, x, vectorize=True
@@ -67,11 +30,11 @@ def routes_of(lin: Linearization) -> dict[str, Callable[[], Tensor]]:
 
 
 def measure(name: str, repeats: int) -> list[Row]:
-    lin = loclin.linearize(loclin.load(name), PROMPT, bos=True, memory=BUDGET)
+    lin = packaged(name)
     length, width = lin.embeddings.shape
     flops = 2 * width * length * linear_weights(lin.model.hf)
     routes = routes_of(lin)
-    reference = fresh(lin)
+    reference = fresh(lin).dense()
     times: dict[str, list[float]] = {route: [] for route in routes}
     rates = [matmul_rate()]
     for run in range(repeats):
@@ -92,22 +55,16 @@ def measure(name: str, repeats: int) -> list[Row]:
             rows.append(Row(f"{label}: difference from {route}", error, "relative", demand=1e-5))
     allowed = reference.nbytes + BUDGET
     for route in routes:
-        peak = peak_in_new_process(name, route)
+        peak = float(in_new_process(__file__, "--peak-of", name, route))
         demand = 1.0 if route == "loclin" else None
         rows.append(Row(f"{label}: {route}, extra peak memory", peak / 1e6, "MB", "J + budget", peak / allowed, demand))
     return rows
 
 
-def peak_in_new_process(name: str, route: str) -> float:
-    """A process that has done other work keeps its memory, and a peak would hide in it."""
-    command = [sys.executable, __file__, "--peak-of", name, route]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--peak-of"]:
         name, route = sys.argv[2:]
-        lin = loclin.linearize(loclin.load(name), PROMPT, bos=True, memory=BUDGET)
+        lin = packaged(name)
         print(extra_peak_bytes(routes_of(lin)[route]))
         return
     options = arguments(__doc__ or "")

@@ -7,13 +7,15 @@ import ctypes
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -21,6 +23,17 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 _SIDE = 2048
+
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Timed(Generic[Found]):
+    """What a route found, and in how many seconds at best."""
+
+    seconds: float
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,46 @@ def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def interleaved(
+    routes: Mapping[str, Callable[[], Found]], repeats: int, label: str, patience: float = 60.0
+) -> dict[str, Timed[Found]]:
+    """The best seconds of each route and what it found last; the routes take turns, so that all share a busy machine.
+
+    A route that has spent `patience` seconds is not run again. What takes a while says so on the way.
+    """
+    runs: dict[str, Timed[Found]] = {}
+    spent = dict.fromkeys(routes, 0.0)
+    for run in range(repeats):
+        for name, work in routes.items():
+            if run and spent[name] >= patience:
+                continue
+            start = time.perf_counter()
+            found = work()
+            seconds = time.perf_counter() - start
+            spent[name] += seconds
+            best = min(seconds, runs[name].seconds) if run else seconds
+            runs[name] = Timed(best, found)
+            if seconds > 2:
+                say(f"{label}: {name}, run {run + 1}: {seconds:.1f} s")
+    return runs
+
+
+def say(text: str) -> None:
+    """A line of progress, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def in_new_process(script: str, *arguments: str) -> str:
+    """What a script prints when run alone: a process that has done other work keeps memory, and hides a peak in it."""
+    done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def resident_peak_bytes() -> int:
+    """The most memory this process has held since it started, or since `extra_peak_bytes`."""
+    return _resident("VmHWM")
 
 
 def extra_peak_bytes(work: Callable[[], object]) -> float:
@@ -86,21 +139,42 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def report(name: str, rows: list[Row], check: bool) -> None:
-    """Print the table, write `bench/results/NAME.json`, and with `check` exit 1 when a demand is not met."""
+def show(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table, the first column of which names its lines."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    Console(width=170 if not sys.stdout.isatty() else None).print(table)
+
+
+def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = ()) -> None:
+    """Print the table, write `bench/results/NAME.json`, and with `check` exit 1 when a demand is not met.
+
+    Details are written and not printed: another table has shown them.
+    """
     table = Table("what", "value", "unit", "against", "ratio", "demand", "met", title=name, title_justify="left")
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
         demand = "" if row.demand is None else f"≤ {row.demand:.3g}"
         met = {None: "", True: "yes", False: "NO"}[row.met]
         table.add_row(row.name, f"{row.value:.4g}", row.unit, row.against, ratio, demand, met)
-    Console(width=170 if not sys.stdout.isatty() else None).print(table)
+    _print(table)
     RESULTS.mkdir(exist_ok=True)
     content = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "versions": {name: version(name) for name in ("loclin", "torch", "transformers")},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rows": [asdict(row) | {"met": row.met} for row in rows],
+        "rows": [asdict(row) | {"met": row.met} for row in [*rows, *details]],
     }
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
