@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.spectral.threads import single_thread
+
 
 def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:
     """The share of a map's largest singular value that rounding may add to any of them: sqrt(n) eps.
@@ -28,6 +30,7 @@ def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:
     return max(4.0, math.sqrt(max(d_out, d_in))) * torch.finfo(dtype).eps
 
 
+@single_thread()
 def left_svd(B: Float[Tensor, "M m n"]) -> tuple[Float[Tensor, "M m m"], Float[Tensor, "M m"]]:
     """Left singular vectors and values of flat matrices, in float64. Cost: M (2 m^2 n + about 10 m^3) flops.
 
@@ -42,6 +45,7 @@ def left_svd(B: Float[Tensor, "M m n"]) -> tuple[Float[Tensor, "M m m"], Float[T
     return W.flip(-1), squares.flip(-1).clamp(min=0).sqrt()
 
 
+@single_thread()
 def outside(
     W: Float[Tensor, "*M m m"], values: Float[Tensor, "*M m"], pushed: Float[Tensor, "*M m f"], floor: float
 ) -> Float[Tensor, "*M m m"]:
@@ -73,6 +77,7 @@ def bound_matrix(
     return torch.diag_embed(values.square()) + square[:, None, None] * missed
 
 
+@single_thread()
 def upper_values(
     values: Float[Tensor, "M m"], missed: Float[Tensor, "M m m"], eta: Float[Tensor, " M"]
 ) -> Float[Tensor, "M m"]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from loclin.spectral.bounds import left_svd, norm_from_below, outside, rounding, schatten, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.result import SVD, aligned
+from loclin.spectral.threads import each
 
 _OVERSAMPLING = 8
-_GROUP_BYTES = 2**27
 
 
 def values(dense: Float[Tensor, "d_out T d_in"]) -> Float[Tensor, "T r"]:
     """All singular values of each token's map, descending. Cost: T SVDs without vectors."""
-    return torch.stack([torch.linalg.svdvals(matrix) for matrix in dense.transpose(0, 1)])
+    return torch.stack(each(torch.linalg.svdvals, dense.transpose(0, 1)))
 
 
 def full(dense: Float[Tensor, "d_out T d_in"], k: int, *, towards: Float[Tensor, " d_out"], joint: bool = False) -> SVD:
@@ -32,7 +31,7 @@ def full(dense: Float[Tensor, "d_out T d_in"], k: int, *, towards: Float[Tensor,
         When k is not between 1 and the smaller side of the matrix.
     """
     matrices = _matrices(dense, k, joint)
-    parts = [_one(matrix, k, towards) for matrix in tqdm(matrices, desc="SVD", delay=2, leave=False, disable=None)]
+    parts = each(lambda matrix: _one(matrix, k, towards), matrices)
     U, S, Vh, residuals, error, spectrum = (torch.stack(part) for part in zip(*parts, strict=True))
     frobenius = torch.linalg.matrix_norm(matrices)
     found = SVD(U, S, Vh, residuals, (S - error).clamp(min=0), S + error, 0.0, frobenius, "full", spectrum=spectrum)
@@ -50,9 +49,9 @@ def top(
 ) -> SVD:
     """Find the k largest triples by a randomized block Krylov method (Musco & Musco 2015; Tropp & Webber 2023).
 
-    All tokens of a group go through one batched product and QR. Every block is kept. A token is done when its bounds
-    are within `tolerance` of each value; one that a basis of a third of the smaller side does not serve is decomposed
-    in full. Bounds are rigorous (see `loclin.spectral.bounds`), and so no luck with the random start is assumed.
+    Every block is kept. A token is done when its bounds are within `tolerance` of each value; one that a basis of a
+    third of the smaller side does not serve is decomposed in full. Bounds are rigorous (see `loclin.spectral.bounds`),
+    and so no luck with the random start is assumed.
 
     Cost: per token and step 4 d_out d_in (k + 8) flops; the bounds up to four products of d x d matrices.
 
@@ -63,8 +62,7 @@ def top(
     """
     check_tolerance(tolerance, dense.dtype)
     matrices = _matrices(dense, k, joint)
-    group = max(1, _GROUP_BYTES // (matrices[0].numel() * dense.dtype.itemsize))
-    parts = [_group(batch, k, towards, tolerance, seed) for batch in matrices.split(group)]
+    parts = each(lambda matrix: _group(matrix[None], k, towards, tolerance, seed), matrices)
     fields = [torch.cat(part) for part in zip(*parts, strict=True)]
     U, S, Vh, residuals, lower, upper = fields
     found = SVD(U, S, Vh, residuals, lower, upper, 0.0, torch.linalg.matrix_norm(matrices), "top")

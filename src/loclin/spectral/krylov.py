@@ -15,6 +15,7 @@ from loclin.spectral.dense import shaped
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import SVD, aligned
 from loclin.spectral.sketch import Ritz, Sketch
+from loclin.spectral.threads import single_thread
 
 FAILURE = 1e-3
 """The probability with which the bounds of one result may not hold."""
@@ -179,6 +180,7 @@ def search(
             sketch.polish(wanted)
 
 
+@single_thread()
 def _wanted(ritz: Ritz, allowed: Float[Tensor, "M k"], square: Float[Tensor, " M"]) -> list[Tensor]:
     """What to push if ||E||^2 is `square`: for each map `[m, c]`, the directions of which the upper bounds are made."""
     squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(bound_matrix(ritz.values, ritz.missed, square)))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
 from loclin.spectral.operator import TokenMaps
+from loclin.spectral.threads import single_thread
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,21 @@ class Sketch:
 
     def grow(self, images: Float[Tensor, "d_out c"]) -> int:
         """Take images into the basis and pull them. Cost: a column for each that is new; returns their number."""
+        images = self._orthonormal(images)
+        if images.shape[1]:
+            self.Q, self.B = torch.cat([self.Q, images], dim=1), torch.cat([self.B, self.pull(images)], dim=1)
+        return images.shape[1]
+
+    @single_thread()
+    def _orthonormal(self, images: Tensor) -> Tensor:
+        """An orthonormal basis of what images add to Q."""
         images = images / images.norm(dim=0).clamp(min=torch.finfo(images.dtype).tiny)
         for _ in range(2):
             images = images - self.Q @ (self.Q.T @ images)
             # What the basis has already, or the images have twice, carries rounding only.
             images, sizes, _ = torch.linalg.svd(images, full_matrices=False)
             images = images[:, sizes > 10 * self.floor]
-        images = images[:, : self.Q.shape[0] - self.Q.shape[1]]
-        if images.shape[1]:
-            self.Q, self.B = torch.cat([self.Q, images], dim=1), torch.cat([self.B, self.pull(images)], dim=1)
-        return images.shape[1]
+        return images[:, : self.Q.shape[0] - self.Q.shape[1]]
 
     def power(self) -> None:
         """One shared block Krylov step: push what the newest basis vectors pulled, and take the images in.
@@ -147,6 +153,7 @@ class Sketch:
         """Weigh vectors of every map's input space, and sum their images over the maps. Cost: c columns."""
         return self._push(self._tangents((rows.double() * weights[:, None, None]).to(rows)))
 
+    @single_thread()
     def triples(self, ritz: Ritz, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U `[M, d_out, k]`, S, Vh `[M, k, n]`, and `[M, k]`: by how much each v leaves what was pushed."""
         W = ritz.W[..., :k]
