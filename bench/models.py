@@ -17,6 +17,18 @@ from loclin.linearization import Linearization
 
 PROMPT = "The bridge out of Marin is the"
 BUDGET = 2**30
+PARAGRAPH = (
+    "The river rises among low hills, where rain that has fallen on the moor gathers in many small streams, and for "
+    "the first miles of its course it is shallow and quick. Below the old mill the valley opens, the banks grow "
+    "soft, and the water slows between meadows that are flooded every spring. Carters used to cross here by a ford, "
+    "and in dry summers the stones of it can still be seen. The town stands a little further on, upon the northern "
+    "side, with a market square, a church of grey stone, and a row of warehouses from the time when barges carried "
+    "wool and grain down to the harbour. A bridge of five arches was built to replace the ferry; it took eleven "
+    "years to finish, and twice the work was carried away by ice. Today most of the trade goes by rail, but the "
+    "bridge is kept in good repair, and on fair days the whole town walks across it to the fields. Beyond the last "
+    "houses the river bends towards the sea, the tide begins to be felt, and gulls follow the boats as they come "
+    "home in the evening. "
+)
 LINEAR = ("v_proj", "o_proj", "up_proj", "down_proj")
 
 SMOLLM2_SPECTRUM = {

@@ -1,6 +1,6 @@
 """The planner: `svd` by plan "auto" against the best single route, over widths, lengths, ranks and tolerances.
 
-Random two-layer models. A combination whose chosen route the plan puts above 20 s is dropped, and so is a single route
+Random two-layer models. A combination whose chosen route the plan puts above 8 s is dropped, and so is a single route
 that it puts there.
 """
 
@@ -15,7 +15,7 @@ from loclin.linearization import Linearization
 from models import decaying, fresh
 from rivals import ours
 
-_MOST_SECONDS = 20.0
+_MOST_SECONDS = 8.0
 _DEMAND = 1.10
 
 
@@ -42,7 +42,7 @@ class Trial:
 def measure(quick: bool) -> tuple[list[Row], list[Row]]:
     """(the worst ratio, every combination's)."""
     widths, lengths = ((512,), (2, 8)) if quick else ((512, 1024, 2048), (2, 8, 64, 256))
-    patience = 0.5 if quick else 5.0
+    patience = 0.5 if quick else 3.0
     trials, dropped = [], 0
     for d, T in product(widths, lengths):
         lin = decaying(d, 2, T)

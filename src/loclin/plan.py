@@ -16,7 +16,7 @@ from loclin.points import Point
 Way = Literal["auto", "full", "top", "krylov"]
 """`full`: the dense map and LAPACK; `top`: the dense map and block Krylov; `krylov`: no dense map."""
 
-_LAPACK = 0.12
+_LAPACK = 0.3
 """The speed of a full SVD, of about 20 d^3 flops, against that of a large product."""
 _THIN = 0.35
 """The speed of products with a few columns, and of QR."""
@@ -111,8 +111,10 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
     dense = Cost() if J.known is not None else sweep(J.chain, J.source, J.target, d_out)
     held = Cost(nbytes=d_out * length * d_in * J.dtype.itemsize)
     steps = min(short, 4 * (k + 8))
-    full = dense + held + products(20.0 * maps * short * short * max(short, rows / 4), J.chain, _LAPACK)
-    top = dense + held + products(maps * (4.0 * d_out * rows * steps + 4.0 * short**3), J.chain, _THIN)
+    lapack = products(20.0 * maps * short * short * max(short, rows / 4), J.chain, _LAPACK)
+    krylov = products(maps * (4.0 * d_out * rows * steps + 4.0 * short**3), J.chain, _THIN)
+    full = dense + held + lapack
+    top = dense + held + krylov + (lapack if steps > short / 2 else Cost())  # it then ends there all the same
     expected = expected_columns(k, length, joint, short)
     alone = _alone(J, expected, maps, rows, k)
     ways: tuple[tuple[Way, Cost], ...] = (("full", full), ("top", top), ("krylov", alone))
