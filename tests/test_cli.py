@@ -112,10 +112,12 @@ def test_unknown_models_suggest_near_names():
     assert len(err.strip().splitlines()) == 1
 
 
-def test_an_interrupted_run_leaves_no_file(directory, tmp_path):
+@pytest.mark.parametrize("seconds", [1.5, 2.0])
+def test_an_interrupted_run_leaves_no_file(directory, tmp_path, seconds):
     page = tmp_path / "out.html"
-    process = start("explain", "w3 w4 w5", "--model", directory, "--html", page, start_new_session=True)
-    time.sleep(2)
+    prompt = " ".join(["w3"] * 60)
+    process = start("explain", prompt, "--model", directory, "--html", page, start_new_session=True)
+    time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

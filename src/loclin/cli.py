@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -68,6 +71,23 @@ def _one_clear_line(interrupted: str = "nothing was written") -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def _importing(interrupted: str = "nothing was written") -> Iterator[None]:
+    """While modules are imported, Ctrl-C ends the process at once: libraries catch it there, and go on."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        stderr.print(f"interrupted; {escape(interrupted)}", soft_wrap=True)
+        os._exit(130)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, stop) if in_main else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
 def _version(wanted: bool | None) -> None:
     if wanted:
         from loclin import __version__
@@ -122,8 +142,9 @@ def explain(
     loclin explain "The Golden Gate" --model smollm2-135m --bos --json out.json --html out.html
     """
     with _one_clear_line():
-        from loclin import memory as budgets
-        from loclin.report import check_plotly, check_writable, render_explanation, write_html, write_text
+        with _importing():
+            from loclin import memory as budgets
+            from loclin.report import check_plotly, check_writable, render_explanation, write_html, write_text
 
         for path in (json, html):
             if path is not None:
@@ -136,9 +157,12 @@ def explain(
         if memory is not None:
             budgets.parse(memory)
 
-        from loclin.analyses.explain import explain as run
-        from loclin.linearization import linearize
-        from loclin.models import load
+        with _importing():
+            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (what load will ask for)
+
+            from loclin.analyses.explain import explain as run
+            from loclin.linearization import linearize
+            from loclin.models import load
 
         with _step(f"loading {model}"):
             loaded = load(model, dtype=dtype, device=device, device_map=device_map, revision=revision)
@@ -184,14 +208,16 @@ def coverage(
     """
     kept = "nothing was written" if json is None else f"what is finished is kept: the same command goes on ({json})"
     with _one_clear_line(kept):
-        from loclin.report import check_writable, coverage_markdown, render_coverage, write_text
+        with _importing(kept):
+            from loclin.report import check_writable, coverage_markdown, render_coverage, write_text
 
         for path in (json, markdown):
             if path is not None:
                 check_writable(path)
 
-        from loclin.analyses.coverage import GATES
-        from loclin.analyses.coverage import coverage as run
+        with _importing(kept):
+            from loclin.analyses.coverage import GATES
+            from loclin.analyses.coverage import coverage as run
 
         chosen = None if gate is None else {option.value for option in gate}
         gates = [name for name in GATES if chosen is None or name in chosen]
