@@ -132,8 +132,11 @@ def matmul_rate() -> float:
     return 2 * _SIDE**3 / min(timed(lambda: torch.mm(a, b, out=out)) for _ in range(3))
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, parts: Sequence[str] = ()) -> argparse.Namespace:
+    """The options that every benchmark has, and which of its parts to run, where it has several."""
     parser = argparse.ArgumentParser(description=description)
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="run only these")
     parser.add_argument("--check", action="store_true", help="exit 1 when a demand is not met")
     parser.add_argument("--quick", action="store_true", help="one model and few repeats")
     return parser.parse_args()

@@ -8,6 +8,7 @@ both against the dense map alone; the planner against the best single route; and
 the columns.
 
 Times are the best of several interleaved runs; peaks are measured in processes of their own (not with --quick).
+`--parts` runs some of it.
 Needs the extra `bench`: pip install -c constraints.txt -e ".[bench]"
 """
 
@@ -43,6 +44,7 @@ from models import SMOLLM2_SPECTRUM, decaying, fresh, packaged
 from rivals import AUTO, DENSE, HYBRID, PAPER, TOLERANCE, K, Outcome, ours, routes_of, truth
 
 NORM_TOLERANCE = 0.02
+PARTS = ("routes", "peaks", "norms", "wide", "planner", "long")
 
 
 def main() -> None:
@@ -51,23 +53,24 @@ def main() -> None:
         work = routes_of(packaged(name), joint=scope == "joint")[route]
         print(extra_peak_bytes(work))
         return
-    options = arguments(__doc__ or "")
+    options = arguments(__doc__ or "", PARTS)
     if not (find_spec("matfree") and find_spec("jax")):
         print("matfree is not installed and is left out (pip install matfree jax)")
     rows, details = [], []
     repeats = 2 if options.quick else 3
     for name in ["smollm2-135m"] if options.quick else ["smollm2-135m", "gemma-3-270m"]:
         lin = packaged(name)
-        for joint in (False, True):
-            add(
-                rows,
-                details,
-                side_by_side(name, lin, joint, repeats, peak=not options.quick and name == "smollm2-135m"),
-            )
-        rows += norms(name, lin, repeats)
-    rows += wide(*((512, 2) if options.quick else (2048, 4)))
-    add(rows, details, planner.measure(options.quick))
-    rows += [] if options.quick else long_prompt()
+        peak = not options.quick and "peaks" in options.parts
+        for joint in (False, True) if "routes" in options.parts else ():
+            add(rows, details, side_by_side(name, lin, joint, repeats, peak))
+        if "norms" in options.parts:
+            rows += norms(name, lin, repeats)
+    if "wide" in options.parts:
+        rows += wide(*((512, 2) if options.quick else (2048, 4)))
+    if "planner" in options.parts:
+        add(rows, details, planner.measure(options.quick))
+    if "long" in options.parts and not options.quick:
+        rows += long_prompt()
     report("spectra", rows, options.check, details)
 
 
