@@ -216,10 +216,9 @@ class LinearMap(Spectra):
     def _row_source(self, budget: int) -> Callable[[slice], Tensor]:
         """How some rows are made: cut out of the dense map, from that of `final` and the head, or by a sweep."""
         d_out, length, d_in = self.shape
-        whole = self._whole or self
-        if whole._dense is not None:
-            dense = whole._dense
-            return lambda where: dense[where] if self._whole is None else dense[where][:, self.tokens]
+        known = self.known
+        if known is not None:
+            return lambda where: known[where]
         if self.target.kind == "logits":
             final = self._to_final().dense()[:, self.tokens].flatten(1)
             basis = torch.eye(len(final), dtype=self.dtype, device=self.device)
@@ -243,7 +242,7 @@ class LinearMap(Spectra):
         total = memory.budget(self._budget, self.device)
         per_column = self.chain.column_bytes(self.target)
         per_row = 2 * (self.chain.trace.length * self.shape[2] + self.shape[0]) * self.dtype.itemsize
-        if (self._whole or self)._dense is not None:
+        if self.known is not None:
             return max(total // per_row, 1), 0
         sweep = min(self.chain.chunk(self.shape[0], self.shape[0]) * per_column, total // 2)
         if min(sweep // per_column, (total - sweep) // per_row) < 1:

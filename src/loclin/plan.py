@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
@@ -12,6 +13,8 @@ from loclin.chain import Chain
 from loclin.cost import Cost, products, sweep
 from loclin.errors import OptionError
 from loclin.points import Point
+from loclin.spectral import check_rank
+from loclin.spectral.krylov import CERTIFICATE, PROBES
 
 Way = Literal["auto", "full", "top", "krylov"]
 """`full`: the dense map and LAPACK; `top`: the dense map and block Krylov; `krylov`: no dense map."""
@@ -20,8 +23,9 @@ _LAPACK = 0.3
 """The speed of a full SVD, of about 20 d^3 flops, against that of a large product."""
 _THIN = 0.35
 """The speed of products with a few columns, and of QR."""
-_CERTIFICATE, _NARROW = 48, 4
-"""The columns of the certificate and the probes, and how many of them go through the model at a time."""
+_NARROW = CERTIFICATE[0]
+_FIXED = PROBES + 2 * math.prod(CERTIFICATE)
+"""The columns of the probes and of one certificate, and how many of them go through the model at a time."""
 _MARGIN = 0.65
 """Counted columns are an estimate: products alone are taken when they promise this share of the dense map's time."""
 _NORM_COLUMNS = 250
@@ -101,12 +105,13 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
     Raises
     ------
     OptionError
-        For a way that does not exist.
+        For a way that does not exist, or a k that the map does not have.
     """
     if way not in get_args(Way):
         raise OptionError(f"plan={way!r}: choose one of {', '.join(get_args(Way))}")
     d_out, length, d_in = J.shape
     maps, rows = (1, length * d_in) if joint else (length, d_in)
+    check_rank(k, d_out, rows)
     short = min(d_out, rows)
     dense = Cost() if J.known is not None else sweep(J.chain, J.source, J.target, d_out)
     held = Cost(nbytes=d_out * length * d_in * J.dtype.itemsize)
@@ -138,8 +143,8 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     slowly with their number.
     """
     if joint:
-        return min(_CERTIFICATE + 20 * (k + 1), 2 * short)
-    return int(min(_CERTIFICATE + 31 * (k + 8) * (length / 8) ** 0.22, 2 * short))
+        return min(_FIXED + 20 * (k + 1), 2 * short)
+    return int(min(_FIXED + 31 * (k + 8) * (length / 8) ** 0.22, 2 * short))
 
 
 def cheaper_alone(J: Map) -> bool:
@@ -156,7 +161,7 @@ def _alone(J: Map, columns: int, maps: int, rows: int, k: int) -> Cost:
     """Products in blocks of k + 8, half of them forward, and the linear algebra on the basis."""
     block, basis = k + 8, columns // 2
     narrow, one = (sweep(J.chain, J.source, J.target, n) for n in (_NARROW, block))
-    few, many = _CERTIFICATE / _NARROW, (columns - _CERTIFICATE) / block
+    few, many = _FIXED / _NARROW, (columns - _FIXED) / block
     flops, seconds = (few * a + many * b for a, b in ((narrow.flops, one.flops), (narrow.seconds, one.seconds)))
     algebra = products(maps * (2.0 * basis * basis * rows + 12.0 * basis**3), J.chain, _THIN, torch.float64)
     nbytes = basis * J.shape[1] * J.shape[2] * J.dtype.itemsize

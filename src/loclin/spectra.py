@@ -21,7 +21,6 @@ from loclin.results import Provenance
 from loclin.spectral import (
     SVD,
     Norms,
-    check_rank,
     check_tolerance,
     effective_rank,
     full,
@@ -101,8 +100,6 @@ class Spectra(ABC):
 
     def plan(self, k: int = 8, joint: bool = False, tolerance: float = 1e-3) -> Plan:
         """What each way to `svd` costs, and which one it takes; `print` it. Nothing is run."""
-        d_out, length, d_in = self.shape
-        check_rank(k, d_out, length * d_in if joint else d_in)
         return make_plan(self, k, joint=joint, tolerance=tolerance)
 
     def svd(
@@ -137,8 +134,6 @@ class Spectra(ABC):
         -----
         Cost: the dense map and T (or one) dense decompositions, or the columns that `plan` counts.
         """
-        d_out, length, d_in = self.shape
-        check_rank(k, d_out, length * d_in if joint else d_in)
         check_tolerance(tolerance, self.dtype)
         choice = make_plan(self, k, joint=joint, tolerance=tolerance, way=plan)
         found = None
@@ -176,9 +171,14 @@ class Spectra(ABC):
         """
         if cheaper_alone(self):
             return stable_rank_and_norm(self, tolerance=tolerance, certify=False, seed=seed)
-        largest, exact = self._largest, self.frobenius_norm()
-        zero = torch.zeros_like(exact)
-        return Norms(largest, exact, stable_rank(exact, largest), zero, zero, 0.0, self.shape[0])
+        return self._exact
+
+    @property
+    def _exact(self) -> Norms:
+        """All norms from the dense map."""
+        largest, norm = self._largest, self.frobenius_norm()  # in this order: the dense map first
+        zero = torch.zeros_like(norm)
+        return Norms(largest, norm, stable_rank(norm, largest), zero, zero, 0.0, self.shape[0])
 
     @property
     def _largest(self) -> Float[Tensor, " T"]:
@@ -208,20 +208,20 @@ class Spectra(ABC):
         """
         if tolerance is not None:
             return self.norms(tolerance).stable_rank
-        return stable_rank(self.frobenius_norm(), self._largest)
+        return self._exact.stable_rank
 
     def to_dataframe(self) -> DataFrame:
         """One row per token: index, text, Frobenius norm, stable rank, largest singular value; needs pandas.
 
         Cost: the dense map, and T SVDs without vectors.
         """
-        texts = self.provenance().tokens
+        texts, exact = self.provenance().tokens, self._exact
         return dataframe(
             {
                 "token": self.tokens,
                 "text": [texts[token] for token in self.tokens],
-                "frobenius_norm": self.frobenius_norm().tolist(),
-                "stable_rank": self.stable_rank().tolist(),
-                "singular_value": self._largest.tolist(),
+                "frobenius_norm": exact.frobenius.tolist(),
+                "stable_rank": exact.stable_rank.tolist(),
+                "singular_value": exact.largest.tolist(),
             }
         )

@@ -292,7 +292,7 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
         bit_identical=torch.equal(stock_final, route.final) and torch.equal(head.stock, route.logits),
         attention_received=torch.stack(received).mean(0) if received else torch.zeros(input_ids.shape[1]),
         misuses=tuple(mode.misuses),
-        explicit=tuple(layers.exact) if calls else (),
+        explicit=tuple(layers.exact),
         coefficients=tuple(layers.kept),
         causal=not any(ahead),
         _heads={input_ids.shape[1] - 1: head},

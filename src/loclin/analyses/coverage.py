@@ -8,8 +8,7 @@ import math
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +26,7 @@ from loclin.models.describe import Description, describe_parts
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
 from loclin.output import write_text
+from loclin.spectral.threads import single_thread
 
 Outcome = Literal["passed", "refused", "error"]
 Status = Literal["exact", "affine", "refused", "not built", "error"]
@@ -284,7 +284,7 @@ def coverage(
     if done:
         progress(f"{len(wanted) - len(rest)} of {len(wanted)} families are done in {path}")
     with (
-        _one_thread(),
+        single_thread(),
         tqdm(total=len(wanted), initial=len(wanted) - len(rest), unit="family", leave=False, disable=None) as bar,
     ):
         for family in rest:
@@ -390,14 +390,3 @@ def _code() -> str:
     """Hash loclin's source, all but what only shows results."""
     home = Path(__file__).parents[1]
     return sha256(*(p for p in sorted(home.rglob("*.py")) if p.parent.name != "report" and p.name != "cli.py"))[:16]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower in several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

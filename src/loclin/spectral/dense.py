@@ -62,9 +62,8 @@ def top(
     """
     check_tolerance(tolerance, dense.dtype)
     matrices = _matrices(dense, k, joint)
-    parts = each(lambda matrix: _group(matrix[None], k, towards, tolerance, seed), matrices)
-    fields = [torch.cat(part) for part in zip(*parts, strict=True)]
-    U, S, Vh, residuals, lower, upper = fields
+    parts = each(lambda matrix: _top_of(matrix, k, towards, tolerance, seed), matrices)
+    U, S, Vh, residuals, lower, upper = (torch.stack(part) for part in zip(*parts, strict=True))
     found = SVD(U, S, Vh, residuals, lower, upper, 0.0, torch.linalg.matrix_norm(matrices), "top")
     return shaped(found, dense.shape[1]) if joint else found
 
@@ -109,38 +108,31 @@ def _residuals(matrix: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     return torch.maximum(right, left)
 
 
-def _group(matrices: Tensor, k: int, towards: Tensor, tolerance: float, seed: int) -> list[Tensor]:
-    """Triples and bounds of a batch of matrices, all with the same k."""
-    count, d_out, d_in = matrices.shape
-    matrices = matrices.contiguous()
+def _top_of(matrix: Tensor, k: int, towards: Tensor, tolerance: float, seed: int) -> tuple[Tensor, ...]:
+    """One matrix's triples and bounds."""
+    d_out, d_in = matrix.shape
     block = k + _OVERSAMPLING
-    found: dict[int, tuple[Tensor, ...]] = {}
-    left = torch.arange(count, device=matrices.device)
     if 3 * block <= min(d_out, d_in):
         generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(d_in, block, generator=generator, dtype=torch.float64).to(matrices)
-        J, Q = matrices, matrices.new_zeros(count, d_out, 0)
-        B = matrices.new_zeros(count, 0, d_in)
+        start = torch.randn(d_in, block, generator=generator, dtype=torch.float64).to(matrix)
+        J = matrix[None].contiguous()
+        Q, B = J.new_zeros(1, d_out, 0), J.new_zeros(1, 0, d_in)
         images = J @ start
-        while len(left) and Q.shape[-1] + block <= max(3 * block, min(d_out, d_in) // 3):
+        while Q.shape[-1] + block <= max(3 * block, min(d_out, d_in) // 3):
             new = _orthonormal(images, Q)
             Q, B = torch.cat([Q, new], dim=-1), torch.cat([B, new.mT @ J], dim=-2)
             images = J @ B[:, -block:].mT
-            if Q.shape[-1] < 3 * block:
-                continue
-            parts, good = _certified(J, Q, B, k, block, tolerance)
-            for i in good.nonzero().flatten().tolist():
-                U, Vh = aligned(parts[0][i, None], parts[2][i, None], towards)
-                found[int(left[i])] = (U[0], parts[1][i], Vh[0], *(part[i] for part in parts[3:]))
-            left, J, Q, B, images = left[~good], J[~good], Q[~good], B[~good], images[~good]
-    for i in left.tolist():
-        U, S, Vh, residuals, error, _ = _one(matrices[i], k, towards)
-        found[i] = (U, S, Vh, residuals, (S - error).clamp(min=0), S + error)
-    return [torch.stack([found[i][part] for i in range(count)]) for part in range(6)]
+            found = None if Q.shape[-1] < 3 * block else _certified(J, Q, B, k, block, tolerance)
+            if found is not None:
+                U, S, Vh, *bounds = found
+                U, Vh = aligned(U, Vh, towards)
+                return tuple(part[0] for part in (U, S, Vh, *bounds))
+    U, S, Vh, residuals, error, _ = _one(matrix, k, towards)
+    return U, S, Vh, residuals, (S - error).clamp(min=0), S + error
 
 
 def _orthonormal(images: Tensor, Q: Tensor) -> Tensor:
-    """Orthonormal columns that go on from Q, batched; directions that have vanished become zero columns."""
+    """Orthonormal columns that go on from Q; directions that have vanished become zero columns."""
     for _ in range(2):
         images = images - Q @ (Q.mT @ images)
         images = torch.linalg.qr(images).Q
@@ -148,10 +140,8 @@ def _orthonormal(images: Tensor, Q: Tensor) -> Tensor:
     return images.masked_fill(vanished.unsqueeze(-2), 0.0)
 
 
-def _certified(
-    J: Tensor, Q: Tensor, B: Tensor, k: int, block: int, tolerance: float
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The Ritz triples with their bounds, and which maps' are within the tolerance."""
+def _certified(J: Tensor, Q: Tensor, B: Tensor, k: int, block: int, tolerance: float) -> tuple[Tensor, ...] | None:
+    """The Ritz triples of `J [1, d_out, d_in]` with their bounds; None where these are not within the tolerance."""
     W, all_values = left_svd(B)
     U, S, Vh = torch.linalg.svd(W[..., :k].mT.to(B) @ B, full_matrices=False)
     U = Q @ (W[..., :k].to(B) @ U)
@@ -162,24 +152,21 @@ def _certified(
     overlap = torch.linalg.matrix_norm(gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)))
     slack = (floor + overlap).unsqueeze(-1) * S[:, :1]
     enough = torch.maximum(tolerance * S, 2 * slack)
-    lower, upper = (S - slack).clamp(min=0), torch.full_like(S, torch.inf)
     # A value is off by about its residual's square; bounds are not worth their price before.
-    good = (residuals.square() <= enough * S).all(dim=-1) | (residuals <= enough).all(dim=-1)
-    ready = good.nonzero().flatten()
-    if len(ready):
-        pushed = torch.eye(B.shape[-2], B.shape[-2] - block, dtype=W.dtype, device=W.device)
-        missed = outside(W[ready], all_values[ready], pushed.expand(len(ready), -1, -1), 10 * floor)
-        E = J[ready] - Q[ready] @ B[ready]
-        # Where less than ||E|| is too much already, no bound on it will do.
-        hoped = upper_values(all_values[ready], missed, norm_from_below(E).double())[:, :k].to(S)
-        worth = (hoped - S[ready] <= enough[ready]).all(dim=-1)
-        good[ready], ready, missed, E = worth, ready[worth], missed[worth], E[worth]
-        for eta in schatten(E) if len(ready) else ():
-            bound = upper_values(all_values[ready], missed, eta.double())[:, :k]
-            upper[ready] = torch.minimum(upper[ready], torch.maximum(bound.to(S), S[ready]) + slack[ready])
-            good[ready] = (upper[ready] - S[ready] <= enough[ready]).all(dim=-1)
-            if good[ready].all():
-                break
-    # A zero map has no left vectors here.
-    good &= (U.norm(dim=-2) > 0.5).all(dim=-1)
-    return (U, S, Vh, residuals, lower, upper), good
+    near = (residuals.square() <= enough * S).all() or (residuals <= enough).all()
+    if not near or not (U.norm(dim=-2) > 0.5).all():  # a zero map has no left vectors here
+        return None
+    pushed = torch.eye(B.shape[-2], B.shape[-2] - block, dtype=W.dtype, device=W.device)
+    missed = outside(W, all_values, pushed[None], 10 * floor)
+    E = J - Q @ B
+    # Where less than ||E|| is too much already, no bound on it will do.
+    hoped = upper_values(all_values, missed, norm_from_below(E).double())[:, :k].to(S)
+    if not (hoped - S <= enough).all():
+        return None
+    upper = torch.full_like(S, torch.inf)
+    for eta in schatten(E):
+        bound = upper_values(all_values, missed, eta.double())[:, :k]
+        upper = torch.minimum(upper, torch.maximum(bound.to(S), S) + slack)
+        if (upper - S <= enough).all():
+            return U, S, Vh, residuals, (S - slack).clamp(min=0), upper
+    return None

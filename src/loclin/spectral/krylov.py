@@ -22,9 +22,9 @@ FAILURE = 1e-3
 
 _POWERS = 2
 """Shared steps before single tokens' vectors are pushed."""
-_PROBES = 8
+PROBES = 8
 """Gaussian vectors that measure the Frobenius norm of what the basis misses."""
-_CERTIFICATE = (4, 5)
+CERTIFICATE = (4, 5)
 """Gaussian vectors and polynomial degree of the bound on what the basis misses: 40 columns, within 1.3 of the truth."""
 _LEVEL = 0.35
 """The ||E||^2 / s_k^2 that is hoped for before anything is known of it."""
@@ -67,7 +67,7 @@ def krylov_svd(
     joint
         Decompose [J_0 ... J_{T-1}] instead of every J_i.
     block
-        The block's width; k + 8, or twice that for many tokens, unless given.
+        The block's width; k + 8 unless given.
     max_columns
         Stop before this many columns are passed, with honest bounds. The first block and the probes are always spent.
     seed
@@ -84,7 +84,7 @@ def krylov_svd(
     check_rank(k, d_out, length * d_in if joint else d_in)
     check_tolerance(tolerance, op.dtype)
     sketch = Sketch(op, min(block or k + 8, d_out), joint=joint, seed=seed)
-    probes = sketch.random(_PROBES)
+    probes = sketch.random(PROBES)
     images = sketch.pull(probes)
     ritz, upper, eta = search(sketch, k, tolerance, max_columns, callback or (lambda _: None))
 
@@ -157,10 +157,10 @@ def search(
         ready = settled(hoped) or (sketch.maps > 1 and steps >= _POWERS and not pushes)
         if ready and not certify and size >= k:
             return ritz, hoped[:, :k], level**0.5 * scale
-        price = 2 * math.prod(_CERTIFICATE)
+        price = 2 * math.prod(CERTIFICATE)
         if certify and size >= max(k, tried) and ready and price < d_out - size and sketch.columns + price <= most:
             attempts, tried = attempts + 1, size + size // 4
-            share = sketch.largest_missing(scale, _LEVEL, *_CERTIFICATE, FAILURE / 2 ** (attempts + 1))
+            share = sketch.largest_missing(scale, _LEVEL, *CERTIFICATE, FAILURE / 2 ** (attempts + 1))
             eta = torch.minimum(eta, share**0.5 * scale)
             level = share
             continue

@@ -9,12 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.spectral.checks import check_tolerance
-from loclin.spectral.krylov import FAILURE, frobenius_estimate, search
+from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.sketch import Sketch
 
 _BLOCK = 16
-_PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,18 @@ def frobenius(op: TokenMaps, *, tolerance: float = 0.01, seed: int = 0) -> Estim
     every token's relative standard error is at most `tolerance`; the values are exact where the basis is complete.
     """
     sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed)
-    probes = sketch.random(_PROBES)
+    probes = sketch.random(PROBES)
     images = sketch.pull(probes)
+    value, error = _refined(sketch, probes, images, tolerance)
+    return Estimate(value.to(op.dtype), error.to(op.dtype), sketch.columns)
+
+
+def _refined(sketch: Sketch, probes: Tensor, images: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """||J_i||_F and its relative standard error, the sketch grown until that is within the tolerance."""
     while True:
         value, error = frobenius_estimate(sketch, sketch.missing(probes, images))
         if sketch.complete or (error <= tolerance).all():
-            return Estimate(value.to(op.dtype), error.to(op.dtype), sketch.columns)
+            return value, error
         sketch.power()
 
 
@@ -86,13 +91,10 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: boo
     """
     check_tolerance(tolerance / 4, op.dtype)
     sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed)
-    probes = sketch.random(_PROBES)
+    probes = sketch.random(PROBES)
     images = sketch.pull(probes)
     ritz, upper, _ = search(sketch, 1, tolerance / 4, None, lambda _: None, certify)
-    norm, norm_error = frobenius_estimate(sketch, sketch.missing(probes, images))
-    while not sketch.complete and (norm_error > tolerance / 4).any():
-        sketch.power()
-        norm, norm_error = frobenius_estimate(sketch, sketch.missing(probes, images))
+    norm, norm_error = _refined(sketch, probes, images, tolerance / 4)
     largest = ritz.values[:, 0]
     slack = sketch.floor * largest
     above = torch.where(largest > 0, (upper[:, 0] + slack - largest) / largest, 0.0)
