@@ -11,6 +11,7 @@ import oracle
 import tiny
 from loclin.errors import BudgetError, OptionError, PromptError
 from loclin.linearization import linearize
+from loclin.models import tiny as families
 
 BUILDS = {"llama": tiny.llama, "gemma3": tiny.gemma3}
 with_biases = pytest.param(lambda **kwargs: tiny.llama(biases=True, **kwargs), id="llama-biases")
@@ -188,3 +189,12 @@ def test_the_ordinary_jacobian_is_the_models_own():
 
     expected = torch.einsum("onti,nti->o", torch.autograd.functional.jacobian(f, x), x)
     assert relative(linearize(model, ids).ordinary_reconstruction(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gptj", "gpt_neox", "llama"])
+@pytest.mark.parametrize("source", ["attn_out.1", "resid_mid.1", "mlp_out.1"])
+def test_what_passes_a_source_by_is_in_the_bias(family, source):
+    """In a parallel block the MLP passes the attention by."""
+    lin = linearize(families.build(family, dtype=torch.float64), tiny.prompt(), precision="double")
+    J = lin.jacobian(source, "final")
+    assert (J.matvec(J.input) + J.bias - J.value).norm() < 1e-13 * J.value.norm()

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.errors import OptionError
-from loclin.explicit import ExplicitLayer, Workspace
+from loclin.explicit import ExplicitLayer, Started, Workspace
 from loclin.freeze import Hold
 from loclin.link import HeadLink, LayerLink, NormLink
 from loclin.points import Point
@@ -94,12 +94,14 @@ class Chain:
         position: int,
         normed: bool = False,
         chunk: int | None = None,
+        halves: bool = False,
     ) -> Iterator[Float[Tensor, "n T d"]]:
         """Pull a block of cotangents at `target`, one position, back to all positions of `source`.
 
-        `chunk` columns go through a layer at a time. Yields the cotangents before every link on the way, in one tensor
-        that is overwritten by the next; the last are those at `source`. Cost: n columns. Memory: `[n, T, d]`, and what
-        a chunk needs inside a layer.
+        `chunk` columns go through a layer at a time. Yields the cotangents before every link on the way, with `halves`
+        at `resid_mid` too, in one tensor that is overwritten by the next; the last are those at `source`.
+
+        Cost: n columns. Memory: `[n, T, d]`, and what a chunk needs inside a layer.
         """
         trace = self.trace
         if target.kind == "logits":
@@ -111,14 +113,19 @@ class Chain:
         pulled[:, position] = cotangents
         active, workspace = slice(position, position + 1), Workspace()
         yield pulled
-        for index, below, above in reversed(self.steps(source, target)):
-            layer = self._explicit(index, below, above, workspace)
+        for index, below, above in reversed(self.steps(source, target, halves)):
+            layer = self.products(index, workspace)
             reached = slice(0, active.stop if trace.causal else trace.length)
-            if layer is not None and len(pulled):
-                layer.vjp(pulled.transpose(0, 1), active, reached, chunk)
+            if halves and layer is None and self.layers[index].parallel:
+                # The MLP reads the layer's input: it is passed with the attention.
+                below, above = ("resid_post" if below == "resid_mid" else below), "resid_post"
+            if below == above:
+                pass
+            elif layer is not None and len(pulled):
+                layer.vjp(pulled.transpose(0, 1), active, reached, chunk, below, above)
             else:
                 _through(self.layers[index].vjp, pulled, below, above, chunk)
-            active = reached
+            active = reached if below == "resid_pre" else active
             yield pulled
 
     def forward(
@@ -139,22 +146,20 @@ class Chain:
         pushed = tangents.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
         steps = self.steps(source, target)
         for index, below, above in steps:
-            layer = self._explicit(index, below, above, workspace)
+            layer = self.products(index, workspace)
             seen = slice(0, position + 1 if trace.causal else trace.length)  # what the target can depend on
             if layer is not None and len(pushed):
                 last = index == steps[-1][0]
                 wanted = slice(position, position + 1) if last else seen
-                layer.jvp(pushed.transpose(0, 1)[seen], wanted, chunk)
+                layer.jvp([Started(0, pushed.transpose(0, 1)[seen])], wanted, chunk, below, above)
             else:
                 _through(self.layers[index].jvp, pushed, below, above, chunk)
             yield pushed
         yield self._leave(pushed[:, position], target, position, normed)
 
-    def _explicit(self, index: int, below: str, above: str, workspace: Workspace) -> ExplicitLayer | None:
-        """A layer's explicit products, where it has them and the step goes through the whole layer."""
-        if not self.explicit or (below, above) != ("resid_pre", "resid_post"):
-            return None
-        return self.layers[index].explicit(workspace)
+    def products(self, index: int, workspace: Workspace) -> ExplicitLayer | None:
+        """A layer's explicit products, where it has them."""
+        return self.layers[index].explicit(workspace) if self.explicit else None
 
     def constants(
         self, source: Point, target: Point, position: int, normed: bool = False, by_source: bool = False
@@ -212,8 +217,11 @@ class Chain:
             pushed = self.norm(target, position).jvp(pushed)
         return HeadLink(self.trace, position).jvp(pushed) if target.kind == "logits" else pushed
 
-    def steps(self, source: Point, target: Point) -> list[tuple[int, str, str]]:
-        """(layer, from its point, to its point) for each layer between source and target, in forward order."""
+    def steps(self, source: Point, target: Point, halves: bool = False) -> list[tuple[int, str, str]]:
+        """(layer, from its point, to its point) for each layer, or half of one, between two points, in forward order.
+
+        Halves meet at `resid_mid`.
+        """
         n = self.trace.n_layers
         if source == target:
             return []
@@ -221,7 +229,7 @@ class Chain:
         steps = []
         while node < end:
             layer = node // 2
-            above = min(2 * layer + 2, end)
+            above = min(node + 1 if halves else 2 * layer + 2, end)
             last = above == end and not target.on_stream
             names = ("resid_pre", "resid_mid", "resid_post")
             steps.append((layer, names[node - 2 * layer], target.kind if last else names[above - 2 * layer]))

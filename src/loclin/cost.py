@@ -70,29 +70,62 @@ def sweep(chain: Chain, source: Point, target: Point, columns: int) -> Cost:
     """
     trace, flops, nbytes, layers = chain.trace, 0.0, 0, 0
     for index, below, above in chain.steps(source, target):
-        explicit = chain.explicit and trace.explicit[index] and (below, above) == ("resid_pre", "resid_post")
-        own, weights = _layer(chain, index, columns, explicit)
+        own, weights = _layer(chain, index, columns, chain.explicit and trace.explicit[index], (below, above))
         flops, nbytes, layers = flops + own, nbytes + weights, layers + 1
     seconds = products(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + layers * _SECONDS_PER_LAYER
     held = columns * trace.length * trace.width * trace.dtype.itemsize
     return Cost(columns, flops, seconds if columns else 0.0, held)
 
 
-def _layer(chain: Chain, index: int, columns: int, explicit: bool) -> tuple[float, int]:
-    """(flops, bytes of weights) of a layer."""
-    trace, weights = chain.trace, chain.trace.anatomy.weights
-    module, T, d = trace.layers[index].block.module, trace.length, trace.width
-    if not explicit or weights is None:
-        matrices = sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-        return float(_GENERIC * 2 * columns * T * matrices), matrices * trace.dtype.itemsize
+def prefix_sweep(chain: Chain, position: int, tokens: range) -> Cost:
+    """One forward sweep of d columns for each of some tokens, from the embeddings through every layer.
+
+    A token's columns are zero before it, so explicit products take them through the positions behind it alone, and
+    form each position's MLP once for all tokens: 2 T d^2 f, and 2 d^3 + 2 d^2 d_head (H + H_kv) for each two tokens.
+    """
+    trace, d, flops, nbytes = chain.trace, chain.trace.width, 0.0, 0
+    spans = [position + 1 - i if trace.causal else trace.length for i in tokens if i <= position or not trace.causal]
+    for index in range(trace.n_layers):
+        if not (chain.explicit and trace.explicit[index]):
+            own, weights = _layer(chain, index, d * len(spans), explicit=False)
+        else:
+            f, inner, values, branches = _sizes(chain, index)
+            pairs, mixed = sum(spans), sum(span * span for span in spans)
+            formed = 2 * max(spans, default=0) * d * d * branches * f
+            own = float(formed + 2 * pairs * d * d * (d + inner + values) + 2 * mixed * d * inner)
+            weights = d * ((1 + branches) * f + inner + values) * trace.dtype.itemsize
+        flops, nbytes = flops + own, nbytes + weights
+    seconds = products(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + trace.n_layers * _SECONDS_PER_LAYER
+    return Cost(d * len(spans), flops, seconds, sum(spans) * d * d * trace.dtype.itemsize)
+
+
+def _layer(
+    chain: Chain, index: int, columns: int, explicit: bool, ends: tuple[str, str] = ("resid_pre", "resid_post")
+) -> tuple[float, int]:
+    """(flops, bytes of weights) between two points of a layer."""
+    trace, d = chain.trace, chain.trace.width
+    if not explicit:
+        modules = trace.layers[index].block.module.modules()
+        matrices = sum(part.weight.numel() for part in modules if isinstance(part, nn.Linear))
+        return float(_GENERIC * 2 * columns * trace.length * matrices), matrices * trace.dtype.itemsize
+    f, inner, values, branches = _sizes(chain, index)
+    flops, numbers = 0, 0
+    if ends[0] == "resid_pre":
+        flops += 2 * columns * d * (inner + values) + 2 * columns * trace.length * inner
+        numbers += d * (inner + values)
+    if ends[1] in ("mlp_out", "resid_post"):
+        flops += min(2 * columns * d * f * (1 + branches), 2 * d * d * (branches * f + columns))
+        numbers += d * (1 + branches) * f
+    return float(trace.length * flops), numbers * trace.dtype.itemsize
+
+
+def _sizes(chain: Chain, index: int) -> tuple[int, int, int, int]:
+    """(f, the width of all heads, that of all values, how many branches of the MLP are live) of an explicit layer."""
+    weights, module = chain.trace.anatomy.weights, chain.trace.layers[index].block.module
+    assert weights is not None
     down, o, v = (module.get_submodule(path) for path in (weights.down, weights.o, weights.v))
     assert isinstance(down, nn.Linear)
     assert isinstance(o, nn.Linear)
     assert isinstance(v, nn.Linear)
-    f, inner = down.in_features, o.in_features
-    values = (v.out_features - inner) // 2 if weights.fused else v.out_features
-    branches = 2 if chain.hold.gate == "half" else 1
-    mlp = min(2 * columns * d * f * (1 + branches), 2 * d * d * (branches * f + columns))
-    numbers = d * ((1 + branches) * f + inner + values)
-    attention = 2 * columns * d * (inner + values) + 2 * columns * T * inner
-    return float(T * (mlp + attention)), numbers * trace.dtype.itemsize
+    values = (v.out_features - o.in_features) // 2 if weights.fused else v.out_features
+    return down.in_features, o.in_features, values, 2 if chain.hold.gate == "half" else 1

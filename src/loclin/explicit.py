@@ -8,7 +8,8 @@ about n = 0.6 d on forming is cheaper, and there is nothing element-wise left to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,20 @@ _ROWS = 4096
 """Rows that go through an MLP's factors at a time."""
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far an explicit layer's value may be from the frozen layer's own."""
+
+
+class Started(NamedTuple):
+    """A block `[S, n, d]` whose first row belongs to position `start`: what comes before is zero."""
+
+    start: int
+    block: Tensor
+
+
+class Tap(NamedTuple):
+    """Looks at what attention and MLP give at one position: `see(which block, point, which columns, [n, d])`."""
+
+    position: int
+    see: Callable[[int, str, slice, Tensor], None]
 
 
 def available(layer: nn.Module, weights: Weights, dtype: torch.dtype) -> bool:
@@ -80,8 +95,16 @@ class ExplicitLayer:
         d, f = self._down.shape
         return columns * (2 * f - d) > d * f
 
-    def vjp(self, block: Float[Tensor, "T n d"], active: slice, reached: slice, chunk: int | None) -> None:
-        """Pull a block of cotangents through the layer, in place.
+    def vjp(
+        self,
+        block: Float[Tensor, "T n d"],
+        active: slice,
+        reached: slice,
+        chunk: int | None = None,
+        below: str = "resid_pre",
+        above: str = "resid_post",
+    ) -> None:
+        """Pull a block of cotangents from one of the layer's points back to another, in place.
 
         Parameters
         ----------
@@ -91,54 +114,100 @@ class ExplicitLayer:
             The positions that have cotangents, and those that they attend to.
         chunk
             How many columns at a time.
+        below, above
+            The points: `resid_pre` or `resid_mid`, and any of the layer's behind it.
 
         Notes
         -----
         Cost: 2 T d^2 (f + n) flops for the MLP with its matrices formed, 4 n T d f with its factors; 2 n T d d_head
         (H + H_kv) for V and O, 2 n T^2 H d_head for mixing.
         """
-        self._mlp(block, active, back=True)
-        for part in block.split(chunk or block.shape[1], dim=1):
+        if above in ("mlp_out", "resid_post"):
+            self._mlp([Started(0, block)], active, back=True, onto=above == "resid_post")
+        for part in block.split(chunk or block.shape[1], dim=1) if below == "resid_pre" else ():
             pulled = self._attention_back(part[active], active, reached)
+            if above == "attn_out":
+                part[active] = 0
             _add(part[reached], pulled, _rows(self._held.attn_in, reached))
 
-    def jvp(self, block: Float[Tensor, "T n d"], wanted: slice, chunk: int | None) -> None:
-        """Push a block of tangents through the layer, in place: only the `wanted` positions are right afterwards.
+    def jvp(
+        self,
+        blocks: Sequence[Started],
+        wanted: slice,
+        chunk: int | None = None,
+        below: str = "resid_pre",
+        above: str = "resid_post",
+        tap: Tap | None = None,
+    ) -> None:
+        """Push blocks of tangents from one of the layer's points to another, in place.
 
-        Positions behind the last wanted one must not matter. Cost: as for `vjp`, V at all positions and the rest at
-        those wanted.
+        Only the `wanted` positions are right afterwards, and those behind the last of them must not matter. Where the
+        MLP's matrices are formed they serve all blocks.
+
+        Parameters
+        ----------
+        blocks
+            The tangents, each from the first position on that is not zero.
+        wanted, chunk, below, above
+            As for `vjp`.
+        tap
+            Shown what attention and MLP give at a wanted position.
+
+        Notes
+        -----
+        Cost: as for `vjp`, V at all positions and the rest at those wanted.
         """
-        for part in block.split(chunk or block.shape[1], dim=1):
-            pushed = self._attention_forth(part, wanted)
-            _add(part[wanted], pushed, _rows(self._held.attn_out, wanted))
-        self._mlp(block, wanted, back=False)
+        for index, (start, block) in enumerate(blocks if below == "resid_pre" else ()):
+            rows = slice(max(wanted.start, start), wanted.stop)
+            done = 0
+            for part in block.split(chunk or block.shape[1], dim=1):
+                pushed = self._attention_forth(part, start, rows)
+                if self._held.attn_out is not None:
+                    pushed.mul_(self._held.attn_out[rows, None])
+                if tap is not None and rows.start <= tap.position < rows.stop:
+                    tap.see(index, "attn_out", slice(done, done + part.shape[1]), pushed[tap.position - rows.start])
+                _deliver(part[rows.start - start : rows.stop - start], pushed, onto=above != "attn_out")
+                done += part.shape[1]
+        if above in ("mlp_out", "resid_post"):
+            self._mlp(blocks, wanted, back=False, onto=above == "resid_post", tap=tap)
+
+    def affine(self, x: Float[Tensor, "T d"]) -> tuple[Float[Tensor, "T d"], Float[Tensor, "T d"]]:
+        """What attention and MLP add to an input, biases included. Cost: one column."""
+        block, everywhere = x.to(self.device)[:, None], slice(0, len(x))
+        attended = self._attention_forth(block, 0, everywhere, affine=True)
+        if self._held.attn_out is not None:
+            attended = attended * self._held.attn_out[:, None]
+        moved = self._factored(block + attended, everywhere, back=False, affine=True)
+        return attended[:, 0], moved[:, 0]
 
     def value(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
         """The layer's value at an input, biases included. Cost: one column."""
-        block, everywhere = x.to(self.device)[:, None].clone(), slice(0, len(x))
-        pushed = self._attention_forth(block, everywhere, affine=True)
-        _add(block, pushed, _rows(self._held.attn_out, everywhere))
-        self._factored(block, everywhere, back=False, affine=True)
-        return block[:, 0]
+        attended, moved = self.affine(x)
+        return x.to(self.device) + attended + moved
 
     def _room(self, name: str, *shape: int) -> Tensor:
         return self._workspace(name, self._down, *shape)
 
-    def _mlp(self, block: Tensor, positions: slice, back: bool) -> None:
-        """Put the block through the MLP, some positions at a time."""
-        columns = block.shape[1]
-        if not self.formed(columns):
-            for group in _groups(positions, max(1, _ROWS // columns)):
-                self._factored(block, group, back)
-            return
-        mlp_in = self._held.mlp_in
-        for group in _groups(positions, self._together):
-            maps, factors, source = self._maps(group), _rows(mlp_in, group), block[group].to(self.device)
-            if not back:
-                maps = maps.transpose(1, 2)
-                source, factors = source if factors is None else source * factors, None
-            moved = torch.bmm(source, maps, out=self._room("moved", *source.shape))
-            _add(block[group], moved, factors)
+    def _mlp(self, blocks: Sequence[Started], positions: slice, back: bool, onto: bool, tap: Tap | None = None) -> None:
+        """Put blocks through the MLP, some positions at a time; `onto` the residual stream, or in its place."""
+        columns = sum(block.shape[1] for _, block in blocks)
+        formed = self.formed(columns)
+        for group in _groups(positions, self._together if formed else max(1, _ROWS // columns)):
+            maps = self._maps(group) if formed else None
+            for index, (start, block) in enumerate(blocks):
+                own = slice(max(group.start, start), group.stop)
+                if own.start >= own.stop:
+                    continue
+                source = block[own.start - start : own.stop - start]
+                if maps is None:
+                    moved = self._factored(source, own, back)
+                else:
+                    some = maps[own.start - group.start :]
+                    room = self._room("moved", *source.shape)
+                    moved = torch.bmm(source.to(self.device), some if back else some.mT, out=room)
+                if tap is not None and own.start <= tap.position < own.stop:
+                    tap.see(index, "mlp_out", slice(None), moved[tap.position - own.start])
+                _deliver(source, moved, onto)
 
     @property
     def _together(self) -> int:
@@ -148,7 +217,7 @@ class ExplicitLayer:
         return max(1, numbers // (d * (d + f)) // 2 * 2)  # an odd one would leave a core idle
 
     def _maps(self, group: slice) -> Float[Tensor, "g d d"]:
-        """C_out W_down A_t W_up for a group of positions.
+        """C_out W_down A_t W_up C_in for a group of positions.
 
         Without the identity, which is added behind the product: that rounds less.
         """
@@ -163,6 +232,8 @@ class ExplicitLayer:
             else:
                 torch.mm(inner, weight, out=maps)
         maps = maps.view(g, d, d)
+        if held.mlp_in is not None:
+            maps.mul_(held.mlp_in[group, None])
         return maps if held.mlp_out is None else maps.mul_(held.mlp_out[group, :, None])
 
     def _branches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -171,10 +242,10 @@ class ExplicitLayer:
             if factors is not None:
                 yield factors, weight
 
-    def _factored(self, block: Tensor, group: slice, back: bool, affine: bool = False) -> None:
-        """Move a group of positions through the MLP's factors and add the result to the block."""
+    def _factored(self, source: Tensor, group: slice, back: bool, affine: bool = False) -> Tensor:
+        """What a group of positions becomes in the MLP's factors."""
         held = self._held
-        source = block[group].to(self.device)
+        source = source.to(self.device)
         before, after = (held.mlp_out, held.mlp_in) if back else (held.mlp_in, held.mlp_out)
         if before is not None:
             source = source * before[group, None]
@@ -191,7 +262,7 @@ class ExplicitLayer:
             ]
             inner = live[0] if len(live) == 1 else live[0] + live[1]
             moved = nn.functional.linear(inner, self._down, self._down_bias if affine else None)
-        _add(block[group], moved, _rows(after, group))
+        return moved if after is None else moved.mul_(after[group, None])
 
     def _heads(self) -> tuple[int, int, int]:
         """How many heads, how many of keys and values, and d_head."""
@@ -216,22 +287,28 @@ class ExplicitLayer:
         pulled = self._room("pulled", probs.shape[-1] * n, d)
         return torch.mm(values.view(-1, kv * d_head), self._v, out=pulled).view(-1, n, d)
 
-    def _attention_forth(self, block: Tensor, wanted: slice, affine: bool = False) -> Float[Tensor, "W n d"]:
-        """Push through V, the mixing and O; the norm behind O is left to the caller."""
+    def _attention_forth(
+        self, block: Tensor, start: int, wanted: slice, affine: bool = False
+    ) -> Float[Tensor, "W n d"]:
+        """Push a block that begins at a position through V, the mixing and O; the norm behind O is the caller's."""
         held, X = self._held, block.to(self.device)
-        (length, n, _), (heads, kv, d_head) = X.shape, self._heads()
+        (length, n, d), (heads, kv, d_head) = X.shape, self._heads()
+        reaching = slice(start, start + length)
         if held.attn_in is not None:
-            X = torch.mul(X, held.attn_in[:length, None], out=self._room("scaled", *X.shape))
+            X = torch.mul(X, held.attn_in[reaching, None], out=self._room("scaled", *X.shape))
         values = nn.functional.linear(X, self._v, self._v_bias if affine else None)
         by_head = self._room("by_head", kv, length, n, d_head)
         by_head.copy_(values.view(length, n, kv, d_head).permute(2, 0, 1, 3))
-        probs = held.probs[:, wanted, :length]
+        probs = held.probs[:, wanted, reaching]
         rows = probs.shape[1]
         mixed = self._room("mixed", kv, heads // kv * rows, n * d_head)
         torch.bmm(probs.reshape(kv, -1, length), by_head.view(kv, length, -1), out=mixed)
         by_position = self._room("by_position", rows, n, heads, d_head)
         by_position.copy_(mixed.view(heads, rows, n, d_head).permute(1, 2, 0, 3))
-        return nn.functional.linear(by_position.view(rows, n, -1), self._o, self._o_bias if affine else None)
+        if affine:
+            return nn.functional.linear(by_position.view(rows, n, -1), self._o, self._o_bias)
+        pushed = self._room("pushed", rows * n, d)
+        return torch.mm(by_position.view(rows * n, -1), self._o.T, out=pushed).view(rows, n, d)
 
 
 def _part(layer: nn.Module, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -252,6 +329,14 @@ def _add(block: Tensor, moved: Tensor, factors: Tensor | None) -> None:
         block += moved.to(block.device)
     else:
         block.addcmul_(moved.to(block.device), factors.to(block.device))
+
+
+def _deliver(block: Tensor, moved: Tensor, onto: bool) -> None:
+    """Add to the residual stream, or write in its place."""
+    if onto:
+        block += moved.to(block.device)
+    else:
+        block.copy_(moved)
 
 
 def _groups(positions: slice, size: int) -> list[slice]:

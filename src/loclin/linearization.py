@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
 
@@ -13,6 +14,7 @@ from loclin.certify import Certificate, certify
 from loclin.chain import Chain
 from loclin.errors import NotExactError, PromptError
 from loclin.freeze import Gate, Hold, Precision
+from loclin.layer_spectra import LayerSpectra, layer_spectra
 from loclin.linear_map import LinearMap
 from loclin.memory import budget
 from loclin.models import Model, wrap
@@ -156,6 +158,70 @@ class Linearization:
         chain = Chain(self.trace, Hold(ordinary=True))
         J = LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self._memory)
         return J.matvec(J.input)
+
+    def layers(
+        self,
+        components: Sequence[str] | None = None,
+        mode: str = "cumulative",
+        k: int = 8,
+        position: int = -1,
+        *,
+        normed: bool | None = None,
+        joint: bool = True,
+        tolerance: float = 1e-3,
+        route: str | None = None,
+    ) -> LayerSpectra:
+        """Spectra of every layer's exact maps to one position, from one sweep (paper, section 3.4 and Figure 6).
+
+        Parameters
+        ----------
+        components
+            Some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; all that every layer has, unless given. In a parallel
+            block, attention and MLP both read the layer's input, and their maps are from there as ever.
+        mode
+            `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
+            from each layer to `final`, where attention's and the MLP's output reach it through the residual stream.
+        k
+            How many singular triples of each map.
+        position
+            Where the maps end.
+        normed
+            Put the final norm, frozen at the point's own value, on top of maps that end at a layer: what a vector
+            writes is then read as the output head would read it. The default, but for `"suffix"`.
+        joint
+            Also decompose all tokens' maps side by side.
+        tolerance
+            How far singular values may be off, as a share of each.
+        route
+            For `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); the cheaper
+            one, unless given.
+
+        Raises
+        ------
+        OptionError
+            For a component, mode or k that there is not; the message names a layer that has no such component.
+        PromptError
+            For a position outside the prompt.
+
+        Notes
+        -----
+        Cost: about two and a half dense maps for `"cumulative"` with explicit products and a short prompt (see
+        `loclin.cost.prefix_sweep`), one at most for each component of `"layerwise"`, one for `"suffix"`; and the
+        triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's maps; and
+        the triples of all of them.
+        """
+        return layer_spectra(
+            self.chain,
+            self.trace.position(position),
+            components=components,
+            mode=mode,
+            k=k,
+            normed=normed,
+            joint=joint,
+            tolerance=tolerance,
+            route=route,
+            budget=self._memory,
+        )
 
     def certify(self, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""

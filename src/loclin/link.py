@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -81,6 +82,15 @@ class Graph:
     attn_shift: Tensor
     constants: Constants
 
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP reads the layer's input, so that attention's output does not pass it."""
+        mlp = self.points.get("mlp_out")
+        if mlp is None or not mlp.requires_grad:
+            return False
+        (moves,) = torch.autograd.grad(mlp.sum(), self.attn_shift, retain_graph=True, allow_unused=True)
+        return moves is None
+
     def source(self, kind: str) -> Tensor:
         """The leaf to move for a source point, `resid_pre` or `resid_mid`."""
         return self.points["resid_pre"] if kind == "resid_pre" else self.attn_shift
@@ -101,6 +111,11 @@ class LayerLink:
         self.name = self.call.block.name
         self.device = self.call.hidden.device
         self.hold = hold or trace.hold
+
+    @cached_property
+    def parallel(self) -> bool:
+        """Whether the MLP stands beside the attention (see `Graph.parallel`). Cost: two forward passes, once."""
+        return self.graph().parallel
 
     def explicit(self, workspace: Workspace) -> ExplicitLayer | None:
         """The layer's explicit products, where it has them. Cost: a forward pass, if its coefficients are not kept."""
@@ -198,6 +213,8 @@ class LayerLink:
         """What each bias or constant inside the layer, behind `source`, adds at `target`; by its path."""
         graph = self._graph(source, target, collect=True)
         constants = graph.constants
+        if source == "resid_mid" and graph.parallel:
+            return {f"{self.name}: the MLP beside the attention": graph.points["mlp_out"].detach()[0]}
         if source == "resid_mid":
             constants = [(name, leaf) for name, leaf in constants if _behind_attention(graph, leaf)]
         return pushed_constants(graph.points[target], constants)

@@ -6,6 +6,7 @@ from loclin.spectral.krylov import krylov_svd
 from loclin.spectral.norms import Estimate, Norms, effective_rank, frobenius, stable_rank, stable_rank_and_norm
 from loclin.spectral.operator import DenseMaps, TokenMaps
 from loclin.spectral.result import NEAR_EQUAL, SVD
+from loclin.spectral.ritz import Ritz, ritz
 
 __all__ = [
     "NEAR_EQUAL",
@@ -13,6 +14,7 @@ __all__ = [
     "DenseMaps",
     "Estimate",
     "Norms",
+    "Ritz",
     "TokenMaps",
     "check_rank",
     "check_tolerance",
@@ -21,6 +23,7 @@ __all__ = [
     "full",
     "krylov_svd",
     "least_tolerance",
+    "ritz",
     "stable_rank",
     "stable_rank_and_norm",
     "top",

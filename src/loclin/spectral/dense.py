@@ -119,7 +119,7 @@ def _top_of(matrix: Tensor, k: int, towards: Tensor, tolerance: float, seed: int
         Q, B = J.new_zeros(1, d_out, 0), J.new_zeros(1, 0, d_in)
         images = J @ start
         while Q.shape[-1] + block <= max(3 * block, min(d_out, d_in) // 3):
-            new = _orthonormal(images, Q)
+            new = orthonormal(images, Q)
             Q, B = torch.cat([Q, new], dim=-1), torch.cat([B, new.mT @ J], dim=-2)
             images = J @ B[:, -block:].mT
             found = None if Q.shape[-1] < 3 * block else _certified(J, Q, B, k, block, tolerance)
@@ -131,7 +131,7 @@ def _top_of(matrix: Tensor, k: int, towards: Tensor, tolerance: float, seed: int
     return U, S, Vh, residuals, (S - error).clamp(min=0), S + error
 
 
-def _orthonormal(images: Tensor, Q: Tensor) -> Tensor:
+def orthonormal(images: Float[Tensor, "M d_out b"], Q: Float[Tensor, "M d_out m"]) -> Float[Tensor, "M d_out b"]:
     """Orthonormal columns that go on from Q; directions that have vanished become zero columns."""
     for _ in range(2):
         images = images - Q @ (Q.mT @ images)

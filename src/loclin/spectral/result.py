@@ -35,11 +35,12 @@ class SVD(Result):
     lower, upper
         `[T, k]`: bounds on the map's own j-th singular value, rounding included.
     failure
-        The probability with which some upper bound (or bound on a residual) may not hold; 0 when all are rigorous.
+        The probability with which some upper bound (or bound on a residual) may not hold; 0 when all are rigorous, 1
+        when the upper ones are estimates.
     frobenius
         `[T]`: the Frobenius norms; where `failure` is positive, estimates.
     route
-        How they were found: "full", "top" or "krylov".
+        How they were found: "full", "top", "krylov" or "ritz".
     columns
         What products with an operator cost; 0 on dense routes.
     spectrum

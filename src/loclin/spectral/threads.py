@@ -6,7 +6,7 @@ as well, ten times as long. Several maps at a time are as fast and do not mind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -29,7 +29,7 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def each(work: Callable[[Tensor], Result], matrices: Tensor, name: str = "SVD") -> list[Result]:
+def each(work: Callable[[Tensor], Result], matrices: Tensor | Sequence[Tensor], name: str = "SVD") -> list[Result]:
     """Do something with each of several matrices, on a CPU as many at a time as torch has threads.
 
     Parameters
@@ -37,7 +37,7 @@ def each(work: Callable[[Tensor], Result], matrices: Tensor, name: str = "SVD") 
     work
         From one matrix to anything; called from several threads.
     matrices
-        `[M, n, m]`.
+        `[M, n, m]`, or several of any shapes on one device.
     name
         Of the bar that shows progress on a terminal after two seconds.
     """
@@ -45,7 +45,7 @@ def each(work: Callable[[Tensor], Result], matrices: Tensor, name: str = "SVD") 
     def bar(results: Iterator[Result]) -> list[Result]:
         return list(tqdm(results, desc=name, total=len(matrices), delay=2, leave=False, disable=None))
 
-    if matrices.device.type != "cpu" or len(matrices) == 1:
+    if matrices[0].device.type != "cpu" or len(matrices) == 1:
         return bar(map(work, matrices))
     workers = torch.get_num_threads()
     with single_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

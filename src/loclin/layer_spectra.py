@@ -1,0 +1,216 @@
+"""Spectra of every layer's maps, taken as the sweep passes, so that memory never holds all maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loclin.chain import Chain
+from loclin.errors import OptionError
+from loclin.frames import dataframe
+from loclin.layer_maps import LayerMap, check_components, layer_maps, plan_route
+from loclin.linear_map import LinearMap
+from loclin.points import Point
+from loclin.results import Provenance, Result
+from loclin.spectral import SVD, Ritz, ritz, stable_rank
+from loclin.spectral.bounds import rounding
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+ROUTE = "ritz"
+
+
+@dataclass(frozen=True)
+class LayerSpectra(Result):
+    """The k largest singular triples of C components' maps at L layers (paper, section 3.4 and Figure 6).
+
+    Attributes
+    ----------
+    mode, normed, route
+        What the maps are, whether the final norm is on top, and which sweeps made them (see `loclin.layer_maps`).
+    components
+        Their C names, in the order of the first axis.
+    U, S, Vh, residuals
+        Of each token's map: `[C, L, T, d_out, k]`, `[C, L, T, k]`, `[C, L, T, k, d_in]`, `[C, L, T, k]`. Values are
+        Ritz values: never above the true ones, and by about residual^2 / S below, `tolerance` of S at most.
+    frobenius, stable_rank
+        Of each token's map, `[C, L, T]`.
+    joint_U, joint_S, joint_residuals, joint_frobenius, joint_stable_rank
+        The same of all tokens' maps side by side, `[C, L, d_out, k]`, `[C, L, k]` twice, `[C, L]` twice; None where
+        not asked for.
+    reconstruction_error
+        |J x + b - y| / |y| of each map, `[C, L]`.
+    bias_share
+        |b| / |y|, `[C, L]`.
+    tolerance
+        Of the values.
+    columns
+        How many columns the sweeps pushed or pulled.
+    provenance
+        Which prompt and model; its `target` names the components.
+    """
+
+    mode: str
+    normed: bool
+    route: str
+    components: list[str]
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    residuals: Tensor
+    frobenius: Tensor
+    stable_rank: Tensor
+    joint_U: Tensor | None
+    joint_S: Tensor | None
+    joint_residuals: Tensor | None
+    joint_frobenius: Tensor | None
+    joint_stable_rank: Tensor | None
+    reconstruction_error: Tensor
+    bias_share: Tensor
+    tolerance: float
+    columns: int
+    provenance: Provenance | None = None
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return self.S.shape[1]
+
+    def index(self, component: str) -> int:
+        """Where a component is on the first axis.
+
+        Raises
+        ------
+        OptionError
+            When it was not asked for.
+        """
+        if component not in self.components:
+            raise OptionError(f"{component!r} is not among the components {', '.join(self.components)}; ask for it")
+        return self.components.index(component)
+
+    def svd(self, component: str, layer: int) -> SVD:
+        """Each token's triples at one layer; `upper` is an estimate, and so `failure` is 1.
+
+        Raises
+        ------
+        OptionError
+            For a component or a layer that is not there.
+        """
+        if not -self.n_layers <= layer < self.n_layers:
+            raise OptionError(f"layer {layer}: there are layers 0 to {self.n_layers - 1}")
+        at = (self.index(component), layer)
+        S, residuals = self.S[at], self.residuals[at]
+        slack = rounding(self.U.shape[-2], self.Vh.shape[-1], S.dtype) * S[:, :1]
+        above = torch.where(S > 0, residuals.square() / S, 0.0) + slack
+        lower = (S - slack).clamp(min=0)
+        return SVD(self.U[at], S, self.Vh[at], residuals, lower, S + above, 1.0, self.frobenius[at], ROUTE)
+
+    def to_dataframe(self) -> DataFrame:
+        """One row per component, layer and token; needs pandas."""
+        C, L, T = self.frobenius.shape
+        tokens = self.provenance.tokens if self.provenance is not None else [""] * T
+        return dataframe(
+            {
+                "component": [name for name in self.components for _ in range(L * T)],
+                "layer": [layer for _ in range(C) for layer in range(L) for _ in range(T)],
+                "token": list(range(T)) * (C * L),
+                "text": tokens * (C * L),
+                "frobenius_norm": self.frobenius.flatten().tolist(),
+                "stable_rank": self.stable_rank.flatten().tolist(),
+                "reconstruction_error": self.reconstruction_error.unsqueeze(-1).expand(C, L, T).flatten().tolist(),
+            }
+            | {f"singular_value_{j + 1}": self.S[..., j].flatten().tolist() for j in range(self.S.shape[-1])}
+        )
+
+
+def layer_spectra(
+    chain: Chain,
+    position: int,
+    *,
+    components: Sequence[str] | None = None,
+    mode: str = "cumulative",
+    k: int = 8,
+    normed: bool | None = None,
+    joint: bool = True,
+    tolerance: float = 1e-3,
+    route: str | None = None,
+    budget: int | float | str | None = None,
+) -> LayerSpectra:
+    """Decompose every layer's maps; see `Linearization.layers`."""
+    names = check_components(chain, components)
+    trace = chain.trace
+    if normed and mode == "suffix":
+        raise OptionError("normed=True: maps to `final` pass the final norm as it is; leave it out")
+    on_top = mode != "suffix" and normed is not False
+    taken = (route or plan_route(chain, position, names, budget)) if mode == "cumulative" else "backward"
+    found: dict[tuple[int, int], list[Ritz]] = {}
+    errors, shares = torch.zeros(2, len(names), trace.n_layers, dtype=torch.float64)
+    columns = 0
+    total = len(names) * trace.n_layers
+    with tqdm(total=total, desc=f"{mode} maps", unit="map", delay=2, leave=False, disable=None) as bar:
+
+        def passed(count: int) -> None:
+            nonlocal columns
+            columns += count
+
+        maps = layer_maps(chain, mode, position, names, normed=on_top, route=taken, budget=budget, progress=passed)
+        for item in maps:
+            at = (names.index(item.component), item.layer)
+            found[at] = _decomposed(item, k, joint, tolerance)
+            errors[at] = item.reconstruction_error
+            shares[at] = (item.bias.norm() / item.value.norm().clamp_min(torch.finfo(item.value.dtype).tiny)).item()
+            bar.update()
+    every = [[found[c, layer] for layer in range(trace.n_layers)] for c in range(len(names))]
+
+    def stacked(field: str, tokens: bool) -> Tensor:
+        length = trace.length
+        rows = [
+            [
+                torch.stack([getattr(one, field) for one in parts[:length]]) if tokens else getattr(parts[-1], field)
+                for parts in row
+            ]
+            for row in every
+        ]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    own = {field: stacked(field, True) for field in ("U", "S", "Vh", "residuals", "frobenius")}
+    all_ = {field: stacked(field, False) if joint else None for field in ("U", "S", "residuals", "frobenius")}
+    ends = Point("embed"), Point("final")
+    described = LinearMap(chain, *ends, position).provenance().to_dict()
+    described |= {"target": ", ".join(f"{name}.*" for name in names), "normed": on_top}
+    if mode == "suffix":
+        described |= {"source": described["target"], "target": "final"}
+    elif mode == "layerwise":
+        described["source"] = "resid_pre.*"
+    return LayerSpectra(
+        mode=mode,
+        normed=on_top,
+        route=taken,
+        components=list(names),
+        **own,
+        stable_rank=stable_rank(own["frobenius"], own["S"][..., 0]),
+        joint_U=all_["U"],
+        joint_S=all_["S"],
+        joint_residuals=all_["residuals"],
+        joint_frobenius=all_["frobenius"],
+        joint_stable_rank=None
+        if all_["S"] is None or all_["frobenius"] is None
+        else stable_rank(all_["frobenius"], all_["S"][..., 0]),
+        reconstruction_error=errors,
+        bias_share=shares,
+        tolerance=tolerance,
+        columns=columns,
+        provenance=Provenance.from_dict(described),
+    )
+
+
+def _decomposed(item: LayerMap, k: int, joint: bool, tolerance: float) -> list[Ritz]:
+    """Each token's triples, and the joint ones last."""
+    matrices = [*item.maps, item.joint] if joint else list(item.maps)
+    return ritz(matrices, k, [item.value] * len(matrices), tolerance=tolerance)
