@@ -11,9 +11,10 @@ from torch import nn
 
 import tiny
 from loclin import explicit
+from loclin.blocks import Workspace
 from loclin.chain import Chain
 from loclin.coefficients import Reader
-from loclin.explicit import ExplicitLayer, Workspace
+from loclin.explicit import ExplicitLayer
 from loclin.freeze import Hold
 from loclin.linear_map import LinearMap
 from loclin.linearization import linearize

@@ -10,6 +10,7 @@ import torch
 import tiny
 from loclin.chain import Chain
 from loclin.errors import OptionError
+from loclin.explicit import ExplicitLayer
 from loclin.layer_maps import COMPONENTS, check_components, layer_maps, plan_route
 from loclin.layer_spectra import LayerSpectra
 from loclin.linear_map import LinearMap
@@ -49,6 +50,19 @@ def test_one_forward_sweep_gives_every_prefix_map(family, explicit, position):
             assert far(found.mT, one_by_one(lin, Point("embed"), Point(name, layer), at)) < 1e-13
             seen += 1
     assert seen == 3 * lin.trace.n_layers
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
+def test_heads_mixed_in_the_output_matrix(monkeypatch, family, folds):
+    lin = built(family)
+    taken = []
+    monkeypatch.setattr(ExplicitLayer, "_folds", lambda *_: taken.append(folds) or folds)
+    for layer, maps in prefix_maps(lin.chain, 4, range(1, 6), COMPONENTS):
+        for name, found in maps.items():
+            exact = one_by_one(lin, Point("embed"), Point(name, layer), 4)[1:]
+            assert far(found.mT, exact) < 1e-13
+    assert len(taken) == lin.trace.n_layers
 
 
 def test_attention_that_looks_ahead():

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loclin.blocks import Started, Workspace
 from loclin.errors import OptionError
-from loclin.explicit import ExplicitLayer, Started, Workspace
+from loclin.explicit import ExplicitLayer
 from loclin.freeze import Hold
 from loclin.link import HeadLink, LayerLink, NormLink
 from loclin.points import Point

@@ -7,14 +7,13 @@ about n = 0.6 d on forming is cheaper, and there is nothing element-wise left to
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loclin.blocks import Started, Tap, Workspace
 from loclin.coefficients import Coefficients
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.models.layout import Weights
@@ -26,20 +25,6 @@ _ROWS = 4096
 """Rows that go through an MLP's factors at a time."""
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far an explicit layer's value may be from the frozen layer's own."""
-
-
-class Started(NamedTuple):
-    """A block `[S, n, d]` whose first row belongs to position `start`: what comes before is zero."""
-
-    start: int
-    block: Tensor
-
-
-class Tap(NamedTuple):
-    """Looks at what attention and MLP give at one position: `see(which block, point, which columns, [n, d])`."""
-
-    position: int
-    see: Callable[[int, str, slice, Tensor], None]
 
 
 def available(layer: nn.Module, weights: Weights, dtype: torch.dtype) -> bool:
@@ -157,7 +142,10 @@ class ExplicitLayer:
         -----
         Cost: as for `vjp`, V at all positions and the rest at those wanted.
         """
-        for index, (start, block) in enumerate(blocks if below == "resid_pre" else ()):
+        folded = below == "resid_pre" and self._folds(blocks, wanted)
+        if folded:
+            self._attention_folded(blocks, wanted, above != "attn_out", tap)
+        for index, (start, block) in enumerate(blocks if below == "resid_pre" and not folded else ()):
             rows = slice(max(wanted.start, start), wanted.stop)
             done = 0
             for part in block.split(chunk or block.shape[1], dim=1):
@@ -310,6 +298,53 @@ class ExplicitLayer:
         pushed = self._room("pushed", rows * n, d)
         return torch.mm(by_position.view(rows * n, -1), self._o.T, out=pushed).view(rows, n, d)
 
+    def _folds(self, blocks: Sequence[Started], wanted: slice) -> bool:
+        """Whether it is cheaper, and not larger than the blocks, to mix heads in O's matrix for each two positions."""
+        heads, kv, d_head = self._heads()
+        spans = [t - start + 1 for start, _ in blocks for t in range(max(start, wanted.start), wanted.stop)]
+        causal = not self._held.probs[:, wanted].triu(1 + wanted.start).any()
+        here = all(block.device == self.device for _, block in blocks)
+        return len(blocks) > 1 and causal and here and sum(spans) * kv <= 1.2 * len(spans) * heads
+
+    def _attention_folded(self, blocks: Sequence[Started], wanted: slice, onto: bool, tap: Tap | None) -> None:
+        """Push blocks through the attention, in place, with the pattern in O: for each kv head sum_h P_h[t, s] O_h.
+
+        No head is then moved in memory, and products go straight to the residual stream. With m positions from s to t
+        a product has m d_head H_kv inner dimensions instead of d_head H, so this is for short prompts.
+        """
+        held, (heads, kv, d_head) = self._held, self._heads()
+        d, width, first = len(self._o), kv * d_head, blocks[0].start
+        seen = range(first, wanted.stop)
+        V = self._v.T if held.attn_in is None else self._v.T * held.attn_in[first : wanted.stop, :, None]
+        V = V.expand(len(seen), d, width)
+        outputs = self._o.view(d, kv, -1, d_head).permute(1, 2, 3, 0).reshape(kv, heads // kv, d_head * d)
+        probs = held.probs[:, wanted, first : wanted.stop]
+        rows = probs.shape[1]
+        probs = probs.reshape(kv, -1, rows * len(seen))
+        mixing = self._room("mixing", rows * len(seen), kv, d_head * d)
+        for group in range(kv):
+            torch.mm(probs[group].T, outputs[group], out=mixing[:, group])
+        mixing = mixing.view(rows, len(seen), width, d)
+        if held.attn_out is not None:
+            mixing.mul_(held.attn_out[wanted, None, None])
+        for index, (start, block) in enumerate(blocks):
+            n, length = block.shape[1], len(block)
+            values = self._room("values", n, length, width)
+            for s in range(length):
+                torch.mm(block[s], V[start + s - first], out=values[:, s])
+            for t in range(max(wanted.start, start), wanted.stop):
+                inner = values.view(n, -1)[:, : (t - start + 1) * width]
+                matrix = mixing[t - wanted.start, start - first : t - first + 1].view(-1, d)
+                stream = block[t - start]
+                if tap is not None and t == tap.position:
+                    pushed = torch.mm(inner, matrix, out=self._room("pushed", n, d))
+                    tap.see(index, "attn_out", slice(None), pushed)
+                    _deliver(stream, pushed, onto)
+                elif onto:
+                    stream.addmm_(inner, matrix)
+                else:
+                    torch.mm(inner, matrix, out=stream)
+
 
 def _part(layer: nn.Module, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A part's weight `[out, in]` and bias."""
@@ -341,18 +376,3 @@ def _deliver(block: Tensor, moved: Tensor, onto: bool) -> None:
 
 def _groups(positions: slice, size: int) -> list[slice]:
     return [slice(t, min(t + size, positions.stop)) for t in range(positions.start, positions.stop, size)]
-
-
-class Workspace:
-    """Memory that every layer of a sweep uses again: fresh pages for each product would cost as much as the product."""
-
-    def __init__(self) -> None:
-        self._rooms: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor; the one given under this name before is overwritten."""
-        numbers = math.prod(shape)
-        room = self._rooms.get(name)
-        if room is None or room.numel() < numbers or room.dtype != like.dtype or room.device != like.device:
-            room = self._rooms[name] = like.new_empty(numbers)
-        return room[:numbers].view(shape)

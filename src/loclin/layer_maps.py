@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from loclin import cost, memory
+from loclin.blocks import Workspace
 from loclin.chain import Chain
 from loclin.errors import OptionError
-from loclin.explicit import Workspace
 from loclin.freeze import exact_arithmetic
 from loclin.linear_map import LinearMap
 from loclin.link import NormLink, batched_jvp, pushed_constants
@@ -177,7 +177,7 @@ def layer_maps(
 
 def _apply(maps: Tensor, x: Tensor) -> Tensor:
     """The sum over tokens of J_i x_i."""
-    return torch.einsum("toi,ti->o", maps, x.to(maps))
+    return torch.bmm(maps, x.to(maps).unsqueeze(-1)).sum(0)[:, 0]
 
 
 def _layer_map(point: Point, maps: Tensor, value: Tensor, bias: Tensor, x: Tensor) -> LayerMap:

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.blocks import Workspace
 from loclin.coefficients import Coefficients, Reader
-from loclin.explicit import ExplicitLayer, Workspace
+from loclin.explicit import ExplicitLayer
 from loclin.freeze import Hold, evaluation, frozen
 from loclin.models.layout import Weights
 from loclin.models.route import first, hidden_state, logits_at

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.blocks import Started, Tap, Workspace
 from loclin.chain import Chain
-from loclin.explicit import Started, Tap, Workspace
 from loclin.link import batched_jvp
 
 Maps = dict[str, Float[Tensor, "n d_in d"]]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin import explicit
+from loclin.blocks import Workspace
 from loclin.coefficients import Coefficients, Reader
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Frozen, Hold, Misuse, evaluation, exact_arithmetic, frozen
@@ -306,7 +307,7 @@ class _Explicit:
         self._mode, self._room = mode, keep
         self._weights = None if mode.hold.ordinary or route.whole is not None else parts.weights
         self._readers: list[Reader | None] = [self._reader(block.module) for block in route.blocks]
-        self._workspace = explicit.Workspace()
+        self._workspace = Workspace()
         n = max(1, len(route.blocks))
         self.exact = [False] * n
         self.kept: list[Coefficients | None] = [None] * n

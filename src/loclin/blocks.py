@@ -1,0 +1,38 @@
+"""Blocks of vectors on their way through explicit products, and the memory that these share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Started(NamedTuple):
+    """A block `[S, n, d]` whose first row belongs to position `start`: what comes before is zero."""
+
+    start: int
+    block: Tensor
+
+
+class Tap(NamedTuple):
+    """Looks at what attention and MLP give at one position: `see(which block, point, which columns, [n, d])`."""
+
+    position: int
+    see: Callable[[int, str, slice, Tensor], None]
+
+
+class Workspace:
+    """Memory that every layer of a sweep uses again: fresh pages for each product would cost as much as the product."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor; the one given under this name before is overwritten."""
+        numbers = math.prod(shape)
+        room = self._rooms.get(name)
+        if room is None or room.numel() < numbers or room.dtype != like.dtype or room.device != like.device:
+            room = self._rooms[name] = like.new_empty(numbers)
+        return room[:numbers].view(shape)
