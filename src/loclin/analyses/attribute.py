@@ -1,0 +1,116 @@
+"""Exact attribution: a target of the frozen network as a sum of shares.
+
+The residual stream is a sum: the embedding, every attention's output and every MLP's. A target reads it linearly, so
+each term has its share, and so has each part of a term (a head, a neuron). A term in turn comes from the tokens and the
+biases in front of it: pulled back to the embeddings, its share is theirs.
+"""
+
+from __future__ import annotations
+
+from typing import cast, get_args
+
+import torch
+
+from loclin.analyses.attribution import Attribution, By, Kind
+from loclin.analyses.explain import sink_warnings
+from loclin.analyses.shares import by_part, by_source, by_token_and_layer
+from loclin.analyses.target import Target, read
+from loclin.analyses.wording import in_words
+from loclin.errors import OptionError
+from loclin.freeze import exact_arithmetic
+from loclin.linearization import Linearization
+
+_SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
+_SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
+
+
+@exact_arithmetic()
+def attribute(
+    lin: Linearization, target: Target = None, by: str = "token", *, position: int = -1, words: int = 12
+) -> Attribution:
+    """Share out a target exactly.
+
+    Parameters
+    ----------
+    lin
+        From `loclin.linearize`.
+    target
+        A token's logit, by text or id (None: the predicted token's); two tokens: the difference of their logits;
+        `Margin`, `Neuron`, `Direction`, or a vector `[d]` at `final`.
+    by
+        `"token"`: what each input token gives (J_i x_i through the target), and each bias, by all ways.
+        `"bias"`: the same with the tokens as one.
+        `"layer"`: what the embedding, each attention and each MLP write into the target, directly; what later layers
+        make of it is in theirs.
+        `"head"`: the same with each attention as its query heads and the biases behind them.
+        `"neuron"`: the same with each MLP as its neurons and the biases behind them.
+        `"token×layer"`: what each token (and the biases) give by way of each attention or MLP as the last one that
+        writes: rows sum to `"token"`, columns to `"layer"`. `"token x layer"` and `"token*layer"` are the same.
+    position
+        Where the target is read.
+    words
+        How many of the largest shares to put into words (not for tokens and biases).
+
+    Returns
+    -------
+    Attribution
+        Its shares sum to the target; `residual` is what rounding leaves.
+
+    Raises
+    ------
+    OptionError
+        For an unknown `by`; for a target that is not one (see `loclin.analyses.target.read`); where a model has no
+        layers, heads or neurons to tell apart.
+    PromptError
+        For a position outside the prompt.
+
+    Notes
+    -----
+    Cost: by token or bias one column backward, and two forward passes of each layer that has biases. By layer, head or
+    neuron a graph of each layer (two forward passes) and two columns. By token × layer that and L columns, for two of
+    each layer go through the layers in front of it. Memory: one layer's graph; `[2 L, T, d]` by token × layer.
+    """
+    level = _level(by)
+    reading = read(lin, target, position)
+    if level not in ("token", "bias") and lin.trace.route.whole is not None:
+        raise OptionError(
+            f"{lin.model.info.name} has no layers to tell apart: {lin.trace.route.whole}; by='token' and by='bias' work"
+        )
+    notes: list[str] = []
+    if level in ("token", "bias"):
+        shares = by_source(lin, reading, together=level == "bias")
+    elif level == "token×layer":
+        shares = by_token_and_layer(lin, reading)
+    else:
+        shares, notes = by_part(lin, reading, _SPLITS.get(level))
+    rows = shares.ordered()
+    kinds, layers, indices, tokens = (torch.tensor([row[i] for row in rows]) for i in range(4))
+    given, passing = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (4, 5))
+    about = reading.to_dict()
+    if reading.ids:
+        about["probability"] = lin.trace.logits(reading.position).double().softmax(0)[reading.ids[0]].item()
+    found = Attribution(
+        by=level,
+        target=about,
+        shares=given,
+        through=passing if level in ("layer", "head", "neuron") else None,
+        kinds=kinds,
+        layers=layers,
+        indices=indices,
+        tokens=tokens,
+        biases=list(shares.biases),
+        writes={},
+        attends={},
+        sinks=lin.sinks,
+        warnings=[*sink_warnings(lin), *notes],
+        provenance=lin.jacobian(position=position).provenance(),
+    )
+    return in_words(lin, reading, found, words)
+
+
+def _level(by: str) -> By:
+    plain = by.replace(" ", "")
+    plain = _SPELLINGS.get(plain, plain)
+    if plain not in get_args(By):
+        raise OptionError(f"by={by!r}: choose one of {', '.join(get_args(By))}")
+    return cast("By", plain)
