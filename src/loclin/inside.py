@@ -50,6 +50,12 @@ class Projection:
     count: int
     behind: Constants
 
+    def alone(self, units: Float[Tensor, "*shape"], index: int) -> Float[Tensor, "*shape"]:
+        """Heads or neurons side by side in the last dimension, with all but one put to zero."""
+        kept = torch.zeros_like(units)
+        kept.unflatten(-1, (self.count, -1))[..., index, :] = units.unflatten(-1, (self.count, -1))[..., index, :]
+        return kept
+
 
 @dataclass(frozen=True, eq=False)
 class _Call:

@@ -25,6 +25,7 @@ from loclin.trace import trace
 
 if TYPE_CHECKING:
     from loclin.analyses.attribution import Attribution
+    from loclin.analyses.heads import Head, Path
     from loclin.analyses.target import Target
 
 SINK_SHARE, SINK_RATIO = 0.3, 4.0
@@ -236,6 +237,18 @@ class Linearization:
         from loclin.analyses.attribute import attribute  # a later room: when it is asked for, not before
 
         return attribute(self, target, by, position=position, words=words)
+
+    def head(self, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
+        """One query head: its map, what it reads and writes in words, its share; see `loclin.analyses.heads.head`."""
+        from loclin.analyses import heads
+
+        return heads.head(self, layer, head, target, k=k, position=position)
+
+    def path(self, source: int | None, parts: Sequence[str], target: Target = None, *, position: int = -1) -> Path:
+        """The way from a token through named heads, such as `["L3H5", "L10H2"]`; see `loclin.analyses.heads.path`."""
+        from loclin.analyses import heads
+
+        return heads.path(self, source, parts, target, position=position)
 
     def certify(self, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""

@@ -11,16 +11,21 @@ from typing import cast, get_args
 
 import torch
 
+from loclin import memory
 from loclin.analyses.attribution import Attribution, By, Kind
 from loclin.analyses.explain import sink_warnings
-from loclin.analyses.shares import by_part, by_source, by_token_and_layer
-from loclin.analyses.target import Target, read
+from loclin.analyses.shares import Shares, by_part, by_source, by_token_and_layer
+from loclin.analyses.target import Reading, Target, read
 from loclin.analyses.wording import in_words
+from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.freeze import exact_arithmetic
 from loclin.linearization import Linearization
+from loclin.widened import widened
 
 _SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
+_ROUNDING = 5e-7
+"""Shares that miss their sum by more, over the sum of their sizes, are computed again in float64."""
 _SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
 
 
@@ -76,13 +81,9 @@ def attribute(
         raise OptionError(
             f"{lin.model.info.name} has no layers to tell apart: {lin.trace.route.whole}; by='token' and by='bias' work"
         )
-    notes: list[str] = []
-    if level in ("token", "bias"):
-        shares = by_source(lin, reading, together=level == "bias")
-    elif level == "token×layer":
-        shares = by_token_and_layer(lin, reading)
-    else:
-        shares, notes = by_part(lin, reading, _SPLITS.get(level))
+    shares, notes = _swept(lin, lin.chain, reading, level)
+    if lin.trace.dtype == torch.float32 and shares.error(reading.value) > _ROUNDING:
+        shares, notes = _swept(lin, Chain(widened(lin.trace)), reading, level)
     rows = shares.ordered()
     kinds, layers, indices, tokens = (torch.tensor([row[i] for row in rows]) for i in range(4))
     given, passing = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (4, 5))
@@ -106,6 +107,14 @@ def attribute(
         provenance=lin.jacobian(position=position).provenance(),
     )
     return in_words(lin, reading, found, words)
+
+
+def _swept(lin: Linearization, chain: Chain, reading: Reading, level: By) -> tuple[Shares, list[str]]:
+    if level in ("token", "bias"):
+        return by_source(chain, reading, together=level == "bias"), []
+    if level == "token×layer":
+        return by_token_and_layer(chain, reading, memory.budget(lin.memory, lin.model.device)), []
+    return by_part(chain, reading, _SPLITS.get(level))
 
 
 def _level(by: str) -> By:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -9,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loclin import memory
 from loclin.analyses.attribution import KINDS, NONE, Kind
 from loclin.analyses.target import Reading
+from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.explicit import Workspace
 from loclin.inside import Inside, Projection
-from loclin.linearization import Linearization
 from loclin.link import Graph
 from loclin.points import Point
 from loclin.trace import Trace
@@ -53,16 +54,21 @@ class Shares:
         """A bias's number."""
         return self.biases.setdefault(bias, len(self.biases))
 
+    def error(self, value: float) -> float:
+        """How far the shares are from summing to a value, over the sum of their sizes."""
+        shares = [row[4] for row in self.rows]
+        return abs(value - math.fsum(shares)) / max(math.fsum(map(abs, shares)), sys.float_info.min)
+
     def ordered(self) -> list[Row]:
         """From the embeddings up, and last the biases that stand in no layer's part."""
         bias = KINDS.index("bias")
         return sorted(self.rows, key=lambda row: (row[0] == bias and row[1] == NONE, row[1]))
 
 
-def by_source(lin: Linearization, reading: Reading, *, together: bool) -> Shares:
+def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
     """What the tokens and the biases give, by all ways; `together`: the tokens as one."""
-    chain, trace, biases = lin.chain, lin.trace, dict(reading.constants)
-    block, workspace, active = _block(lin, 1), Workspace(), _active(reading)
+    trace, biases = chain.trace, dict(reading.constants)
+    block, workspace, active = _block(trace, 1), Workspace(), _active(reading)
     block[0] = reading.cotangent
     for index, below, above in reversed(chain.steps(Point("embed"), _point(reading))):
         if trace.biased[index]:
@@ -73,7 +79,7 @@ def by_source(lin: Linearization, reading: Reading, *, together: bool) -> Shares
             active = slice(0, active.stop if trace.causal else trace.length)
         else:
             active = chain.pull(block, index, below, above, active, workspace)
-    shares, given = Shares(), _by_token(lin, block)[0]
+    shares, given = Shares(), _by_token(trace, block)[0]
     if together:
         shares.add("embed", given.sum().item())
     else:
@@ -83,7 +89,7 @@ def by_source(lin: Linearization, reading: Reading, *, together: bool) -> Shares
     return shares
 
 
-def by_part(lin: Linearization, reading: Reading, split: Kind | None) -> tuple[Shares, list[str]]:
+def by_part(chain: Chain, reading: Reading, split: Kind | None) -> tuple[Shares, list[str]]:
     """What each part of each layer writes into the target, and all that passes it.
 
     With `split`, each `attn_out` is divided into its heads, or each `mlp_out` into its neurons, and the biases behind
@@ -94,13 +100,13 @@ def by_part(lin: Linearization, reading: Reading, split: Kind | None) -> tuple[S
     OptionError
         When no part has any.
     """
-    trace, shares, wholes = lin.trace, Shares(), dict[str, list[int]]()
+    trace, shares, wholes = chain.trace, Shares(), dict[str, list[int]]()
     unit: Kind = "head" if split == "attn_out" else "neuron"
-    direct = total = reading.cotangent[None]
-    steps = lin.chain.steps(Point("embed"), _point(reading))
+    direct = total = reading.cotangent[None].to(trace.dtype)
+    steps = chain.steps(Point("embed"), _point(reading))
     for index, _, above in tqdm(steps[::-1], desc="shares", unit="layer", delay=2, leave=False, disable=None):
         inside = Inside(trace.layers[index].block.parts) if split else None
-        graph = lin.chain.layers[index].graph(collect=inside is not None and trace.biased[index], inside=inside)
+        graph = chain.layers[index].graph(collect=inside is not None and trace.biased[index], inside=inside)
         output, found = graph.points[above], None
         if inside is not None and split is not None:
             if split in graph.points:
@@ -116,22 +122,23 @@ def by_part(lin: Linearization, reading: Reading, split: Kind | None) -> tuple[S
                 shares.add(kind, _product(direct, value), _product(passing, value), layer=index)
         total = _vjp(output, graph.points["resid_pre"], total)
     if wholes and sum(map(len, wholes.values())) == len(steps):
-        raise OptionError(f"{lin.model.info.name}: {next(iter(wholes))}; use by='layer'")
-    shares.add("embed", _product(direct, lin.embeddings), _product(total, lin.embeddings))
+        raise OptionError(f"{trace.model.info.name}: {next(iter(wholes))}; use by='layer'")
+    x = trace.layers[0].value[0]
+    shares.add("embed", _product(direct, x), _product(total, x))
     shares.add_biases(reading.constants)
     return shares, [f"{why}; whole in layers {', '.join(map(str, sorted(layers)))}" for why, layers in wholes.items()]
 
 
-def by_token_and_layer(lin: Linearization, reading: Reading) -> Shares:
+def by_token_and_layer(chain: Chain, reading: Reading, budget: int) -> Shares:
     """What the tokens and the biases write into the target by way of each part as the last one on the way."""
-    chain, trace, shares = lin.chain, lin.trace, Shares()
+    trace, shares = chain.trace, Shares()
     steps = chain.steps(Point("embed"), _point(reading))
     ways = [(index, above, kind) for index, _, above in steps[::-1] for kind, _ in added(trace, index, above)]
-    block, biases, done = _block(lin, len(ways)), torch.zeros(len(ways), dtype=torch.float64), 0
-    most = memory.budget(lin.memory, lin.model.device) // chain.column_bytes(Point("final"))
-    chunk, workspace = chain.chunk(max(1, len(ways)), max(1, most)), Workspace()
+    block, biases, done = _block(trace, len(ways)), torch.zeros(len(ways), dtype=torch.float64), 0
+    chunk = chain.chunk(max(1, len(ways)), max(1, budget // chain.column_bytes(Point("final"))))
+    workspace = Workspace()
     active = slice(0, _active(reading).stop if trace.causal else trace.length)
-    direct = reading.cotangent[None]
+    direct = reading.cotangent[None].to(trace.dtype)
     for index, below, above in tqdm(steps[::-1], desc="shares", unit="layer", delay=2, leave=False, disable=None):
         graph = chain.layers[index].graph(collect=trace.biased[index])
         output = graph.points[above]
@@ -146,12 +153,12 @@ def by_token_and_layer(lin: Linearization, reading: Reading) -> Shares:
             pulled, given = _pull(graph, graph.points.get(kind, output), direct)
             block[done], biases[done] = pulled[0] - direct[0] * (kind not in graph.points), given.sum()
             done += 1
-    for (index, _, kind), row, bias in zip(ways, _by_token(lin, block).tolist(), biases.tolist(), strict=True):
+    for (index, _, kind), row, bias in zip(ways, _by_token(trace, block).tolist(), biases.tolist(), strict=True):
         for token, share in enumerate(row):
             shares.add(kind, share, layer=index, token=token)
         if any(trace.biased):
             shares.add(kind, bias, layer=index)
-    for token, share in enumerate(_by_token(lin, direct)[0].tolist()):
+    for token, share in enumerate(_by_token(trace, direct)[0].tolist()):
         shares.add("embed", share, token=token)
     shares.add_biases(reading.constants)
     return shares
@@ -219,14 +226,14 @@ def _product(cotangent: Float[Tensor, "1 T d"], value: Float[Tensor, "T d"]) -> 
     return (cotangent[0].double() * value.to(cotangent.device).double()).sum().item()
 
 
-def _by_token(lin: Linearization, cotangents: Float[Tensor, "n T d"]) -> Float[Tensor, "n T"]:
+def _by_token(trace: Trace, cotangents: Float[Tensor, "n T d"]) -> Float[Tensor, "n T"]:
     """What each token's embedding gives, float64."""
-    return torch.einsum("ntd,td->nt", cotangents.double(), lin.embeddings.double())
+    return torch.einsum("ntd,td->nt", cotangents.double(), trace.layers[0].value[0].double())
 
 
-def _block(lin: Linearization, columns: int) -> Float[Tensor, "n T d"]:
+def _block(trace: Trace, columns: int) -> Float[Tensor, "n T d"]:
     """A block of cotangents as sweeps take it: what belongs to one position is one matrix."""
-    return lin.embeddings.new_zeros(lin.trace.length, columns, lin.trace.width).transpose(0, 1)
+    return trace.layers[0].value.new_zeros(trace.length, columns, trace.width).transpose(0, 1)
 
 
 def _active(reading: Reading) -> slice:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.attribution import Attribution, Share
@@ -66,19 +65,11 @@ def _layer(
     assert found is not None  # it has been divided before
     push, source = batched_jvp(output, found.source), found.source
     for i, part in units.items():
-        alone = _alone(source.detach(), found.count, part.index or 0)
+        alone = found.alone(source.detach(), part.index or 0)
         written[i] = push(alone[None])[0, 0, reading.position]
         if part.kind == "head":
             (weights,) = torch.autograd.grad(output, source, reading.cotangent[None].to(output), retain_graph=True)
-            mine = _alone(weights, found.count, part.index or 0)
+            mine = found.alone(weights, part.index or 0)
             x = graph.points["resid_pre"]
             (pulled,) = torch.autograd.grad(source, x, mine, retain_graph=True)
             attends[str(i)] = (pulled.double() * x.detach().double()).sum(-1)[0].tolist()
-
-
-def _alone(units: Float[Tensor, "*shape"], count: int, index: int) -> Float[Tensor, "*shape"]:
-    """Heads or neurons side by side, with all but one put to zero."""
-    parts = units.reshape(-1, count, units.shape[-1] // count)
-    alone = torch.zeros_like(parts)
-    alone[:, index] = parts[:, index]
-    return alone.view(units.shape)
