@@ -128,7 +128,7 @@ class Inside:
             inner = call.source.shape[-1]
             if call.width == width and call.source.numel() == length * inner and call.source.requires_grad:
                 count = inner if self.probs is None or kind == "mlp_out" else len(self.probs)
-                found = Projection(call.path, call.source, count, _behind(call.source, constants))
+                found = Projection(call.path, call.source, count, _behind(call.source, output, constants))
                 if inner % count == 0 and _carries_all(found, output):
                     return found
         return None
@@ -158,13 +158,15 @@ class Inside:
         return [call for call in own if call.source is not own[0].source]
 
 
-def _behind(source: Tensor, constants: Constants) -> Constants:
-    """The constants that `source` does not depend on."""
-    leaves = [leaf for _, leaf in constants]
-    if not leaves:
+def _behind(source: Tensor, output: Tensor, constants: Constants) -> Constants:
+    """The constants that the output depends on, and `source` does not."""
+    if not constants:
         return []
-    reaching = torch.autograd.grad(source.sum(), leaves, retain_graph=True, allow_unused=True)
-    return [constant for constant, moves in zip(constants, reaching, strict=True) if moves is None]
+    leaves = [leaf for _, leaf in constants]
+    reached, before = (
+        torch.autograd.grad(end.sum(), leaves, retain_graph=True, allow_unused=True) for end in (output, source)
+    )
+    return [one for one, out, into in zip(constants, reached, before, strict=True) if out is not None and into is None]
 
 
 def _carries_all(projection: Projection, output: Tensor) -> bool:

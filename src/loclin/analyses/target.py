@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from loclin.points import Point, parse
 
 Token = str | int
 """A token's text, which must be one token, or its id."""
-Rivals = Literal["runner-up", "others"]
+RIVALS = ("runner-up", "others")
 
 _SEARCHED = 1000
 """Predicted tokens among whose texts one is looked for that the tokenizer does not give back."""
@@ -37,11 +37,11 @@ class Margin:
     """
 
     token: Token | None = None
-    over: Rivals = "runner-up"
+    over: str = "runner-up"
 
     def __post_init__(self) -> None:
-        if self.over not in get_args(Rivals):
-            raise OptionError(f"over={self.over!r}: choose one of {', '.join(get_args(Rivals))}")
+        if self.over not in RIVALS:
+            raise OptionError(f"over={self.over!r}: choose one of {', '.join(RIVALS)}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int]
         weights[ids[0]] += 1
         weights[ids[1]] -= 1
         return "logit difference", ids, weights
-    if target is not None and not isinstance(target, str | int | Margin):
+    if not isinstance(target, str | int | Margin | None):
         raise OptionError(f"target {target!r}: give a token, two of them, a direction, Margin or Neuron")
     wanted = target.token if isinstance(target, Margin) else target
     chosen = int(logits.argmax()) if wanted is None else token_id(lin, wanted)
