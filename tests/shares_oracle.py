@@ -21,7 +21,7 @@ HEADS = 4
 class Network:
     """One pass through the rewritten model, with every tensor of interest in its graph.
 
-    `x` `[1, T, d]` enters layer 0, `pre` each layer; `attn` and `mlp` are what each layer adds to the stream; `z` enters
+    `x` `[1, T, d]` enters layer 0, `pre` each layer; `attn` and `mlp` are what each adds to the stream; `z` enters
     each attention's output projection, `act` each MLP's; `stream` is what leaves the last layer.
     """
 

@@ -7,7 +7,7 @@ biases in front of it: pulled back to the embeddings, its share is theirs.
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from typing import get_args
 
 import torch
 
@@ -23,6 +23,7 @@ from loclin.freeze import exact_arithmetic
 from loclin.linearization import Linearization
 from loclin.widened import widened
 
+LEVELS: tuple[By, ...] = get_args(By)
 _SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
 _ROUNDING = 5e-7
 """Shares that miss their sum by more, over the sum of their sizes, are computed again in float64."""
@@ -75,15 +76,15 @@ def attribute(
     neuron a graph of each layer (two forward passes) and two columns. By token × layer that and L columns, for two of
     each layer go through the layers in front of it. Memory: one layer's graph; `[2 L, T, d]` by token × layer.
     """
-    level = _level(by)
+    chosen = level(by)
     reading = read(lin, target, position)
-    if level not in ("token", "bias") and lin.trace.route.whole is not None:
+    if chosen not in ("token", "bias") and lin.trace.route.whole is not None:
         raise OptionError(
             f"{lin.model.info.name} has no layers to tell apart: {lin.trace.route.whole}; by='token' and by='bias' work"
         )
-    shares, notes = _swept(lin, lin.chain, reading, level)
+    shares, notes = _swept(lin, lin.chain, reading, chosen)
     if lin.trace.dtype == torch.float32 and shares.error(reading.value) > _ROUNDING:
-        shares, notes = _swept(lin, Chain(widened(lin.trace)), reading, level)
+        shares, notes = _swept(lin, Chain(widened(lin.trace)), reading, chosen)
     rows = shares.ordered()
     kinds, layers, indices, tokens = (torch.tensor([row[i] for row in rows]) for i in range(4))
     given, passing = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (4, 5))
@@ -91,10 +92,10 @@ def attribute(
     if reading.ids:
         about["probability"] = lin.trace.logits(reading.position).double().softmax(0)[reading.ids[0]].item()
     found = Attribution(
-        by=level,
+        by=chosen,
         target=about,
         shares=given,
-        through=passing if level in ("layer", "head", "neuron") else None,
+        through=passing if chosen in ("layer", "head", "neuron") else None,
         kinds=kinds,
         layers=layers,
         indices=indices,
@@ -117,9 +118,10 @@ def _swept(lin: Linearization, chain: Chain, reading: Reading, level: By) -> tup
     return by_part(chain, reading, _SPLITS.get(level))
 
 
-def _level(by: str) -> By:
+def level(by: str) -> By:
+    """Read a level's name, however it is spelled."""
     plain = by.replace(" ", "")
     plain = _SPELLINGS.get(plain, plain)
-    if plain not in get_args(By):
-        raise OptionError(f"by={by!r}: choose one of {', '.join(get_args(By))}")
-    return cast("By", plain)
+    if plain not in LEVELS:
+        raise OptionError(f"by={by!r}: choose one of {', '.join(LEVELS)}")
+    return plain

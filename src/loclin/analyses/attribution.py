@@ -142,6 +142,11 @@ class Attribution(Result):
         """The target's own value in the frozen network."""
         return float(self.target["value"])
 
+    @property
+    def unit(self) -> Kind | None:
+        """The kind that an attribution by head or neuron is about; the rest of it is what they leave. Else None."""
+        return {"head": "head", "neuron": "neuron"}.get(self.by)  # type: ignore[return-value]
+
     @cached_property
     def residual(self) -> float:
         """Value minus the sum of the shares: rounding."""

@@ -27,7 +27,7 @@ def in_words(lin: Linearization, reading: Reading, found: Attribution, most: int
     """
     if found.by not in ("layer", "head", "neuron") or reading.node != 2 * lin.trace.n_layers:
         return found
-    chosen = [i for i in found.ranking(most) if found.parts[i].kind != "bias"]
+    chosen = [i for i in found.ranking(most, found.unit) if found.parts[i].kind != "bias"]
     written, attends = dict[int, Tensor](), dict[str, list[float]]()
     for layer in dict.fromkeys(found.parts[i].layer for i in chosen):
         here = [i for i in chosen if found.parts[i].layer == layer]

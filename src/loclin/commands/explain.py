@@ -36,8 +36,10 @@ def explain(
         text = options.checked(prompt, memory, json, html)
         with importing():
             from loclin.analyses.explain import explain as run
-            from loclin.report import render_explanation, write_html, write_text
+            from loclin.report import check_plotly, render_explanation, write_html, write_text
 
+        if html is not None:
+            check_plotly()
         lin = options.linearized(
             text,
             model,
