@@ -7,6 +7,7 @@ biases in front of it: pulled back to the embeddings, its share is theirs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -105,7 +106,7 @@ def attribute(
         attends={},
         sinks=lin.sinks,
         warnings=[*sink_warnings(lin), *notes],
-        provenance=lin.jacobian(position=position).provenance(),
+        provenance=replace(lin.jacobian(position=position).provenance(), target=reading.at),
     )
     return in_words(lin, reading, found, words)
 

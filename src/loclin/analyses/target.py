@@ -72,6 +72,8 @@ class Reading:
     ----------
     kind
         What it is, in words.
+    at
+        The point where it is, or the neuron.
     tokens, ids
         The tokens whose logits it is made of.
     value
@@ -87,6 +89,7 @@ class Reading:
     """
 
     kind: str
+    at: str
     tokens: list[str]
     ids: list[int]
     value: float
@@ -195,7 +198,7 @@ def _direction(lin: Linearization, target: Direction, at: int) -> Reading:
     value = (vector.double() @ trace.value(point)[at].to(vector).double()).item()
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = vector
-    return Reading(kind, [], [], value, at, point.node(trace.n_layers), cotangent, {})
+    return Reading(kind, str(point), [], [], value, at, point.node(trace.n_layers), cotangent, {})
 
 
 def _ends(lin: Linearization, weights: Tensor, point: Point, at: int, kind: str, ids: list[int]) -> Reading:
@@ -213,7 +216,7 @@ def _ends(lin: Linearization, weights: Tensor, point: Point, at: int, kind: str,
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = norm.vjp(u[None])[0].to(cotangent)
     texts = lin.model.decode_each(ids)
-    return Reading(kind, texts, ids, _product(weights, value), at, 2 * trace.n_layers, cotangent, constants)
+    return Reading(kind, str(point), texts, ids, _product(weights, value), at, 2 * trace.n_layers, cotangent, constants)
 
 
 def _neuron(lin: Linearization, target: Neuron, at: int) -> Reading:
@@ -240,8 +243,8 @@ def _neuron(lin: Linearization, target: Neuron, at: int) -> Reading:
             constants[name] = constants.get(name, 0.0) + _product(moved, leaf.detach())
     # beside the attention, an MLP reads what enters the layer
     cotangent, node = (pre, 2 * layer) if middle is None else (middle, 2 * layer + 1)
-    kind, value = f"neuron L{layer}N{index}", activation.detach().double().item()
-    return Reading(kind, [], [], value, at, node, cotangent[0].to(lin.embeddings), constants)
+    name, value = f"L{layer}N{index}", activation.detach().double().item()
+    return Reading(f"neuron {name}", name, [], [], value, at, node, cotangent[0].to(lin.embeddings), constants)
 
 
 def _product(weights: Tensor, value: Tensor) -> float:
