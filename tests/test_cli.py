@@ -105,6 +105,58 @@ def test_mistakes_are_one_clear_line_and_exit_code_2(directory, arguments, messa
     assert out == ""
 
 
+@pytest.mark.parametrize("target", [["--target", "w4"], ["--target-id", "6"]])
+def test_attribute(directory, tmp_path, capsys, target):
+    written, page = tmp_path / "out.json", tmp_path / "out.html"
+    levels = ("--by", "token", "--by", "token x layer", "--by", "head")
+    files = ("--json", written, "--html", page)
+    code, out, err = here(capsys, "attribute", "w3 w4 w5", *target, "--model", directory, *levels, *files)
+    assert code == 0, err
+    assert "logit w4" in out
+    assert out.count("shares sum to") == 3
+    read = json.loads(written.read_text())
+    assert list(read) == ["token", "token×layer", "head"]
+    for level in read.values():
+        assert sum(row["share"] for row in level["shares"]) == pytest.approx(level["target"]["value"], rel=1e-5)
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_attribute_shares_out_other_things(directory, capsys):
+    for options, kind in (
+        ([], "logit "),
+        (["--target", "w4", "--against", "w5"], "logit difference w4 − w5"),
+        (["--margin", "runner-up"], "logit margin"),
+        (["--target", "w4", "--margin", "others"], "logit over the others w4"),
+        (["--neuron", "L1N7", "--by", "all"], "neuron L1N7"),
+    ):
+        code, out, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *options)
+        assert code == 0, err
+        assert kind in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "w3 w4"], "is 2 tokens, not one: 'w3' + 'w4'"),
+        (["--target-id", "61"], "the model's tokens are 0 to 60"),
+        (["--by", "sideways"], "choose one of token, layer, head, neuron, bias, token×layer"),
+        (["--against", "w3"], "--against needs --target"),
+        (["--target", "w3", "--against", "w4", "--margin", "others"], "exclude one another"),
+        (["--neuron", "7"], "write L17N80"),
+        (["--neuron", "L1N40"], "layer 1 has neurons 0 to 39"),
+        (["--neuron", "L3N1"], "the model has layers 0 to 2"),
+        (["--neuron", "L1N1", "--target", "w3"], "--neuron stands alone"),
+        (["--position", "3"], "position 3 is outside the prompt"),
+        (["--html", "/nowhere/out.html"], "no directory /nowhere"),
+    ],
+)
+def test_mistakes_of_attribute_are_one_clear_line(directory, capsys, arguments, message):
+    code, out, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert out == ""
+
+
 def test_unknown_models_suggest_near_names():
     code, _, err = run("explain", "hello", "--model", "smollm2-135")
     assert code == 2

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loclin import freeze
+    from loclin.analyses.attribute import attribute
+    from loclin.analyses.attribution import Attribution
     from loclin.analyses.explain import Explanation, explain
+    from loclin.analyses.target import Direction, Margin, Neuron
     from loclin.batch import linearize_batch
     from loclin.certify import Certificate
     from loclin.errors import LoclinError
@@ -20,13 +23,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "SVD",
+    "Attribution",
     "Certificate",
+    "Direction",
     "Explanation",
     "LinearMap",
     "Linearization",
     "LoclinError",
+    "Margin",
     "Model",
+    "Neuron",
     "Provenance",
+    "attribute",
     "compare",
     "explain",
     "freeze",
@@ -38,13 +46,18 @@ __all__ = [
 
 _ROOMS = {
     "SVD": "spectral",
+    "Attribution": "analyses.attribution",
     "Certificate": "certify",
+    "Direction": "analyses.target",
     "Explanation": "analyses.explain",
     "LinearMap": "linear_map",
     "Linearization": "linearization",
     "LoclinError": "errors",
+    "Margin": "analyses.target",
     "Model": "models",
+    "Neuron": "analyses.target",
     "Provenance": "results",
+    "attribute": "analyses.attribute",
     "compare": "results",
     "explain": "analyses.explain",
     "load": "models",

@@ -115,19 +115,34 @@ class Chain:
         active, workspace = slice(position, position + 1), Workspace()
         yield pulled
         for index, below, above in reversed(self.steps(source, target, halves)):
-            layer = self.products(index, workspace)
-            reached = slice(0, active.stop if trace.causal else trace.length)
-            if halves and layer is None and self.layers[index].parallel:
+            if halves and not trace.explicit[index] and self.layers[index].parallel:
                 # The MLP reads the layer's input: it is passed with the attention.
                 below, above = ("resid_post" if below == "resid_mid" else below), "resid_post"
-            if below == above:
-                pass
-            elif layer is not None and len(pulled):
-                layer.vjp(pulled.transpose(0, 1), active, reached, chunk, below, above)
-            else:
-                _through(self.layers[index].vjp, pulled, below, above, chunk)
-            active = reached if below == "resid_pre" else active
+            if below != above:
+                active = self.pull(pulled, index, below, above, active, workspace, chunk)
             yield pulled
+
+    def pull(
+        self,
+        block: Float[Tensor, "n T d"],
+        index: int,
+        below: str,
+        above: str,
+        active: slice,
+        workspace: Workspace,
+        chunk: int | None = None,
+    ) -> slice:
+        """Pull a block of cotangents through one layer, in place; gives the positions that they have reached.
+
+        The block is a transposed `[T, n, d]`, zero outside the `active` positions. Cost: n columns of the layer.
+        """
+        layer, trace = self.products(index, workspace), self.trace
+        reached = slice(0, active.stop if trace.causal else trace.length)
+        if layer is not None and len(block):
+            layer.vjp(block.transpose(0, 1), active, reached, chunk, below, above)
+        else:
+            _through(self.layers[index].vjp, block, below, above, chunk)
+        return reached if below == "resid_pre" else active
 
     def forward(
         self,
@@ -190,7 +205,8 @@ class Chain:
         for index, below, above in self.steps(source, target):
             if len(block):
                 block = _through(self.layers[index].jvp, block, below, above, None)
-            add(self.layers[index].constants(below, above))
+            if self.trace.biased[index] or self.hold != self.trace.hold:
+                add(self.layers[index].constants(below, above))
         found = dict(zip(names, self._leave(block[:, position], target, position, normed), strict=True))
         if target.kind in ("final", "logits") or normed:
             ends = self.norm(target, position).constants()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class Coefficients:
     def nbytes(self) -> int:
         """Their size in bytes."""
         return sum(factors.nbytes for factors in vars(self).values() if factors is not None)
+
+    def to(self, dtype: torch.dtype) -> Coefficients:
+        """The same in another dtype."""
+        return replace(self, **{name: part.to(dtype) for name, part in vars(self).items() if part is not None})
 
 
 class Reader:

@@ -75,6 +75,12 @@ class ExplicitLayer:
         """Where the products are done."""
         return self._down.device
 
+    @property
+    def biased(self) -> bool:
+        """Whether any of its parts adds a bias."""
+        biases = (self._v_bias, self._o_bias, self._gate_bias, self._up_bias, self._down_bias)
+        return any(bias is not None for bias in biases)
+
     def formed(self, columns: int) -> bool:
         """Whether this many columns make forming the MLP's matrices cheaper than its factors."""
         d, f = self._down.shape

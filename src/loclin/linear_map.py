@@ -274,7 +274,7 @@ class LinearMap(Spectra):
             When there is no token i.
         """
         i = self.chain.trace.position(i)
-        return LinearMap(
+        return type(self)(
             self.chain,
             self.source,
             self.target,

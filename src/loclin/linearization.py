@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,11 @@ from loclin.plan import Plan
 from loclin.points import parse
 from loclin.trace import trace
 
+if TYPE_CHECKING:
+    from loclin.analyses.attribution import Attribution
+    from loclin.analyses.heads import Head, Path
+    from loclin.analyses.target import Target
+
 SINK_SHARE, SINK_RATIO = 0.3, 4.0
 """An attention sink gets this share of later tokens' attention, and this many times what the median token gets."""
 
@@ -40,6 +45,8 @@ class Linearization:
         What was held (see `loclin.freeze.Hold`).
     trace, chain
         The remembered forward pass, and its links.
+    memory
+        The budget of sweeps beside their results, as it was given.
     padded_error
         |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when no batch
         was run (see `loclin.linearize_batch`).
@@ -53,7 +60,7 @@ class Linearization:
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = hold.gate, hold.resolved(model.hf.dtype)
         self.padded_error: float | None = None
-        self._memory = memory
+        self.memory = memory
         self.chain = Chain(self.trace)
         self._maps: dict[tuple, LinearMap] = {}
         self._certificates: dict[int, Certificate] = {}
@@ -131,7 +138,7 @@ class Linearization:
         start, end, at = parse(source, n), parse(target, n), self.trace.position(position)
         key = (start, end, at, normed)
         if key not in self._maps:
-            self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self._memory)
+            self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self.memory)
         return self._maps[key]
 
     def cost(
@@ -156,7 +163,7 @@ class Linearization:
         Cost: one column with live coefficients.
         """
         chain = Chain(self.trace, Hold(ordinary=True))
-        J = LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self._memory)
+        J = LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self.memory)
         return J.matvec(J.input)
 
     def layers(
@@ -220,8 +227,28 @@ class Linearization:
             joint=joint,
             tolerance=tolerance,
             route=route,
-            budget=self._memory,
+            budget=self.memory,
         )
+
+    def attribute(
+        self, target: Target = None, by: str = "token", *, position: int = -1, words: int = 12
+    ) -> Attribution:
+        """Exact shares of a target by token, layer, head, neuron, bias, or token×layer; see `loclin.attribute`."""
+        from loclin.analyses.attribute import attribute  # a later room: when it is asked for, not before
+
+        return attribute(self, target, by, position=position, words=words)
+
+    def head(self, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
+        """One query head: its map, what it reads and writes in words, its share; see `loclin.analyses.heads.head`."""
+        from loclin.analyses import heads
+
+        return heads.head(self, layer, head, target, k=k, position=position)
+
+    def path(self, source: int | None, parts: Sequence[str], target: Target = None, *, position: int = -1) -> Path:
+        """The way from a token through named heads, such as `["L3H5", "L10H2"]`; see `loclin.analyses.heads.path`."""
+        from loclin.analyses import heads
+
+        return heads.path(self, source, parts, target, position=position)
 
     def certify(self, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""

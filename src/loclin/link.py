@@ -19,13 +19,12 @@ from loclin.blocks import Workspace
 from loclin.coefficients import Coefficients, Reader
 from loclin.explicit import ExplicitLayer
 from loclin.freeze import Hold, evaluation, frozen
+from loclin.inside import Constants, Inside
 from loclin.models.layout import Weights
 from loclin.models.route import first, hidden_state, logits_at
 from loclin.trace import Call, Trace
 
 Columns = Float[Tensor, "n T d"]
-Constants = list[tuple[str, Tensor]]
-"""(name, leaf) of what is added to live tensors."""
 
 
 def batched_vjp(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
@@ -148,13 +147,18 @@ class LayerLink:
         assert held is not None  # the same pass was read before
         return held
 
-    def graph(self, collect: bool = False) -> Graph:
-        """Rebuild the layer's own graph from its recorded input. Cost: two forward passes of the layer."""
+    def graph(self, collect: bool = False, inside: Inside | None = None) -> Graph:
+        """Rebuild the layer's own graph from its recorded input. Cost: two forward passes of the layer.
+
+        `collect` makes leaves of its constants; `inside` watches for its heads and neurons.
+        """
         if self.trace.route.whole is not None:
             return whole_graph(self.trace, self.hold, collect)
         parts = self.call.block.parts
         seen: dict[str, Tensor] = {}
-        with frozen(self.module, self.hold, self.trace.dtype, name=self.name, collect=collect) as mode, torch.no_grad():
+        keep = None if inside is None else inside.keep
+        freeze = frozen(self.module, self.hold, self.trace.dtype, name=self.name, collect=collect, keep=keep)
+        with freeze as mode, torch.no_grad():
             hidden = self.call.hidden.clone()
             x = mode.enter(hidden, self.call.value.clone().requires_grad_())
             shift = torch.zeros_like(x, requires_grad=True)
@@ -165,13 +169,16 @@ class LayerLink:
                     mode.enter(first(output), seen["attn_out"])
 
             def mlp(_module: nn.Module, _args: object, output: object) -> None:
-                seen["mlp_out"] = mode.live(first(output))
+                with mode.paused():  # a copy: some layers add to it in place
+                    seen["mlp_out"] = mode.live(first(output)).clone()
 
             handles = [
                 self.module.get_submodule(path).register_forward_hook(hook)
                 for path, hook in ((parts.attn, attended), (parts.mlp, mlp))
                 if path is not None
             ]
+            if inside is not None:
+                handles += inside.hooks(mode, self.module, self.name)
             try:
                 post = mode.live(self.call(hidden))
             finally:
@@ -217,11 +224,11 @@ class LayerLink:
         if source == "resid_mid" and graph.parallel:
             return {f"{self.name}: the MLP beside the attention": graph.points["mlp_out"].detach()[0]}
         if source == "resid_mid":
-            constants = [(name, leaf) for name, leaf in constants if _behind_attention(graph, leaf)]
+            constants = [(name, leaf) for name, leaf in constants if behind_attention(graph, leaf)]
         return pushed_constants(graph.points[target], constants)
 
 
-def _behind_attention(graph: Graph, constant: Tensor) -> bool:
+def behind_attention(graph: Graph, constant: Tensor) -> bool:
     """Whether a constant enters behind the attention, so that `resid_mid` does not hold it yet."""
     middle = graph.points["resid_mid"]
     (moves,) = torch.autograd.grad(middle.sum(), constant, retain_graph=True, allow_unused=True)

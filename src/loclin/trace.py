@@ -68,7 +68,8 @@ class Trace:
     heads (zero where a model has no attention).
 
     `explicit[l]` says whether layer l has explicit products (see `loclin.explicit`) that rebuild its value, and
-    `coefficients[l]` is what they need, where it is kept; `causal` is True where no token attends to a later one.
+    `coefficients[l]` is what they need, where it is kept; `biased[l]` is False where they have no biases. `causal` is
+    True where no token attends to a later one.
 
     Where blocks do not hand the hidden state straight to one another, `route.whole` says why, and the network from the
     embeddings to `final` is one single layer.
@@ -90,6 +91,7 @@ class Trace:
     misuses: tuple[Misuse, ...]
     explicit: tuple[bool, ...]
     coefficients: tuple[Coefficients | None, ...]
+    biased: tuple[bool, ...]
     causal: bool
     _heads: dict[int, Head] = field(default_factory=dict)
 
@@ -295,6 +297,7 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
         misuses=tuple(mode.misuses),
         explicit=tuple(layers.exact),
         coefficients=tuple(layers.kept),
+        biased=tuple(layers.biased),
         causal=not any(ahead),
         _heads={input_ids.shape[1] - 1: head},
     )
@@ -309,7 +312,7 @@ class _Explicit:
         self._readers: list[Reader | None] = [self._reader(block.module) for block in route.blocks]
         self._workspace = Workspace()
         n = max(1, len(route.blocks))
-        self.exact = [False] * n
+        self.exact, self.biased = [False] * n, [True] * n
         self.kept: list[Coefficients | None] = [None] * n
 
     def _reader(self, layer: nn.Module) -> Reader | None:
@@ -332,6 +335,7 @@ class _Explicit:
         layer = explicit.ExplicitLayer(reader.layer, self._weights, held, self._mode.dtype, self._workspace)
         error = (layer.value(x[0]).to(y.device) - y[0]).norm() / y.norm()
         self.exact[index] = error.item() <= explicit.AGREEMENT[self._mode.dtype]
+        self.biased[index] = layer.biased or not self.exact[index]
         if self.exact[index] and held.nbytes <= self._room:
             self._room -= held.nbytes
             self.kept[index] = held

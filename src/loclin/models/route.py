@@ -192,7 +192,7 @@ class _Watch:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             out = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) and output else None
             if isinstance(out, Tensor) and out.shape == self._entered.shape:
-                self._given.setdefault(path, out[0, -1].double())
+                self._given.setdefault(path, out[0, -1].to(torch.float64, copy=True))  # it may be added to in place
 
         return hook
 

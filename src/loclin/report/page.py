@@ -43,7 +43,7 @@ def explanation_html(explanation: Explanation) -> str:
         script=here.joinpath("page.js").read_text("utf-8"),
         plotly=plotly_script(),
         data=embedded(data),
-        title=escape(_title(explanation.prompt)),
+        title=escape(title(explanation.prompt)),
         chips=parts.chips(explanation, "button"),
         warnings=parts.warnings(explanation),
         target=parts.token(target["text"]),
@@ -80,7 +80,7 @@ def embedded(data: Any) -> str:
     return text
 
 
-def _title(prompt: str) -> str:
+def title(prompt: str) -> str:
     """Shorten a prompt to a line: its end, where the prediction follows."""
     line = visible(" ".join(prompt.split())).replace(SPACE, " ")
     return line if len(line) <= _SHORT else "…" + line[-_SHORT:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html import escape
 
+from loclin.analyses.attribution import Attribution
 from loclin.analyses.explain import Explanation, TokenExplanation
 from loclin.decode import Words
 from loclin.report.checks import forward
@@ -26,13 +27,16 @@ def chips(explanation: Explanation, tag: str = "span") -> str:
 
 
 def _chip(index: int, part: TokenExplanation, full: float, tag: str) -> str:
-    kinds = " ".join(["chip", "neg" if part.share < 0 else "pos", *(["sink"] if part.is_sink else [])])
-    depth = 0.78 * min(abs(part.share) / full, 1.0)
     button = f' type="button" data-token="{index}" aria-pressed="false"' if tag == "button" else ""
-    numbers = escape(describe(index, part))
-    end = "<br>" if part.text.endswith("\n") else ""
-    start = f'<{tag} class="{kinds}" style="--a:{depth:.2f}" title="{numbers}"{button}>'
-    return f"{start}{token(part.text)}</{tag}>{end}"
+    kinds = ("chip", "sink") if part.is_sink else ("chip",)
+    return chip(part.text, part.share / full, describe(index, part), kinds, tag, button)
+
+
+def chip(text: str, share: float, title: str, kinds: tuple[str, ...], tag: str = "span", more: str = "") -> str:
+    """Write one token, coloured by its share of the full colour; a line ends where the prompt's line ends."""
+    names = " ".join([*kinds, "neg" if share < 0 else "pos"])
+    start = f'<{tag} class="{names}" style="--a:{0.78 * min(abs(share), 1.0):.2f}" title="{escape(title)}"{more}>'
+    return f"{start}{token(text)}</{tag}>{'<br>' if text.endswith(chr(10)) else ''}"
 
 
 def describe(index: int, part: TokenExplanation) -> str:
@@ -70,9 +74,9 @@ def verdict(explanation: Explanation) -> str:
     )
 
 
-def warnings(explanation: Explanation) -> str:
+def warnings(found: Explanation | Attribution) -> str:
     """Write what a reader should know first."""
-    return "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in explanation.warnings)
+    return "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in found.warnings)
 
 
 def token_table(explanation: Explanation, shown: list[int] | None = None, words: int = 4) -> str:

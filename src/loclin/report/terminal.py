@@ -32,32 +32,36 @@ def render_explanation(explanation: Explanation, console: Console, top: int = 3)
     top
         How many singular blocks of each token to show.
     """
-    width = min(console.width, WIDEST)
+    width, chosen = min(console.width, WIDEST), explanation.settings
+    options = {name: chosen.get(name) for name in ("gate", "precision", "position")}
+    options[""] = f"{chosen.get('source')} → {chosen.get('target')}"
     parts: list[Any] = [
         _prompt(explanation),
         _prediction(explanation),
         _verdict(explanation),
         Text(),
-        _heading("Which tokens drive it", "share of the logit: J_i x_i through the head"),
+        heading("Which tokens drive it", "share of the logit: J_i x_i through the head"),
         share_table(explanation, roomy=width >= 100),
         Text(),
-        _heading("What each token's map writes and reads", "its singular vectors"),
+        heading("What each token's map writes and reads", "its singular vectors"),
         *block_table(explanation, top),
         Text(),
-        _heading("Rows and columns of largest norm", "the largest of each"),
+        heading("Rows and columns of largest norm", "the largest of each"),
         *unit_table(explanation),
         Text(),
-        *(_warning(warning) for warning in explanation.warnings),
-        _settings(explanation),
+        *(warning(text) for text in explanation.warnings),
+        settings(explanation.model, options, chosen.get("versions", {})),
     ]
     console.print(Group(*parts), width=width)
 
 
-def _warning(warning: str) -> Panel:
-    return Panel(Text(warning), title="warning", title_align="left", border_style="yellow")
+def warning(text: str) -> Panel:
+    """Frame what a reader should know first."""
+    return Panel(Text(text), title="warning", title_align="left", border_style="yellow")
 
 
-def _heading(title: str, note: str) -> Rule:
+def heading(title: str, note: str) -> Rule:
+    """Write a title, and what stands below it."""
     return Rule(Text.assemble((title, "bold"), (f"  {note}", "dim")), align="left", style="dim")
 
 
@@ -104,17 +108,13 @@ def _verdict(explanation: Explanation) -> Text:
     return line
 
 
-def _settings(explanation: Explanation) -> Text:
-    model, settings = explanation.model, explanation.settings
-    versions = " ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
+def settings(model: dict[str, Any], options: dict[str, Any], versions: dict[str, str]) -> Text:
+    """Write what was run, and how, in a line."""
     used, stored = model.get("dtype", ""), model.get("stored_dtype", "")
     facts = [
         str(model.get("name", "")),
         str(used) if stored in ("", used) else f"{used} (stored as {stored})",
-        f"gate {settings.get('gate')}",
-        f"precision {settings.get('precision')}",
-        f"position {settings.get('position')}",
-        f"{settings.get('source')} → {settings.get('target')}",
-        versions,
+        *(f"{name} {value}".strip() for name, value in options.items()),
+        " ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     return Text(" · ".join(fact for fact in facts if fact), "dim")

@@ -1,0 +1,251 @@
+"""What can be shared out: numbers that the frozen network computes at one position, affine in its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loclin.errors import OptionError
+from loclin.inside import Inside
+from loclin.linearization import Linearization
+from loclin.link import HeadLink, behind_attention
+from loclin.points import Point, parse
+
+Token = str | int
+"""A token's text, which must be one token, or its id."""
+RIVALS = ("runner-up", "others")
+
+_SEARCHED = 1000
+"""Predicted tokens among whose texts one is looked for that the tokenizer does not give back."""
+
+
+@dataclass(frozen=True)
+class Margin:
+    """A token's logit over those of its rivals: what a probability depends on, and a logit alone does not.
+
+    Parameters
+    ----------
+    token
+        The token; None for the predicted one.
+    over
+        `"runner-up"`: minus the largest other logit. `"others"`: minus the mean of all other logits, weighted by their
+        probabilities at the prompt, which are held. This is log(p / (1 - p)) plus the entropy of the others.
+    """
+
+    token: Token | None = None
+    over: str = "runner-up"
+
+    def __post_init__(self) -> None:
+        if self.over not in RIVALS:
+            raise OptionError(f"over={self.over!r}: choose one of {', '.join(RIVALS)}")
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """The activation of an MLP's neuron: its frozen linear branch times what is held. Negative layers count back."""
+
+    index: int
+    layer: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """The product with a vector at `final`, `logits`, or a point on the residual stream."""
+
+    vector: Float[Tensor, " n"]
+    at: str = "final"
+
+
+Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | None
+"""What can be asked for: a token's logit (None: the predicted one's), a difference of two, or one of the classes."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a target reads the residual stream: value = sum of cotangent * stream + constants.
+
+    Attributes
+    ----------
+    kind
+        What it is, in words.
+    at
+        The point where it is, or the neuron.
+    tokens, ids
+        The tokens whose logits it is made of.
+    value
+        The frozen network's own value of it.
+    position
+        The position it is read at.
+    node
+        Where on the stream it is read (see `Point.node`).
+    cotangent
+        What it multiplies the stream with `[T, d]`.
+    constants
+        What each bias between the stream and the target adds.
+    """
+
+    kind: str
+    at: str
+    tokens: list[str]
+    ids: list[int]
+    value: float
+    position: int
+    node: int
+    cotangent: Float[Tensor, "T d"]
+    constants: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it is, as plain values for JSON."""
+        names = ("kind", "tokens", "ids", "value", "position")
+        return {name: getattr(self, name) for name in names}
+
+
+def token_id(lin: Linearization, token: Token) -> int:
+    """The id of a token given by text or id.
+
+    Raises
+    ------
+    OptionError
+        When the text is not one token, saying how it splits; when there is no such id.
+    """
+    model = lin.model
+    vocabulary = lin.trace.stock_logits.shape[0]
+    if not isinstance(token, str):
+        if not 0 <= token < vocabulary:
+            raise OptionError(f"target {token}: the model's tokens are 0 to {vocabulary - 1}")
+        return token
+    if model.tokenizer is None:
+        raise OptionError(f"target {token!r}: {model.info.name} has no tokenizer; give the token's id")
+    ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
+    pieces = model.decode_each(ids)
+    if len(ids) == 1 and pieces[0].strip() == token.strip():
+        return int(ids[0])
+    # some tokenizers do not take back what they gave: a word may lose the space before it
+    for id_, text, _ in lin.next_token_ids(_SEARCHED):
+        if text == token:
+            return id_
+    split = " + ".join(repr(piece) for piece in pieces) or "nothing"
+    counted = "not a token" if len(ids) == 1 else f"{len(ids)} tokens, not one"
+    raise OptionError(f"target {token!r} is {counted}: {split}. Give one token's text, or its id")
+
+
+def read(lin: Linearization, target: Target, position: int) -> Reading:
+    """Find what a target reads of the residual stream.
+
+    Cost: a forward pass the first time that another position than the last is asked for; for a neuron, two of its
+    layer.
+
+    Raises
+    ------
+    OptionError
+        For a token that is not one, a layer or a neuron that does not exist, a vector of the wrong length.
+    PromptError
+        For a position outside the prompt.
+    """
+    at = lin.trace.position(position)
+    if isinstance(target, Tensor):
+        target = Direction(target)
+    if isinstance(target, Neuron):
+        return _neuron(lin, target, at)
+    if isinstance(target, Direction):
+        return _direction(lin, target, at)
+    kind, ids, weights = _logits(lin, target, at)
+    return _ends(lin, weights, Point("logits"), at, kind, ids)
+
+
+def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int], Tensor]:
+    """(what, which tokens, the weight of each logit)."""
+    logits = lin.trace.logits(at)
+    weights = torch.zeros_like(logits)
+    if isinstance(target, tuple):
+        if len(target) != 2:
+            raise OptionError(f"a difference has two tokens, not {len(target)}: target=(' yes', ' no')")
+        ids = [token_id(lin, token) for token in target]
+        weights[ids[0]] += 1
+        weights[ids[1]] -= 1
+        return "logit difference", ids, weights
+    if not isinstance(target, str | int | Margin | None):
+        raise OptionError(f"target {target!r}: give a token, two of them, a direction, Margin or Neuron")
+    wanted = target.token if isinstance(target, Margin) else target
+    chosen = int(logits.argmax()) if wanted is None else token_id(lin, wanted)
+    weights[chosen] = 1
+    if not isinstance(target, Margin):
+        return "logit", [chosen], weights
+    others = logits.double().index_fill(0, torch.tensor([chosen], device=logits.device), -torch.inf)
+    if target.over == "others":
+        return "logit over the others", [chosen], weights - others.softmax(0).to(weights)
+    rival = int(others.argmax())
+    weights[rival] = -1
+    return "logit margin", [chosen, rival], weights
+
+
+def _direction(lin: Linearization, target: Direction, at: int) -> Reading:
+    trace = lin.trace
+    point = parse(target.at, trace.n_layers)
+    vector = target.vector.to(lin.embeddings)
+    if not point.on_stream:
+        raise OptionError(f"a direction at {point}: choose final, logits, or a point on the residual stream")
+    width = lin.chain.width(point)
+    if vector.shape != (width,):
+        raise OptionError(f"a direction at {point} has {width} numbers, not {list(vector.shape)}")
+    kind = f"direction at {point}"
+    if point.kind in ("final", "logits"):
+        return _ends(lin, vector, point, at, kind, [])
+    value = (vector.double() @ trace.value(point)[at].to(vector).double()).item()
+    cotangent = torch.zeros_like(lin.embeddings)
+    cotangent[at] = vector
+    return Reading(kind, str(point), [], [], value, at, point.node(trace.n_layers), cotangent, {})
+
+
+def _ends(lin: Linearization, weights: Tensor, point: Point, at: int, kind: str, ids: list[int]) -> Reading:
+    """A reading of `final` or of the logits: through the head and the final norm."""
+    trace, chain = lin.trace, lin.chain
+    value = trace.logits(at) if point.kind == "logits" else trace.final[0, at]
+    constants: dict[str, float] = {}
+    u = weights
+    if point.kind == "logits":
+        head = HeadLink(trace, at)
+        constants |= {name: _product(weights, added) for name, added in head.constants().items()}
+        u = head.vjp(weights[None])[0]
+    norm = chain.norm(Point("final"), at)
+    constants |= {name: _product(u, added) for name, added in norm.constants().items()}
+    cotangent = torch.zeros_like(lin.embeddings)
+    cotangent[at] = norm.vjp(u[None])[0].to(cotangent)
+    texts = lin.model.decode_each(ids)
+    return Reading(kind, str(point), texts, ids, _product(weights, value), at, 2 * trace.n_layers, cotangent, constants)
+
+
+def _neuron(lin: Linearization, target: Neuron, at: int) -> Reading:
+    trace = lin.trace
+    layer = cast("int", parse(f"mlp_out.{target.layer}", trace.n_layers).layer)
+    trace.part(layer, "mlp_out")
+    link = lin.chain.layers[layer]
+    inside = Inside(link.call.block.parts)
+    graph = link.graph(collect=True, inside=inside)
+    found = inside.projection("mlp_out", graph.points["mlp_out"], graph.constants)
+    if found is None:
+        raise OptionError(f"layer {layer}: {inside.why_whole('mlp_out')}")
+    if not -found.count <= target.index < found.count:
+        raise OptionError(f"neuron {target.index}: layer {layer} has neurons 0 to {found.count - 1}")
+    index = target.index % found.count
+    activation = found.source.reshape(trace.length, found.count)[at, index]
+    leaves = [leaf for _, leaf in graph.constants]
+    middle, pre, *pulled = torch.autograd.grad(
+        activation, [graph.attn_shift, graph.points["resid_pre"], *leaves], retain_graph=True, allow_unused=True
+    )
+    constants: dict[str, float] = {}
+    for (name, leaf), moved in zip(graph.constants, pulled, strict=True):
+        if moved is not None and (middle is None or behind_attention(graph, leaf)):
+            constants[name] = constants.get(name, 0.0) + _product(moved, leaf.detach())
+    # beside the attention, an MLP reads what enters the layer
+    cotangent, node = (pre, 2 * layer) if middle is None else (middle, 2 * layer + 1)
+    name, value = f"L{layer}N{index}", activation.detach().double().item()
+    return Reading(f"neuron {name}", name, [], [], value, at, node, cotangent[0].to(lin.embeddings), constants)
+
+
+def _product(weights: Tensor, value: Tensor) -> float:
+    return (weights.double() * value.to(weights.device).double()).sum().item()
