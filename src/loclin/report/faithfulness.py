@@ -1,0 +1,146 @@
+"""The faithfulness study as tables, on a terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from loclin.analyses.faithfulness import summary
+from loclin.analyses.faithfulness.prompts import Half
+from loclin.analyses.faithfulness.statistics import Interval
+from loclin.analyses.faithfulness.study import Study
+
+PAPER = "frozen/activation/logit/zero"
+"""The shares as the paper's map gives them."""
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    title: str
+    note: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def render_faithfulness(study: Study, console: Console) -> None:
+    """Print the study's tables."""
+    for sheet in _sheets(study):
+        table = Table(title=sheet.title, caption=sheet.note, title_justify="left", caption_justify="left")
+        for i, name in enumerate(sheet.header):
+            table.add_column(name, justify="right" if i else "left")
+        for row in sheet.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def faithfulness_markdown(study: Study) -> str:
+    """Write the study's tables as Markdown."""
+    pieces = []
+    for sheet in _sheets(study):
+        lines = [f"| {' | '.join(row)} |" for row in (sheet.header, ["---"] * len(sheet.header), *sheet.rows)]
+        pieces.append("\n".join([f"### {sheet.title}", "", sheet.note, "", *lines, ""]))
+    return "\n".join(pieces)
+
+
+def _sheets(study: Study) -> Iterator[_Sheet]:
+    halves: tuple[Half, ...] = ("development", "held-out")
+    for half in halves:
+        if any(prompt.half == half for prompt in study.prompts):
+            yield _correlation_sheet(study, half)
+    if any(prompt.curves for prompt in study.prompts):
+        yield _deletion_sheet(study)
+    yield _apart_sheet(study)
+    yield _kind_sheet(study)
+    if any(prompt.planes for prompt in study.prompts):
+        yield _plane_sheet(study)
+
+
+def _correlation_sheet(study: Study, half: Half) -> _Sheet:
+    columns = {
+        f"{effect}{', with last' * last}": summary.correlations(study, half, effect, last)
+        for last in (False, True)
+        for effect in ("removed", "replaced")
+    }
+    sized = {f"|{name}|": found for name, found in summary.correlations(study, half, "removed", False, True).items()}
+    hits = summary.hits(study, half, "removed", False)
+    names = list(next(iter(columns.values())))
+    rows = [
+        [
+            _name(name),
+            *(_shown(found[name]) for found in columns.values()),
+            _shown(sized[f"|{name}|"]),
+            _shown(hits[name]),
+        ]
+        for name in names
+    ]
+    n = max((found.n for found in next(iter(columns.values())).values()), default=0)
+    return _Sheet(
+        f"Rank correlation of shares with what single tokens do: {half} half",
+        f"Spearman's, mean over {n} prompts and its 95 % interval; sinks are left out. |share|: by size, tokens removed. "
+        "hits: how often the largest share is the token whose removal costs most.",
+        ["method", *columns, "|share|", "hits"],
+        rows,
+    )
+
+
+def _deletion_sheet(study: Study) -> _Sheet:
+    tests = {test: summary.deletion(study, test) for test in ("first", "last", "first, all")}
+    heads = ("largest first", "smallest first", "largest first, last token too")
+    return _Sheet(
+        "Removing tokens in the order of their shares",
+        "The fall of the prediction's log-probability in nats, mean over the steps of each curve: the larger the better "
+        "where the largest shares go first, the smaller the better where the smallest do.",
+        ["method", *heads],
+        [[_name(name), *(_shown(found[name]) for found in tests.values())] for name in tests["first"]],
+    )
+
+
+def _apart_sheet(study: Study) -> _Sheet:
+    found = summary.apart(study, PAPER)
+    return _Sheet(
+        "What rankings leave out",
+        "The fall of the log-probability in nats when one such token goes, and its part of the sum of |share| "
+        f"({_name(PAPER)}).",
+        ["", "removed", "replaced", "share"],
+        [
+            [group, *(_shown(parts[name]) for name in ("removed", "replaced", "share"))]
+            for group, parts in found.items()
+        ],
+    )
+
+
+def _kind_sheet(study: Study) -> _Sheet:
+    halves: tuple[Half, ...] = ("development", "held-out")
+    columns = [summary.kinds(study, half, "removed", False, PAPER) for half in halves]
+    columns = [column for column in columns if column]
+    return _Sheet(
+        "By kind of prompt",
+        f"Rank correlation of {_name(PAPER)} with the removal of single tokens.",
+        ["kind", *(f"{half} half" for half, _ in zip(halves, columns, strict=False))],
+        [[kind, *(_shown(column.get(kind)) for column in columns)] for kind in columns[0]] if columns else [],
+    )
+
+
+def _plane_sheet(study: Study) -> _Sheet:
+    found: Mapping[tuple[str, int], Mapping[str, Interval]] = summary.planes(study)
+    return _Sheet(
+        "The input projected off what the map reads most",
+        "Off the top k right singular vectors of all tokens' maps together (joint) or of each token's own (each; each "
+        "word: attention sinks left alone). random: off random planes. moved: moved as far in random directions.",
+        ["plane", "k", "input moved", "log-probability falls", "output moved"],
+        [
+            [plane, str(k), *(_shown(numbers[name]) for name in ("moved", "drop", "output"))]
+            for (plane, k), numbers in found.items()
+        ],
+    )
+
+
+def _name(method: str) -> str:
+    return method.replace("/", " · ")
+
+
+def _shown(found: Interval | None) -> str:
+    return "–" if found is None or not found.n else f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
