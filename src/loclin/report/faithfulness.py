@@ -15,6 +15,7 @@ from loclin.analyses.faithfulness.study import Study
 
 PAPER = "frozen/activation/logit/zero"
 """The shares as the paper's map gives them."""
+_APART = ("removed", "replaced", "share")
 
 
 @dataclass(frozen=True)
@@ -64,25 +65,15 @@ def _correlation_sheet(study: Study, half: Half) -> _Sheet:
         for last in (False, True)
         for effect in ("removed", "replaced")
     }
-    sized = {f"|{name}|": found for name, found in summary.correlations(study, half, "removed", False, True).items()}
-    hits = summary.hits(study, half, "removed", False)
-    names = list(next(iter(columns.values())))
-    rows = [
-        [
-            _name(name),
-            *(_shown(found[name]) for found in columns.values()),
-            _shown(sized[f"|{name}|"]),
-            _shown(hits[name]),
-        ]
-        for name in names
-    ]
-    n = max((found.n for found in next(iter(columns.values())).values()), default=0)
+    columns["by size"] = summary.correlations(study, half, "removed", False, sizes=True)
+    columns["hits"] = summary.hits(study, half, "removed", False)
+    n = max((found.n for found in columns["removed"].values()), default=0)
     return _Sheet(
         f"Rank correlation of shares with what single tokens do: {half} half",
-        f"Spearman's, mean over {n} prompts and its 95 % interval; sinks are left out. |share|: by size, tokens removed. "
-        "hits: how often the largest share is the token whose removal costs most.",
-        ["method", *columns, "|share|", "hits"],
-        rows,
+        f"Spearman's, mean over {n} prompts and its 95 % interval; sinks are left out. By size: of |share|, against "
+        "removal. Hits: how often the largest share is the token whose removal costs most.",
+        ["method", *columns],
+        [[_name(name), *(_shown(found.get(name)) for found in columns.values())] for name in columns["removed"]],
     )
 
 
@@ -91,24 +82,20 @@ def _deletion_sheet(study: Study) -> _Sheet:
     heads = ("largest first", "smallest first", "largest first, last token too")
     return _Sheet(
         "Removing tokens in the order of their shares",
-        "The fall of the prediction's log-probability in nats, mean over the steps of each curve: the larger the better "
-        "where the largest shares go first, the smaller the better where the smallest do.",
+        "The fall of the prediction's log-probability in nats, mean over the steps of each curve: the larger the "
+        "better where the largest shares go first, the smaller the better where the smallest do.",
         ["method", *heads],
         [[_name(name), *(_shown(found[name]) for found in tests.values())] for name in tests["first"]],
     )
 
 
 def _apart_sheet(study: Study) -> _Sheet:
-    found = summary.apart(study, PAPER)
     return _Sheet(
         "What rankings leave out",
         "The fall of the log-probability in nats when one such token goes, and its part of the sum of |share| "
         f"({_name(PAPER)}).",
-        ["", "removed", "replaced", "share"],
-        [
-            [group, *(_shown(parts[name]) for name in ("removed", "replaced", "share"))]
-            for group, parts in found.items()
-        ],
+        ["", *_APART],
+        [[group, *(_shown(parts[name]) for name in _APART)] for group, parts in summary.apart(study, PAPER).items()],
     )
 
 

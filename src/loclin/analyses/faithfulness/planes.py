@@ -43,7 +43,7 @@ class Projected:
 
 
 def projections(lin: Linearization, nearby: Nearby, target: int, seed: int = 0) -> list[Projected]:
-    """Project a prompt's embeddings off singular and off random planes. Cost: the dense map, about 110 forward passes."""
+    """Project a prompt's embeddings off singular and off random planes. Cost: the dense map, 109 forward passes."""
     x, J = lin.embeddings, lin.jacobian()
     J.dense()
     k = max(RANKS)
