@@ -1,67 +1,7 @@
-"""`python -m loclin.analyses.faithfulness`: run the study of one model, or show what one has found."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-from typing import Annotated, Optional
+"""`python -m loclin.analyses.faithfulness` is `loclin faithfulness`."""
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from loclin.errors import LoclinError
+from loclin.commands.faithfulness import faithfulness
 
-stderr = Console(stderr=True)
-
-
-def main(
-    model: Annotated[str, typer.Option(help="Packaged name, hub id, local directory, or .gguf file.")] = "gemma-3-270m",
-    bos: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option("--bos/--no-bos", help="Put a beginning token in front, or none; by default the tokenizer's way."),
-    ] = None,
-    prompts: Annotated[Optional[int], typer.Option(help="How many prompts; all by default.", min=1)] = None,  # noqa: UP045
-    planes: Annotated[int, typer.Option(help="On how many to project the input off singular planes.", min=0)] = 40,
-    seed: Annotated[int, typer.Option(help="Of the prompts' order, random orders and random planes.")] = 0,
-    json: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Write every number to this JSON file as it goes, and go on from what it holds."),
-    ] = None,
-    markdown: Annotated[Optional[Path], typer.Option(help="Write the tables to this Markdown file.")] = None,  # noqa: UP045
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")] = False,
-) -> None:
-    """Test whether shares say what matters to a model, on prompts that come with loclin.
-
-    python -m loclin.analyses.faithfulness --model smollm2-135m --bos --json smollm2.json --markdown smollm2.md
-    """
-    kept = "nothing was written" if json is None else f"what is finished is kept: the same command goes on ({json})"
-    try:
-        from loclin.analyses.faithfulness.prompts import load as load_prompts
-        from loclin.analyses.faithfulness.statistics import check_scipy
-        from loclin.analyses.faithfulness.study import study
-        from loclin.models import load
-        from loclin.output import check_writable, write_text
-        from loclin.report.faithfulness import faithfulness_markdown, render_faithfulness
-
-        check_scipy()
-        chosen = load_prompts(prompts, seed)
-        for path in (json, markdown):
-            if path is not None:
-                check_writable(path)
-        with stderr.status(f"loading {model}"):
-            loaded = load(model)
-        found = study(loaded, chosen, bos=bos, seed=seed, path=json, fresh=fresh, planes=planes, progress=stderr.print)
-        if markdown is not None:
-            write_text(markdown, faithfulness_markdown(found))
-        render_faithfulness(found, Console())
-    except LoclinError as error:
-        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        stderr.print(f"interrupted; {escape(kept)}", soft_wrap=True)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+typer.run(faithfulness)
