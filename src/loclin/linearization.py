@@ -150,13 +150,19 @@ class Linearization:
         """
         return self.jacobian(source, target, position).plan(k, joint, tolerance)
 
+    def ordinary_jacobian(self, position: int = -1) -> LinearMap:
+        """The ordinary Jacobian embed -> final, nothing held: the derivative, which does not rebuild the output."""
+        chain = Chain(self.trace, Hold(ordinary=True))
+        return LinearMap(
+            chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self._memory
+        )
+
     def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:
         """J_ordinary x: the output as the ordinary Jacobian, nothing held, would rebuild it (the paper's Figure 3).
 
         Cost: one column with live coefficients.
         """
-        chain = Chain(self.trace, Hold(ordinary=True))
-        J = LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self._memory)
+        J = self.ordinary_jacobian(position)
         return J.matvec(J.input)
 
     def layers(

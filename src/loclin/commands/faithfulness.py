@@ -1,4 +1,4 @@
-"""`loclin faithfulness`: do shares say what matters to a model?"""
+"""`loclin faithfulness`: shares against what removing tokens does to the model."""
 
 from __future__ import annotations
 
