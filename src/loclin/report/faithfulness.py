@@ -85,7 +85,7 @@ def _deletion_sheet(study: Study) -> _Sheet:
         "The fall of the prediction's log-probability in nats, mean over the steps of each curve: the larger the "
         "better where the largest shares go first, the smaller the better where the smallest do.",
         ["method", *heads],
-        [[_name(name), *(_shown(found[name]) for found in tests.values())] for name in tests["first"]],
+        [[_name(name), *(_shown(found.get(name)) for found in tests.values())] for name in tests["first"]],
     )
 
 
