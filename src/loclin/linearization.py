@@ -229,6 +229,11 @@ class Linearization:
             budget=self._memory,
         )
 
+    def followed_by(self, token: int) -> Linearization:
+        """The same prompt with one more token, frozen there in the same way."""
+        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[token]])], dim=1)
+        return linearize(self.model, ids, gate=self.gate, precision=self.precision, memory=self._memory, strict=False)
+
     def certify(self, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""
         J = self.jacobian(position=position)

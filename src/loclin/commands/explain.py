@@ -9,6 +9,7 @@ import typer
 from loclin.commands import options
 from loclin.commands.console import Steps, importing, one_clear_line, stdout
 from loclin.commands.options import GateOption, PrecisionOption
+from loclin.errors import OptionError
 
 
 def explain(
@@ -25,6 +26,10 @@ def explain(
     bos: options.Bos = None,
     memory: options.Memory = None,
     top: Annotated[int, typer.Option(help="How many singular vectors of each token to print.", min=1)] = 3,
+    generate: Annotated[
+        int,
+        typer.Option(help="Generate this many tokens greedily, and explain every step and how the maps move.", min=0),
+    ] = 0,
     json: options.Json = None,
     html: options.Html = None,
 ) -> None:
@@ -36,8 +41,17 @@ def explain(
         text = options.checked(prompt, memory, json, html)
         with importing():
             from loclin.analyses.explain import explain as run
-            from loclin.report import render_explanation, write_html, write_text
+            from loclin.analyses.generation import generate as run_steps
+            from loclin.report import (
+                render_explanation,
+                render_generation,
+                write_generation,
+                write_html,
+                write_text,
+            )
 
+        if generate and position != -1:
+            raise OptionError("--generate goes on from the end of the prompt; leave --position out")
         lin = options.linearized(
             text,
             model,
@@ -50,6 +64,17 @@ def explain(
             bos=bos,
             memory=memory,
         )
+        if generate:
+            generation = run_steps(lin, generate, k=k, progress=Steps())
+            if json is not None:
+                write_text(json, generation.to_json())
+            if html is not None:
+                write_generation(generation, html)
+            render_generation(generation, stdout)
+            options.wrote(json, html)
+            if not all(found.certificate.passed for found in generation.steps):
+                raise typer.Exit(1)
+            return
         explanation = run(lin, k=k, position=position, progress=Steps())
         if json is not None:
             write_text(json, explanation.to_json())

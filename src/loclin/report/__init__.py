@@ -3,6 +3,7 @@
 from loclin.output import check_writable, write_text
 from loclin.report.coverage import coverage_markdown, render_coverage
 from loclin.report.figures import check_plotly
+from loclin.report.generation import render_generation, write_generation
 from loclin.report.notebook import explanation_fragment
 from loclin.report.page import explanation_html, write_html
 from loclin.report.terminal import render_explanation
@@ -15,6 +16,8 @@ __all__ = [
     "explanation_html",
     "render_coverage",
     "render_explanation",
+    "render_generation",
+    "write_generation",
     "write_html",
     "write_text",
 ]

@@ -130,10 +130,9 @@ def test_single_effects_are_the_models_own(model):
 
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gemma3], ids=["llama", "gemma3"])
 def test_shares_sum_to_what_they_share_out(build):
-    lins = {gate: linearize(build(), tiny.prompt(6), gate=gate, precision="double") for gate in methods.GATES}
-    mean = lins["half"].embeddings.mean(0)
-    found = methods.frozen(lins, mean)
-    logits = lins["activation"].trace.stock_logits.double()
+    lin = linearize(build(), tiny.prompt(6), precision="double")
+    found = methods.frozen(lin, lin.embeddings.mean(0))
+    logits = lin.trace.stock_logits.double()
     first, second = logits.topk(2).indices
     wanted = {
         "logit": logits[first],
@@ -146,8 +145,10 @@ def test_shares_sum_to_what_they_share_out(build):
     p = logits.softmax(-1)
     linear = logits[first] - p @ logits
     assert found["frozen/up/log-probability/zero"].sum().item() == pytest.approx(linear.item(), rel=1e-6)
-    half = (found["frozen/up/logit/zero"] + found["frozen/activation/logit/zero"]) / 2
-    assert not torch.allclose(half, found["frozen/activation/logit/zero"])
+    for gate in methods.GATES:
+        J = linearize(lin.model, lin.input_ids, gate=gate, precision="double").jacobian(target="logits")
+        shares = (J.rmatvec(torch.nn.functional.one_hot(first, len(logits)).double()) * J.input).sum(-1)
+        assert torch.allclose(found[f"frozen/{gate}/logit/zero"], shares, atol=1e-10)
 
 
 def test_gradients_are_those_of_the_ordinary_jacobian():

@@ -5,15 +5,18 @@ Every method gives one number for each token `[T]`; a name is the method and its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.nearby import Nearby
-from loclin.freeze import Gate
+from loclin.chain import Chain
+from loclin.freeze import Gate, Hold
+from loclin.linear_map import LinearMap
 from loclin.linearization import Linearization
+from loclin.points import Point
 
 GATES: tuple[Gate, ...] = ("activation", "up", "half")
 STEPS = 16
@@ -45,14 +48,14 @@ def cotangents(logits: Float[Tensor, " V"]) -> Float[Tensor, "n V"]:
         return torch.stack([torch.autograd.grad(objective(leaf), leaf)[0] for objective in objectives(leaf).values()])
 
 
-def frozen(lins: Mapping[Gate, Linearization], mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
+def frozen(lin: Linearization, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
     """Shares of the frozen maps: J_i x_i, or J_i (x_i - mean embedding), through an objective's gradient.
 
     Named `frozen/GATE/OBJECTIVE/BASELINE`. Cost: one column for each objective and gate.
     """
     found = {}
-    for gate, lin in lins.items():
-        J = lin.jacobian(target="logits")
+    for gate in GATES:
+        J = _map(lin, gate)
         pulled = J.rmatmat(cotangents(J.value))
         for name, cotangent in zip(objectives(J.value), pulled, strict=True):
             found[f"frozen/{gate}/{name}/zero"] = (cotangent * J.input).sum(-1)
@@ -60,34 +63,47 @@ def frozen(lins: Mapping[Gate, Linearization], mean: Float[Tensor, " d"]) -> dic
     return found
 
 
+def _map(lin: Linearization, gate: Gate) -> LinearMap:
+    """The map to the logits with any gate split, of the one trace that there is."""
+    if gate == lin.gate:
+        return lin.jacobian(target="logits")
+    chain = Chain(lin.trace, Hold(gate, lin.precision), explicit=False)  # the trace's coefficients are of its own gate
+    return LinearMap(chain, Point("embed"), Point("logits"), lin.trace.length - 1)
+
+
 def gradient(lin: Linearization, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
-    """Gradient times input, of the model as it is: `gradient/OBJECTIVE/BASELINE`. Cost: a forward, four backwards."""
-    x = lin.embeddings.detach().clone().requires_grad_()
-    logits = nearby.embeddings(x[None]).logits[0]
+    """Gradient times input, of the model as it is: `gradient/OBJECTIVE/BASELINE`.
+
+    Cost: a forward and a backward pass for each objective.
+    """
+    x, shared = lin.embeddings, objectives(lin.trace.stock_logits)
+    inputs = x.repeat(len(shared), 1, 1).requires_grad_()
+    logits = nearby.embeddings(inputs).logits
+    total = torch.stack([objective(row) for objective, row in zip(shared.values(), logits, strict=True)]).sum()
+    (slopes,) = torch.autograd.grad(total, inputs)
     found = {}
-    for name, objective in objectives(logits.detach()).items():
-        (slope,) = torch.autograd.grad(objective(logits), x, retain_graph=True)
-        found[f"gradient/{name}/zero"] = (slope * x.detach()).sum(-1)
-        found[f"gradient/{name}/mean"] = (slope * (x.detach() - mean)).sum(-1)
+    for name, slope in zip(shared, slopes, strict=True):
+        found[f"gradient/{name}/zero"] = (slope * x).sum(-1)
+        found[f"gradient/{name}/mean"] = (slope * (x - mean)).sum(-1)
     return found
 
 
 def integrated_gradients(lin: Linearization, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
-    """Integrated gradients of the log-probability, by captum: `integrated/log-probability/BASELINE`; none without it.
+    """Integrated gradients of the log-probability, by captum: `integrated/log-probability/mean`; none without it.
 
-    Cost: `STEPS` forward and backward passes for each baseline.
+    The baseline is the mean embedding at every position. Zero would not do: layers begin with a norm, so that along the
+    way from zero almost nothing happens but at its very beginning.
+
+    Cost: `STEPS` forward and backward passes.
     """
     try:
         from captum.attr import IntegratedGradients
     except ImportError:
         return {}
-    objective = objectives(nearby.embeddings(lin.embeddings[None]).logits[0])["log-probability"]
+    objective = objectives(lin.trace.stock_logits)["log-probability"]
     method = IntegratedGradients(lambda X: objective(nearby.embeddings(X).logits))
-    x = lin.embeddings.detach()[None]
-    found = {}
-    for name, baseline in (("zero", torch.zeros_like(x)), ("mean", mean.expand_as(x))):
-        found[f"integrated/log-probability/{name}"] = method.attribute(x, baseline, n_steps=STEPS)[0].sum(-1)
-    return found
+    x = lin.embeddings[None]
+    return {"integrated/log-probability/mean": method.attribute(x, mean.expand_as(x), n_steps=STEPS)[0].sum(-1)}
 
 
 def simple(lin: Linearization) -> dict[str, Tensor]:
