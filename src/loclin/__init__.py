@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loclin import freeze
     from loclin.analyses.explain import Explanation, explain
+    from loclin.analyses.generation import Generation, generate
+    from loclin.analyses.validity import Validity, validity
     from loclin.batch import linearize_batch
     from loclin.certify import Certificate
     from loclin.errors import LoclinError
@@ -22,17 +24,21 @@ __all__ = [
     "SVD",
     "Certificate",
     "Explanation",
+    "Generation",
     "LinearMap",
     "Linearization",
     "LoclinError",
     "Model",
     "Provenance",
+    "Validity",
     "compare",
     "explain",
     "freeze",
+    "generate",
     "linearize",
     "linearize_batch",
     "load",
+    "validity",
     "wrap",
 ]
 
@@ -40,16 +46,20 @@ _ROOMS = {
     "SVD": "spectral",
     "Certificate": "certify",
     "Explanation": "analyses.explain",
+    "Generation": "analyses.generation",
     "LinearMap": "linear_map",
     "Linearization": "linearization",
     "LoclinError": "errors",
     "Model": "models",
     "Provenance": "results",
+    "Validity": "analyses.validity",
     "compare": "results",
     "explain": "analyses.explain",
+    "generate": "analyses.generation",
     "load": "models",
     "linearize": "linearization",
     "linearize_batch": "batch",
+    "validity": "analyses.validity",
     "wrap": "models",
 }
 

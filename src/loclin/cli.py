@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loclin.commands import coverage, explain, faithfulness, models
+from loclin.commands import coverage, explain, faithfulness, models, validity
 
 app = typer.Typer(
     name="loclin",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(explain.explain)
 app.command()(coverage.coverage)
+app.command()(validity.validity)
 app.command()(faithfulness.faithfulness)
 app.add_typer(models.app, name="models")
 

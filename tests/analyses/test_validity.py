@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 import oracle
 import tiny
 from loclin.analyses.validity import WAY, validity
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
+from loclin.report.validity import render_validity, validity_html
 
 BUILDS = {"llama": tiny.llama, "llama-biases": lambda: tiny.llama(biases=True), "gemma3": tiny.gemma3}
 
@@ -97,3 +100,24 @@ def test_nothing_to_move_by_is_refused(lin):
         validity(lin, sizes=[0.0])
     with pytest.raises(PromptError, match="outside the prompt"):
         validity(lin, 9)
+
+
+def test_the_page_and_the_terminal_show_the_curves():
+    pytest.importorskip("plotly")
+    found = validity(linearize(tiny.llama(), tiny.prompt(5)), sizes=[0.01, 0.1], draws=2, swaps=1)
+    page = validity_html(found)
+    assert page.count('class="figure"') == 6
+    assert page.count("<tr>") == 3 * 1 + 2 + 2 * len(WAY) + 1 + sum(ray.position is not None for ray in found.rays)
+    assert f"{found.curve('noise')[1].errors['ordinary'].final:.2g}"[:3] in page
+    console = Console(width=200, record=True, file=io.StringIO())
+    render_validity(found, console)
+    shown = console.export_text()
+    assert "Random directions" in shown
+    assert "Towards near tokens" in shown
+    noise = validity(linearize(tiny.llama(), tiny.prompt(5)), sizes=[0.01], draws=1, swaps=0)
+    assert "Every swap" not in validity_html(noise)
+
+
+def test_one_token_that_is_all_there_is():
+    found = validity(linearize(tiny.gemma3(), tiny.prompt(1)), sizes=[0.1], draws=1, swaps=1)
+    assert [ray.kind for ray in found.rays] == ["noise", "near", "random"]

@@ -15,7 +15,7 @@ def faithfulness(
     model: options.ModelName = options.DEFAULT_MODEL,
     bos: options.Bos = None,
     prompts: Annotated[Optional[int], typer.Option(help="How many prompts; all by default.", min=1)] = None,  # noqa: UP045
-    planes: Annotated[int, typer.Option(help="On how many to project the input off singular planes.", min=0)] = 20,
+    planes: Annotated[int, typer.Option(help="On how many to project the input off singular planes.", min=0)] = 16,
     seed: Annotated[int, typer.Option(help="Of the prompts' order, random orders and random planes.")] = 0,
     json: Annotated[
         Optional[Path],  # noqa: UP045

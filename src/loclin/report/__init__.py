@@ -7,6 +7,7 @@ from loclin.report.generation import render_generation, write_generation
 from loclin.report.notebook import explanation_fragment
 from loclin.report.page import explanation_html, write_html
 from loclin.report.terminal import render_explanation
+from loclin.report.validity import render_validity, write_validity
 
 __all__ = [
     "check_plotly",
@@ -17,7 +18,9 @@ __all__ = [
     "render_coverage",
     "render_explanation",
     "render_generation",
+    "render_validity",
     "write_generation",
     "write_html",
     "write_text",
+    "write_validity",
 ]

@@ -16,7 +16,7 @@ from loclin.report import parts
 from loclin.report.checks import Check, checks
 from loclin.report.choose import largest
 from loclin.report.figures import figures, plotly_script, spectrum_points
-from loclin.report.sheet import facts, listed, shortened
+from loclin.report.sheet import embedded, facts, listed, shortened
 from loclin.report.text import error, number, percent, sigmas, signed, visible
 
 _WORD = 28
@@ -70,14 +70,6 @@ def write_html(explanation: Explanation, path: str | os.PathLike[str]) -> None:
         When plotly is not installed or the file cannot be written.
     """
     write_text(path, explanation_html(explanation))
-
-
-def embedded(data: Any) -> str:
-    """Write JSON that can stand in a script element: no text in it can end the element or begin a tag."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _token(index: int, token: TokenExplanation) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
@@ -51,3 +52,11 @@ def shortened(prompt: str) -> str:
     """Shorten a prompt to a line: its end, where the prediction follows."""
     line = visible(" ".join(prompt.split())).replace(SPACE, " ")
     return line if len(line) <= _SHORT else "…" + line[-_SHORT:]
+
+
+def embedded(data: Any) -> str:
+    """Write JSON that can stand in a script element: no text in it can end the element or begin a tag."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

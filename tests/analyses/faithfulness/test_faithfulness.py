@@ -165,9 +165,11 @@ def test_integrated_gradients_add_up(monkeypatch):
     monkeypatch.setattr(methods, "STEPS", 400)
     lin = linearize(tiny.llama(), tiny.prompt(6))
     nearby, mean = Nearby(lin), lin.embeddings.mean(0)
-    found = methods.integrated_gradients(lin, nearby, mean)["integrated/log-probability/mean"]
+    found = methods.integrated_gradients(lin, nearby, mean, [2])["integrated/log-probability/mean"]
+    assert found[2].item() == 0
     target = lin.trace.stock_logits.argmax()
     ends = torch.stack([lin.embeddings, mean.expand(6, -1)])
+    ends[1, 2] = lin.embeddings[2]
     there, start = nearby.embeddings(ends).log_probabilities[:, target].tolist()
     assert found.sum().item() == pytest.approx(there - start, rel=0.002)
 

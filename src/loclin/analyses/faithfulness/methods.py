@@ -5,7 +5,7 @@ Every method gives one number for each token `[T]`; a name is the method and its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -88,11 +88,13 @@ def gradient(lin: Linearization, nearby: Nearby, mean: Float[Tensor, " d"]) -> d
     return found
 
 
-def integrated_gradients(lin: Linearization, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
+def integrated_gradients(
+    lin: Linearization, nearby: Nearby, mean: Float[Tensor, " d"], fixed: Sequence[int]
+) -> dict[str, Tensor]:
     """Integrated gradients of the log-probability, by captum: `integrated/log-probability/mean`; none without it.
 
-    The baseline is the mean embedding at every position. Zero would not do: layers begin with a norm, so that along the
-    way from zero almost nothing happens but at its very beginning.
+    The baseline is the mean embedding at every position but those that are `fixed`. Zero would not do: layers begin
+    with a norm, so that along the way from zero almost nothing happens but at its very beginning.
 
     Cost: `STEPS` forward and backward passes.
     """
@@ -103,7 +105,9 @@ def integrated_gradients(lin: Linearization, nearby: Nearby, mean: Float[Tensor,
     objective = objectives(lin.trace.stock_logits)["log-probability"]
     method = IntegratedGradients(lambda X: objective(nearby.embeddings(X).logits))
     x = lin.embeddings[None]
-    return {"integrated/log-probability/mean": method.attribute(x, mean.expand_as(x), n_steps=STEPS)[0].sum(-1)}
+    baseline = mean.expand_as(x).clone()
+    baseline[:, fixed] = x[:, fixed]
+    return {"integrated/log-probability/mean": method.attribute(x, baseline, n_steps=STEPS)[0].sum(-1)}
 
 
 def simple(lin: Linearization) -> dict[str, Tensor]:
