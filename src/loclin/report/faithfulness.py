@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from loclin.analyses.faithfulness import summary
-from loclin.analyses.faithfulness.prompts import Half
+from loclin.analyses.faithfulness.prompts import HALVES, Half
 from loclin.analyses.faithfulness.statistics import Interval
 from loclin.analyses.faithfulness.study import Study
 
-PAPER = "frozen/activation/logit/zero"
-"""The shares as the paper's map gives them."""
+PAPER, BEST = "frozen/activation/logit/zero", "frozen/half/centred/zero"
+"""The shares as the paper's map gives them, and as they agree best with what tokens do."""
 _APART = ("removed", "replaced", "share")
+_EFFECTS = ("removed", "replaced")
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,29 @@ def faithfulness_markdown(study: Study) -> str:
 
 
 def _sheets(study: Study) -> Iterator[_Sheet]:
-    halves: tuple[Half, ...] = ("development", "held-out")
-    for half in halves:
-        if any(prompt.half == half for prompt in study.prompts):
-            yield _correlation_sheet(study, half)
-    if any(prompt.curves for prompt in study.prompts):
+    halves = [half for half in HALVES if any(prompt.half == half for prompt in study.prompts)]
+    if "development" in halves:
+        yield _correlation_sheet(study, "development", lambda name: name.startswith("frozen/"))
+    if "held-out" in halves:
+        yield _correlation_sheet(study, "held-out", lambda name: name in (PAPER, BEST) or not _variant(name))
+        yield _advantage_sheet(study)
         yield _deletion_sheet(study)
     yield _apart_sheet(study)
-    yield _kind_sheet(study)
+    yield _kind_sheet(study, halves)
     if any(prompt.planes for prompt in study.prompts):
         yield _plane_sheet(study)
 
 
-def _correlation_sheet(study: Study, half: Half) -> _Sheet:
+def _variant(name: str) -> bool:
+    """Whether a method is there for the choice of settings only."""
+    return name.startswith("frozen/") or (name.startswith("gradient/") and name.endswith("/mean"))
+
+
+def _correlation_sheet(study: Study, half: Half, shown: Callable[[str], bool]) -> _Sheet:
     columns = {
         f"{effect}{', with last' * last}": summary.correlations(study, half, effect, last)
         for last in (False, True)
-        for effect in ("removed", "replaced")
+        for effect in _EFFECTS
     }
     columns["by size"] = summary.correlations(study, half, "removed", False, sizes=True)
     columns["hits"] = summary.hits(study, half, "removed", False)
@@ -73,7 +80,25 @@ def _correlation_sheet(study: Study, half: Half) -> _Sheet:
         f"Spearman's, mean over {n} prompts and its 95 % interval; sinks are left out. By size: of |share|, against "
         "removal. Hits: how often the largest share is the token whose removal costs most.",
         ["method", *columns],
-        [[_name(name), *(_shown(found.get(name)) for found in columns.values())] for name in columns["removed"]],
+        [
+            [_name(name), *(_shown(found.get(name)) for found in columns.values())]
+            for name in columns["removed"]
+            if shown(name)
+        ],
+    )
+
+
+def _advantage_sheet(study: Study) -> _Sheet:
+    others = [name for name in study.prompts[-1].shares if name != BEST and (name == PAPER or not _variant(name))]
+    rows = []
+    for other in others:
+        found = [summary.advantage(study, "held-out", effect, False, BEST, other) for effect in _EFFECTS]
+        rows.append([_name(other), *map(_shown, found)])
+    return _Sheet(
+        f"By how much {_name(BEST)} is ahead, prompt by prompt",
+        "Its rank correlation less the other's, on the held-out half.",
+        ["than", *_EFFECTS],
+        rows,
     )
 
 
@@ -93,21 +118,19 @@ def _apart_sheet(study: Study) -> _Sheet:
     return _Sheet(
         "What rankings leave out",
         "The fall of the log-probability in nats when one such token goes, and its part of the sum of |share| "
-        f"({_name(PAPER)}).",
+        f"({_name(BEST)}).",
         ["", *_APART],
-        [[group, *(_shown(parts[name]) for name in _APART)] for group, parts in summary.apart(study, PAPER).items()],
+        [[group, *(_shown(parts[name]) for name in _APART)] for group, parts in summary.apart(study, BEST).items()],
     )
 
 
-def _kind_sheet(study: Study) -> _Sheet:
-    halves: tuple[Half, ...] = ("development", "held-out")
-    columns = [summary.kinds(study, half, "removed", False, PAPER) for half in halves]
-    columns = [column for column in columns if column]
+def _kind_sheet(study: Study, halves: Sequence[Half]) -> _Sheet:
+    columns = [summary.kinds(study, half, "removed", False, BEST) for half in halves]
     return _Sheet(
         "By kind of prompt",
-        f"Rank correlation of {_name(PAPER)} with the removal of single tokens.",
-        ["kind", *(f"{half} half" for half, _ in zip(halves, columns, strict=False))],
-        [[kind, *(_shown(column.get(kind)) for column in columns)] for kind in columns[0]] if columns else [],
+        f"Rank correlation of {_name(BEST)} with the removal of single tokens.",
+        ["kind", *(f"{half} half" for half in halves)],
+        [[kind, *(_shown(column.get(kind)) for column in columns)] for kind in columns[0]],
     )
 
 
@@ -126,7 +149,15 @@ def _plane_sheet(study: Study) -> _Sheet:
 
 
 def _name(method: str) -> str:
-    return method.replace("/", " · ")
+    """A method in words."""
+    kind, *options = method.split("/")
+    if kind == "frozen":
+        gate, objective, baseline = options
+        return f"frozen map, {gate}, {objective}{', less mean' * (baseline == 'mean')}"
+    if kind == "gradient":
+        objective, baseline = options
+        return f"gradient × input, {objective}{', less mean' * (baseline == 'mean')}"
+    return "integrated gradients" if kind == "integrated" else method
 
 
 def _shown(found: Interval | None) -> str:

@@ -127,7 +127,7 @@ _SCRIPT = """
 for (const [id, figure] of Object.entries(JSON.parse(document.getElementById("data").textContent))) {
   const style = getComputedStyle(document.body);
   figure.layout.font = {color: style.color, family: style.fontFamily};
-  Plotly.newPlot(id, figure.data, figure.layout, {displaylogo: false, responsive: true});
+  Plotly.newPlot(id, figure.data, figure.layout, {displayModeBar: false, responsive: true});
 }
 """
 

@@ -254,6 +254,7 @@ def _result(half: str, number: int, sinks: list[int]) -> PromptResult:
     effects = random.normal(size=6)
     shares = {
         "frozen/activation/logit/zero": effects.tolist(),
+        "frozen/half/centred/zero": (effects**3).tolist(),
         "backwards": (-effects).tolist(),
         "by size": (-np.abs(effects)).tolist(),
         "even": [1.0] * 6,
@@ -269,7 +270,7 @@ def test_what_the_numbers_say():
     halves = ("development", "held-out")
     found = Study({}, {}, [_result(halves[i % 2], i, [0] if i % 3 else [0, 1, 2]) for i in range(24)])
     best = summary.correlations(found, "development", "removed", last=False)
-    assert list(best)[0] == "frozen/activation/logit/zero"
+    assert list(best)[:2] == ["frozen/activation/logit/zero", "frozen/half/centred/zero"]
     assert best["frozen/activation/logit/zero"].mean == pytest.approx(1)
     assert best["frozen/activation/logit/zero"].n == 8  # the others have two tokens to rank
     assert best["backwards"].mean == pytest.approx(-1)
@@ -289,7 +290,8 @@ def test_what_the_numbers_say():
     assert parts["attention sink"]["share"].mean == pytest.approx(1 / 6)
     assert summary.kinds(found, "held-out", "removed", False, "backwards")["toy"].mean == pytest.approx(-1)
     text = faithfulness_markdown(found)
-    assert "| frozen · activation · logit · zero | 1.00 (1.00 to 1.00) |" in text
+    assert "| frozen map, activation, logit | 1.00 (1.00 to 1.00) |" in text
+    assert "| backwards | 2.00 (2.00 to 2.00) | " in text  # ahead of it by so much
     assert "| random | 3.00 (3.00 to 3.00) | – | – |" in text
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from loclin.errors import OptionError
 
 Half = Literal["development", "held-out"]
+HALVES: tuple[Half, ...] = ("development", "held-out")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def load(count: int | None = None, seed: int = 0) -> list[Prompt]:
     random = np.random.default_rng(seed)
     turns: list[tuple[int, Prompt]] = []
     for kind, texts in kinds.items():
-        for half, own in (("development", texts[::2]), ("held-out", texts[1::2])):
+        for half, own in zip(HALVES, (texts[::2], texts[1::2]), strict=True):
             shuffled = random.permutation(own).tolist()
-            turns += [(turn, Prompt(kind, text, half)) for turn, text in enumerate(shuffled)]  # type: ignore[arg-type]
+            turns += [(turn, Prompt(kind, text, half)) for turn, text in enumerate(shuffled)]
     return [prompt for _, prompt in sorted(turns, key=lambda item: item[0])][:count]
