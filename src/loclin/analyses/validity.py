@@ -142,7 +142,7 @@ def validity(
     Raises
     ------
     OptionError
-        When there is nothing to move by, or a size is not above 0.
+        When there is nothing to move, or a size is not above 0.
     PromptError
         For a position outside the prompt.
 
@@ -163,8 +163,11 @@ def validity(
         moves.append(noise * x.norm(dim=-1, keepdim=True))
         about.append(("noise", None, None, sizes))
     ids, swapped = _swaps(lin, at, swaps, generator)
-    for start in range(0, len(ids), 64):
-        part = ids[start : start + 64]
+    if not draws and not len(ids):
+        raise OptionError(
+            "every token up to that position is an attention sink: give a random direction, or another one"
+        )
+    for part in ids.split(64):  # their logits come along
         moves += list(nearby.tokens(part).embeddings.to(x) - x)
     names = lin.model.decode_each([int(row[i]) for row, (_, i) in zip(ids, swapped, strict=True)])
     about += [(kind, i, name, WAY) for (kind, i), name in zip(swapped, names, strict=True)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +11,9 @@ from loclin.commands import options
 from loclin.commands.console import Steps, importing, one_clear_line, stdout
 from loclin.commands.options import GateOption, PrecisionOption
 from loclin.errors import OptionError
+
+if TYPE_CHECKING:
+    from loclin.linearization import Linearization
 
 
 def explain(
@@ -41,14 +45,7 @@ def explain(
         text = options.checked(prompt, memory, json, html)
         with importing():
             from loclin.analyses.explain import explain as run
-            from loclin.analyses.generation import generate as run_steps
-            from loclin.report import (
-                render_explanation,
-                render_generation,
-                write_generation,
-                write_html,
-                write_text,
-            )
+            from loclin.report import render_explanation, write_html, write_text
 
         if generate and position != -1:
             raise OptionError("--generate goes on from the end of the prompt; leave --position out")
@@ -65,15 +62,7 @@ def explain(
             memory=memory,
         )
         if generate:
-            generation = run_steps(lin, generate, k=k, progress=Steps())
-            if json is not None:
-                write_text(json, generation.to_json())
-            if html is not None:
-                write_generation(generation, html)
-            render_generation(generation, stdout)
-            options.wrote(json, html)
-            if not all(found.certificate.passed for found in generation.steps):
-                raise typer.Exit(1)
+            _explain_steps(lin, generate, k, json, html)
             return
         explanation = run(lin, k=k, position=position, progress=Steps())
         if json is not None:
@@ -84,3 +73,20 @@ def explain(
         options.wrote(json, html)
         if not explanation.certificate.passed:
             raise typer.Exit(1)
+
+
+def _explain_steps(lin: Linearization, count: int, k: int, json: Path | None, html: Path | None) -> None:
+    """What `--generate` does."""
+    with importing():
+        from loclin.analyses.generation import generate
+        from loclin.report import render_generation, write_generation, write_text
+
+    generation = generate(lin, count, k=k, progress=Steps())
+    if json is not None:
+        write_text(json, generation.to_json())
+    if html is not None:
+        write_generation(generation, html)
+    render_generation(generation, stdout)
+    options.wrote(json, html)
+    if not all(step.certificate.passed for step in generation.steps):
+        raise typer.Exit(1)
