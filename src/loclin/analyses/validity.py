@@ -167,7 +167,7 @@ def validity(
         raise OptionError(
             "every token up to that position is an attention sink: give a random direction, or another one"
         )
-    for part in ids.split(64):  # their logits come along
+    for part in ids.split(64) if len(ids) else ():  # not all at once: their logits come along
         moves += list(nearby.tokens(part).embeddings.to(x) - x)
     names = lin.model.decode_each([int(row[i]) for row, (_, i) in zip(ids, swapped, strict=True)])
     about += [(kind, i, name, WAY) for (kind, i), name in zip(swapped, names, strict=True)]
