@@ -212,7 +212,7 @@ def test_a_study_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     said: list[str] = []
     found = study(model, prompts, planes=1, path=path, progress=said.append)
     assert calls[6:] == [prompt.text for prompt in prompts[4:]]
-    assert said == [f"{path} has 4 prompts: going on"]
+    assert said[-1] == f"{path} has 4 prompts: going on"
     assert [asdict(one) for one in found.prompts] == [asdict(one) for one in whole.prompts]
     assert read(path) == found
     study(model, prompts, planes=1, path=path, seed=1, progress=said.append)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -178,7 +179,10 @@ def study(
     Cost of a prompt of T tokens: twelve columns, about 2 T + 10 forward passes and 4 backward; on the held-out half
     16 of both more, and about 18 T forward passes of half the length; with planes the dense map and 109 more.
     """
-    settings = {"model": model.info.to_dict(), "bos": bos, "seed": seed, "planes": planes, "steps": methods.STEPS}
+    captum = find_spec("captum") is not None
+    if not captum:
+        progress('no integrated gradients: captum is not installed (pip install "loclin[faithfulness]")')
+    settings = {"model": model.info.to_dict(), "bos": bos, "seed": seed, "planes": planes, "captum": captum}
     found = Study(settings, versions(), [])
     earlier = read(path) if path is not None and not fresh else None
     if earlier is not None and (earlier.settings, earlier.versions) != (found.settings, found.versions):
