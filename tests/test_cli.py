@@ -64,6 +64,45 @@ def test_explain(directory, tmp_path):
     assert page.read_text().lower().startswith("<!doctype html>")
 
 
+def test_explain_generate(directory, tmp_path):
+    written, page = tmp_path / "out.json", tmp_path / "out.html"
+    common = ("explain", "w3 w4 w5", "--model", directory, "--bos", "--k", 2, "--generate", 2)
+    code, out, err = run(*common, "--json", written, "--html", page)
+    assert (code, "error" in err) == (0, False), err
+    read = json.loads(written.read_text())
+    assert [step["target"]["text"] in out for step in read["steps"]] == [True, True]
+    assert page.read_text().count("<details>") == 2
+    code, _, err = run(*common, "--position", 1)
+    assert code == 2
+    assert "leave --position out" in err
+
+
+def test_validity(directory, tmp_path):
+    written, page = tmp_path / "out.json", tmp_path / "out.html"
+    common = ("validity", "w3 w4 w5", "--model", directory, "--draws", 1, "--swaps", 1)
+    code, out, err = run(*common, "--json", written, "--html", page)
+    assert (code, "error" in err) == (0, False), err
+    assert "Random directions" in out
+    assert set(json.loads(written.read_text())["curves"]) == {"noise", "near", "random"}
+    assert "Plotly" in page.read_text()
+    code, _, err = run("validity", "w3", "--model", directory, "--draws", 0, "--swaps", 0)
+    assert code == 2
+    assert "at least one" in err
+
+
+def test_faithfulness(directory, tmp_path):
+    written, tables = tmp_path / "out.json", tmp_path / "out.md"
+    common = ("faithfulness", "--model", directory, "--prompts", 4, "--planes", 0, "--json", written)
+    code, out, err = run(*common, "--markdown", tables)
+    assert (code, "error" in err) == (0, False), err
+    assert "Removing tokens" in out
+    assert "| frozen" in tables.read_text()
+    before = written.read_text()
+    code, _, err = run(*common)
+    assert (code, written.read_text()) == (0, before)
+    assert "has 4 prompts: going on" in err.replace("\n", " ")
+
+
 def test_explain_reads_standard_input(directory):
     code, out, _ = run("explain", "-", "--model", directory, "--gate", "half", stdin="w7 w8")
     assert code == 0

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from loclin.analyses.attribute import attribute
     from loclin.analyses.attribution import Attribution
     from loclin.analyses.explain import Explanation, explain
+    from loclin.analyses.generation import Generation, generate
     from loclin.analyses.target import Direction, Margin, Neuron
+    from loclin.analyses.validity import Validity, validity
     from loclin.batch import linearize_batch
     from loclin.certify import Certificate
     from loclin.errors import LoclinError
@@ -27,6 +29,7 @@ __all__ = [
     "Certificate",
     "Direction",
     "Explanation",
+    "Generation",
     "LinearMap",
     "Linearization",
     "LoclinError",
@@ -35,12 +38,15 @@ __all__ = [
     "Neuron",
     "Provenance",
     "attribute",
+    "Validity",
     "compare",
     "explain",
     "freeze",
+    "generate",
     "linearize",
     "linearize_batch",
     "load",
+    "validity",
     "wrap",
 ]
 
@@ -50,6 +56,7 @@ _ROOMS = {
     "Certificate": "certify",
     "Direction": "analyses.target",
     "Explanation": "analyses.explain",
+    "Generation": "analyses.generation",
     "LinearMap": "linear_map",
     "Linearization": "linearization",
     "LoclinError": "errors",
@@ -58,11 +65,14 @@ _ROOMS = {
     "Neuron": "analyses.target",
     "Provenance": "results",
     "attribute": "analyses.attribute",
+    "Validity": "analyses.validity",
     "compare": "results",
     "explain": "analyses.explain",
+    "generate": "analyses.generation",
     "load": "models",
     "linearize": "linearization",
     "linearize_batch": "batch",
+    "validity": "analyses.validity",
     "wrap": "models",
 }
 

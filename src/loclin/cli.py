@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loclin.commands import attribute, coverage, explain, models
+from loclin.commands import attribute, coverage, explain, faithfulness, models, validity
 
 app = typer.Typer(
     name="loclin",
@@ -19,6 +19,8 @@ app = typer.Typer(
 app.command()(explain.explain)
 app.command()(attribute.attribute)
 app.command()(coverage.coverage)
+app.command()(validity.validity)
+app.command()(faithfulness.faithfulness)
 app.add_typer(models.app, name="models")
 
 

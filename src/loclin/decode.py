@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight
@@ -32,6 +32,11 @@ class Decoder:
     def _embeddings(self) -> Tensor:
         return _table(self.model.hf.get_input_embeddings())
 
+    @property
+    def vocabulary(self) -> int:
+        """V, how many input embeddings there are."""
+        return self._embeddings.shape[0]
+
     def writes(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
         """The k tokens whose head rows have the largest product with each vector; `vectors` live behind the final norm.
 
@@ -46,6 +51,14 @@ class Decoder:
         Scores are cosines. Cost: n V d.
         """
         return self._top(torch.nn.functional.normalize(vectors, dim=-1), self._embeddings, k, cosine=True)
+
+    def neighbours(self, ids: Int[Tensor, " n"], k: int = 8) -> Int[Tensor, "n k"]:
+        """The k other tokens whose input embeddings lie nearest to each token's by cosine. Cost: n V d."""
+        table = self._embeddings
+        _, found = _best(torch.nn.functional.normalize(table[ids].float(), dim=-1), table, k + 1, cosine=True)
+        itself = found == ids[:, None]
+        itself[:, -1] |= ~itself.any(1)  # another token with the very same embedding may have taken its place
+        return found[~itself].reshape(len(ids), k)
 
     def writes_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
         """The k tokens whose head rows, scaled to length 1, lie nearest to a subspace with an orthonormal basis.
@@ -66,17 +79,8 @@ class Decoder:
         return self._words(torch.cat(scores).topk(k))
 
     def _top(self, vectors: Tensor, table: Tensor, k: int, cosine: bool = False) -> list[Words]:
-        values, ids, start = [], [], 0
-        for rows in table.split(_rows_at_once(len(vectors) + table.shape[1])):
-            rows = rows.to(vectors)
-            scores = vectors @ rows.T
-            best = (scores / _lengths(rows) if cosine else scores).topk(min(k, len(rows)))
-            values.append(best.values)
-            ids.append(best.indices + start)
-            start += len(rows)
-        best = torch.cat(values, dim=1).topk(k)
-        chosen = torch.cat(ids, dim=1).gather(1, best.indices)
-        return [self._words(pair) for pair in zip(best.values, chosen, strict=True)]
+        values, ids = _best(vectors, table, k, cosine)
+        return [self._words(pair) for pair in zip(values, ids, strict=True)]
 
     def _words(self, found: tuple[Tensor, Tensor]) -> Words:
         values, ids = found
@@ -87,6 +91,20 @@ def _table(module: nn.Module) -> Tensor:
     """A head's or an embedding's rows."""
     dense = dense_weight(module)
     return cast("Tensor", module.weight).detach() if dense is None else dense
+
+
+def _best(vectors: Tensor, table: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
+    """The k largest products (or cosines) of each vector with a table's rows, and which rows they are."""
+    values, ids, start = [], [], 0
+    for rows in table.split(_rows_at_once(len(vectors) + table.shape[1])):
+        rows = rows.to(vectors)
+        scores = vectors @ rows.T
+        best = (scores / _lengths(rows) if cosine else scores).topk(min(k, len(rows)))
+        values.append(best.values)
+        ids.append(best.indices + start)
+        start += len(rows)
+    top = torch.cat(values, dim=1).topk(k)
+    return top.values, torch.cat(ids, dim=1).gather(1, top.indices)
 
 
 def _lengths(rows: Tensor) -> Tensor:

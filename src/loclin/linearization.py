@@ -157,13 +157,17 @@ class Linearization:
         """
         return self.jacobian(source, target, position).plan(k, joint, tolerance)
 
+    def ordinary_jacobian(self, position: int = -1) -> LinearMap:
+        """The ordinary Jacobian embed -> final, nothing held: the derivative, which does not rebuild the output."""
+        chain = Chain(self.trace, Hold(ordinary=True))
+        return LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self.memory)
+
     def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:
         """J_ordinary x: the output as the ordinary Jacobian, nothing held, would rebuild it (the paper's Figure 3).
 
         Cost: one column with live coefficients.
         """
-        chain = Chain(self.trace, Hold(ordinary=True))
-        J = LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self.memory)
+        J = self.ordinary_jacobian(position)
         return J.matvec(J.input)
 
     def layers(
@@ -249,6 +253,11 @@ class Linearization:
         from loclin.analyses import heads
 
         return heads.path(self, source, parts, target, position=position)
+
+    def followed_by(self, token: int) -> Linearization:
+        """The same prompt with one more token, frozen there in the same way."""
+        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[token]])], dim=1)
+        return linearize(self.model, ids, gate=self.gate, precision=self.precision, memory=self.memory, strict=False)
 
     def certify(self, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""

@@ -15,7 +15,7 @@ from loclin.analyses.explain import Explanation
 from loclin.errors import OutputError
 from loclin.report import explanation_fragment, explanation_html, write_html
 from loclin.report.figures import NEGATIVE, POSITIVE, SPECTRUM_POINTS, plotly_script
-from loclin.report.page import embedded
+from loclin.report.sheet import embedded
 from loclin.report.text import visible
 
 from .examples import HOSTILE, certificate, explanation, failed, long, token

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from loclin.analyses.attribution import KINDS, NONE, Kind
 from loclin.analyses.target import Reading
+from loclin.blocks import Workspace
 from loclin.chain import Chain
 from loclin.errors import OptionError
-from loclin.explicit import Workspace
 from loclin.inside import Inside, Projection
 from loclin.link import Graph
 from loclin.points import Point

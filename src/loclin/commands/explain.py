@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loclin.commands import options
 from loclin.commands.console import Steps, importing, one_clear_line, stdout
 from loclin.commands.options import GateOption, PrecisionOption
+from loclin.errors import OptionError
+
+if TYPE_CHECKING:
+    from loclin.linearization import Linearization
 
 
 def explain(
@@ -25,6 +30,10 @@ def explain(
     bos: options.Bos = None,
     memory: options.Memory = None,
     top: Annotated[int, typer.Option(help="How many singular vectors of each token to print.", min=1)] = 3,
+    generate: Annotated[
+        int,
+        typer.Option(help="Generate this many tokens greedily, and explain every step and how the maps move.", min=0),
+    ] = 0,
     json: options.Json = None,
     html: options.Html = None,
 ) -> None:
@@ -36,10 +45,10 @@ def explain(
         text = options.checked(prompt, memory, json, html)
         with importing():
             from loclin.analyses.explain import explain as run
-            from loclin.report import check_plotly, render_explanation, write_html, write_text
+            from loclin.report import render_explanation, write_html, write_text
 
-        if html is not None:
-            check_plotly()
+        if generate and position != -1:
+            raise OptionError("--generate goes on from the end of the prompt; leave --position out")
         lin = options.linearized(
             text,
             model,
@@ -52,6 +61,9 @@ def explain(
             bos=bos,
             memory=memory,
         )
+        if generate:
+            _explain_steps(lin, generate, k, json, html)
+            return
         explanation = run(lin, k=k, position=position, progress=Steps())
         if json is not None:
             write_text(json, explanation.to_json())
@@ -61,3 +73,20 @@ def explain(
         options.wrote(json, html)
         if not explanation.certificate.passed:
             raise typer.Exit(1)
+
+
+def _explain_steps(lin: Linearization, count: int, k: int, json: Path | None, html: Path | None) -> None:
+    """What `--generate` does."""
+    with importing():
+        from loclin.analyses.generation import generate
+        from loclin.report import render_generation, write_generation, write_text
+
+    generation = generate(lin, count, k=k, progress=Steps())
+    if json is not None:
+        write_text(json, generation.to_json())
+    if html is not None:
+        write_generation(generation, html)
+    render_generation(generation, stdout)
+    options.wrote(json, html)
+    if not all(step.certificate.passed for step in generation.steps):
+        raise typer.Exit(1)

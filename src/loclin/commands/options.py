@@ -66,11 +66,13 @@ def checked(prompt: str, memory: str | None, json: Path | None, html: Path | Non
     """Refuse what cannot work before anything is loaded; gives the prompt's text."""
     with importing():
         from loclin import memory as budgets
-        from loclin.output import check_writable
+        from loclin.report import check_plotly, check_writable
 
     for path in (json, html):
         if path is not None:
             check_writable(path)
+    if html is not None:
+        check_plotly()
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise PromptError("the prompt is empty: give some text")

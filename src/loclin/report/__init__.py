@@ -5,9 +5,11 @@ from loclin.report.attribution_page import attribution_fragment, attribution_htm
 from loclin.report.attribution_terminal import render_attribution, render_attribution_settings
 from loclin.report.coverage import coverage_markdown, render_coverage
 from loclin.report.figures import check_plotly
+from loclin.report.generation import render_generation, write_generation
 from loclin.report.notebook import explanation_fragment
 from loclin.report.page import explanation_html, write_html
 from loclin.report.terminal import render_explanation
+from loclin.report.validity import render_validity, write_validity
 
 __all__ = [
     "attribution_fragment",
@@ -22,6 +24,10 @@ __all__ = [
     "render_coverage",
     "render_explanation",
     "write_attribution",
+    "render_generation",
+    "render_validity",
+    "write_generation",
     "write_html",
     "write_text",
+    "write_validity",
 ]

@@ -13,7 +13,7 @@ from loclin.output import write_text
 from loclin.report import parts
 from loclin.report.heat import heat_map
 from loclin.report.labels import LEVELS, by_layer, full_size, marks, others, quantity, reads, target_tokens, verdict
-from loclin.report.page import title
+from loclin.report.sheet import shortened
 from loclin.report.text import number, percent, signed, visible
 
 TOP = 40
@@ -27,7 +27,7 @@ def attribution_html(found: Sequence[Attribution]) -> str:
     css = "".join(files("loclin.report").joinpath(name).read_text("utf-8") for name in ("page.css", "attribution.css"))
     return Template(files("loclin.report").joinpath("attribution.html").read_text("utf-8")).substitute(
         css=css,
-        title=escape(title("".join(first.texts))),
+        title=escape(shortened("".join(first.texts))),
         target=_target(first),
         head=_head(found),
         warnings="".join(dict.fromkeys(parts.warnings(one) for one in found)),

@@ -1,0 +1,45 @@
+"""The prompts of the study: written for it, in kinds, and in two halves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal
+
+import numpy as np
+
+from loclin.errors import OptionError
+
+Half = Literal["development", "held-out"]
+HALVES: tuple[Half, ...] = ("development", "held-out")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, its kind, and its half: settings are chosen on one half, and figures are of the other."""
+
+    kind: str
+    text: str
+    half: Half
+
+
+def load(count: int | None = None, seed: int = 0) -> list[Prompt]:
+    """The first `count` of the packaged prompts in a random order, kinds and halves taking turns; all by default.
+
+    Raises
+    ------
+    OptionError
+        When there are not so many.
+    """
+    kinds: dict[str, list[str]] = json.loads(files(__package__).joinpath("prompts.json").read_text("utf-8"))
+    total = sum(map(len, kinds.values()))
+    if count is not None and not 1 <= count <= total:
+        raise OptionError(f"{count} prompts: there are {total}; give 1 to {total}")
+    random = np.random.default_rng(seed)
+    turns: list[tuple[int, Prompt]] = []
+    for kind, texts in kinds.items():
+        for half, own in zip(HALVES, (texts[::2], texts[1::2]), strict=True):
+            shuffled = random.permutation(own).tolist()
+            turns += [(turn, Prompt(kind, text, half)) for turn, text in enumerate(shuffled)]
+    return [prompt for _, prompt in sorted(turns, key=lambda item: item[0])][:count]

@@ -1,0 +1,62 @@
+"""`loclin validity`: how far from its prompt the frozen map still predicts the model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loclin.commands import options
+from loclin.commands.console import importing, one_clear_line, stdout
+from loclin.commands.options import GateOption, PrecisionOption
+
+
+def validity(
+    prompt: options.Prompt,
+    model: options.ModelName = options.DEFAULT_MODEL,
+    position: options.Position = -1,
+    draws: Annotated[int, typer.Option(help="How many random directions to move the whole input in.", min=0)] = 4,
+    swaps: Annotated[
+        int, typer.Option(help="How many nearest and how many random tokens to move each token to.", min=0)
+    ] = 2,
+    seed: Annotated[int, typer.Option(help="Of random directions and tokens.")] = 0,
+    gate: options.Gate = GateOption.activation,
+    precision: options.Precision = PrecisionOption.auto,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    bos: options.Bos = None,
+    memory: options.Memory = None,
+    json: options.Json = None,
+    html: options.Html = None,
+) -> None:
+    """Move the input away from the prompt, and compare the frozen map with the model itself.
+
+    loclin validity "The Golden Gate" --model smollm2-135m --bos --json out.json --html out.html
+    """
+    with one_clear_line():
+        text = options.checked(prompt, memory, json, html)
+        with importing():
+            from loclin.analyses.validity import validity as run
+            from loclin.report import render_validity, write_text, write_validity
+
+        lin = options.linearized(
+            text,
+            model,
+            gate=gate,
+            precision=precision,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            bos=bos,
+            memory=memory,
+        )
+        found = run(lin, position, draws=draws, swaps=swaps, seed=seed)
+        if json is not None:
+            write_text(json, found.to_json())
+        if html is not None:
+            write_validity(found, html)
+        render_validity(found, stdout)
+        options.wrote(json, html)

@@ -1,0 +1,96 @@
+"""Generated tokens are the model's own; drifts are those of dense maps; every step is exact."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+import tiny
+from loclin.analyses.explain import explain
+from loclin.analyses.generation import generate
+from loclin.errors import OptionError, PromptError
+from loclin.linearization import linearize
+from loclin.report.generation import generation_html, render_generation
+
+BUILDS = {"llama": tiny.llama, "gemma3": tiny.gemma3}
+
+
+@pytest.fixture(params=BUILDS.values(), ids=BUILDS)
+def lin(request):
+    return linearize(request.param(), tiny.prompt(5), gate="half", precision="double")
+
+
+def test_steps_are_greedy_and_exact(lin):
+    found = generate(lin, 4, k=2)
+    ids = lin.model.hf.generate(lin.input_ids, max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert [step.target["id"] for step in found.steps] == ids[0, 5:].tolist()
+    assert found.text == "".join(str(token) for token in ids[0, 5:].tolist())
+    for number, step in enumerate(found.steps):
+        assert step.certificate.passed
+        assert step.settings["token_ids"] == ids[0, : 5 + number].tolist()
+        assert step.settings["gate"] == "half"
+        alone = explain(linearize(lin.model, ids[:, : 5 + number], gate="half", precision="double"), k=2)
+        assert step.to_dict() == alone.to_dict()
+
+
+def test_drift_is_that_of_the_dense_maps(lin):
+    found = generate(lin, 3, k=2)
+    ids = torch.tensor([[*lin.input_ids[0].tolist(), *(step.target["id"] for step in found.steps)]])
+    maps = [linearize(lin.model, ids[:, : 5 + n], gate="half", precision="double").jacobian().dense() for n in range(3)]
+    assert [len(step) for step in found.drift] == [5, 6]
+    for step, old, new in zip(found.drift, maps, maps[1:], strict=False):
+        for i, token in enumerate(step):
+            a, b = old[:, i], new[:, i]
+            assert token.change == pytest.approx(((b - a).norm() / a.norm()).item())
+            assert token.cosine == pytest.approx(torch.cosine_similarity(a.flatten(), b.flatten(), 0).item())
+            one, other = torch.linalg.svd(a), torch.linalg.svd(b)
+            for angle, u, v in ((token.writes, one.U[:, 0], other.U[:, 0]), (token.reads, one.Vh[0], other.Vh[0])):
+                assert angle == pytest.approx(math.degrees(math.acos(min(1.0, abs((u @ v).item())))), abs=1e-3)
+
+
+def test_it_ends_where_the_model_ends(lin):
+    end = generate(lin, 2, k=1).steps[1].target["id"]
+    config = lin.model.hf.generation_config
+    before, config.eos_token_id = config.eos_token_id, [end]
+    try:
+        found = generate(lin, 9, k=1)
+    finally:
+        config.eos_token_id = before
+    assert len(found.steps) <= 2
+    assert found.steps[-1].target["id"] == end
+
+
+def test_mistakes_are_refused_before_the_work(lin):
+    with pytest.raises(OptionError, match="at least one"):
+        generate(lin, 0)
+    with pytest.raises(PromptError, match="takes at most 64"):
+        generate(lin, 61)
+
+
+def test_json_page_and_terminal(lin):
+    found = generate(lin, 3, k=2)
+    read = json.loads(found.to_json())
+    assert len(read["steps"]) == 3
+    assert len(read["drift"]) == 2
+    assert set(read["drift"][0][0]) == {"change", "cosine", "writes", "reads"}
+    page = generation_html(found)
+    assert page.count("<details>") == 3
+    assert page.count(">exact, error") == 3
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    console = Console(width=140, record=True, file=io.StringIO())
+    render_generation(found, console)
+    shown = console.export_text()
+    assert all(step.target["text"] in shown for step in found.steps)
+    assert f"{sorted(token.change for token in found.drift[0])[2]:.2f}" in shown
+
+
+def test_text_from_a_model_is_never_markup(lin):
+    found = generate(lin, 2, k=1)
+    found.steps[0].target["text"] = "<script>alert(1)</script>"
+    assert "<script" not in generation_html(found)
