@@ -217,7 +217,7 @@ def explain(
         output=J.value.tolist(),
         reconstruction=J.reconstruct().tolist(),
         ordinary=ordinary.tolist(),
-        warnings=_warnings(lin),
+        warnings=sink_warnings(lin),
     )
 
 
@@ -264,7 +264,8 @@ def _settings(lin: Linearization, k: int, position: int) -> dict[str, Any]:
     }
 
 
-def _warnings(lin: Linearization) -> list[str]:
+def sink_warnings(lin: Linearization) -> list[str]:
+    """Say so where the first word carries the attention sink."""
     found = []
     first_is_word = lin.model.bos is None or int(lin.input_ids[0, 0]) != lin.model.bos
     if 0 in lin.sinks and first_is_word:
