@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loclin.commands import coverage, explain, models
+from loclin.commands import coverage, explain, layers, models
 
 app = typer.Typer(
     name="loclin",
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(explain.explain)
+app.command()(layers.layers)
 app.command()(coverage.coverage)
 app.add_typer(models.app, name="models")
 

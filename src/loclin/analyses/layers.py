@@ -314,7 +314,9 @@ def _in_words(spectra: LayerSpectra, x: Tensor, decoder: Decoder) -> dict[Place,
     alone = [(place, group[0]) for place, found in groups.items() for group in found if len(group) == 1]
     left = [_left(spectra, place)[0][:, j] for place, j in alone]
     writes = dict(zip(alone, decoder.writes(torch.stack(left), _WORDS) if left else [], strict=True))
-    right = {((c, layer, t), j): spectra.Vh[c, layer, t, j] for (c, layer, t), j in alone if t is not None}
+    right: dict[tuple[Place, int], Tensor] = {
+        ((c, layer, t), j): spectra.Vh[c, layer, t, j] for (c, layer, t), j in alone if t is not None
+    }
     read = decoder.reads(torch.stack(list(right.values())), _WORDS) if right else []
     reads = dict(zip(right, read, strict=True))
 
@@ -336,9 +338,7 @@ def _word_ranks(
 ) -> dict[Place, int]:
     """A token's rank under the first left vector of the joint map and of the position's own, where it stands alone."""
     places = [
-        place
-        for place, found in words.items()
-        if place[2] in (None, position) and found and len(found[0].indices) == 1
+        place for place, found in words.items() if place[2] in (None, position) and found and len(found[0].indices) == 1
     ]
     if not places:
         return {}

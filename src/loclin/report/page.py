@@ -16,9 +16,9 @@ from loclin.report import parts
 from loclin.report.checks import Check, checks
 from loclin.report.choose import largest
 from loclin.report.figures import figures, plotly_script, spectrum_points
-from loclin.report.text import SPACE, error, number, percent, sigmas, signed, visible
+from loclin.report.sheet import embedded, facts, listed, shortened
+from loclin.report.text import error, number, percent, sigmas, signed, visible
 
-_SHORT = 60
 _WORD = 28
 
 
@@ -40,10 +40,10 @@ def explanation_html(explanation: Explanation) -> str:
     }
     return Template(here.joinpath("page.html").read_text("utf-8")).substitute(
         css=here.joinpath("page.css").read_text("utf-8"),
-        script=here.joinpath("page.js").read_text("utf-8"),
+        script="".join(here.joinpath(name).read_text("utf-8") for name in ("shared.js", "page.js")),
         plotly=plotly_script(),
         data=embedded(data),
-        title=escape(_title(explanation.prompt)),
+        title=escape(shortened(explanation.prompt)),
         chips=parts.chips(explanation, "button"),
         warnings=parts.warnings(explanation),
         target=parts.token(target["text"]),
@@ -70,20 +70,6 @@ def write_html(explanation: Explanation, path: str | os.PathLike[str]) -> None:
         When plotly is not installed or the file cannot be written.
     """
     write_text(path, explanation_html(explanation))
-
-
-def embedded(data: Any) -> str:
-    """Write JSON that can stand in a script element: no text in it can end the element or begin a tag."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _title(prompt: str) -> str:
-    """Shorten a prompt to a line: its end, where the prediction follows."""
-    line = visible(" ".join(prompt.split())).replace(SPACE, " ")
-    return line if len(line) <= _SHORT else "…" + line[-_SHORT:]
 
 
 def _token(index: int, token: TokenExplanation) -> dict[str, Any]:
@@ -186,7 +172,4 @@ def _spectra_note(explanation: Explanation) -> str:
 
 
 def _settings(explanation: Explanation) -> str:
-    settings = {k: v for k, v in explanation.settings.items() if k not in ("versions", "token_ids")}
-    facts = {f"model {key}": value for key, value in explanation.model.items() if value is not None}
-    facts |= settings | explanation.settings.get("versions", {})
-    return "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items())
+    return listed(facts(explanation.model, explanation.settings))

@@ -83,8 +83,8 @@ class SVD(Result):
         tolerance
             The relative distance below which neighbours count as equal. They also do where their bounds overlap.
         """
-        parts = (self.S, self.lower, self.upper)
-        return near_equal(*(part if token is None else part[token] for part in parts), tolerance)
+        S, lower, upper = (part if token is None else part[token] for part in (self.S, self.lower, self.upper))
+        return near_equal(S, lower, upper, tolerance)
 
     def subspace_angles(self, other: SVD, token: int | None = None) -> list[Tensor]:
         """Principal angles in radians between the output sides of two results, for each of this one's blocks.
