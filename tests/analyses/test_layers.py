@@ -54,7 +54,9 @@ def test_numbers_are_those_of_dense_maps(name, position):
         for item in layer_maps(lin.chain, mode, at, ("attn_out", "mlp_out", "resid_post")):
             (component,) = [c for c in found.components if c.name == item.component]
             S = torch.linalg.svdvals(item.joint)
-            assert getattr(component, joint)[item.layer] == pytest.approx((S.square().sum() / S[0] ** 2).item(), rel=1e-6)
+            assert getattr(component, joint)[item.layer] == pytest.approx(
+                (S.square().sum() / S[0] ** 2).item(), rel=1e-6
+            )
             own = torch.linalg.svdvals(item.maps)
             ranks = (own.square().sum(1) / own[:, 0].square()).nan_to_num()
             assert getattr(component, token)[item.layer] == pytest.approx(ranks.tolist(), rel=1e-6)

@@ -80,7 +80,7 @@ def layer_logits(lin: Linearization, position: int = -1) -> Float[Tensor, "L V"]
         options["logits_to_keep"] = 0  # all of them
     with evaluation(hf), torch.no_grad():
         final = end(torch.stack([stream.to(end.hidden) for stream in streams])[None])[0]
-        rows = -len(final) // -trace.length  # some decoders give their output the prompt's length again
+        rows = -(-len(final) // trace.length)  # some decoders give their output the prompt's length again
         final = torch.cat([final, final.new_zeros(rows * trace.length - len(final), final.shape[1])])
         calls = _Calls(final.reshape(rows, trace.length, -1))
         handle = trace.route.exit.register_forward_hook(calls)
