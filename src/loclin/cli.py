@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loclin.commands import attribute, coverage, explain, faithfulness, models, validity
+from loclin.commands import attribute, coverage, explain, faithfulness, layers, models, validity
 
 app = typer.Typer(
     name="loclin",
@@ -17,10 +17,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(explain.explain)
+app.command()(layers.layers)
 app.command()(attribute.attribute)
-app.command()(coverage.coverage)
 app.command()(validity.validity)
 app.command()(faithfulness.faithfulness)
+app.command()(coverage.coverage)
 app.add_typer(models.app, name="models")
 
 

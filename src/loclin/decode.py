@@ -71,6 +71,18 @@ class Decoder:
         """The k tokens whose input embeddings lie nearest to a subspace; scores are cosines with it."""
         return self._nearest(basis, self._embeddings, k)
 
+    def ranks(self, vectors: Float[Tensor, "n d"], token: int) -> list[int]:
+        """A token's place among all that each vector writes: 1 is the first word of `writes`. Cost: n V d."""
+        table, before, start = self._head, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device), 0
+        own = vectors @ table[token].to(vectors)
+        for rows in table.split(_rows_at_once(len(vectors) + table.shape[1])):
+            above = vectors @ rows.to(vectors).T > own[:, None]
+            if start <= token < start + len(rows):
+                above[:, token - start] = False  # a larger product may round the token's own differently
+            before += above.sum(1)
+            start += len(rows)
+        return (before + 1).tolist()
+
     def _nearest(self, basis: Tensor, table: Tensor, k: int) -> Words:
         scores = []
         for rows in table.split(_rows_at_once(basis.shape[1] + table.shape[1])):

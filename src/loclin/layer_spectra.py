@@ -19,6 +19,7 @@ from loclin.points import Point
 from loclin.results import Provenance, Result
 from loclin.spectral import SVD, Ritz, ritz, stable_rank
 from loclin.spectral.bounds import rounding
+from loclin.spectral.result import near_equal
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -102,14 +103,36 @@ class LayerSpectra(Result):
         OptionError
             For a component or a layer that is not there.
         """
+        at = self._at(component, layer)
+        S, residuals = self.S[at], self.residuals[at]
+        lower, upper = self._bounds(S, residuals, self.Vh.shape[-1])
+        return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], ROUTE)
+
+    def joint_blocks(self, component: str, layer: int) -> list[list[int]]:
+        """Indices of the joint singular values at one layer, near-equal ones together, as in `SVD.blocks`.
+
+        Raises
+        ------
+        OptionError
+            For a component or a layer that is not there, or where joint triples were not asked for.
+        """
+        at = self._at(component, layer)
+        if self.joint_S is None or self.joint_residuals is None:
+            raise OptionError("there are no joint triples: ask for them with joint=True")
+        S = self.joint_S[at]
+        columns = self.S.shape[2] * self.Vh.shape[-1]
+        return near_equal(S, *self._bounds(S, self.joint_residuals[at], columns))
+
+    def _at(self, component: str, layer: int) -> tuple[int, int]:
         if not -self.n_layers <= layer < self.n_layers:
             raise OptionError(f"layer {layer}: there are layers 0 to {self.n_layers - 1}")
-        at = (self.index(component), layer)
-        S, residuals = self.S[at], self.residuals[at]
-        slack = rounding(self.U.shape[-2], self.Vh.shape[-1], S.dtype) * S[:, :1]
+        return self.index(component), layer
+
+    def _bounds(self, S: Tensor, residuals: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Where the true values of maps with so many columns are: rigorous from below, estimated from above."""
+        slack = rounding(self.U.shape[-2], columns, S.dtype) * S[..., :1]
         above = torch.where(S > 0, residuals.square() / S, 0.0) + slack
-        lower = (S - slack).clamp(min=0)
-        return SVD(self.U[at], S, self.Vh[at], residuals, lower, S + above, 1.0, self.frobenius[at], ROUTE)
+        return (S - slack).clamp(min=0), S + above
 
     def to_dataframe(self) -> DataFrame:
         """One row per component, layer and token; needs pandas."""

@@ -41,12 +41,9 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about
     OutputError
         When the files cannot be written, or the path has another ending.
     """
+    check_path(path)
     target = Path(path)
-    if target.suffix != SUFFIX:
-        raise OutputError(f"cannot write {target}: results are safetensors files; call it {target}{SUFFIX}")
     beside = _beside(target)
-    check_writable(target)
-    check_writable(beside)
     # safetensors takes no tensors that share memory
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -55,6 +52,21 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about
     write_bytes(target, save(plain, {"loclin": FORMAT, "about": text, "digest": _digest(plain, text)}))
     shapes = {name: {"shape": list(tensor.shape), "dtype": _name(tensor)} for name, tensor in plain.items()}
     write_text(beside, json.dumps({"file": target.name, "tensors": shapes} | about, ensure_ascii=False, indent=1))
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that `save_tensors` could not write, before any work is done for it.
+
+    Raises
+    ------
+    OutputError
+        When the files cannot be written, or the path has another ending.
+    """
+    target = Path(path)
+    if target.suffix != SUFFIX:
+        raise OutputError(f"cannot write {target}: results are safetensors files; call it {target}{SUFFIX}")
+    check_writable(target)
+    check_writable(_beside(target))
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -35,6 +35,14 @@ class PrecisionOption(str, Enum):
     double = "double"
 
 
+class ComponentOption(str, Enum):
+    """What of a layer to look at, for the parser."""
+
+    resid_post = "resid_post"
+    attn_out = "attn_out"
+    mlp_out = "mlp_out"
+
+
 DEFAULT_MODEL = "gemma-3-270m"
 Prompt = Annotated[str, typer.Argument(help="The text to explain; '-' reads it from standard input.")]
 ModelName = Annotated[

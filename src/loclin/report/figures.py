@@ -44,9 +44,14 @@ def figures(explanation: Explanation) -> dict[str, Any]:
         "spectra": _spectra(explanation, go),
     }
     for figure in drawn.values():
-        clear = "rgba(0,0,0,0)"
-        figure.update_layout(template="none", paper_bgcolor=clear, plot_bgcolor=clear, hoverlabel={"align": "left"})
+        figure.update_layout(**plain())
     return drawn
+
+
+def plain() -> dict[str, Any]:
+    """Give a figure's layout without colours of its own."""
+    clear = "rgba(0,0,0,0)"
+    return {"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear, "hoverlabel": {"align": "left"}}
 
 
 def check_plotly() -> None:

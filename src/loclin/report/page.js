@@ -1,34 +1,7 @@
-"use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const byId = (id) => document.getElementById(id);
+  const data = JSON.parse(byId("data").textContent);
   const plots = ["shares", "scatter", "spectra"];
   let selected = -1, shownBefore = true;
-
-  // Text from a model enters the page only as text, never as HTML.
-  function element(tag, className, ...children) {
-    const made = document.createElement(tag);
-    if (className) made.className = className;
-    made.append(...children);
-    return made;
-  }
-
-  function tokenText(text) {
-    return text.split(/([·↵⇥∅]+)/).filter(Boolean).map((part, i) =>
-      /^[·↵⇥∅]/.test(part) ? element("i", "", part) : part);
-  }
-
-  function words(side, list) {
-    const cell = element("td", side);
-    const top = Math.max(...list.map(([, score]) => Math.abs(score))) || 1;
-    for (const [text, score] of list) {
-      const hit = element("span", "hit", element("span", "word", ...tokenText(text)), element("span", "score", score));
-      hit.style.setProperty("--s", Math.max(score, 0) / top);
-      hit.title = "score " + score;
-      cell.append(hit);
-    }
-    return cell;
-  }
 
   function zero(columns) {
     const cell = element("td", "note", "The map of this token is zero: nothing it holds reaches this position.");
@@ -93,39 +66,10 @@
     Plotly.restyle("spectra", { "line.width": 4, visible: true }, [now]);
   }
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-  function themed() {
-    const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
-    const theme = {
-      "font.color": colour("--ink"), "font.family": getComputedStyle(document.body).fontFamily, "font.size": 13,
-      "hoverlabel.bgcolor": colour("--card"), "hoverlabel.bordercolor": colour("--line"), "hoverlabel.font.color": colour("--ink"),
-      "legend.bgcolor": "rgba(0,0,0,0)",
-      "modebar.bgcolor": "rgba(0,0,0,0)", "modebar.color": colour("--soft"), "modebar.activecolor": colour("--ink"),
-    };
-    for (const [key, value] of Object.entries(axis)) theme["xaxis." + key] = theme["yaxis." + key] = value;
-    return theme;
-  }
-
-  function retheme() {
-    const theme = themed();
-    for (const plot of plots) Plotly.relayout(plot, theme);
-    Plotly.restyle("shares", { "marker.line.color": colour("--ink") });
-  }
-
-  // A finger scrolls the page; only a mouse drags a zoom box.
-  const coarse = matchMedia("(pointer: coarse)").matches;
   const narrow = matchMedia("(max-width: 560px)");
-  for (const plot of plots) {
-    const { data: traces, layout } = data.figures[plot];
-    if (coarse) layout.dragmode = false;
+  draw(data.figures, plots, (plot, layout) => {
     if (plot === "spectra" && narrow.matches) layout.legend = { orientation: "h", y: -0.2, maxheight: 0.25 };
-    Plotly.newPlot(plot, traces, layout, {
-      displaylogo: false, responsive: true, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-    });
-  }
-  retheme();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", retheme);
+  }, () => Plotly.restyle("shares", { "marker.line.color": colour("--ink") }));
 
   byId("shares").on("plotly_click", (event) => {
     if (event.points[0].x < data.tokens.length) select(event.points[0].x);

@@ -40,7 +40,7 @@ def explanation_html(explanation: Explanation) -> str:
     }
     return Template(here.joinpath("page.html").read_text("utf-8")).substitute(
         css=here.joinpath("page.css").read_text("utf-8"),
-        script=here.joinpath("page.js").read_text("utf-8"),
+        script="".join(here.joinpath(name).read_text("utf-8") for name in ("shared.js", "page.js")),
         plotly=plotly_script(),
         data=embedded(data),
         title=escape(shortened(explanation.prompt)),

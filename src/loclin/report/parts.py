@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html import escape
+from typing import Any, Protocol
 
 from loclin.analyses.attribution import Attribution
 from loclin.analyses.explain import Explanation, TokenExplanation
@@ -13,6 +14,14 @@ from loclin.report.choose import full_colour
 from loclin.report.text import EMPTY, NEWLINE, SPACE, TAB, error, number, percent, signed, visible
 
 _MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
+
+
+class Predicted(Protocol):
+    """What every explanation has: the next tokens, the one that is explained, and what to know first."""
+
+    predictions: Words
+    target: dict[str, Any]
+    warnings: list[str]
 
 
 def token(text: str, limit: int | None = None) -> str:
@@ -48,7 +57,7 @@ def describe(index: int, part: TokenExplanation) -> str:
     )
 
 
-def predictions(explanation: Explanation, most: int = 10) -> str:
+def predictions(explanation: Predicted, most: int = 10) -> str:
     """Write the most probable next tokens with bars."""
     shown = explanation.predictions[:most]
     top = max((p for _, p in shown), default=1.0)
@@ -74,7 +83,7 @@ def verdict(explanation: Explanation) -> str:
     )
 
 
-def warnings(found: Explanation | Attribution) -> str:
+def warnings(found: Predicted | Attribution) -> str:
     """Write what a reader should know first."""
     return "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in found.warnings)
 

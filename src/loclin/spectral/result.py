@@ -83,16 +83,8 @@ class SVD(Result):
         tolerance
             The relative distance below which neighbours count as equal. They also do where their bounds overlap.
         """
-        values, lower, upper = (
-            (part if token is None else part[token]).tolist() for part in (self.S, self.lower, self.upper)
-        )
-        groups = [[0]] if values else []
-        for i in range(1, len(values)):
-            if values[i - 1] - values[i] <= tolerance * values[i - 1] or upper[i] > lower[i - 1]:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        return groups
+        S, lower, upper = (part if token is None else part[token] for part in (self.S, self.lower, self.upper))
+        return near_equal(S, lower, upper, tolerance)
 
     def subspace_angles(self, other: SVD, token: int | None = None) -> list[Tensor]:
         """Principal angles in radians between the output sides of two results, for each of this one's blocks.
@@ -108,6 +100,20 @@ class SVD(Result):
             sines = torch.linalg.svdvals(Y - X @ (X.T @ Y)).clamp(max=1)
             angles.append(torch.where(sines.square() < 0.5, sines.arcsin(), cosines.flip(0).arccos()))
         return angles
+
+
+def near_equal(
+    S: Float[Tensor, " k"], lower: Float[Tensor, " k"], upper: Float[Tensor, " k"], tolerance: float = NEAR_EQUAL
+) -> list[list[int]]:
+    """Indices of descending values, neighbours that cannot be told apart together; see `SVD.blocks`."""
+    values, below, above = S.tolist(), lower.tolist(), upper.tolist()
+    groups = [[0]] if values else []
+    for i in range(1, len(values)):
+        if values[i - 1] - values[i] <= tolerance * values[i - 1] or above[i] > below[i - 1]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def aligned(

@@ -1,0 +1,198 @@
+"""Every layer of a prompt as one HTML file that needs nothing else, and as a piece of HTML for a notebook."""
+
+from __future__ import annotations
+
+import json
+import os
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from loclin.analyses.explain import SingularBlock
+from loclin.analyses.layers import APPEARS, ComponentLayers, LayerExplanation
+from loclin.decode import Words
+from loclin.output import write_text
+from loclin.report import parts
+from loclin.report.figures import plotly_script
+from loclin.report.layers_figures import layers_figures
+from loclin.report.sheet import embedded, facts, listed, sheet, shortened
+from loclin.report.terms import COMPONENTS
+from loclin.report.text import error, number, percent, sigmas, signed, visible
+
+_WORD = 24
+_PREDICTIONS = 7
+
+
+def layers_html(found: LayerExplanation) -> str:
+    """Write every layer of a prompt as a self-contained, interactive HTML page.
+
+    Raises
+    ------
+    OutputError
+        When plotly is not installed.
+    """
+    here = files("loclin.report")
+    data = {
+        "figures": {name: json.loads(figure.to_json()) for name, figure in layers_figures(found).items()},
+        "tokens": [visible(text) for text in found.tokens],
+        "position": found.settings["position"],
+        "target": visible(found.target["text"], _WORD),
+        "components": [_component(component) for component in found.components],
+        "lens": [
+            {"words": _words(layer.words), "probability": percent(layer.probability), "rank": layer.rank}
+            for layer in found.lens
+        ],
+    }
+    script = "".join(here.joinpath(name).read_text("utf-8") for name in ("shared.js", "layers.js"))
+    title = shortened(found.prompt)
+    target = parts.token(found.target["text"])
+    chips = "".join(_chip(i, text, i in found.sinks) for i, text in enumerate(found.tokens))
+    return sheet(
+        title=title,
+        about="every layer, at this prompt, as an exact linear map",
+        heading=f'{escape(title)} <span class="arrow" aria-label="continues with">→</span> '
+        f'<span class="word">{target}</span>',
+        lead=f'<div class="chips" role="group" aria-label="The prompt\'s tokens: choose one">'
+        f'<button class="chip" style="--a:0" type="button" data-token="-1" aria-pressed="false">all tokens</button>'
+        f'{chips}</div><p class="key"><span class="swatch sink"></span> attention sink · the chosen token\'s maps are '
+        f"in the table, and dotted in C and D</p>{parts.warnings(found)}",
+        body=Template(here.joinpath("layers.html").read_text("utf-8")).substitute(
+            target=target,
+            probability=percent(found.target["probability"]),
+            predictions=parts.predictions(found, _PREDICTIONS),
+            appearances=_appearances(found),
+            verdict=verdict(found),
+            components=_options([COMPONENTS[c.name] for c in found.components], len(found.components) - 1),
+            tokens=_options([f"{i} {visible(text, _WORD)}" for i, text in enumerate(found.tokens)]),
+        ),
+        settings=facts(found.model, found.settings),
+        scripts=f'<script type="application/json" id="data">{embedded(data)}</script>'
+        f"<script>{plotly_script()}</script><script>{script}</script>",
+    )
+
+
+def write_layers(found: LayerExplanation, path: str | os.PathLike[str]) -> None:
+    """Write the page to a file, whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        When plotly is not installed or the file cannot be written.
+    """
+    write_text(path, layers_html(found))
+
+
+def layers_fragment(found: LayerExplanation) -> str:
+    """Write every layer in a row, as a compact piece of HTML for a notebook's output, without scripts."""
+    style = files("loclin.report").joinpath("notebook.css").read_text("utf-8")
+    shown, position = found.main, found.settings["position"]
+    heads = ("layer", "stable rank", "own", "all tokens write (σ1)", "this token writes (σ1)", "logit lens", "rank")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    rows = "".join(
+        f'<tr><td class="num">{layer}</td><td class="num">{shown.joint_stable_rank[layer]:.2f}</td>'
+        f'<td class="num">{shown.joint_own_rank[layer]:.3g}</td>'
+        f"<td>{_first(shown.joint_vectors[layer])}</td><td>{_first(shown.token_vectors[layer][position])}</td>"
+        f'<td>{_plain(lens.words)}</td><td class="num">{lens.rank:,}</td></tr>'
+        for layer, lens in enumerate(found.lens)
+    )
+    return (
+        f'<div class="loclin"><style>{style}</style>{parts.predictions(found, _PREDICTIONS)}{verdict(found)}'
+        f'{parts.warnings(found)}<p class="note">{COMPONENTS[shown.name]}</p><div class="scroll">'
+        f'<table class="tokens"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></div>'
+    )
+
+
+def verdict(found: LayerExplanation) -> str:
+    """Write in a line whether all maps are exact, and how far each component's are off at most."""
+    kind, name = ("exact", "EXACT") if found.passed else ("inexact", "NOT EXACT")
+    count = 2 * found.n_layers * len(found.components)
+    each = ", ".join(f"{COMPONENTS[c.name]} {error(c.largest_error)}" for c in found.components)
+    return (
+        f'<p class="verdict {kind}"><strong>{name}</strong> largest reconstruction error |Jx + b − y| / |y| of '
+        f"{count} maps {error(found.largest_error)}, at most {error(found.tolerance)} ({each}).</p>"
+    )
+
+
+def _first(blocks: list[SingularBlock]) -> str:
+    return _plain(blocks[0].writes) if blocks else '<span class="note">the map is zero</span>'
+
+
+def _plain(words: Words) -> str:
+    return " ".join(f'<span class="word">{parts.token(text, _WORD)}</span>' for text, _ in words)
+
+
+def _chip(index: int, text: str, is_sink: bool) -> str:
+    end = "<br>" if text.endswith("\n") else ""
+    kind = "chip sink" if is_sink else "chip"
+    return (
+        f'<button class="{kind}" style="--a:0" type="button" data-token="{index}" aria-pressed="false">'
+        f"{parts.token(text)}</button>{end}"
+    )
+
+
+def _options(names: list[str], chosen: int | None = None) -> str:
+    return "".join(
+        f'<option value="{i}"{" selected" if i == chosen else ""}>{escape(name)}</option>'
+        for i, name in enumerate(names)
+    )
+
+
+def _appearances(found: LayerExplanation) -> str:
+    """Say where the predicted word first appears, by each way of reading."""
+    shown = found.main.name
+    readers = {"lens": "logit lens", f"{shown} joint": "all tokens' map, u1", f"{shown} token": "its own token's, u1"}
+
+    def said(layer: int | None) -> str:
+        return "never" if layer is None else f"layer {layer}"
+
+    return listed(
+        {
+            name: f"{said(found.appears[key])}; the first: {said(found.leads[key])}"
+            if found.appears[key] is not None
+            else f"never among the first {APPEARS}"
+            for key, name in readers.items()
+        }
+    )
+
+
+def _component(component: ComponentLayers) -> dict[str, Any]:
+    """Give what the page shows of a component: its maps in words, numbers ready to be shown."""
+    tokens = list(zip(*component.token_vectors, strict=True))
+    return {
+        "name": component.name,
+        "title": COMPONENTS[component.name],
+        "joint": [_map(*row) for row in zip(component.joint_vectors, component.joint_stable_rank, strict=True)],
+        "tokens": [
+            [_map(blocks, ranks[i]) for blocks, ranks in zip(layers, component.token_stable_rank, strict=True)]
+            for i, layers in enumerate(tokens)
+        ],
+        "ranks": _by_token(component.token_stable_rank),
+        "own": _by_token(component.token_own_rank),
+    }
+
+
+def _by_token(ranks: list[list[float]]) -> list[list[float | None]]:
+    """Each token's stable ranks with depth; a zero map has none."""
+    return [[float(f"{rank:.5g}") or None for rank in token] for token in zip(*ranks, strict=True)]
+
+
+def _map(blocks: list[SingularBlock], stable_rank: float) -> dict[str, Any]:
+    return {
+        "rank": number(stable_rank),
+        "blocks": [
+            {
+                "name": sigmas(block.indices),
+                "values": ", ".join(number(value) for value in block.values),
+                "gain": None if block.gain is None else signed(block.gain),
+                "near": len(block.indices) > 1,
+                "writes": _words(block.writes),
+                "reads": _words(block.reads),
+            }
+            for block in blocks
+        ],
+    }
+
+
+def _words(words: Words) -> list[list[Any]]:
+    return [[visible(text, _WORD), float(f"{score:.3g}")] for text, score in words]
