@@ -19,9 +19,14 @@ _MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
 class Predicted(Protocol):
     """What every explanation has: the next tokens, the one that is explained, and what to know first."""
 
-    predictions: Words
-    target: dict[str, Any]
-    warnings: list[str]
+    @property
+    def predictions(self) -> Words: ...  # noqa: D102
+
+    @property
+    def target(self) -> dict[str, Any]: ...  # noqa: D102
+
+    @property
+    def warnings(self) -> list[str]: ...  # noqa: D102
 
 
 def token(text: str, limit: int | None = None) -> str:
