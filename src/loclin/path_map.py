@@ -38,7 +38,7 @@ class PathChain(Chain):
     def __str__(self) -> str:
         return " > ".join(str(link.part) for link in self.parts)
 
-    def steps(self, source: Point, target: Point) -> list[tuple[int, str, str]]:
+    def steps(self, source: Point, target: Point, halves: bool = False) -> list[tuple[int, str, str]]:
         """A step for each part."""
         return [(link.part.layer, "resid_pre", "resid_post") for link in self.parts]
 
@@ -50,6 +50,7 @@ class PathChain(Chain):
         position: int,
         normed: bool = False,
         chunk: int | None = None,
+        halves: bool = False,
     ) -> Iterator[Float[Tensor, "n T d"]]:
         """As for `Chain`. Cost: n columns of each part."""
         if target.kind == "logits":
