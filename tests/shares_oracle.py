@@ -1,6 +1,6 @@
 """Shares by brute force: the model's own classes with `detach` written into them, hooks, and autograd through it all.
 
-Nothing here uses loclin. For the tiny Llama and Gemma 3, whose attention adds to the stream by `ATTN` and MLP by `MLP`.
+Nothing here uses loclin. For Llama and Gemma 3, whose attention adds to the stream by `ATTN` and MLP by `MLP`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import oracle
 
 ATTN = {"llama": "self_attn", "gemma3_text": "post_attention_layernorm"}
 MLP = {"llama": "mlp", "gemma3_text": "post_feedforward_layernorm"}
-HEADS = 4
 
 
 class Network:
@@ -66,7 +65,8 @@ class Network:
     def by_head(self, scalar: Tensor, layer: int) -> Tensor:
         """What passes each head on the way to a scalar, `[H]`."""
         z = self.z[layer]
-        return (self.vjp(scalar, z) * z).unflatten(-1, (HEADS, -1)).sum((0, 1, 3)).detach()
+        heads = self.model.config.num_attention_heads
+        return (self.vjp(scalar, z) * z).unflatten(-1, (heads, -1)).sum((0, 1, 3)).detach()
 
     def by_neuron(self, scalar: Tensor, layer: int) -> Tensor:
         """What passes each neuron on the way to a scalar, `[f]`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -62,7 +61,15 @@ def parse_part(name: str, trace: Trace) -> Part:
 
 
 class PartLink:
-    """One part of a layer at its recorded input. Memory: the layer's graph, for as long as this object lives."""
+    """One part of a layer at its recorded input. Memory: the layer's graph, for as long as this object lives.
+
+    Attributes
+    ----------
+    part
+        Which part, its head counted from the front.
+    behind_attention
+        Whether it reads `resid_mid`, and not `resid_pre`.
+    """
 
     def __init__(self, link: LayerLink, part: Part) -> None:
         link.trace.part(part.layer, part.kind)
@@ -78,14 +85,9 @@ class PartLink:
                 raise OptionError(f"{part}: layer {part.layer} has query heads 0 to {found.count - 1}")
             self._heads, part = found, replace(part, head=part.head % found.count)
         self.part = part
-
-    @cached_property
-    def behind_attention(self) -> bool:
-        """Whether the part reads `resid_mid` and not `resid_pre`: an MLP that does not stand beside the attention."""
-        if self.part.kind != "mlp_out" or self._link.call.block.parts.attn is None:
-            return False
-        shift = self._graph.attn_shift
-        return torch.autograd.grad(self._output.sum(), shift, retain_graph=True, allow_unused=True)[0] is not None
+        # an MLP that does not stand beside the attention reads `resid_mid`, everything else `resid_pre`
+        beside = self._link.call.block.parts.attn is None or self._graph.parallel
+        self.behind_attention = part.kind == "mlp_out" and not beside
 
     @property
     def pattern(self) -> Float[Tensor, "T T"]:

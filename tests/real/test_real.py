@@ -7,6 +7,7 @@ import torch
 
 import loclin
 import oracle
+import shares_oracle
 
 pytestmark = pytest.mark.real
 NAMES = ["smollm2-135m", "gemma-3-270m"]
@@ -75,6 +76,61 @@ def test_shares_sum_to_the_logit(model):
     found = loclin.explain(loclin.linearize(model, "The Golden Gate"), k=2)
     assert found.target["text"] == " Bridge"
     assert abs(found.share_residual) < 2e-6 * abs(found.target["logit"])
+
+
+@pytest.mark.parametrize("by", ["token", "bias", "layer", "head", "neuron", "token×layer"])
+@pytest.mark.parametrize("prompt", PROMPTS[1:3])
+def test_every_level_sums_to_the_logit(model, prompt, by):
+    lin = loclin.linearize(model, prompt)
+    for target in (None, loclin.Margin()):
+        found = lin.attribute(target, by, words=4)
+        assert found.relative_residual < 1e-6
+        assert abs(found.residual) < 1e-6 * abs(lin.value("logits")[-1].max().item())
+
+
+def test_shares_agree_with_brute_force(model):
+    """Tokens, heads and neurons by autograd through a model frozen by rewriting its classes."""
+    eager = _copy(model, torch.float64)
+    eager.set_attn_implementation("eager")
+    lin = loclin.linearize(loclin.wrap(_copy(model, torch.float64), model.tokenizer), PROMPTS[1], precision="double")
+    bridge = model.tokenizer(" Bridge", add_special_tokens=False)["input_ids"][0]
+    network = shares_oracle.Network(eager, lin.input_ids)
+    logit, weights = network.logits[0, -1, bridge], torch.zeros(network.logits.shape[-1], dtype=torch.float64)
+    weights[bridge] = 1
+    g = network.reading(weights, -1)
+    tokens, heads, neurons = (lin.attribute(" Bridge", by) for by in ("token", "head", "neuron"))
+    assert tokens.value == pytest.approx(logit.item(), rel=1e-12)
+    assert torch.allclose(tokens.shares, network.by_token(logit), rtol=1e-10, atol=1e-11)
+    for layer in (0, 9, 17):
+        attn, mlp = ((g * parts[layer][0, -1]).sum() for parts in (network.attn, network.mlp))
+        for found, kind, direct, through in (
+            (heads, "head", network.by_head(attn, layer), network.by_head(logit, layer)),
+            (neurons, "neuron", network.by_neuron(mlp, layer), network.by_neuron(logit, layer)),
+        ):
+            mine = [part for part in found.parts if (part.kind, part.layer) == (kind, layer)]
+            assert torch.allclose(
+                torch.tensor([p.share for p in mine], dtype=torch.float64), direct, rtol=1e-9, atol=1e-11
+            )
+            passing = torch.tensor([p.through for p in mine], dtype=torch.float64)
+            assert torch.allclose(passing, through, rtol=1e-9, atol=1e-11)
+
+
+def test_a_target_that_is_not_one_token_is_refused(model):
+    lin = loclin.linearize(model, PROMPTS[1])
+    with pytest.raises(loclin.LoclinError, match=r"target ' Bridge is' is 2 tokens, not one: ' Bridge' \+ ' is'"):
+        lin.attribute(" Bridge is")
+
+
+def test_heads_and_paths(model):
+    lin = loclin.linearize(model, PROMPTS[1])
+    (top,) = lin.attribute(" Bridge", "head", words=1).top(1, "head")
+    head = lin.head(top.layer, top.index, " Bridge", k=2)
+    assert head.share == pytest.approx(top.share, rel=1e-4)
+    assert head.attends.sum().item() + head.bias == pytest.approx(top.share, rel=1e-4)
+    assert head.triples[0].value >= head.triples[1].value > 0
+    last, names = len(lin.tokens) - 1, ["L2H1", top.name]
+    at = [lin.path(None, [f"L2H1@{position}", top.name], " Bridge").share for position in range(last + 1)]
+    assert sum(at) == pytest.approx(lin.path(None, names, " Bridge").share, rel=1e-3, abs=1e-7)
 
 
 def _copy(model, dtype):
