@@ -17,7 +17,7 @@ from loclin.points import Point, parse
 
 Token = str | int
 """A token's text, which must be one token, or its id."""
-RIVALS = ("runner-up", "others")
+RIVALS = ("runner-up", "others", "mean")
 
 _SEARCHED = 1000
 """Predicted tokens among whose texts one is looked for that the tokenizer does not give back."""
@@ -33,7 +33,9 @@ class Margin:
         The token; None for the predicted one.
     over
         `"runner-up"`: minus the largest other logit. `"others"`: minus the mean of all other logits, weighted by their
-        probabilities at the prompt, which are held. This is log(p / (1 - p)) plus the entropy of the others.
+        probabilities at the prompt, which are held. This is log(p / (1 - p)) plus the entropy of the others. `"mean"`:
+        minus the plain mean of all logits, which no probability depends on; of all targets its shares agree best with
+        what removing a token does (see docs/faithfulness.md).
     """
 
     token: Token | None = None
@@ -61,7 +63,10 @@ class Direction:
 
 
 Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | None
-"""What can be asked for: a token's logit (None: the predicted one's), a difference of two, or one of the classes."""
+"""What can be asked for: a token's logit, a difference of two, or one of the classes.
+
+None is the predicted token's logit over the mean of all: `Margin(over="mean")`.
+"""
 
 
 @dataclass(frozen=True)
@@ -168,13 +173,16 @@ def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int]
         weights[ids[0]] += 1
         weights[ids[1]] -= 1
         return "logit difference", ids, weights
-    if not isinstance(target, str | int | Margin | None):
+    target = Margin(over="mean") if target is None else target
+    if not isinstance(target, str | int | Margin):
         raise OptionError(f"target {target!r}: give a token, two of them, a direction, Margin or Neuron")
     wanted = target.token if isinstance(target, Margin) else target
     chosen = int(logits.argmax()) if wanted is None else token_id(lin, wanted)
     weights[chosen] = 1
     if not isinstance(target, Margin):
         return "logit", [chosen], weights
+    if target.over == "mean":
+        return "logit over the mean", [chosen], weights - 1 / len(weights)
     others = logits.double().index_fill(0, torch.tensor([chosen], device=logits.device), -torch.inf)
     if target.over == "others":
         return "logit over the others", [chosen], weights - others.softmax(0).to(weights)

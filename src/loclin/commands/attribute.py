@@ -24,13 +24,16 @@ class MarginOption(str, Enum):
 
     runner_up = "runner-up"
     others = "others"
+    mean = "mean"
 
 
 def attribute(
     prompt: options.Prompt,
     target: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Share out this token's logit, such as ' Bridge'. Default: the predicted token's."),
+        typer.Option(
+            help="Share out this token's logit, such as ' Bridge'. By default the predicted one's, over all logits' mean."
+        ),
     ] = None,
     target_id: Annotated[
         Optional[int],  # noqa: UP045
@@ -42,7 +45,9 @@ def attribute(
     ] = None,
     margin: Annotated[
         Optional[MarginOption],  # noqa: UP045
-        typer.Option(help="Share out the logit minus the largest other, or minus the probable others' mean."),
+        typer.Option(
+            help="Share out the logit minus the largest other, the probable others' mean, or the mean of all."
+        ),
     ] = None,
     neuron: Annotated[
         Optional[str],  # noqa: UP045
@@ -57,7 +62,7 @@ def attribute(
     ] = None,
     model: options.ModelName = options.DEFAULT_MODEL,
     position: options.Position = -1,
-    gate: options.Gate = GateOption.activation,
+    gate: options.Gate = GateOption.half,
     precision: options.Precision = PrecisionOption.auto,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
