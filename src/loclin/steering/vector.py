@@ -127,18 +127,26 @@ def random_direction(model: Model, point: str, seed: int = 0) -> Vector:
 
 
 def mean_difference(
-    model: Model, texts: Sequence[str], others: Sequence[str], point: str, *, bos: bool | str | None = None
+    model: Model,
+    texts: Sequence[str],
+    others: Sequence[str],
+    point: str,
+    *,
+    last: bool = False,
+    bos: bool | str | None = None,
 ) -> Vector:
-    """The mean hidden state over the tokens of some texts less that of others; each text's first token is left out.
+    """The mean hidden state of some texts less that of others.
 
-    Cost: one forward pass for each text.
+    Over all tokens but each text's first, which may be an attention sink; or with `last` over last tokens alone. Cost:
+    one forward pass for each text.
     """
-    where = site(model, point)
+    where, start = site(model, point), -1 if last else 1
     means = [
-        torch.cat([states[1:] for states in hidden_states(model, group, where, bos)]).mean(0)
+        torch.cat([states[start:] for states in hidden_states(model, group, where, bos)]).mean(0)
         for group in (texts, others)
     ]
-    return _vector(model, where, means[0] - means[1], f"mean difference of {len(texts)} and {len(others)} texts")
+    which = "last tokens" if last else "tokens"
+    return _vector(model, where, means[0] - means[1], f"mean difference over {which} of {len(texts)} texts")
 
 
 def contrast(model: Model, pairs: Sequence[tuple[str, str]], point: str, *, bos: bool | str | None = None) -> Vector:
