@@ -4,12 +4,12 @@
     python bench/steering.py --parts cost             only what it costs to make an operator and to generate with it
     python bench/steering.py --models smollm2-135m    one model
 
-Next-token log-probabilities: a layer is chosen for every method on 10 packaged prompts and 5 concepts, then the method
+Next-token log-probabilities: a layer is chosen for the methods on 10 packaged prompts and 3 concepts, then every method
 is measured on the 40 other prompts and all 10 concepts, at several strengths; methods are compared where their mean KL
 divergence from the unsteered prediction is the same. Generation: sampled text at the strength of that KL. Intervals are
 95 % bootstrap intervals over prompts and concepts together. All steering is norm-matched: lambda/2 of the hidden
-state's norm, at every position. What is finished is kept in `bench/results/steering-MODEL.json`, from where the same
-command goes on.
+state's norm, at every position; single directions leave the beginning token alone, the attention sink. What is finished
+is kept in `bench/results/steering-MODEL.json`, from where the same command goes on.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from loclin.steering.replay import Replay
 from models import linear_weights
 
 MODELS = ("smollm2-135m", "gemma-3-270m")
-CHOOSING = (0.2, 0.5, 1.0, 1.6)
-MEASURING = (0.15, 0.3, 0.6, 1.0, 1.6)
+CHOOSING = (0.25, 0.7, 1.5)
+MEASURING = (0.15, 0.4, 0.8, 1.5)
 LIMITS = (1.0, 2.0)
 """Nats of mean KL at which methods are compared."""
-CHOOSING_CONCEPTS = 5
-WRITTEN = {"prompts": 8, "concepts": 5, "seeds": 2, "tokens": 20}
+CHOOSING_CONCEPTS = 3
+WRITTEN = {"prompts": 6, "concepts": 5, "seeds": 2, "tokens": 20}
 SAMPLES = 2000
 RANK = 8
 
@@ -108,6 +108,7 @@ def _suffix_of_others(case: Case, layer: int) -> s.Vector:
 
 METHODS: dict[str, Callable[[Case, int], s.Steering]] = {
     "operator (published)": lambda c, layer: s.Operator.make(c.own, layer),
+    "operator, first token left alone": lambda c, layer: s.Operator.make(c.own, layer, spare_first=True),
     "operator, final norm on": lambda c, layer: s.Operator.make(c.own, layer, normed=True),
     "operator, shuffled over tokens": lambda c, layer: s.Operator.make(c.own, layer, tokens=c.shuffled()),
     "operator, without the sink's map": lambda c, layer: s.Operator.make(c.own, layer, tokens="words"),
@@ -131,8 +132,19 @@ METHODS: dict[str, Callable[[Case, int], s.Steering]] = {
     "random direction": lambda c, layer: s.random_direction(c.model, _point(layer)),
 }
 INTERPOLATED, SEVERAL = "operator, interpolated (eq. 16)", "operator, three layers"
-BORROWED = {"operator, 4 texts": "operator (published)", INTERPOLATED: "operator (published)"}
-"""Methods that take another's layer."""
+CHOSEN = (
+    "operator (published)",
+    "operator, less a neutral text's",
+    "output basis, rank 8",
+    "suffix map",
+    "suffix map of 4 neutral texts",
+    "activation addition",
+    "mean difference",
+    "mean difference, last tokens",
+    "contrast vector",
+    "random direction",
+)
+"""Methods that have a layer chosen; the operator's other variants take the operator's."""
 SHARES = (0.9, 0.8, 0.65, 0.5, 0.3)
 ALL = (*METHODS, INTERPOLATED, SEVERAL)
 GENERATED = (
@@ -142,8 +154,6 @@ GENERATED = (
     "suffix map of 4 neutral texts",
     "activation addition",
     "mean difference",
-    "contrast vector",
-    "random direction",
 )
 
 
@@ -220,24 +230,22 @@ def strength_at(gain_kl: np.ndarray, strengths: list[float], limit: float) -> fl
 def choose(record: Record, model: Model, cases: list[Case]) -> dict[str, int]:
     """For each method the layer with the largest mean gain at the first limit, on the prompts for choosing."""
     replay = Replay(model, encoded(model, packaged_concepts().choosing))
-    layers = depths(cases[0].own.trace.n_layers)
-    chosen = {}
-    with tqdm(total=len(METHODS) * CHOOSING_CONCEPTS * len(layers), desc="choosing layers", unit="cell") as bar:
+    layers = depths(cases[0].own.trace.n_layers)[1:]
+    with tqdm(total=len(CHOSEN) * CHOOSING_CONCEPTS * len(layers), desc="choosing layers", unit="cell") as bar:
         for case in cases[:CHOOSING_CONCEPTS]:
             for layer in layers:
-                for name, make in METHODS.items():
-                    if name not in BORROWED:
-                        record.piece(
-                            "choose", name, case.concept.name, str(layer),
-                            make=lambda m=make, c=case, n=layer: curve(replay, c, m(c, n), CHOOSING),
-                        )  # fmt: skip
+                for name in CHOSEN:
+                    record.piece(
+                        "choose", name, case.concept.name, str(layer),
+                        make=lambda m=METHODS[name], c=case, n=layer: curve(replay, c, m(c, n), CHOOSING),
+                    )  # fmt: skip
                     bar.update()
                 case.own._maps.clear()  # one layer's dense maps at a time
-    for name in METHODS:
-        if name not in BORROWED:
-            gains = {layer: at_limit(*mean_curve(record, "choose", name, layer), LIMITS[1]) for layer in layers}
-            chosen[name] = max(gains, key=gains.__getitem__)
-    return chosen | {name: chosen[other] for name, other in BORROWED.items()} | {SEVERAL: -1}
+    chosen = {}
+    for name in CHOSEN:
+        gains = {layer: at_limit(*mean_curve(record, "choose", name, layer), LIMITS[1]) for layer in layers}
+        chosen[name] = max(gains, key=gains.__getitem__)
+    return dict.fromkeys(ALL, chosen[CHOSEN[0]]) | chosen
 
 
 def mean_curve(record: Record, part: str, name: str, layer: int) -> tuple[np.ndarray, np.ndarray]:

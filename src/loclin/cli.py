@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loclin.commands import attribute, coverage, explain, faithfulness, models, validity
+from loclin.commands import attribute, coverage, explain, faithfulness, models, steer, validity
 
 app = typer.Typer(
     name="loclin",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(explain.explain)
 app.command()(attribute.attribute)
+app.command()(steer.steer)
 app.command()(coverage.coverage)
 app.command()(validity.validity)
 app.command()(faithfulness.faithfulness)

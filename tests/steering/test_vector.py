@@ -93,11 +93,21 @@ def test_a_vector_acts_at_every_position_and_needs_no_cache(model, tmp_path):
     path = tmp_path / "v.safetensors"
     vector.save(path)
     seen = {}
+    whole = states(model, " ".join(map(str, ids[0].tolist())))
     with Vector.load(path).apply(model, 0.8):
+        both = torch.cat([torch.zeros(2, 1, dtype=torch.long), ids[:, :5].expand(2, -1)], 1)
+        mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+        handle = model.hf.model.layers[1].register_forward_hook(lambda _m, _a, out: seen.update(first=out))
+        model.hf(both, attention_mask=mask)
+        handle.remove()
         handle = model.hf.model.layers[1].register_forward_hook(lambda _m, _a, out: seen.update(new=out))
         model.hf(ids[:, 4:], past_key_values=cache)
         handle.remove()
-    h = states(model, " ".join(map(str, ids[0].tolist())))[4:]
+    h = whole[4:]
+    torch.testing.assert_close(seen["first"][0, 1], whole[0])  # the first token is left alone, padding before it or not
+    zero_first = states(model, "0 " + " ".join(map(str, ids[0, :5].tolist())))
+    torch.testing.assert_close(seen["first"][1, 0], zero_first[0])
+    assert (seen["first"][0, 2] - whole[1]).norm() > 0.1
     unit = vector.direction / vector.direction.norm()
     wanted = h + 0.4 * h.norm(dim=1, keepdim=True) * unit
     torch.testing.assert_close(seen["new"][0], wanted, rtol=1e-6, atol=1e-6)

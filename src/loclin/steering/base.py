@@ -49,9 +49,13 @@ class Steering(Result, ABC):
         The model it was made with, as in `ModelInfo.to_dict`.
     weights
         A fingerprint of that model's weights.
+    spare_first
+        Whether every text's first token is left as it is: it is the attention sink, whose hidden state is many times
+        longer than others', so that a direction of half its length is not a nudge.
     """
 
     point: str
+    spare_first: bool
     model: dict[str, Any]
     weights: str
 

@@ -107,7 +107,7 @@ def token_ids(model: Model, words: Sequence[str]) -> list[int]:
             for text in (f" {spelling}", spelling):
                 ids = model.encode(text, bos=False)[0].tolist()
                 first = model.decode_each(ids[:1])[0].strip()
-                if len(ids) == 1 or len(first) >= 3:
+                if first and spelling.startswith(first) and (len(ids) == 1 or len(first) >= 3):
                     found[ids[0]] = None
     if not found:
         raise PromptError(f"no token of {model.info.name} begins one of the words {', '.join(words) or '(none)'}")

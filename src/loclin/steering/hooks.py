@@ -46,7 +46,7 @@ class _Call:
     cache: Cache | None
     past: int
     mask: Tensor | None
-    real: Tensor | None = None
+    moved: Tensor | None = None
     S: Tensor | None = None
     running: Running | None = None
 
@@ -102,7 +102,8 @@ class Hooks:
         if call is None:
             raise SteeringError("steering does not see the whole call; call the model itself, not a part of it")
         x = hidden_state(args, kwargs)
-        call.real = _real(call.mask, x)
+        real, first_ones = _positions(call.mask, call.past, x)
+        call.moved = real & ~first_ones if self._steering.spare_first else real
         if not self._steering.accumulates:
             flat = x.flatten(0, 1)
             index = torch.zeros(len(flat), dtype=torch.long, device=x.device)
@@ -113,7 +114,7 @@ class Hooks:
             raise SteeringError(
                 "the cache holds tokens that were not read inside this 'with'; begin with an empty cache inside it"
             )
-        call.S = running.add(x, call.real, self._steering.push, call.past)
+        call.S = running.add(x, real, self._steering.push, call.past)
         call.running = running
 
     def _change_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,10 +129,10 @@ class Hooks:
         call = self._call
         assert call is not None
         assert call.S is not None
-        assert call.real is not None
-        real = call.real.to(h.device).unsqueeze(-1)
-        new = torch.where(real, steered(h, call.S.to(h.device), self._strength, self._form), h)
-        if not torch.isfinite(new).all() and not torch.isfinite(new.masked_fill(~real, 0)).all():
+        assert call.moved is not None
+        moved = call.moved.to(h.device).unsqueeze(-1)
+        new = torch.where(moved, steered(h, call.S.to(h.device), self._strength, self._form), h)
+        if not torch.isfinite(new).all() and not torch.isfinite(new.masked_fill(~moved, 0)).all():
             raise self._out_of_numbers()
         return new
 
@@ -179,8 +180,12 @@ def _moving(name: str, kept: WeakKeyDictionary[Cache, Running]) -> Any:
     return move
 
 
-def _real(mask: Tensor | None, x: Float[Tensor, "B n d"]) -> Bool[Tensor, "B n"]:
-    """Which of the new tokens are not padding."""
+def _positions(
+    mask: Tensor | None, past: int, x: Float[Tensor, "B n d"]
+) -> tuple[Bool[Tensor, "B n"], Bool[Tensor, "B n"]]:
+    """Which of the new tokens are not padding, and which are the first of their texts."""
+    batch, n = x.shape[:2]
     if mask is None:
-        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    return mask[:, -x.shape[1] :].to(x.device).bool()
+        mask = torch.ones(batch, past + n, device=x.device)
+    real = mask.to(x.device).bool()
+    return real[:, -n:], (real & (real.cumsum(1) == 1))[:, -n:]

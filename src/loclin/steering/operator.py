@@ -19,7 +19,7 @@ from loclin.steering.match import fingerprint
 
 Align = Literal["cycle", "nearest"]
 Signs = Literal["free", "fixed"]
-_SAME = ("weights", "point", "normed", "align", "gate", "rank")
+_SAME = ("weights", "point", "normed", "align", "gate", "rank", "spare_first")
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -41,7 +41,7 @@ class Operator(Steering):
         `[N, d]`, what the steering tokens' embeddings were.
     lengths
         How many of the N belong to each text; one number unless merged.
-    point, model, weights
+    point, model, weights, spare_first
         See `Steering`.
     normed
         Whether the final norm, frozen at the text, is on top of the maps.
@@ -68,6 +68,7 @@ class Operator(Steering):
     rank: int | None
     model: dict[str, Any]
     weights: str
+    spare_first: bool
     sources: list[dict[str, Any]]
     provenance: Provenance | None
 
@@ -84,6 +85,7 @@ class Operator(Steering):
         position: int = -1,
         align: Align = "cycle",
         signs: Signs = "free",
+        spare_first: bool = False,
     ) -> Operator:
         """Make the operator of a linearised steering text.
 
@@ -108,6 +110,9 @@ class Operator(Steering):
             Which map a new token meets, see the class.
         signs
             "fixed" gives each singular vector's coefficient the sign that it has in the steering text; needs a rank.
+        spare_first
+            Leave the first token of new texts as it is. The author steers it too; its S, that of a beginning token
+            which both texts share, is close to its own hidden state.
 
         Raises
         ------
@@ -153,6 +158,7 @@ class Operator(Steering):
             rank=rank,
             model=lin.model.info.to_dict(),
             weights=fingerprint(lin.model.hf),
+            spare_first=spare_first,
             sources=[{"weight": 1.0, "provenance": provenance.to_dict()}],
             provenance=provenance,
         )

@@ -86,7 +86,8 @@ class Replay:
         """
         h = self.hidden(steering.point)
         new = steered(h, self.sums(steering) if S is None else S, strength, form)
-        new = torch.where(self._real.unsqueeze(-1), new, h)
+        moved = self._real & (self._real.cumsum(1) > 1) if steering.spare_first else self._real
+        new = torch.where(moved.unsqueeze(-1), new, h)
         node = self._node(steering.point)
         with evaluation(self.model.hf), self._starting_at(node, new):
             return self._log_probs()

@@ -32,7 +32,7 @@ class Vector(Steering):
         S `[d]`.
     rule
         How it was found.
-    point, model, weights
+    point, model, weights, spare_first
         See `Steering`.
     provenance
         Of the map it was found with, where there is one.
@@ -43,6 +43,7 @@ class Vector(Steering):
     point: str
     model: dict[str, Any]
     weights: str
+    spare_first: bool = True
     provenance: Provenance | None = None
 
     def __repr__(self) -> str:
