@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loclin.commands import attribute, coverage, explain, faithfulness, models, steer, validity
+from loclin.commands import attribute, coverage, explain, faithfulness, models, steer, validity, watch
 
 app = typer.Typer(
     name="loclin",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command()(explain.explain)
 app.command()(attribute.attribute)
 app.command()(steer.steer)
+app.command()(watch.watch)
 app.command()(coverage.coverage)
 app.command()(validity.validity)
 app.command()(faithfulness.faithfulness)

@@ -20,8 +20,8 @@ from loclin.steering.hooks import Form
 from loclin.steering.replay import Replay
 
 STRENGTHS: dict[Form, tuple[float, ...]] = {
-    "add": (0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-    "interpolate": (0.9, 0.8, 0.7, 0.6, 0.5, 0.3),
+    "add": (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0),
+    "interpolate": (0.95, 0.9, 0.8, 0.65, 0.5, 0.3),
 }
 """What a sweep tries."""
 MAX_KL = 2.0

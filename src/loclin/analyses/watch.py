@@ -1,4 +1,4 @@
-"""Large singular vectors of a prompt's map that write watched words: what they give to each logit, and removing them."""
+"""Large singular vectors of a prompt's map that write watched words: what they give to the logits; removing them."""
 
 from __future__ import annotations
 
@@ -264,8 +264,8 @@ def _projection(lin: Linearization, directions: list[Tensor], point: str, proven
     if where.layer is not None and directions:
         rows = lin.chain.norm(where, trace.length - 1).vjp(rows)
     U, S, _ = torch.linalg.svd(rows.T, full_matrices=False)
-    largest = S.max().item() if len(S) else 0.0
-    basis = U[:, S > _DEPENDENT * largest]
+    least = _DEPENDENT * S.max().item() if len(S) else 0.0
+    basis = U[:, least < S]
     return Projection(
         basis=basis.contiguous(),
         module=names[module],

@@ -76,6 +76,10 @@ class Replay:
         """The hidden states at `resid_pre.L` or `resid_post.L`, padding included."""
         return self._entered[self._node(point)]
 
+    def rows(self, point: str) -> list[Tensor]:
+        """The hidden states of each prompt `[T_b, d]`, without padding."""
+        return [hidden[own] for hidden, own in zip(self.hidden(point), self._real, strict=True)]
+
     @torch.no_grad()
     def log_probs(
         self, steering: Steering, strength: float, form: Form = "add", S: Tensor | None = None

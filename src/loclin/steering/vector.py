@@ -14,12 +14,11 @@ from torch.nn.functional import log_softmax
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
-from loclin.models.layout import anatomy
-from loclin.models.route import first, hidden_state
 from loclin.points import Point
 from loclin.results import Provenance
 from loclin.steering.base import Steering, site
 from loclin.steering.match import fingerprint
+from loclin.steering.replay import Replay
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -139,7 +138,7 @@ def mean_difference(
     """The mean hidden state of some texts less that of others.
 
     Over all tokens but each text's first, which may be an attention sink; or with `last` over last tokens alone. Cost:
-    one forward pass for each text.
+    two batches of texts, each read once.
     """
     where, start = site(model, point), -1 if last else 1
     means = [
@@ -153,8 +152,8 @@ def mean_difference(
 def contrast(model: Model, pairs: Sequence[tuple[str, str]], point: str, *, bos: bool | str | None = None) -> Vector:
     """The first principal direction of the differences at the last tokens of paired texts (Zou et al. 2023; repeng).
 
-    Not centred, since pairs could as well be turned round; its sign is that of the mean difference. Cost: one forward
-    pass for each text.
+    Not centred, since pairs could as well be turned round; its sign is that of the mean difference. Cost: two batches
+    of texts, each read once.
 
     Raises
     ------
@@ -172,11 +171,8 @@ def contrast(model: Model, pairs: Sequence[tuple[str, str]], point: str, *, bos:
     return _vector(model, where, direction, f"contrast of {len(pairs)} pairs")
 
 
-@torch.no_grad()
-def hidden_states(
-    model: Model, texts: Sequence[str], where: Point, bos: bool | str | None = None
-) -> list[Float[Tensor, "T d"]]:
-    """Each text's hidden states at a layer's input or output, in float32 or wider.
+def hidden_states(model: Model, texts: Sequence[str], where: Point, bos: bool | str | None = None) -> list[Tensor]:
+    """Each text's hidden states `[T_b, d]` at a layer's input or output, in float32 or wider; one batch.
 
     Raises
     ------
@@ -185,20 +181,5 @@ def hidden_states(
     """
     if not texts:
         raise PromptError("give at least one text")
-    assert where.layer is not None
-    layer, found = anatomy(model.hf).layers[where.layer], []
-
-    def keep(hidden: Tensor) -> None:
-        found.append(hidden[0].to(torch.promote_types(hidden.dtype, torch.float32)))
-
-    handle = (
-        layer.register_forward_pre_hook(lambda _m, args, kwargs: keep(hidden_state(args, kwargs)), with_kwargs=True)
-        if where.kind == "resid_pre"
-        else layer.register_forward_hook(lambda _m, _a, output: keep(first(output)))
-    )
-    try:
-        for text in texts:
-            model.hf(input_ids=model.encode(text, bos=bos), use_cache=False)
-    finally:
-        handle.remove()
-    return found
+    found = Replay(model, [model.encode(text, bos=bos) for text in texts]).rows(str(where))
+    return [rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in found]
