@@ -45,7 +45,7 @@ MEASURING = (0.2, 0.6, 1.4)
 LIMITS = (1.0, 2.0)
 """Nats of mean KL at which methods are compared."""
 CHOOSING_CONCEPTS = 2
-WRITTEN = {"prompts": 6, "concepts": 3, "seeds": 2, "tokens": 20}
+WRITTEN = {"prompts": 6, "concepts": 2, "seeds": 2, "tokens": 20}
 SAMPLES = 2000
 RANK = 8
 
@@ -360,11 +360,11 @@ def ideal(unsteered: np.ndarray, limit: float) -> float:
     return mean_kl(low)[1]
 
 
-def evaluate(name: str, fresh: bool) -> list[Row]:
+def evaluate(name: str, fresh: bool, n_concepts: int) -> list[Row]:
     model = loclin.load(name)
     record = Record(RESULTS / f"steering-{name}.json", fresh)
     neutral: dict[str, Linearization] = {}
-    cases = [Case(model, concept, neutral) for concept in packaged_concepts().concepts]
+    cases = [Case(model, concept, neutral) for concept in packaged_concepts().concepts[:n_concepts]]
     layers = choose(record, model, cases)
     measure(record, model, cases, layers)
     generate(record, model, cases, layers)
@@ -472,6 +472,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--parts", nargs="+", default=("cost", "evaluation"), choices=("cost", "evaluation"))
+    parser.add_argument("--concepts", type=int, default=10, help="only the first so many; more go on from there")
     parser.add_argument("--fresh", action="store_true", help="forget what is finished")
     parser.add_argument("--quick", action="store_true", help="cost alone, one repeat")
     parser.add_argument("--check", action="store_true", help="exit 1 when a demand is not met")
@@ -480,7 +481,7 @@ def main() -> None:
     for name in options.models:
         say(name)
         if "evaluation" in options.parts and not options.quick:
-            rows += evaluate(name, options.fresh)
+            rows += evaluate(name, options.fresh, options.concepts)
         if "cost" in options.parts:
             rows += cost(name, 1 if options.quick else 5)
     report("steering", rows, options.check)
