@@ -5,11 +5,11 @@
     python bench/steering.py --models smollm2-135m    one model
 
 Next-token log-probabilities: a layer is chosen for the methods on 10 packaged prompts and 2 concepts, then every method
-is measured on the 40 other prompts and all 10 concepts, at several strengths; methods are compared where their mean KL
+is measured on the 40 other prompts and all concepts, at several strengths; methods are compared where their mean KL
 divergence from the unsteered prediction is the same. Generation: sampled text at the strength of that KL. Intervals are
-95 % bootstrap intervals over prompts and concepts together. All steering is norm-matched: lambda/2 of the hidden
-state's norm, at every position; single directions leave the beginning token alone, the attention sink. What is finished
-is kept in `bench/results/steering-MODEL.json`, from where the same command goes on.
+95 % bootstrap intervals over prompts and finished concepts together. All steering is norm-matched: lambda/2 of the
+hidden state's norm, at every position; single directions leave the beginning token alone, the attention sink. What is
+finished is kept in `bench/results/steering-MODEL.json`, from where the same command goes on.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import argparse
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,132 +27,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import loclin
-from harness import RESULTS, Row, interleaved, matmul_rate, report, say, show, timed
+from harness import RESULTS, Row, interleaved, matmul_rate, report, say, timed
 from loclin import steering as s
 from loclin.analyses.steering import depths, score, write
 from loclin.linearization import Linearization
 from loclin.models import Model
 from loclin.output import write_text
-from loclin.steering.concepts import Concept, packaged_concepts, token_ids
+from loclin.steering.concepts import packaged_concepts
 from loclin.steering.replay import Replay
 from models import linear_weights
+from steering_figures import CHOOSING, LIMITS, WRITTEN, Tables, at_limit, mean_curve, strength_at, tables
+from steering_methods import ALL, CHOSEN, GENERATED, INTERPOLATED, MAPPED, METHODS, RANK, SEVERAL, SHARES, Case, point
 
 MODELS = ("smollm2-135m", "gemma-3-270m")
-CHOOSING = (0.25, 0.7, 1.5)
 MEASURING = (0.2, 0.6, 1.4)
-LIMITS = (1.0, 2.0)
-"""Nats of mean KL at which methods are compared."""
 CHOOSING_CONCEPTS = 2
-WRITTEN = {"prompts": 6, "concepts": 2, "seeds": 2, "tokens": 20}
-SAMPLES = 2000
-RANK = 8
-
-
-class Case:
-    """One concept and one model, and everything that is made of them once."""
-
-    def __init__(self, model: Model, concept: Concept, neutral: dict[str, Linearization]) -> None:
-        self.model, self.concept = model, concept
-        self.ids = token_ids(model, concept.words)
-        self._lins: dict[str, Linearization] = {}
-        self._neutral = neutral
-
-    def lin(self, text: str) -> Linearization:
-        """The model at a text."""
-        held = self._neutral if text in packaged_concepts().neutral else self._lins
-        if text not in held:
-            held[text] = loclin.linearize(self.model, text, bos=True)
-        return held[text]
-
-    def forget(self) -> None:
-        """Let go of the concept's own texts and their maps; the neutral ones are every case's."""
-        self._lins.clear()
-        self.__dict__.pop("own", None)
-
-    @cached_property
-    def own(self) -> Linearization:
-        """The model at the concept's first text."""
-        return self.lin(self.concept.texts[0])
-
-    def shuffled(self) -> list[int]:
-        """Another order of that text's tokens."""
-        order = torch.randperm(len(self.own.tokens), generator=torch.Generator().manual_seed(0)).tolist()
-        return order if order != sorted(order) else order[::-1]
-
-
-def _point(layer: int) -> str:
-    return f"resid_post.{layer}"
-
-
-def _differences(case: Case, layer: int, last: bool = False) -> s.Vector:
-    texts, others = case.concept.texts, packaged_concepts().neutral
-    return s.mean_difference(case.model, texts, others, _point(layer), last=last, bos=True)
-
-
-def _merged(case: Case, layer: int) -> s.Operator:
-    return s.merge([s.Operator.make(case.lin(text), layer) for text in case.concept.texts[:2]])
-
-
-def _less_neutral(case: Case, layer: int) -> s.Operator:
-    neutral = s.Operator.make(case.lin(packaged_concepts().neutral[0]), layer)
-    return s.merge([s.Operator.make(case.own, layer), neutral], [1.0, -1.0])
-
-
-def _suffix_of_others(case: Case, layer: int) -> s.Vector:
-    """The suffix maps of neutral texts instead of the steering text's own, averaged."""
-    found = [s.pullback(case.lin(text), _point(layer), case.ids) for text in packaged_concepts().neutral[:4]]
-    return replace(found[0], direction=torch.stack([vector.direction for vector in found]).mean(0))
-
-
-METHODS: dict[str, Callable[[Case, int], s.Steering]] = {
-    "operator (published)": lambda c, layer: s.Operator.make(c.own, layer),
-    "operator, first token left alone": lambda c, layer: s.Operator.make(c.own, layer, spare_first=True),
-    "operator, final norm on": lambda c, layer: s.Operator.make(c.own, layer, normed=True),
-    "operator, shuffled over tokens": lambda c, layer: s.Operator.make(c.own, layer, tokens=c.shuffled()),
-    "operator, without the sink's map": lambda c, layer: s.Operator.make(c.own, layer, tokens="words"),
-    "operator, rank 8": lambda c, layer: s.Operator.make(c.own, layer, tokens="words", rank=RANK),
-    "operator, rank 8, signs fixed": lambda c, layer: s.Operator.make(
-        c.own, layer, tokens="words", rank=RANK, signs="fixed"
-    ),
-    "operator, nearest token": lambda c, layer: s.Operator.make(c.own, layer, align="nearest"),
-    "operator, last token's map alone": lambda c, layer: s.Operator.make(c.own, layer, tokens=[-1]),
-    "operator, less a neutral text's": _less_neutral,
-    "operator, 2 texts": _merged,
-    "output basis, rank 8": lambda c, layer: s.output_basis(c.own, _point(layer), RANK),
-    "suffix map": lambda c, layer: s.pullback(c.own, _point(layer), c.ids),
-    "suffix map of 4 neutral texts": _suffix_of_others,
-    "activation addition": lambda c, layer: s.activation_addition(c.own, _point(layer)),
-    "mean difference": _differences,
-    "mean difference, last tokens": lambda c, layer: _differences(c, layer, last=True),
-    "contrast vector": lambda c, layer: s.contrast(
-        c.model, packaged_concepts().pairs(c.concept.phrase), _point(layer), bos=True
-    ),
-    "random direction": lambda c, layer: s.random_direction(c.model, _point(layer)),
-}
-INTERPOLATED, SEVERAL = "operator, interpolated (eq. 16)", "operator, three layers"
-CHOSEN = (
-    "operator (published)",
-    "operator, less a neutral text's",
-    "output basis, rank 8",
-    "suffix map",
-    "suffix map of 4 neutral texts",
-    "activation addition",
-    "mean difference",
-    "mean difference, last tokens",
-    "contrast vector",
-    "random direction",
-)
-"""Methods that have a layer chosen; the operator's other variants take the operator's."""
-SHARES = (0.9, 0.8, 0.65, 0.5, 0.3)
-ALL = (*METHODS, INTERPOLATED, SEVERAL)
-GENERATED = (
-    "operator (published)",
-    "operator, less a neutral text's",
-    "output basis, rank 8",
-    "suffix map of 4 neutral texts",
-    "activation addition",
-    "mean difference",
-)
 
 
 class Record:
@@ -204,37 +91,20 @@ def several(replay: Replay, case: Case, strengths: tuple[float, ...]) -> Any:
     }
 
 
-def at_limit(gain: np.ndarray, kl: np.ndarray, limit: float) -> float:
-    """Gain where a method's mean KL reaches the limit, by straight lines from (0, 0) through its strengths.
-
-    A method whose KL does not get so far has the largest gain that it reached.
-    """
-    kl, gain = np.concatenate([[0.0], kl]), np.concatenate([[0.0], gain])
-    best = gain[kl <= limit].max()
-    for i in range(1, len(kl)):
-        if (kl[i - 1] - limit) * (kl[i] - limit) < 0:
-            share = (limit - kl[i - 1]) / (kl[i] - kl[i - 1])
-            best = max(best, gain[i - 1] + share * (gain[i] - gain[i - 1]))
-    return float(best)
-
-
-def strength_at(gain_kl: np.ndarray, strengths: list[float], limit: float) -> float:
-    """The smallest strength at which the mean KL reaches the limit; the largest where it does not."""
-    kl, strength = np.concatenate([[0.0], gain_kl]), np.concatenate([[0.0], strengths])
-    for i in range(1, len(kl)):
-        if kl[i] >= limit > kl[i - 1]:
-            return float(strength[i - 1] + (limit - kl[i - 1]) / (kl[i] - kl[i - 1]) * (strength[i] - strength[i - 1]))
-    return float(strengths[-1])
-
-
 def choose(record: Record, model: Model, cases: list[Case]) -> dict[str, int]:
-    """For each method the layer with the largest mean gain at the first limit, on the prompts for choosing."""
+    """For each method the layer with the largest mean gain at the second limit, on the prompts for choosing.
+
+    Of the layers at two thirds and at five sixths of the depth; the methods that have a map of strength by layer are
+    tried at a third and at half of it too.
+    """
     replay = Replay(model, encoded(model, packaged_concepts().choosing))
-    layers = depths(cases[0].own.trace.n_layers)[2:]
-    with tqdm(total=len(CHOSEN) * CHOOSING_CONCEPTS * len(layers), desc="choosing layers", unit="cell") as bar:
+    *early, late, later = depths(cases[0].own.trace.n_layers)
+    tried = {layer: MAPPED for layer in early} | {late: CHOSEN, later: CHOSEN}
+    total = CHOOSING_CONCEPTS * sum(map(len, tried.values()))
+    with tqdm(total=total, desc="choosing layers", unit="cell") as bar:
         for case in cases[:CHOOSING_CONCEPTS]:
-            for layer in layers:
-                for name in CHOSEN:
+            for layer, names in tried.items():
+                for name in names:
                     record.piece(
                         "choose", name, case.concept.name, str(layer),
                         make=lambda m=METHODS[name], c=case, n=layer: curve(replay, c, m(c, n), CHOOSING),
@@ -243,14 +113,9 @@ def choose(record: Record, model: Model, cases: list[Case]) -> dict[str, int]:
                 case.own._maps.clear()  # one layer's dense maps at a time
     chosen = {}
     for name in CHOSEN:
-        gains = {layer: at_limit(*mean_curve(record, "choose", name, layer), LIMITS[1]) for layer in layers}
+        gains = {layer: at_limit(*mean_curve(record.held, "choose", name, layer), LIMITS[1]) for layer in (late, later)}
         chosen[name] = max(gains, key=gains.__getitem__)
     return dict.fromkeys(ALL, chosen[CHOSEN[0]]) | chosen
-
-
-def mean_curve(record: Record, part: str, name: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    pieces = [v for k, v in record.held.items() if k.startswith(f"{part}/{name}/") and k.endswith(f"/{layer}")]
-    return tuple(np.mean([np.mean(p[what], axis=1) for p in pieces], axis=0) for what in ("gain", "kl"))
 
 
 def measure(record: Record, model: Model, cases: list[Case], layers: dict[str, int]) -> None:
@@ -279,7 +144,7 @@ def measure(record: Record, model: Model, cases: list[Case], layers: dict[str, i
 def why(replay: Replay, case: Case, layer: int) -> dict[str, float]:
     """What the published operator adds at the last token of new prompts, compared with what it is on its own text."""
     operator = s.Operator.make(case.own, layer)
-    own = case.own.value(_point(layer))[-1]
+    own = case.own.value(point(layer))[-1]
     S = replay.sums(operator)[:, -1]
     first = operator.push(case.own.embeddings[:1], torch.zeros(1, dtype=torch.long))[0]
     mean = S.mean(0)
@@ -333,34 +198,7 @@ def generate(record: Record, model: Model, cases: list[Case], layers: dict[str, 
                 bar.update()
 
 
-def bootstrap(gain: np.ndarray, kl: np.ndarray, limit: float) -> tuple[float, float, float]:
-    """Gain at a limit and its 95 % interval; `gain` and `kl` are [concepts, strengths, prompts]."""
-    random = np.random.default_rng(0)
-    concepts, _, prompts = gain.shape
-    draws = []
-    for _ in range(SAMPLES):
-        c, p = random.integers(concepts, size=concepts), random.integers(prompts, size=prompts)
-        draws.append(at_limit(gain[c][..., p].mean((0, 2)), kl[c][..., p].mean((0, 2)), limit))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return at_limit(gain.mean((0, 2)), kl.mean((0, 2)), limit), float(low), float(high)
-
-
-def ideal(unsteered: np.ndarray, limit: float) -> float:
-    """The gain of the least surprising way there is: P(words) raised to q and nothing else changed, at that mean KL."""
-    p = np.exp(unsteered)
-
-    def mean_kl(tilt: float) -> tuple[float, float]:
-        q = p * np.exp(tilt) / (p * np.exp(tilt) + 1 - p)
-        return float((q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))).mean()), float(np.log(q / p).mean())
-
-    low, high = 0.0, 30.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean_kl(middle)[0] < limit else (low, middle)
-    return mean_kl(low)[1]
-
-
-def evaluate(name: str, fresh: bool, n_concepts: int) -> list[Row]:
+def evaluate(name: str, fresh: bool, n_concepts: int, shown: Tables) -> list[Row]:
     model = loclin.load(name)
     record = Record(RESULTS / f"steering-{name}.json", fresh)
     neutral: dict[str, Linearization] = {}
@@ -368,66 +206,7 @@ def evaluate(name: str, fresh: bool, n_concepts: int) -> list[Row]:
     layers = choose(record, model, cases)
     measure(record, model, cases, layers)
     generate(record, model, cases, layers)
-    return tables(name, record, layers)
-
-
-def tables(name: str, record: Record, layers: dict[str, int]) -> list[Row]:
-    """Print what was found for the concepts that are finished, and give it as rows."""
-    held, rows, lines = record.held, [], []
-    names = [c.name for c in packaged_concepts().concepts if f"why/{c.name}" in held]
-    unsteered = np.array([held[f"unsteered/{n}"] for n in names])
-    for method in ALL:
-        pieces = [held[f"measure/{method}/{n}/{layers[method]}"] for n in names]
-        gain, kl = (np.array([p[what] for p in pieces]) for what in ("gain", "kl"))
-        cells = [method, "3 of them" if method == SEVERAL else str(layers[method])]
-        for limit in LIMITS:
-            value, low, high = bootstrap(gain, kl, limit)
-            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
-            rows.append(Row(f"{name}: {method}, gain at KL {limit:g}", value, "nats", f"95 % {low:.2f} to {high:.2f}"))
-        found = held.get(f"write/{method}/{names[0]}")
-        if found:
-            parts = [held[f"write/{method}/{n}"] for n in names[: WRITTEN["concepts"]]]
-            cells += written(parts)
-        else:
-            cells += [""] * 3
-        lines.append(cells)
-    parts = [held[f"write/unsteered/{n}"] for n in names[: WRITTEN["concepts"]]]
-    bound = [f"{ideal(unsteered, limit):+.2f}" for limit in LIMITS]
-    lines.append(["best possible at this KL", "", *bound, "", "", ""])
-    lines.append(["unsteered", "", "0", "0", *written(parts)])
-    title = f"{name}: unsteered log P(words) {unsteered.mean():.2f}; gain at equal KL; sampled text at KL {LIMITS[1]:g}"
-    heads = ["method", "layer", *(f"gain, KL {limit:g}" for limit in LIMITS), "words / 100", "loss", "repetition"]
-    show(title, heads, lines)
-    maps(name, record)
-    reasons = [held[f"why/{n}"] for n in names]
-    mean = {key: float(np.mean([reason[key] for reason in reasons])) for key in reasons[0]}
-    show(f"{name}: what the published operator adds", ["", "mean"], [[k, f"{v:.2f}"] for k, v in mean.items()])
-    return rows + [Row(f"{name}: {key}", value, "") for key, value in mean.items()]
-
-
-def written(parts: list[dict[str, Any]]) -> list[str]:
-    """Frequency, loss and repetition of sampled text, with 95 % intervals over concepts and texts."""
-    random, cells = np.random.default_rng(0), []
-    for what, digits in (("frequency", 1), ("loss", 2), ("repetition", 2)):
-        table = np.array([part[what] for part in parts])
-        draws = [
-            table[random.integers(len(table), size=len(table))][:, random.integers(table.shape[1], size=table.shape[1])]
-            for _ in range(SAMPLES)
-        ]
-        low, high = np.percentile([draw.mean() for draw in draws], [2.5, 97.5])
-        cells.append(f"{table.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
-    return cells
-
-
-def maps(name: str, record: Record) -> None:
-    """Strength by layer, from the prompts for choosing: gain / KL."""
-    for method in ("operator (published)", "mean difference"):
-        layers = sorted({int(k.rsplit("/", 1)[1]) for k in record.held if k.startswith(f"choose/{method}/")})
-        lines = []
-        for layer in layers:
-            gain, kl = mean_curve(record, "choose", method, layer)
-            lines.append([str(layer), *(f"{g:+.2f} / {k:.2f}" for g, k in zip(gain, kl, strict=True))])
-        show(f"{name}: {method}, gain / KL by layer and strength", ["layer", *map(str, CHOOSING)], lines)
+    return tables(name, record.held, layers, shown)
 
 
 def cost(name: str, repeats: int) -> list[Row]:
@@ -477,13 +256,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="cost alone, one repeat")
     parser.add_argument("--check", action="store_true", help="exit 1 when a demand is not met")
     options = parser.parse_args()
-    rows = []
+    rows, shown = [], Tables()
     for name in options.models:
         say(name)
         if "evaluation" in options.parts and not options.quick:
-            rows += evaluate(name, options.fresh, options.concepts)
+            rows += evaluate(name, options.fresh, options.concepts, shown)
         if "cost" in options.parts:
             rows += cost(name, 1 if options.quick else 5)
+    if shown.text:
+        write_text(RESULTS / "steering.md", "\n".join(shown.text))
     report("steering", rows, options.check)
 
 
