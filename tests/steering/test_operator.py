@@ -182,6 +182,8 @@ def test_caches_from_outside_are_refused(model, lin):
         model.hf(ids[:, :1], past_key_values=cache)
     with pytest.raises(SteeringError, match="the model itself"), operator.apply(model, 0.8):
         model.hf.model(ids)
+    with pytest.raises(SteeringError, match="static cache"), operator.apply(model, 0.8):
+        model.hf.generate(ids, cache_implementation="static", **NEW)
 
 
 def test_a_cache_of_ones_own(model, lin):
