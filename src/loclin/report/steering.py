@@ -25,6 +25,8 @@ from loclin.report.page import embedded
 from loclin.report.text import number, visible
 
 WIDEST = 120
+REPEATS = 0.3
+REPEATING = "repeats itself: a smaller --max-kl, sampling (--seed) or another --method keeps it fluent."
 
 
 def render_steered(found: Steered, console: Console) -> None:
@@ -38,9 +40,15 @@ def render_steered(found: Steered, console: Console) -> None:
     console.print(Columns(panels, padding=(0, 1)))
     console.print(_facts(found))
     console.print(_what(found))
+    if _repeats(found):
+        console.print(Text(f"The steered text {REPEATING}", "yellow"))
     if found.sweep is not None:
         console.print()
         console.print(_sweep(found))
+
+
+def _repeats(found: Steered) -> bool:
+    return found.steered.repetition > max(REPEATS, found.normal.repetition)
 
 
 def _text(found: Steered, written: Continuation) -> Text:
@@ -145,6 +153,7 @@ def steered_html(found: Steered) -> str:
         toward=", ".join(f"“{escape(text)}”" for text in found.toward),
         normal=_html(found, found.normal),
         steered=_html(found, found.steered),
+        warning=(f'<p class="warning" role="note">The steered text {escape(REPEATING)}</p>' if _repeats(found) else ""),
         rows="".join(
             f'<tr><th scope="row">{escape(name)}</th><td class="num">{a}</td><td class="num">{b}</td></tr>'
             for name, a, b in _rows(found)
