@@ -41,6 +41,8 @@ from steering_methods import ALL, CHOSEN, GENERATED, INTERPOLATED, MAPPED, METHO
 
 MODELS = ("smollm2-135m", "gemma-3-270m")
 MEASURING = (0.2, 0.6, 1.4)
+STEEP = dict.fromkeys(("suffix map", "suffix map of 4 neutral texts"), (0.2, 0.35, 0.6))
+"""Methods that pass the limits early."""
 CHOOSING_CONCEPTS = 2
 
 
@@ -133,7 +135,7 @@ def measure(record: Record, model: Model, cases: list[Case], layers: dict[str, i
                         return several(replay, case, MEASURING)
                     if name == INTERPOLATED:
                         return curve(replay, case, s.Operator.make(case.own, layer), SHARES, "interpolate")
-                    return curve(replay, case, METHODS[name](case, layer), MEASURING)
+                    return curve(replay, case, METHODS[name](case, layer), STEEP.get(name, MEASURING))
 
                 record.piece("measure", name, case.concept.name, str(layer), make=make)
                 bar.update()
