@@ -44,6 +44,7 @@ MEASURING = (0.2, 0.6, 1.4)
 STEEP = dict.fromkeys(("suffix map", "suffix map of 4 neutral texts"), (0.2, 0.35, 0.6))
 """Methods that pass the limits early."""
 CHOOSING_CONCEPTS = 2
+PARTS = ("cost", "measure", "write")
 
 
 class Record:
@@ -200,14 +201,16 @@ def generate(record: Record, model: Model, cases: list[Case], layers: dict[str, 
                 bar.update()
 
 
-def evaluate(name: str, fresh: bool, n_concepts: int, shown: Tables) -> list[Row]:
+def evaluate(name: str, options: argparse.Namespace, shown: Tables) -> list[Row]:
     model = loclin.load(name)
-    record = Record(RESULTS / f"steering-{name}.json", fresh)
+    record = Record(RESULTS / f"steering-{name}.json", options.fresh)
     neutral: dict[str, Linearization] = {}
-    cases = [Case(model, concept, neutral) for concept in packaged_concepts().concepts[:n_concepts]]
+    cases = [Case(model, concept, neutral) for concept in packaged_concepts().concepts[: options.concepts]]
     layers = choose(record, model, cases)
-    measure(record, model, cases, layers)
-    generate(record, model, cases, layers)
+    if "measure" in options.parts:
+        measure(record, model, cases, layers)
+    if "write" in options.parts:
+        generate(record, model, cases, layers)
     return tables(name, record.held, layers, shown)
 
 
@@ -252,7 +255,7 @@ def cost(name: str, repeats: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--parts", nargs="+", default=("cost", "evaluation"), choices=("cost", "evaluation"))
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--concepts", type=int, default=10, help="only the first so many; more go on from there")
     parser.add_argument("--fresh", action="store_true", help="forget what is finished")
     parser.add_argument("--quick", action="store_true", help="cost alone, one repeat")
@@ -261,8 +264,8 @@ def main() -> None:
     rows, shown = [], Tables()
     for name in options.models:
         say(name)
-        if "evaluation" in options.parts and not options.quick:
-            rows += evaluate(name, options.fresh, options.concepts, shown)
+        if {"measure", "write"} & set(options.parts) and not options.quick:
+            rows += evaluate(name, options, shown)
         if "cost" in options.parts:
             rows += cost(name, 1 if options.quick else 5)
     if shown.text:

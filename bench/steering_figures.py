@@ -98,17 +98,10 @@ def tables(name: str, held: dict[str, Any], layers: dict[str, int], shown: Table
             value, low, high = bootstrap(gain, kl, limit)
             cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
             rows.append(Row(f"{name}: {method}, gain at KL {limit:g}", value, "nats", f"95 % {low:.2f} to {high:.2f}"))
-        found = held.get(f"write/{method}/{names[0]}")
-        if found:
-            parts = [held[f"write/{method}/{n}"] for n in names[: WRITTEN["concepts"]]]
-            cells += written(parts)
-        else:
-            cells += [""] * 3
-        lines.append(cells)
-    parts = [held[f"write/unsteered/{n}"] for n in names[: WRITTEN["concepts"]]]
+        lines.append([*cells, *written(held, method)])
     bound = [f"{ideal(unsteered, limit):+.2f}" for limit in LIMITS]
     lines.append(["best possible at this KL", "", *bound, "", "", ""])
-    lines.append(["unsteered", "", "0", "0", *written(parts)])
+    lines.append(["unsteered", "", "0", "0", *written(held, "unsteered")])
     title = f"{name}: unsteered log P(words) {unsteered.mean():.2f}; gain at equal KL; sampled text at KL {LIMITS[1]:g}"
     heads = ["method", "layer", *(f"gain, KL {limit:g}" for limit in LIMITS), "words / 100", "loss", "repetition"]
     shown.add(title, heads, lines)
@@ -119,8 +112,11 @@ def tables(name: str, held: dict[str, Any], layers: dict[str, int], shown: Table
     return rows + [Row(f"{name}: {key}", value, "") for key, value in mean.items()]
 
 
-def written(parts: list[dict[str, Any]]) -> list[str]:
+def written(held: dict[str, Any], method: str) -> list[str]:
     """Frequency, loss and repetition of sampled text, with 95 % intervals over concepts and texts."""
+    parts = [piece for key, piece in held.items() if key.startswith(f"write/{method}/")]
+    if not parts:
+        return [""] * 3
     random, cells = np.random.default_rng(0), []
     for what, digits in (("frequency", 1), ("loss", 2), ("repetition", 2)):
         table = np.array([part[what] for part in parts])
