@@ -89,9 +89,9 @@ def test_watch(directory, tmp_path, capsys):  # noqa: F811
     code, out, err = here(capsys, "watch", PROMPT, *common, "--top", 1, "--k", 3, "--json", written)
     assert code == 0, err
     read = json.loads(written.read_text())
-    assert read["searched"] == 12
+    assert read["searched"] in (9, 12)
     assert len(read["hits"]) == sum(hit["writes"][0] in hit["watched"] for hit in read["hits"]) > 0
-    assert f"{len(read['hits'])} of 12 singular vectors" in out
+    assert f"{len(read['hits'])} of {read['searched']} singular vectors" in out
     assert read["elsewhere"]["prompts"] == 10
     assert here(capsys, "watch", PROMPT, *common, "--layer", 1, "--k", 2)[0] == 0
     words.write_text("\n")

@@ -37,7 +37,7 @@ def lin(model):
 def test_hits_and_their_parts(model, lin):
     svd, head = lin.jacobian().svd(24), model.hf.lm_head.weight.detach()
     word = (head @ svd.U[2, :, 0] * torch.sign(svd.Vh[2, 0] @ lin.embeddings[2])).argmax().item()
-    found, projection = watch(lin, [f"w{word}"], k=24, top=1, max_new_tokens=4)
+    found, projection = watch(lin, [f"w{word}"], k=24, top=1, sinks=True, max_new_tokens=4)
     assert (2, 1) in [(hit.token, hit.rank) for hit in found.hits]
     parts = torch.zeros(tiny.VOCABULARY, dtype=torch.float64)
     for i in range(5):
@@ -62,7 +62,7 @@ def test_what_is_taken_out_is_gone(model, lin, layer, tmp_path):
     J = lin.jacobian() if layer is None else lin.jacobian(target=f"resid_post.{layer}", normed=True)
     svd = J.svd(2)
     words = {int((head @ svd.U[i, :, 0] * torch.sign(svd.Vh[i, 0] @ lin.embeddings[i])).argmax()) for i in range(5)}
-    found, projection = watch(lin, [f"w{w}" for w in words], k=1, top=1, layer=layer, max_new_tokens=4)
+    found, projection = watch(lin, [f"w{w}" for w in words], k=1, top=1, layer=layer, sinks=True, max_new_tokens=4)
     assert len(found.hits) == 5
     path = tmp_path / "p.safetensors"
     projection.save(path)
@@ -87,7 +87,7 @@ def test_what_is_taken_out_is_gone(model, lin, layer, tmp_path):
 
 def test_nothing_found_and_nothing_to_find(lin):
     logits = lin.value("logits")[-1]
-    found, projection = watch(lin, [f"w{logits.argmin().item()}"], k=1, top=1, max_new_tokens=2)
+    found, projection = watch(lin, [f"w{logits.argmin().item()}"], k=1, top=1, sinks=True, max_new_tokens=2)
     if not found.hits:
         assert projection.basis.shape[1] == 0
         assert found.here is None
@@ -95,3 +95,15 @@ def test_nothing_found_and_nothing_to_find(lin):
     for words in ([], ["absent"]):
         with pytest.raises(LoclinError):
             watch(lin, words)
+
+
+def test_sinks_are_left_out_unless_asked_for(lin, monkeypatch):
+    """What an attention sink's map writes is likely anywhere; only `sinks=True` looks at it."""
+    words = [f"w{i}" for i in range(1, tiny.VOCABULARY)]
+    monkeypatch.setattr(type(lin), "sinks", [1])
+    found, _ = watch(lin, words, k=2, top=1, max_new_tokens=2)
+    assert found.searched == 8
+    assert {hit.token for hit in found.hits} <= {0, 2, 3, 4}
+    everything, _ = watch(lin, words, k=2, top=1, sinks=True, max_new_tokens=2)
+    assert everything.searched == 10
+    assert 1 in {hit.token for hit in everything.hits}

@@ -22,6 +22,7 @@ from loclin.points import parse
 from loclin.results import versions
 from loclin.steering.concepts import packaged_concepts, token_ids
 from loclin.steering.match import fingerprint
+from loclin.steering.operator import no_words
 from loclin.steering.projection import Projection
 
 _DEPENDENT = 1e-6
@@ -147,6 +148,7 @@ def watch(
     k: int = 8,
     top: int = 5,
     layer: int | None = None,
+    sinks: bool = False,
     n_tokens: int = 8,
     max_new_tokens: int = 30,
     progress: Callable[[str], None] = lambda _step: None,
@@ -166,6 +168,9 @@ def watch(
     layer
         Search the map to this layer's output, read through the final norm, and take the directions out there; None is
         the final hidden state.
+    sinks
+        Look at the maps of attention sinks and of a beginning token too. Their largest vector writes whatever is likely
+        anywhere, and without it the model no longer writes at all.
     n_tokens
         How many next tokens to share out.
     max_new_tokens
@@ -198,7 +203,8 @@ def watch(
     progress("singular vectors")
     svd = J.svd(k)
     gains = torch.einsum("tkd,td->tk", svd.Vh, J.input)
-    found = _hits(lin, svd.U, svd.S, gains, watched, top)
+    skipped = set() if sinks else no_words(lin)
+    found = [hit for hit in _hits(lin, svd.U, svd.S, gains, watched, top) if hit.token not in skipped]
     head = HeadLink(lin.trace, lin.trace.length - 1)
     parts = torch.zeros_like(lin.trace.logits(lin.trace.length - 1))
     directions = []
@@ -219,7 +225,7 @@ def watch(
         elsewhere=_effect(_elsewhere(model, projection), watched) if found else None,
         normal=None,
         without=None,
-        searched=svd.S.numel(),
+        searched=(len(lin.tokens) - len(skipped)) * k,
         settings={
             "model": model.info.to_dict(), "point": point, "k": k, "top": top, "gate": lin.gate,
             "token_ids": lin.input_ids[0].tolist(), "versions": versions(),

@@ -20,6 +20,9 @@ def watch(
     k: Annotated[int, typer.Option(help="How many singular vectors of each token's map to look at.", min=1)] = 8,
     top: Annotated[int, typer.Option(help="A vector is hit when a watched word is among so many of its words.")] = 5,
     layer: Annotated[Optional[int], typer.Option(help="Look at this layer's output, not at the final state.")] = None,
+    sinks: Annotated[
+        bool, typer.Option("--sinks", help="Look at attention sinks too, whose vectors write whatever is likely.")
+    ] = False,
     save: Annotated[Optional[Path], typer.Option(help="Write the projection to this .safetensors file.")] = None,
     gate: options.Gate = GateOption.activation,
     precision: options.Precision = PrecisionOption.auto,
@@ -64,7 +67,7 @@ def watch(
             bos=bos,
             memory=memory,
         )
-        found, projection = run(lin, listed, k=k, top=top, layer=layer, progress=Steps())
+        found, projection = run(lin, listed, k=k, top=top, layer=layer, sinks=sinks, progress=Steps())
         if save is not None:
             projection.save(save)
         if json is not None:

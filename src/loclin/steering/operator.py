@@ -266,13 +266,18 @@ def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None)
     )
 
 
+def no_words(lin: Linearization) -> set[int]:
+    """The positions of a text's attention sinks, and of its beginning token."""
+    begins = int(lin.input_ids[0, 0]) == lin.model.bos
+    return {*lin.sinks, *([0] if begins else [])}
+
+
 def _chosen(lin: Linearization, tokens: Sequence[int] | str) -> list[int]:
     length = len(lin.tokens)
     if tokens == "all":
         return list(range(length))
     if tokens == "words":
-        first = int(lin.input_ids[0, 0])
-        skipped = {*lin.sinks, *([0] if first == lin.model.bos else [])}
+        skipped = no_words(lin)
         return [i for i in range(length) if i not in skipped] or list(range(length))
     if isinstance(tokens, str) or not tokens:
         raise OptionError(f"tokens={tokens!r}: choose all, words, or a list of positions")
