@@ -6,10 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loclin import freeze
+    from loclin import freeze, steering
     from loclin.analyses.attribute import attribute
     from loclin.analyses.attribution import Attribution
-    from loclin import freeze, steering
     from loclin.analyses.explain import Explanation, explain
     from loclin.analyses.generation import Generation, generate
     from loclin.analyses.target import Direction, Margin, Neuron
