@@ -21,7 +21,7 @@ from loclin.analyses.steering import Continuation
 from loclin.errors import OutputError
 from loclin.output import write_text
 from loclin.report.figures import MISSING, NEUTRAL, PALETTE, plotly_script
-from loclin.report.page import embedded
+from loclin.report.sheet import embedded
 from loclin.report.text import number, visible
 
 WIDEST = 120
