@@ -44,6 +44,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/dense.py
 	$(BIN)/python bench/spectra.py
 	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/steering.py --parts cost
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("loclin needs Python 3.10 or newer; this is " + sys.version.split()[0] \

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loclin import freeze
+    from loclin import freeze, steering
     from loclin.analyses.attribute import attribute
     from loclin.analyses.attribution import Attribution
     from loclin.analyses.explain import Explanation, explain
@@ -47,6 +47,7 @@ __all__ = [
     "linearize_batch",
     "load",
     "validity",
+    "steering",
     "wrap",
 ]
 
@@ -79,8 +80,8 @@ _ROOMS = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `loclin --help` need not wait for torch."""
-    if name == "freeze":
-        return import_module("loclin.freeze")
+    if name in ("freeze", "steering"):
+        return import_module(f"loclin.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'loclin' has no attribute {name!r}")
     return getattr(import_module(f"loclin.{_ROOMS[name]}"), name)

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loclin.commands import attribute, coverage, explain, faithfulness, layers, models, validity
+from loclin.commands import attribute, coverage, explain, faithfulness, layers, models, steer, validity, watch
 
 app = typer.Typer(
     name="loclin",
@@ -19,6 +19,8 @@ app = typer.Typer(
 app.command()(explain.explain)
 app.command()(layers.layers)
 app.command()(attribute.attribute)
+app.command()(steer.steer)
+app.command()(watch.watch)
 app.command()(validity.validity)
 app.command()(faithfulness.faithfulness)
 app.command()(coverage.coverage)

@@ -38,3 +38,7 @@ class OutputError(LoclinError):
 
 class ResultError(LoclinError):
     """A saved result cannot be read: it is missing, not loclin's, another one's, or not as it was written."""
+
+
+class SteeringError(LoclinError):
+    """Steering does not fit the model, or has driven its values out of the numbers; the message says which."""

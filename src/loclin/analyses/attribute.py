@@ -42,7 +42,8 @@ def attribute(
     lin
         From `loclin.linearize`.
     target
-        A token's logit, by text or id (None: the predicted token's, over the mean of all); two tokens: the difference of their logits;
+        A token's logit, by text or id (None: the predicted token's over the mean of all); two tokens: the difference
+        of their logits;
         `Margin`, `Neuron`, `Direction`, or a vector `[d]` at `final`.
     by
         `"token"`: what each input token gives (J_i x_i through the target), and each bias, by all ways.

@@ -32,7 +32,7 @@ def attribute(
     target: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Share out this token's logit, such as ' Bridge'. By default the predicted one's, over all logits' mean."
+            help="Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all."
         ),
     ] = None,
     target_id: Annotated[

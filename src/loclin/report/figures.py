@@ -13,7 +13,7 @@ from loclin.errors import OutputError
 from loclin.report.choose import largest
 from loclin.report.text import error, number, signed, visible
 
-_MISSING = 'an HTML page needs plotly: pip install "loclin[html]"'
+MISSING = 'an HTML page needs plotly: pip install "loclin[html]"'
 POSITIVE, NEGATIVE, NEUTRAL = "#3b82f6", "#ea6a12", "#8b93a1"
 PALETTE = ["#3b82f6", "#ea6a12", "#12a150", "#a855f7", "#e0457b", "#0ea5b7", "#b58900", "#7c86f0"]
 FULL_SPECTRA = 64
@@ -37,7 +37,7 @@ def figures(explanation: Explanation) -> dict[str, Any]:
     try:
         import plotly.graph_objects as go
     except ImportError as missing:
-        raise OutputError(_MISSING) from missing
+        raise OutputError(MISSING) from missing
     drawn = {
         "shares": _shares(explanation, go),
         "scatter": _scatter(explanation, go),
@@ -63,7 +63,7 @@ def check_plotly() -> None:
         When plotly is not installed.
     """
     if find_spec("plotly") is None:
-        raise OutputError(_MISSING)
+        raise OutputError(MISSING)
 
 
 def plotly_script() -> str:

@@ -1,0 +1,133 @@
+"""`loclin steer`: a prompt, normal and steered towards a text, side by side."""
+# ruff: noqa: UP045 (as the other commands write them)
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from loclin.commands import options
+from loclin.commands.console import Steps, importing, one_clear_line, stdout
+from loclin.commands.console import step as running
+from loclin.commands.options import GateOption
+
+
+class MethodOption(str, Enum):
+    """What can steer, for the parser."""
+
+    operator = "operator"
+    basis = "basis"
+    suffix = "suffix"
+    activation = "activation"
+    mean = "mean"
+    random = "random"
+
+
+class FormOption(str, Enum):
+    """The forms of steering, for the parser."""
+
+    add = "add"
+    interpolate = "interpolate"
+
+
+def steer(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; '-' reads it from standard input.")],
+    toward: Annotated[
+        Optional[list[str]], typer.Option(help="A text that means the concept; give it again for more texts.")
+    ] = None,
+    model: options.ModelName = options.DEFAULT_MODEL,
+    layer: Annotated[Optional[int], typer.Option(help="Steer this layer's output. Default: found by trying.")] = None,
+    strength: Annotated[
+        Optional[float],
+        typer.Option(help="How strongly; 0 (add) or 1 (interpolate) is unsteered. Default: found by trying."),
+    ] = None,
+    form: Annotated[
+        FormOption, typer.Option(help="Add what steers, scaled to the hidden state's norm, or interpolate (eq. 16).")
+    ] = FormOption.add,
+    method: Annotated[
+        MethodOption,
+        typer.Option(help="The text's map (operator), or what it is compared with: see docs/steering.md."),
+    ] = MethodOption.operator,
+    words: Annotated[
+        Optional[str], typer.Option(help="The concept's words, with commas. Default: the text's, and what follows it.")
+    ] = None,
+    rank: Annotated[Optional[int], typer.Option(help="Keep so many singular triples of each map.", min=1)] = None,
+    normed: Annotated[bool, typer.Option("--normed", help="Put the final norm on top of the maps.")] = False,
+    max_kl: Annotated[float, typer.Option(help="How much fluency trying may cost: KL of the next token, nats.")] = 2.0,
+    operator: Annotated[Optional[Path], typer.Option(help="Steer with an operator that --save wrote.")] = None,
+    save: Annotated[Optional[Path], typer.Option(help="Write what steers to this .safetensors file.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to write at most.", min=1)] = 30,
+    seed: Annotated[Optional[int], typer.Option(help="Sample with this seed. Default: greedy.")] = None,
+    temperature: Annotated[Optional[float], typer.Option(help="For sampling.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    gate: options.Gate = GateOption.activation,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    bos: options.Bos = None,
+    memory: options.Memory = None,
+    json: options.Json = None,
+    html: options.Html = None,
+) -> None:
+    """Steer a text towards a concept: normal and steered side by side, with strength and layer found by trying.
+
+    loclin steer "Here is a painting of the" --toward "The bridge out of Marin is the Golden" --html steer.html
+    """
+    with one_clear_line():
+        text = options.checked(prompt, memory, json, html)
+        if save is not None:
+            with importing():
+                from loclin.output import check_writable
+
+            check_writable(save)
+        if (operator is None) == (not toward):
+            from loclin.errors import OptionError
+
+            raise OptionError("say what to steer towards: --toward TEXT, or --operator FILE, one of them")
+        with importing():
+            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (what load will ask for)
+
+            from loclin.analyses.steer import steer as run
+            from loclin.models import load
+            from loclin.report import write_text
+            from loclin.report.steering import render_steered, write_steered_html
+            from loclin.steering import Operator
+
+        held = None if operator is None else Operator.load(operator)
+        with running(f"loading {model}"):
+            loaded = load(model, dtype=dtype, device=device, device_map=device_map, revision=revision)
+        sampling = {} if temperature is None else {"temperature": temperature}
+        found, steering = run(
+            loaded,
+            text,
+            toward or (),
+            operator=held,
+            words=None if words is None else [word.strip() for word in words.split(",") if word.strip()],
+            method=method.value,
+            layer=layer,
+            strength=strength,
+            form=form.value,
+            rank=rank,
+            normed=normed,
+            gate=gate.value,
+            bos=bos,
+            chat=chat,
+            max_new_tokens=tokens,
+            max_kl=max_kl,
+            seed=seed,
+            memory=memory,
+            progress=Steps(),
+            **sampling,
+        )
+        if save is not None:
+            steering.save(save)
+        if json is not None:
+            write_text(json, found.to_json())
+        if html is not None:
+            write_steered_html(found, html)
+        render_steered(found, stdout)
+        options.wrote(save, json, html)

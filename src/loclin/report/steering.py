@@ -1,0 +1,229 @@
+"""A normal and a steered text side by side, with the sweep that found the strength; terminal and page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from loclin.analyses.steer import METHODS, Steered
+from loclin.analyses.steering import Continuation
+from loclin.errors import OutputError
+from loclin.output import write_text
+from loclin.report.figures import MISSING, NEUTRAL, PALETTE, plotly_script
+from loclin.report.sheet import embedded
+from loclin.report.text import number, visible
+
+WIDEST = 120
+REPEATS = 0.3
+REPEATING = "repeats itself: a smaller --max-kl, sampling (--seed) or another --method keeps it fluent."
+
+
+def render_steered(found: Steered, console: Console) -> None:
+    """Print both texts, what they cost, and the sweep."""
+    width = min(console.width, WIDEST)
+    half = (width - 1) // 2 if width >= 80 else width
+    panels = [
+        Panel(_text(found, text), title=f"[bold]{name}[/]", title_align="left", width=half, border_style=style)
+        for name, text, style in (("normal", found.normal, "dim"), ("steered", found.steered, "green"))
+    ]
+    console.print(Columns(panels, padding=(0, 1)))
+    console.print(_facts(found))
+    console.print(_what(found))
+    if _repeats(found):
+        console.print(Text(f"The steered text {REPEATING}", "yellow"))
+    if found.sweep is not None:
+        console.print()
+        console.print(_sweep(found))
+
+
+def _repeats(found: Steered) -> bool:
+    return found.steered.repetition > max(REPEATS, found.normal.repetition)
+
+
+def _text(found: Steered, written: Continuation) -> Text:
+    line = Text(_plain(found.prompt), "dim")
+    said = Text(_plain(written.text))
+    if (pattern := _pattern(found.words)) is not None:
+        said.highlight_regex(pattern, "bold green")
+    line.append_text(said)
+    return line.append(" ⏹ end of text" if written.ended else " …", "dim")
+
+
+def _plain(text: str) -> str:
+    """A text with its own lines and spaces, and nothing in it that could act on a terminal."""
+    return "\n".join(visible(line).replace("·", " ") if line else "" for line in text.split("\n"))
+
+
+def _pattern(words: list[str]) -> re.Pattern[str] | None:
+    if not words:
+        return None
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+
+
+def _facts(found: Steered) -> Table:
+    table = Table("", "normal", "steered", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, normal, steered in _rows(found):
+        table.add_row(name, normal, steered)
+    return table
+
+
+def _rows(found: Steered) -> list[tuple[str, str, str]]:
+    """The two texts' numbers, in words."""
+    normal, steered = found.normal, found.steered
+    return [
+        ("the concept's words, per hundred", f"{normal.frequency:.1f}", f"{steered.frequency:.1f}"),
+        ("loss of the unsteered model, nats per token", f"{normal.loss:.2f}", f"{steered.loss:.2f}"),
+        ("repeated three-token sequences", f"{normal.repetition:.0%}", f"{steered.repetition:.0%}"),
+        ("next token: gain of the words, nats", "", f"{found.gain:+.2f}"),
+        ("next token: KL from the unsteered one, nats", "", f"{found.kl:.2f}"),
+    ]
+
+
+def _what(found: Steered) -> Text:
+    text = Text(f"{_described(found)}\n", "dim")
+    return text.append(f"words: {', '.join(map(visible, found.words))}", "dim")
+
+
+def _described(found: Steered) -> str:
+    how = METHODS.get(found.method, found.method)  # type: ignore[call-overload]
+    point = found.settings["point"]
+    return f"{found.model['name']} · {found.method}: {how} · {point} · strength {found.strength:g} ({found.form})"
+
+
+def _sweep(found: Steered) -> Table:
+    sweep = found.sweep
+    assert sweep is not None
+    strengths = sorted({trial.strength for trial in sweep.trials}, reverse=found.form == "interpolate")
+    title = f"gain / KL, mean over prompts; at most KL {sweep.max_kl:g}"
+    table = Table(
+        "layer", *(f"{s:g}" for s in strengths), title=title, title_justify="left", box=None, header_style="dim"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    cells = {(trial.layer, trial.strength): trial for trial in sweep.trials}
+    for layer in sorted({trial.layer for trial in sweep.trials}):
+        row = []
+        for strength in strengths:
+            trial = cells.get((layer, strength))
+            style = "bold green" if trial == sweep.best else "" if trial and trial.kl <= sweep.max_kl else "dim"
+            row.append(Text("not finite" if trial is None else f"{trial.gain:+.2f} / {trial.kl:.2f}", style))
+        table.add_row(str(layer), *row)
+    return table
+
+
+def write_steered_html(found: Steered, path: str | os.PathLike[str]) -> None:
+    """Write the page to a file, whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        When plotly is not installed or the file cannot be written.
+    """
+    write_text(path, steered_html(found))
+
+
+def steered_html(found: Steered) -> str:
+    """Write both texts, their numbers and the sweep as one self-contained HTML page.
+
+    Raises
+    ------
+    OutputError
+        When plotly is not installed.
+    """
+    here = files("loclin.report")
+    figure = _figure(found)
+    return Template(here.joinpath("steer.html").read_text("utf-8")).substitute(
+        css=here.joinpath("page.css").read_text("utf-8"),
+        plotly="" if figure is None else plotly_script(),
+        figure=embedded(figure),
+        title=escape(visible(found.prompt, 60).replace("·", " ")),
+        toward=", ".join(f"“{escape(text)}”" for text in found.toward),
+        normal=_html(found, found.normal),
+        steered=_html(found, found.steered),
+        warning=(f'<p class="warning" role="note">The steered text {escape(REPEATING)}</p>' if _repeats(found) else ""),
+        rows="".join(
+            f'<tr><th scope="row">{escape(name)}</th><td class="num">{a}</td><td class="num">{b}</td></tr>'
+            for name, a, b in _rows(found)
+        ),
+        how=escape(_described(found)),
+        words=escape(", ".join(map(visible, found.words))),
+        hidden="hidden" if figure is None else "",
+        limit=number(found.sweep.max_kl) if found.sweep else "",
+        table=_html_sweep(found),
+        settings=_settings(found),
+    )
+
+
+def _html(found: Steered, written: Continuation) -> str:
+    said = _plain(written.text)
+    pattern, parts, last = _pattern(found.words), [], 0
+    for hit in pattern.finditer(said) if pattern else ():
+        parts += [escape(said[last : hit.start()]), f"<mark>{escape(hit[0])}</mark>"]
+        last = hit.end()
+    end = ' <span class="note">⏹ end of text</span>' if written.ended else " …"
+    return f'<span class="note">{escape(_plain(found.prompt))}</span>{"".join(parts)}{escape(said[last:])}{end}'
+
+
+def _html_sweep(found: Steered) -> str:
+    if found.sweep is None:
+        return ""
+    rows = (
+        f'<tr{" class=current" if t == found.sweep.best else ""}><td class="num">{t.layer}</td>'
+        f'<td class="num">{t.strength:g}</td><td class="num">{t.gain:+.2f}</td><td class="num">{t.kl:.2f}</td></tr>'
+        for t in found.sweep.trials
+    )
+    heads = "".join(f'<th scope="col" class="num">{name}</th>' for name in ("layer", "strength", "gain", "KL"))
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _settings(found: Steered) -> str:
+    facts = {f"model {k}": v for k, v in found.model.items() if v is not None}
+    facts |= {k: v for k, v in found.settings.items() if k != "versions"} | found.settings["versions"]
+    return "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items())
+
+
+def _figure(found: Steered) -> Any:
+    """Gain against KL: a line for each layer, a marker for each strength."""
+    if found.sweep is None:
+        return None
+    try:
+        import plotly.graph_objects as go
+    except ImportError as missing:
+        raise OutputError(MISSING) from missing
+    sweep, figure = found.sweep, go.Figure()
+    for n, layer in enumerate(sorted({trial.layer for trial in sweep.trials})):
+        own = [trial for trial in sweep.trials if trial.layer == layer]
+        figure.add_scatter(
+            x=[0.0, *(trial.kl for trial in own)],
+            y=[0.0, *(trial.gain for trial in own)],
+            text=["unsteered", *(f"layer {layer}, strength {trial.strength:g}" for trial in own)],
+            hovertemplate="%{text}<br>gain %{y:.2f}, KL %{x:.2f}<extra></extra>",
+            mode="lines+markers",
+            name=f"layer {layer}",
+            line={"color": PALETTE[n % len(PALETTE)], "width": 2},
+        )
+    figure.add_scatter(
+        x=[sweep.best.kl], y=[sweep.best.gain], mode="markers", name="chosen", hoverinfo="skip",
+        marker={"size": 16, "symbol": "circle-open", "color": NEUTRAL, "line": {"width": 3}},
+    )  # fmt: skip
+    figure.add_vline(x=sweep.max_kl, line={"color": NEUTRAL, "dash": "dot", "width": 1})
+    clear = "rgba(0,0,0,0)"
+    figure.update_layout(
+        template="none", paper_bgcolor=clear, plot_bgcolor=clear, margin={"l": 60, "r": 12, "t": 12, "b": 48},
+        xaxis_title="fluency lost: KL from the unsteered prediction, nats",
+        yaxis_title="gain of the words, nats",
+    )  # fmt: skip
+    return json.loads(figure.to_json())

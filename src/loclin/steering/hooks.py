@@ -1,0 +1,191 @@
+"""Steering while a model runs: hooks on the layer that embeddings enter and on the layer that is steered."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import Cache
+
+from loclin.errors import SteeringError
+from loclin.models import Model
+from loclin.models.layout import anatomy
+from loclin.models.route import first, hidden_state
+from loclin.points import Point
+from loclin.steering.running import Running
+
+if TYPE_CHECKING:
+    from loclin.steering.base import Steering
+
+Form = Literal["add", "interpolate"]
+_REORDERED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+"""The methods by which generation moves a cache's rows, its sequences."""
+
+
+def steered(h: Float[Tensor, "*b d"], S: Float[Tensor, "*b d"], strength: float, form: Form) -> Float[Tensor, "*b d"]:
+    """The hidden state h `[..., d]` moved towards S, in h's dtype; computed in the wider of the two."""
+    wide = h.to(torch.promote_types(h.dtype, S.dtype))
+    if form == "interpolate":
+        return (strength * wide + (1 - strength) * S).to(h.dtype)
+    unit = S / S.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)  # zero where S is
+    return (wide + strength / 2 * wide.norm(dim=-1, keepdim=True) * unit).to(h.dtype)
+
+
+@dataclass
+class _Call:
+    """One call of the model: its cache and how much that holds, and the attention mask."""
+
+    cache: Cache | None
+    past: int
+    mask: Tensor | None
+    moved: Tensor | None = None
+    S: Tensor | None = None
+    running: Running | None = None
+
+
+class Hooks:
+    """The hooks of one `with steering.apply(...)`.
+
+    The sums over earlier tokens stand beside the key-value cache that holds those tokens, so that several caches, cut
+    caches and caches whose rows are moved all have the right ones.
+    """
+
+    def __init__(self, steering: Steering, model: Model, strength: float, form: Form) -> None:
+        self._steering = steering.to(model.device)
+        self._hf, self._parts = model.hf, anatomy(model.hf)
+        self._strength, self._form = strength, form
+        self._signature = inspect.signature(model.hf.forward)
+        self._call: _Call | None = None
+        self._kept: WeakKeyDictionary[Cache, Running] = WeakKeyDictionary()
+
+    @contextmanager
+    def installed(self, where: Point) -> Iterator[None]:
+        """Put the hooks on, and take them off again."""
+        assert where.layer is not None
+        layer = self._parts.layers[where.layer]
+        with ExitStack() as stack:
+            handles = [
+                self._hf.register_forward_pre_hook(self._begin, with_kwargs=True),
+                self._parts.layers[0].register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+                layer.register_forward_pre_hook(self._change_input, with_kwargs=True)
+                if where.kind == "resid_pre"
+                else layer.register_forward_hook(self._change_output),
+                self._hf.register_forward_hook(self._end),
+            ]
+            for handle in handles:
+                stack.callback(handle.remove)
+            stack.callback(self._let_go)
+            yield
+
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise SteeringError(
+                "steering needs the attention mask as [B, T], to know padding from tokens; a static cache gives "
+                "another: generate with the default cache"
+            )
+        self._call = _Call(cache, 0 if cache is None else int(cache.get_seq_length()), mask)
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add what the new tokens' embeddings say to the sums."""
+        call = self._call
+        if call is None:
+            raise SteeringError("steering does not see the whole call; call the model itself, not a part of it")
+        x = hidden_state(args, kwargs)
+        real, first_ones = _positions(call.mask, call.past, x)
+        call.moved = real & ~first_ones if self._steering.spare_first else real
+        if not self._steering.accumulates:
+            flat = x.flatten(0, 1)
+            index = torch.zeros(len(flat), dtype=torch.long, device=x.device)
+            call.S = self._steering.push(flat, index).unflatten(0, x.shape[:2])
+            return
+        running = Running() if call.past == 0 else self._kept.get(call.cache) if call.cache is not None else None
+        if running is None or not running.fits(len(x), call.past):
+            raise SteeringError(
+                "the cache holds tokens that were not read inside this 'with'; begin with an empty cache inside it"
+            )
+        call.S = running.add(x, real, self._steering.push, call.past)
+        call.running = running
+
+    def _change_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = self._changed(hidden_state(args, kwargs))
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    def _change_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        new = self._changed(first(output))
+        return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
+
+    def _changed(self, h: Tensor) -> Tensor:
+        call = self._call
+        assert call is not None
+        assert call.S is not None
+        assert call.moved is not None
+        moved = call.moved.to(h.device).unsqueeze(-1)
+        new = torch.where(moved, steered(h, call.S.to(h.device), self._strength, self._form), h)
+        if not torch.isfinite(new).all() and not torch.isfinite(new.masked_fill(~moved, 0)).all():
+            raise self._out_of_numbers()
+        return new
+
+    def _end(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        values = tuple(output.values()) if hasattr(output, "values") else output
+        logits = getattr(output, "logits", None)
+        call, self._call = self._call, None
+        if logits is not None and logits[:, -1].isnan().any():
+            raise self._out_of_numbers()
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        if cache is not None and call is not None and call.running is not None:
+            self._keep(cache, call.running)
+
+    def _out_of_numbers(self) -> SteeringError:
+        return SteeringError(
+            f"strength {self._strength:g} ({self._form}) drives the model's values out of the numbers of its dtype; "
+            "take a smaller one. The model is as it was"
+        )
+
+    def _keep(self, cache: Cache, running: Running) -> None:
+        """Remember a cache's sums, and have them move with its rows.
+
+        The methods are set on this one cache, bound to it, so that a copy's are bound to the copy and move no sums.
+        """
+        if cache not in self._kept:
+            for name in _REORDERED:
+                setattr(cache, name, MethodType(_moving(name, self._kept), cache))
+        self._kept[cache] = running
+
+    def _let_go(self) -> None:
+        for cache in list(self._kept):
+            for name in _REORDERED:
+                cache.__dict__.pop(name, None)
+        self._kept.clear()
+
+
+def _moving(name: str, kept: WeakKeyDictionary[Cache, Running]) -> Any:
+    """A cache's method that moves its rows, and its sums with them."""
+
+    def move(cache: Cache, rows: Any) -> None:
+        getattr(type(cache), name)(cache, rows)
+        if cache in kept:
+            kept[cache].move(rows)
+
+    return move
+
+
+def _positions(
+    mask: Tensor | None, past: int, x: Float[Tensor, "B n d"]
+) -> tuple[Bool[Tensor, "B n"], Bool[Tensor, "B n"]]:
+    """Which of the new tokens are not padding, and which are the first of their texts."""
+    batch, n = x.shape[:2]
+    if mask is None:
+        mask = torch.ones(batch, past + n, device=x.device)
+    real = mask.to(x.device).bool()
+    return real[:, -n:], (real & (real.cumsum(1) == 1))[:, -n:]

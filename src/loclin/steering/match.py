@@ -1,0 +1,45 @@
+"""Whether something that was made with one model may be used with another."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from torch import nn
+
+from loclin.errors import SteeringError
+from loclin.models import Model
+from loclin.models.hashing import tensor_bytes
+
+_SAMPLE = 64
+_NAMED = ("name", "family", "revision", "sha256", "dtype", "n_parameters")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of 64 numbers of every weight, by which another revision, dtype or fine-tune shows.
+
+    Offloaded weights count by name and shape only. Cost: milliseconds.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in module.named_parameters():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        if not weight.is_meta:
+            flat = weight.detach().flatten()
+            digest.update(tensor_bytes(flat[:: max(1, flat.numel() // _SAMPLE)]))
+    return digest.hexdigest()
+
+
+def check_model(what: str, made_with: dict[str, Any], weights: str, model: Model) -> None:
+    """Refuse a model whose weights are not those that something was made with.
+
+    Raises
+    ------
+    SteeringError
+        Saying in what the two models differ.
+    """
+    if fingerprint(model.hf) == weights:
+        return
+    here = model.info.to_dict()
+    differing = [f"{k} {made_with.get(k)!r} there, {here[k]!r} here" for k in _NAMED if made_with.get(k) != here[k]]
+    why = "; ".join(differing) or "the same name, other weights: another revision, a fine-tune or an adapter"
+    raise SteeringError(f"the {what} was made with another model ({why}); make it anew with this one")

@@ -1,0 +1,284 @@
+"""A steering text's map as an operator on other texts (paper, section 3.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from loclin.errors import OptionError, SteeringError
+from loclin.linearization import Linearization
+from loclin.results import Provenance
+from loclin.steering.base import Steering, site
+from loclin.steering.match import fingerprint
+
+Align = Literal["cycle", "nearest"]
+Signs = Literal["free", "fixed"]
+_SAME = ("weights", "point", "normed", "align", "gate", "rank", "spare_first")
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Operator(Steering):
+    """The maps of one steering text, or of several, from the embeddings to a layer: S_p = sum_{q <= p} J[q] x_q.
+
+    Made by `Operator.make` and `merge`; `save` writes a `.safetensors` file and a readable `.json`, `load` reads it.
+
+    Attributes
+    ----------
+    left
+        `[N, d, d]`, the N = T maps of one text's tokens; or the left singular vectors times their values `[N, d, k]`.
+    right
+        The right singular vectors `[N, k, d]`; None where the maps are whole.
+    signs
+        `[N, k]`: the sign that each singular vector's coefficient is given, that of the steering text itself; None:
+        the new text's own.
+    embeddings
+        `[N, d]`, what the steering tokens' embeddings were.
+    lengths
+        How many of the N belong to each text; one number unless merged.
+    point, model, weights, spare_first
+        See `Steering`.
+    normed
+        Whether the final norm, frozen at the text, is on top of the maps.
+    align
+        Which map a new token meets: "cycle", the one at its position modulo T (the author's way), or "nearest", that
+        of the steering token whose embedding has the largest cosine with its own.
+    gate, rank
+        As they were made; rank None is all columns.
+    sources
+        Of each text: its weight in the sum, and the provenance of its map.
+    provenance
+        That of the first text's map.
+    """
+
+    left: Float[Tensor, "N d k"]
+    right: Float[Tensor, "N k d"] | None
+    signs: Float[Tensor, "N k"] | None
+    embeddings: Float[Tensor, "N d"]
+    lengths: list[int]
+    point: str
+    normed: bool
+    align: Align
+    gate: str
+    rank: int | None
+    model: dict[str, Any]
+    weights: str
+    spare_first: bool
+    sources: list[dict[str, Any]]
+    provenance: Provenance | None
+
+    @classmethod
+    def make(
+        cls,
+        lin: Linearization,
+        layer: int,
+        *,
+        at: Literal["input", "output"] = "output",
+        rank: int | None = None,
+        normed: bool = False,
+        tokens: Sequence[int] | Literal["all", "words"] = "all",
+        position: int = -1,
+        align: Align = "cycle",
+        signs: Signs = "free",
+        spare_first: bool = False,
+    ) -> Operator:
+        """Make the operator of a linearised steering text.
+
+        Parameters
+        ----------
+        lin
+            The model at the steering text.
+        layer
+            The layer whose output (or input) is steered; negative ones count from the end.
+        at
+            The layer's "output" or its "input".
+        rank
+            Keep this many singular triples of each token's map; None keeps all of it.
+        normed
+            Put the final norm, frozen at the text's own hidden state, on top, as the author reads intermediate layers.
+        tokens
+            The steering text's tokens whose maps are kept, in this order: "all", "words" (without attention sinks and
+            without the beginning token), or positions.
+        position
+            The steering text's position that the maps lead to; the last by default.
+        align
+            Which map a new token meets, see the class.
+        signs
+            "fixed" gives each singular vector's coefficient the sign that it has in the steering text; needs a rank.
+        spare_first
+            Leave the first token of new texts as it is. The author steers it too; its S, that of a beginning token
+            which both texts share, is close to its own hidden state.
+
+        Raises
+        ------
+        OptionError
+            For a layer, a rank, an alignment or tokens that do not exist.
+        PromptError
+            For a position outside the text.
+
+        Notes
+        -----
+        Cost: d columns through the layers up to this one; with a rank, also the SVDs. Memory: T d^2 numbers, or
+        2 T k d.
+        """
+        if at not in ("input", "output"):
+            raise OptionError(f"at={at!r}: steer a layer's input or its output")
+        if align not in get_args(Align) or signs not in get_args(Signs):
+            raise OptionError(f"align={align!r}, signs={signs!r}: choose cycle or nearest, and free or fixed")
+        if signs == "fixed" and rank is None:
+            raise OptionError("signs='fixed' gives singular vectors their signs; say how many with rank=")
+        where = site(lin.model, f"{'resid_pre' if at == 'input' else 'resid_post'}.{layer}")
+        J = lin.jacobian(target=str(where), position=position, normed=normed)
+        chosen = _chosen(lin, tokens)
+        x = lin.embeddings[chosen].to(J.device, J.dtype)
+        right = fixed = None
+        if rank is None:
+            left = J.dense().transpose(0, 1)[chosen]
+        else:
+            found = J.svd(rank)
+            left, right = (found.U * found.S.unsqueeze(1))[chosen], found.Vh[chosen]
+            if signs == "fixed":
+                fixed = torch.einsum("nkd,nd->nk", right, x).sign()
+        provenance = replace(J.provenance(), positions=chosen)
+        return cls(
+            left=left,
+            right=right,
+            signs=fixed,
+            embeddings=x,
+            lengths=[len(chosen)],
+            point=str(where),
+            normed=normed,
+            align=align,
+            gate=provenance.gate,
+            rank=rank,
+            model=lin.model.info.to_dict(),
+            weights=fingerprint(lin.model.hf),
+            spare_first=spare_first,
+            sources=[{"weight": 1.0, "provenance": provenance.to_dict()}],
+            provenance=provenance,
+        )
+
+    def __repr__(self) -> str:
+        texts = ", ".join(repr("".join(source["provenance"]["tokens"])) for source in self.sources)
+        rank = "all columns" if self.rank is None else f"rank {self.rank}"
+        return f"Operator({texts} -> {self.point}, {rank})"
+
+    @property
+    def accumulates(self) -> bool:
+        """True: S_p is a sum over the tokens up to p."""
+        return True
+
+    @property
+    def gates(self) -> set[str]:
+        """The gate split of its maps."""
+        return {self.gate}
+
+    @property
+    def width(self) -> int:
+        """d, the width of what it acts on."""
+        return self.embeddings.shape[-1]
+
+    def to(self, device: torch.device) -> Operator:
+        """The same on a device."""
+        names = ("left", "right", "signs", "embeddings")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """J[q] x_q for tokens with embeddings x at positions q of their texts; the sum over the merged texts.
+
+        Cost: n products d x d, or twice d x k, for every text.
+        """
+        x = x.to(self.left.dtype)
+        total, start = torch.zeros_like(x), 0
+        for length in self.lengths:
+            maps = self._nearest(x, start, length) if self.align == "nearest" else start + index % length
+            for i in maps.unique().tolist():
+                rows = maps == i
+                total[rows] += self._product(i, x[rows])
+            start += length
+        return total
+
+    def apply_to(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """S_p of one text with embeddings x, at each of its positions."""
+        return self.push(x, torch.arange(len(x), device=x.device)).cumsum(0)
+
+    def _product(self, i: int, x: Tensor) -> Tensor:
+        if self.right is None:
+            return x @ self.left[i].T
+        coefficients = x @ self.right[i].T
+        if self.signs is not None:
+            coefficients = coefficients.abs() * self.signs[i]
+        return coefficients @ self.left[i].T
+
+    def _nearest(self, x: Tensor, start: int, length: int) -> Tensor:
+        own = self.embeddings[start : start + length]
+        return start + (normalize(x, dim=-1) @ normalize(own, dim=-1).T).argmax(-1)
+
+
+def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None) -> Operator:
+    """One operator of several texts: S is the weighted sum of theirs, the mean by default.
+
+    A negative weight steers away from its text. Each text keeps its own length, by which its maps are aligned.
+
+    Raises
+    ------
+    OptionError
+        When there is none, or not as many weights as operators.
+    SteeringError
+        When they differ in model, point, norm, alignment, gate split, rank or signs; the message says in which.
+    """
+    if not operators:
+        raise OptionError("merge needs at least one operator")
+    weights = [1 / len(operators)] * len(operators) if weights is None else list(weights)
+    if len(weights) != len(operators):
+        raise OptionError(f"{len(operators)} operators and {len(weights)} weights: give one weight for each")
+    head = operators[0]
+    for other in operators[1:]:
+        differing = [name for name in _SAME if getattr(head, name) != getattr(other, name)]
+        if (head.signs is None) != (other.signs is None):
+            differing.append("signs")
+        if differing:
+            what = ", ".join(f"{n} ({getattr(head, n)!r} and {getattr(other, n)!r})" for n in differing)
+            raise SteeringError(f"operators that are merged must not differ in {what}; make them alike")
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(operator, name) for operator in operators]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return replace(
+        head,
+        left=torch.cat([weight * operator.left for weight, operator in zip(weights, operators, strict=True)]),
+        right=joined("right"),
+        signs=joined("signs"),
+        embeddings=torch.cat([operator.embeddings for operator in operators]),
+        lengths=[length for operator in operators for length in operator.lengths],
+        sources=[
+            source | {"weight": weight * source["weight"]}
+            for weight, operator in zip(weights, operators, strict=True)
+            for source in operator.sources
+        ],
+    )
+
+
+def no_words(lin: Linearization) -> set[int]:
+    """The positions of a text's attention sinks, and of its beginning token."""
+    begins = int(lin.input_ids[0, 0]) == lin.model.bos
+    return {*lin.sinks, *([0] if begins else [])}
+
+
+def _chosen(lin: Linearization, tokens: Sequence[int] | str) -> list[int]:
+    length = len(lin.tokens)
+    if tokens == "all":
+        return list(range(length))
+    if tokens == "words":
+        skipped = no_words(lin)
+        return [i for i in range(length) if i not in skipped] or list(range(length))
+    if isinstance(tokens, str) or not tokens:
+        raise OptionError(f"tokens={tokens!r}: choose all, words, or a list of positions")
+    return [lin.trace.position(i) for i in tokens]
