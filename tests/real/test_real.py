@@ -7,6 +7,7 @@ import torch
 
 import loclin
 import oracle
+from loclin.analyses.layers import explain_layers
 
 pytestmark = pytest.mark.real
 NAMES = ["smollm2-135m", "gemma-3-270m"]
@@ -75,6 +76,18 @@ def test_shares_sum_to_the_logit(model):
     found = loclin.explain(loclin.linearize(model, "The Golden Gate"), k=2)
     assert found.target["text"] == " Bridge"
     assert abs(found.share_residual) < 2e-6 * abs(found.target["logit"])
+
+
+def test_every_layer_is_exact_and_the_word_appears(model):
+    found = explain_layers(loclin.linearize(model, "The Golden Gate"), k=4)
+    assert found.passed
+    assert found.largest_error < 2e-6
+    assert found.target["text"] == " Bridge"
+    assert found.lens[-1].rank == 1
+    assert found.lens[-1].probability == pytest.approx(found.target["probability"], rel=1e-4)
+    assert found.lens[0].rank > 10
+    assert found.appears["resid_post joint"] is not None
+    assert found.main.path[-1] == pytest.approx([1, 1], abs=1e-5)
 
 
 def _copy(model, dtype):
