@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from loclin.cli import app
+from loclin.layer_spectra import LayerSpectra
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +246,21 @@ def here(capsys, *arguments):
         app(list(map(str, arguments)))
     captured = capsys.readouterr()
     return stopped.value.code, captured.out, captured.err
+
+
+def test_layers(directory, tmp_path, capsys):
+    written, page, saved = (tmp_path / name for name in ("layers.json", "layers.html", "layers.safetensors"))
+    files = ("--json", written, "--html", page, "--save", saved)
+    code, out, err = here(capsys, "layers", "w3 w4 w5", "--model", directory, "-k", 3, "--component", "mlp_out", *files)
+    assert code == 0, err
+    assert "EXACT" in out
+    read = json.loads(written.read_text())
+    assert [component["name"] for component in read["components"]] == ["mlp_out"]
+    assert page.read_text().startswith("<!doctype html>")
+    assert LayerSpectra.load(saved).S.shape == (1, 3, 3, 3)
+    code, _, err = here(capsys, "layers", "w3", "--model", directory, "--save", tmp_path / "layers.npy")
+    assert code == 2
+    assert "call it" in err
 
 
 def test_coverage(tmp_path, capsys):

@@ -40,7 +40,10 @@ def test_every_layer_and_component(name):
         assert [len(ranks) for ranks in component.token_stable_rank] == [T] * L
         assert [len(row) for row in component.token_vectors] == [T] * L
         for blocks in [*component.joint_vectors, *(b for row in component.token_vectors for b in row)]:
-            assert [i for block in blocks for i in block.indices][:SHOWN] == [0, 1, 2]
+            assert [i for block in blocks for i in block.indices][:SHOWN] in ([0, 1, 2], [])
+        zero = [[rank == 0 for rank in ranks] for ranks in component.token_stable_rank]  # beyond a sliding window
+        assert [[blocks == [] for blocks in row] for row in component.token_vectors] == zero
+        assert all(component.joint_vectors)
 
 
 @pytest.mark.parametrize(("name", "position"), [("llama", -1), ("gemma3", 3)])

@@ -29,7 +29,7 @@ def test_every_block_of_the_guide(capsys, tmp_path, monkeypatch):
     names: dict = {}
     for block in blocks:
         exec(compile(block, "guide.md", "exec"), names)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     shown = capsys.readouterr().out
     assert "torch.Size([8, 576])" in shown
     assert "activation True" in shown

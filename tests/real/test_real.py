@@ -8,6 +8,7 @@ import torch
 import loclin
 import oracle
 import shares_oracle
+from loclin.analyses.layers import explain_layers
 
 pytestmark = pytest.mark.real
 NAMES = ["smollm2-135m", "gemma-3-270m"]
@@ -131,6 +132,18 @@ def test_heads_and_paths(model):
     last, names = len(lin.tokens) - 1, ["L2H1", top.name]
     at = [lin.path(None, [f"L2H1@{position}", top.name], " Bridge").share for position in range(last + 1)]
     assert sum(at) == pytest.approx(lin.path(None, names, " Bridge").share, rel=1e-3, abs=1e-7)
+
+
+def test_every_layer_is_exact_and_the_word_appears(model):
+    found = explain_layers(loclin.linearize(model, "The Golden Gate"), k=4)
+    assert found.passed
+    assert found.largest_error < 2e-6
+    assert found.target["text"] == " Bridge"
+    assert found.lens[-1].rank == 1
+    assert found.lens[-1].probability == pytest.approx(found.target["probability"], rel=1e-4)
+    assert found.lens[0].rank > 10
+    assert found.appears["resid_post joint"] is not None
+    assert found.main.path[-1] == pytest.approx([1, 1], abs=1e-5)
 
 
 def _copy(model, dtype):

@@ -17,6 +17,9 @@ _DEPTH = ("#3b82f6", "#a855f7", "#ea6a12")
 """The first layer's colour, the middle's and the last's: each can be seen on light and on dark."""
 
 
+_TICKS = [digit * 10**power for power in range(5) for digit in (1, 2, 5)]
+
+
 def layers_figures(found: LayerExplanation) -> dict[str, Any]:
     """Draw the figures, by the name of the place they go to.
 
@@ -135,7 +138,7 @@ def _ranks(found: LayerExplanation, go: Any, joint: str) -> Any:
         margin={"l": 60, "r": 12, "t": 44, "b": 48},
     )
     figure.update_xaxes(title="layer", zeroline=False)
-    figure.update_yaxes(title="stable rank", type="log", dtick="D2", minor={"showgrid": False})
+    figure.update_yaxes(title="stable rank", type="log", tickvals=_TICKS)
     return figure
 
 

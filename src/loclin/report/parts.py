@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from html import escape
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from loclin.analyses.attribution import Attribution
 from loclin.analyses.explain import Explanation, TokenExplanation
@@ -16,17 +16,21 @@ from loclin.report.text import EMPTY, NEWLINE, SPACE, TAB, error, number, percen
 _MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
 
 
+@runtime_checkable
 class Predicted(Protocol):
-    """What every explanation has: the next tokens, the one that is explained, and what to know first."""
+    """What every explanation has."""
 
     @property
-    def predictions(self) -> Words: ...  # noqa: D102
+    def predictions(self) -> Words:
+        """The most probable next tokens."""
 
     @property
-    def target(self) -> dict[str, Any]: ...  # noqa: D102
+    def target(self) -> dict[str, Any]:
+        """The one that is explained."""
 
     @property
-    def warnings(self) -> list[str]: ...  # noqa: D102
+    def warnings(self) -> list[str]:
+        """What a reader should know first."""
 
 
 def token(text: str, limit: int | None = None) -> str:

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+import tiny
+from loclin.analyses.layers import LayerExplanation, explain_layers
+from loclin.linearization import linearize
+from loclin.report import layers_fragment, layers_html, render_layers
+from loclin.report.layers_figures import depth_colour
+
+from .examples import HOSTILE
+from .test_page import Page, numbers
+
+pytest.importorskip("plotly")
+
+
+@pytest.fixture(scope="module")
+def found() -> LayerExplanation:
+    made = explain_layers(linearize(tiny.llama(), tiny.prompt(5), precision="double"), k=3)
+    target = made.target | {"text": HOSTILE}
+    return replace(made, tokens=[HOSTILE, *made.tokens[1:]], prompt=HOSTILE, target=target, warnings=["<i>careful"])
+
+
+@pytest.fixture(scope="module")
+def page(found: LayerExplanation) -> Page:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loclin.report.layers_page.plotly_script", lambda: "/* plotly */")
+        return Page(layers_html(found))
+
+
+def test_figures_hold_the_numbers(page: Page, found: LayerExplanation) -> None:
+    figures = page.data["figures"]
+    spectra = [trace for trace in figures["spectra"]["data"] if trace["meta"] == "mlp_out"]
+    for trace, values in zip(spectra, found.components[1].joint_spectra, strict=True):
+        assert numbers(trace["y"]) == pytest.approx(values)
+    (path,) = [trace for trace in figures["path"]["data"] if trace["visible"]]
+    assert [list(point) for point in zip(path["x"], path["y"], strict=True)] == found.main.path
+    for name, field in (("ranks", "joint_stable_rank"), ("own", "joint_own_rank")):
+        joint = [trace for trace in figures[name]["data"] if not trace["meta"]["chosen"]]
+        for trace, component in zip(joint, found.components, strict=True):
+            assert numbers(trace["y"]) == pytest.approx(getattr(component, field))
+    lens, *_ = figures["depth"]["data"]
+    assert list(lens["y"]) == [layer.rank for layer in found.lens]
+
+
+def test_the_table_holds_every_token_and_component(page: Page, found: LayerExplanation) -> None:
+    for shown, component in zip(page.data["components"], found.components, strict=True):
+        assert [len(layers) for layers in shown["tokens"]] == [found.n_layers] * 5
+        assert len(shown["joint"]) == found.n_layers
+        block = shown["tokens"][2][1]["blocks"][0]
+        assert [word for word, _ in block["writes"]] == [w for w, _ in component.token_vectors[1][2][0].writes]
+        assert shown["own"][3] == pytest.approx([ranks[3] for ranks in component.token_own_rank], rel=1e-4)
+    assert [lens["rank"] for lens in page.data["lens"]] == [layer.rank for layer in found.lens]
+    assert "EXACT" in page.text
+
+
+def test_loads_nothing_and_runs_nothing_from_a_prompt(page: Page) -> None:
+    assert len(page.scripts) == 3
+    for tag, attributes in page.elements:
+        assert not {"src", "href"} & set(attributes), tag
+        assert not [name for name in attributes if name.startswith("on")]
+        assert tag not in ("link", "iframe", "object", "embed", "base", "b onmouseover")
+    assert page.having("http-equiv", "Content-Security-Policy")
+    assert "<i>careful" in page.text
+
+
+def test_labels_belong_to_elements(page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        assert attributes.get("aria-labelledby", ids[0]) in ids
+    assert {name for name in page.data["figures"]} <= set(ids)
+
+
+def test_depth_goes_from_the_first_colour_to_the_last() -> None:
+    assert (depth_colour(0, 5), depth_colour(2, 5), depth_colour(4, 5)) == ("#3b82f6", "#a855f7", "#ea6a12")
+    assert depth_colour(0, 1) == "#3b82f6"
+
+
+def test_the_fragment_is_static(found: LayerExplanation) -> None:
+    fragment = Page(layers_fragment(found))
+    assert not fragment.scripts
+    assert len([tag for tag, _ in fragment.elements if tag == "tr"]) == found.n_layers + 1
+    assert found._repr_html_() == layers_fragment(found)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_terminal(found: LayerExplanation, width: int) -> None:
+    out = io.StringIO()
+    render_layers(found, Console(file=out, width=width))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "EXACT largest reconstruction error of 18 maps" in text
+    wrong = replace(found, tolerance=0.0)
+    render_layers(wrong, Console(file=out, width=width))
+    assert "NOT EXACT" in out.getvalue()
