@@ -19,7 +19,7 @@ import tiny
 from loclin.analyses.faithfulness import methods, planes, summary
 from loclin.analyses.faithfulness import study as study_module
 from loclin.analyses.faithfulness.deletion import Removal, ranked, replaced
-from loclin.analyses.faithfulness.prompts import Prompt, load
+from loclin.analyses.faithfulness.prompts import HALVES, Prompt, load
 from loclin.analyses.faithfulness.statistics import interval, rank_correlations
 from loclin.analyses.faithfulness.study import PromptResult, Study, read, study
 from loclin.analyses.nearby import Nearby
@@ -197,6 +197,7 @@ def test_projections_against_dense_singular_vectors():
 def test_a_study_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     prompts, path = _prompts(7), tmp_path / "study.json"
     whole = study(model, prompts, planes=1)
+    in_order = [prompt.text for half in HALVES for prompt in prompts if prompt.half == half]
     measure, calls = study_module.measure, []
 
     def interrupted(*args, **kwargs):
@@ -208,10 +209,10 @@ def test_a_study_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         study(model, prompts, planes=1, path=path)
-    assert [prompt.text for prompt in read(path).prompts] == [prompt.text for prompt in prompts[:4]]
+    assert [prompt.text for prompt in read(path).prompts] == in_order[:4]
     said: list[str] = []
     found = study(model, prompts, planes=1, path=path, progress=said.append)
-    assert calls[6:] == [prompt.text for prompt in prompts[4:]]
+    assert calls[6:] == in_order[4:]
     assert said[-1] == f"{path} has 4 prompts: going on"
     assert [asdict(one) for one in found.prompts] == [asdict(one) for one in whole.prompts]
     assert read(path) == found
