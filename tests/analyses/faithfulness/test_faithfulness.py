@@ -238,7 +238,7 @@ def test_curves_are_of_the_held_out_half(model):
             assert {len(curve) for curve in curves.values()} == {free}
             ends = {round(curve[-1], 9) for curve in curves.values()}
             assert len(ends) == 1  # all orders end with the same tokens gone
-    assert [bool(prompt.planes) for prompt in found.prompts] == [False, True, False, False]
+    assert [bool(prompt.planes) for prompt in found.prompts] == [False, False, True, False]
 
 
 def test_positions_added_to_embeddings_are_refused(model):
