@@ -77,8 +77,8 @@ class Reading:
     tokens, ids
         The tokens whose logits it is made of.
     value, size
-        The frozen network's own value of it, and the summed sizes of the numbers that it is made of: a difference of two
-        logits is rounded like the logits.
+        The frozen network's own value of it, and the summed sizes of the numbers that it is made of: the
+        difference of two logits is rounded like the logits.
     position
         The position it is read at.
     node
