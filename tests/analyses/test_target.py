@@ -55,8 +55,6 @@ def test_margins(lin):
 def test_directions(lin):
     u = torch.randn(lin.trace.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for point in ("final", "resid_post.1", "resid_mid.1", "resid_pre.1", "embed"):
-        if lin.model.info.family == "phi" and point == "resid_mid.1":
-            continue
         for by in ("token", "layer", "head", "token×layer"):
             found = lin.attribute(Direction(u, at=point), by, position=3)
             assert found.value == pytest.approx((u @ lin.value(point)[3]).item(), rel=1e-9)

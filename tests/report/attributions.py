@@ -48,6 +48,7 @@ def made(by: Any, rows: list[Row], tokens: list[str] | None = None, **changes: A
         "tokens": [" Bridge"],
         "ids": [7],
         "value": shares.sum().item() + 2e-6,
+        "size": shares.sum().item(),
         "position": len(tokens) - 1,
         "probability": 0.5,
     }

@@ -47,7 +47,7 @@ def test_tokens_on_a_terminal() -> None:
     in_order(text, "<s>◂sink", "logit ·Bridge 12.88   probability 50.0 %", "Tokens", "<s>◂sink", "+9.500", "████▶")
     in_order(text, "1 ·The", "-0.750", "3 ·Gate◂last", "+2.500", "2 biases", "+0.375")
     in_order(
-        text, "6 shares sum to 12.875, the logit is 12.875: residual 2.0e-06, or 1.4e-07 of the sum of their sizes"
+        text, "6 shares sum to 12.875, the logit is 12.875: residual 2.0e-06, or 1.4e-07 of the sizes of what is summed"
     )
     assert "tiny · float32 · gate activation · precision stock · position 3" in text
 

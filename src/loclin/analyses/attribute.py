@@ -27,7 +27,7 @@ from loclin.widened import widened
 LEVELS: tuple[By, ...] = get_args(By)
 _SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
 _ROUNDING = 5e-7
-"""Shares that miss their sum by more, over the sum of their sizes, are computed again in float64."""
+"""Shares that miss their sum by more, over the sizes of what is summed, are computed again in float64."""
 _SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
 
 
@@ -75,8 +75,10 @@ def attribute(
     Notes
     -----
     Cost: by token or bias one column backward, and two forward passes of each layer that has biases. By layer, head or
-    neuron a graph of each layer (two forward passes) and two columns. By token × layer that and L columns, for two of
-    each layer go through the layers in front of it. Memory: one layer's graph; `[2 L, T, d]` by token × layer.
+    neuron a graph of each layer (two forward passes) and two columns. By token × layer a graph of each layer and L
+    columns, for two of each layer go through the layers in front of it. Memory: one layer's graph; by token × layer
+    the budget, for as many of 2 L columns at a time as it holds (each time with graphs of its own). Where float32
+    rounds the sum by more than 5e-7, all is done again in float64.
     """
     chosen = level(by)
     reading = read(lin, target, position)
@@ -85,7 +87,7 @@ def attribute(
             f"{lin.model.info.name} has no layers to tell apart: {lin.trace.route.whole}; by='token' and by='bias' work"
         )
     shares, notes = _swept(lin, lin.chain, reading, chosen)
-    if lin.trace.dtype == torch.float32 and shares.error(reading.value) > _ROUNDING:
+    if lin.trace.dtype == torch.float32 and shares.error(reading) > _ROUNDING:
         shares, notes = _swept(lin, Chain(widened(lin.trace)), reading, chosen)
     rows = shares.ordered()
     kinds, layers, indices, tokens = (torch.tensor([row[i] for row in rows]) for i in range(4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ By = Literal["token", "layer", "head", "neuron", "bias", "token×layer"]
 Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias"]
 KINDS: tuple[Kind, ...] = ("token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias")
 """Of what a share is; `block` is a whole layer whose attention and MLP cannot be told apart."""
+_UNITS: dict[By, Kind] = {"head": "head", "neuron": "neuron"}
 NONE = -1
 """No layer, no index, no token."""
 
@@ -69,7 +71,8 @@ class Attribution(Result):
     by
         What the shares are of.
     target
-        What is shared out: its `kind`, `tokens`, `ids`, `value`, `position`, and the first token's `probability`.
+        What is shared out: its `kind`, `tokens`, `ids`, `value`, `position`, `size` (the summed sizes of what it is
+        made of: two logits, for a difference), and the first token's `probability`.
     shares
         `[n]`, float64: values that the frozen network has, each times its exact weight in the target.
     through
@@ -144,8 +147,8 @@ class Attribution(Result):
 
     @property
     def unit(self) -> Kind | None:
-        """The kind that an attribution by head or neuron is about; the rest of it is what they leave. Else None."""
-        return {"head": "head", "neuron": "neuron"}.get(self.by)  # type: ignore[return-value]
+        """The kind that an attribution by head or neuron is about: all else in it is what they leave. Else None."""
+        return _UNITS.get(self.by)
 
     @cached_property
     def residual(self) -> float:
@@ -154,8 +157,8 @@ class Attribution(Result):
 
     @property
     def relative_residual(self) -> float:
-        """|residual| / sum of |shares|: rounding in units of what was added up."""
-        return abs(self.residual) / max(self.shares.abs().sum().item(), torch.finfo(self.shares.dtype).tiny)
+        """|residual| over the sizes of what was added up: the shares, or the logits that the target is made of."""
+        return abs(self.residual) / max(self.shares.abs().sum().item(), self.target["size"], sys.float_info.min)
 
     def top(self, k: int = 10, kind: Kind | None = None) -> list[Share]:
         """The k largest shares by absolute value, of one kind or of all."""

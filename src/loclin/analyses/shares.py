@@ -54,10 +54,11 @@ class Shares:
         """A bias's number."""
         return self.biases.setdefault(bias, len(self.biases))
 
-    def error(self, value: float) -> float:
-        """How far the shares are from summing to a value, over the sum of their sizes."""
+    def error(self, reading: Reading) -> float:
+        """How far the shares are from summing to the target, over the sizes of what is added up."""
         shares = [row[4] for row in self.rows]
-        return abs(value - math.fsum(shares)) / max(math.fsum(map(abs, shares)), sys.float_info.min)
+        size = max(math.fsum(map(abs, shares)), reading.size, sys.float_info.min)
+        return abs(reading.value - math.fsum(shares)) / size
 
     def ordered(self) -> list[Row]:
         """From the embeddings up, and last the biases that stand in no layer's part."""
@@ -68,7 +69,7 @@ class Shares:
 def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
     """What the tokens and the biases give, by all ways; `together`: the tokens as one."""
     trace, biases = chain.trace, dict(reading.constants)
-    block, workspace, active = _block(trace, 1), Workspace(), _active(reading)
+    block, workspace, active = _block(trace, 1), Workspace(), _active(trace, reading)
     block[0] = reading.cotangent
     for index, below, above in reversed(chain.steps(Point("embed"), _point(reading))):
         if trace.biased[index]:
@@ -76,9 +77,8 @@ def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
             block[:], given = _pull(graph, graph.points[above], block)
             for (name, _), share in zip(graph.constants, given[0].tolist(), strict=True):
                 biases[name] = biases.get(name, 0.0) + share
-            active = slice(0, active.stop if trace.causal else trace.length)
         else:
-            active = chain.pull(block, index, below, above, active, workspace)
+            chain.pull(block, index, below, above, active, workspace)
     shares, given = Shares(), _by_token(trace, block)[0]
     if together:
         shares.add("embed", given.sum().item())
@@ -130,38 +130,55 @@ def by_part(chain: Chain, reading: Reading, split: Kind | None) -> tuple[Shares,
 
 
 def by_token_and_layer(chain: Chain, reading: Reading, budget: int) -> Shares:
-    """What the tokens and the biases write into the target by way of each part as the last one on the way."""
+    """What the tokens and the biases write into the target by way of each part as the last one on the way.
+
+    As many parts at a time as the budget allows, from the last on.
+    """
     trace, shares = chain.trace, Shares()
-    steps = chain.steps(Point("embed"), _point(reading))
-    ways = [(index, above, kind) for index, _, above in steps[::-1] for kind, _ in added(trace, index, above)]
-    block, biases, done = _block(trace, len(ways)), torch.zeros(len(ways), dtype=torch.float64), 0
-    chunk = chain.chunk(max(1, len(ways)), max(1, budget // chain.column_bytes(Point("final"))))
-    workspace = Workspace()
-    active = slice(0, _active(reading).stop if trace.causal else trace.length)
     direct = reading.cotangent[None].to(trace.dtype)
-    for index, below, above in tqdm(steps[::-1], desc="shares", unit="layer", delay=2, leave=False, disable=None):
-        graph = chain.layers[index].graph(collect=trace.biased[index])
-        output = graph.points[above]
-        if trace.biased[index]:
-            for start in range(0, done, chunk):
-                some = slice(start, min(start + chunk, done))
-                block[some], given = _pull(graph, output, block[some])
-                biases[some] += given.sum(1)
-        elif done:
-            chain.pull(block[:done], index, below, above, active, workspace, chunk)
-        for kind, _ in added(trace, index, above):
-            pulled, given = _pull(graph, graph.points.get(kind, output), direct)
-            block[done], biases[done] = pulled[0] - direct[0] * (kind not in graph.points), given.sum()
-            done += 1
-    for (index, _, kind), row, bias in zip(ways, _by_token(trace, block).tolist(), biases.tolist(), strict=True):
-        for token, share in enumerate(row):
-            shares.add(kind, share, layer=index, token=token)
-        if any(trace.biased):
-            shares.add(kind, bias, layer=index)
+    steps = chain.steps(Point("embed"), _point(reading))[::-1]
+    ways = [(index, kind) for index, _, above in steps for kind, _ in added(trace, index, above)]
+    most = max(1, budget // (chain.column_bytes(Point("final")) + direct.nbytes))
+    with tqdm(total=len(ways), desc="shares", unit="part", delay=2, leave=False, disable=None) as bar:
+        for start in range(0, len(ways), most):
+            some = ways[start : start + most]
+            below = [step for step in steps if step[0] <= some[0][0]]
+            block, biases = _ending_in(chain, direct, some, below, _active(trace, reading), bar)
+            for (index, kind), row, bias in zip(some, _by_token(trace, block).tolist(), biases.tolist(), strict=True):
+                for token, share in enumerate(row):
+                    shares.add(kind, share, layer=index, token=token)
+                if any(trace.biased):
+                    shares.add(kind, bias, layer=index)
     for token, share in enumerate(_by_token(trace, direct)[0].tolist()):
         shares.add("embed", share, token=token)
     shares.add_biases(reading.constants)
     return shares
+
+
+def _ending_in(
+    chain: Chain,
+    direct: Tensor,
+    ways: list[tuple[int, Kind]],
+    steps: list[tuple[int, str, str]],
+    active: slice,
+    bar: tqdm,
+) -> tuple[Float[Tensor, "n T d"], Float[Tensor, " n"]]:
+    """The cotangents at the embeddings of all ways that end in one of some parts; what the biases on them give."""
+    trace, workspace, done = chain.trace, Workspace(), 0
+    block, biases = _block(trace, len(ways)), torch.zeros(len(ways), dtype=torch.float64)
+    for index, below, above in steps:
+        graph = chain.layers[index].graph(collect=trace.biased[index])
+        if trace.biased[index] and done:
+            block[:done], given = _pull(graph, graph.points[above], block[:done])
+            biases[:done] += given.sum(1)
+        elif done:
+            chain.pull(block[:done], index, below, above, active, workspace)
+        for kind in (kind for layer, kind in ways if layer == index):
+            pulled, given = _pull(graph, graph.points.get(kind, graph.points[above]), direct)
+            block[done], biases[done] = pulled[0] - direct[0] * (kind not in graph.points), given.sum()
+            done += 1
+            bar.update()
+    return block, biases
 
 
 def added(trace: Trace, index: int, above: str) -> list[tuple[Kind, Float[Tensor, "T d"]]]:
@@ -197,7 +214,7 @@ def _products(output: Tensor, parts: list[Tensor], cotangent: Tensor) -> list[Te
     """Each part times its weight in the product of the output with a cotangent, element by element."""
     pulled = torch.autograd.grad(output, parts, cotangent.to(output), retain_graph=True, allow_unused=True)
     values = [part.detach().double() for part in parts]
-    return [0 * v if g is None else g.double() * v for g, v in zip(pulled, values, strict=True)]
+    return [torch.zeros_like(v) if g is None else g.double() * v for g, v in zip(pulled, values, strict=True)]
 
 
 def _pull(graph: Graph, output: Tensor, cotangents: Float[Tensor, "n T d"]) -> tuple[Tensor, Tensor]:
@@ -236,10 +253,9 @@ def _block(trace: Trace, columns: int) -> Float[Tensor, "n T d"]:
     return trace.layers[0].value.new_zeros(trace.length, columns, trace.width).transpose(0, 1)
 
 
-def _active(reading: Reading) -> slice:
-    """The positions at which a target reads the stream."""
-    places = reading.cotangent.any(1).nonzero().flatten().tolist() or [reading.position]
-    return slice(places[0], places[-1] + 1)
+def _active(trace: Trace, reading: Reading) -> slice:
+    """The positions that the target can depend on."""
+    return slice(0, reading.position + 1 if trace.causal else trace.length)
 
 
 def _point(reading: Reading) -> Point:

@@ -81,8 +81,9 @@ class Reading:
         The point where it is, or the neuron.
     tokens, ids
         The tokens whose logits it is made of.
-    value
-        The frozen network's own value of it.
+    value, size
+        The frozen network's own value of it, and the summed sizes of the numbers that it is made of: the
+        difference of two logits is rounded like the logits.
     position
         The position it is read at.
     node
@@ -98,6 +99,7 @@ class Reading:
     tokens: list[str]
     ids: list[int]
     value: float
+    size: float
     position: int
     node: int
     cotangent: Float[Tensor, "T d"]
@@ -105,7 +107,7 @@ class Reading:
 
     def to_dict(self) -> dict[str, Any]:
         """What it is, as plain values for JSON."""
-        names = ("kind", "tokens", "ids", "value", "position")
+        names = ("kind", "tokens", "ids", "value", "size", "position")
         return {name: getattr(self, name) for name in names}
 
 
@@ -203,28 +205,28 @@ def _direction(lin: Linearization, target: Direction, at: int) -> Reading:
     kind = f"direction at {point}"
     if point.kind in ("final", "logits"):
         return _ends(lin, vector, point, at, kind, [])
-    value = (vector.double() @ trace.value(point)[at].to(vector).double()).item()
+    value, size = _sums(vector, trace.value(point)[at])
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = vector
-    return Reading(kind, str(point), [], [], value, at, point.node(trace.n_layers), cotangent, {})
+    return Reading(kind, str(point), [], [], value, size, at, point.node(trace.n_layers), cotangent, {})
 
 
 def _ends(lin: Linearization, weights: Tensor, point: Point, at: int, kind: str, ids: list[int]) -> Reading:
     """A reading of `final` or of the logits: through the head and the final norm."""
     trace, chain = lin.trace, lin.chain
-    value = trace.logits(at) if point.kind == "logits" else trace.final[0, at]
+    value, size = _sums(weights, trace.logits(at) if point.kind == "logits" else trace.final[0, at])
     constants: dict[str, float] = {}
     u = weights
     if point.kind == "logits":
         head = HeadLink(trace, at)
-        constants |= {name: _product(weights, added) for name, added in head.constants().items()}
+        constants |= {name: _sums(weights, added)[0] for name, added in head.constants().items()}
         u = head.vjp(weights[None])[0]
     norm = chain.norm(Point("final"), at)
-    constants |= {name: _product(u, added) for name, added in norm.constants().items()}
+    constants |= {name: _sums(u, added)[0] for name, added in norm.constants().items()}
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = norm.vjp(u[None])[0].to(cotangent)
     texts = lin.model.decode_each(ids)
-    return Reading(kind, str(point), texts, ids, _product(weights, value), at, 2 * trace.n_layers, cotangent, constants)
+    return Reading(kind, str(point), texts, ids, value, size, at, 2 * trace.n_layers, cotangent, constants)
 
 
 def _neuron(lin: Linearization, target: Neuron, at: int) -> Reading:
@@ -248,12 +250,15 @@ def _neuron(lin: Linearization, target: Neuron, at: int) -> Reading:
     constants: dict[str, float] = {}
     for (name, leaf), moved in zip(graph.constants, pulled, strict=True):
         if moved is not None and (middle is None or behind_attention(graph, leaf)):
-            constants[name] = constants.get(name, 0.0) + _product(moved, leaf.detach())
+            constants[name] = constants.get(name, 0.0) + _sums(moved, leaf.detach())[0]
     # beside the attention, an MLP reads what enters the layer
     cotangent, node = (pre, 2 * layer) if middle is None else (middle, 2 * layer + 1)
     name, value = f"L{layer}N{index}", activation.detach().double().item()
-    return Reading(f"neuron {name}", name, [], [], value, at, node, cotangent[0].to(lin.embeddings), constants)
+    reads = cotangent[0].to(lin.embeddings)
+    return Reading(f"neuron {name}", name, [], [], value, abs(value), at, node, reads, constants)
 
 
-def _product(weights: Tensor, value: Tensor) -> float:
-    return (weights.double() * value.to(weights.device).double()).sum().item()
+def _sums(weights: Tensor, value: Tensor) -> tuple[float, float]:
+    """The sum of the products, and of their sizes."""
+    products = weights.double() * value.to(weights.device).double()
+    return products.sum().item(), products.abs().sum().item()

@@ -91,7 +91,7 @@ def verdict(found: Attribution) -> str:
     several = f"{len(found)} shares sum" if len(found) > 1 else "1 share comes"
     return (
         f"{several} to {found.shares.sum().item():.6g}, the {quantity(found)} is {found.value:.6g}: residual "
-        f"{error(abs(found.residual))}, or {error(found.relative_residual)} of the sum of their sizes"
+        f"{error(abs(found.residual))}, or {error(found.relative_residual)} of the sizes of what is summed"
     )
 
 
