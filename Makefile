@@ -44,6 +44,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/dense.py
 	$(BIN)/python bench/spectra.py
 	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/steering.py --parts cost
 
 $(BIN)/python:

@@ -11,7 +11,7 @@ Needs the extra `bench`: pip install -c constraints.txt -e ".[bench]"
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -115,7 +115,10 @@ def measure(name: str, demanded: bool, quick: bool, repeats: int) -> list[Row]:
     peak = float(in_new_process(__file__, "--peak-of", name))
     against = "paper's route" + (f", every {_SAMPLE}th layer, scaled" if quick else "")
     most, least = (3.5, 1 / 15) if demanded else (None, None)
+    shares = best_of(lambda: lin.attribute(by="token"))
+    forward = best_of(lambda: lin.model.hf(input_ids=lin.input_ids, use_cache=False))
     return [
+        Row(f"{name}, {length} tokens: attribution by token", shares, "s", "one forward pass", shares / forward, 3.0),
         Row(f"{label}: dense J alone", best["dense"], "s"),
         Row(
             f"{label}: lin.layers",
@@ -133,6 +136,12 @@ def measure(name: str, demanded: bool, quick: bool, repeats: int) -> list[Row]:
         Row(f"{label}: error of a singular value", own, "relative", demand=spectra.tolerance),
         Row(f"{label}: error of a singular value, the paper's route", paper, "relative"),
     ]
+
+
+def best_of(work: Callable[[], object], runs: int = 7) -> float:
+    """The seconds of the fastest run; the first one warms up what is kept."""
+    with torch.no_grad():
+        return min(timed(work) for _ in range(runs))
 
 
 def _sampled(lin: Linearization):
