@@ -148,7 +148,7 @@ def test_the_word_appears_with_depth(model):
     assert found.lens[-1].rank == 1
     assert found.lens[-1].probability == pytest.approx(found.target["probability"], rel=1e-4)
     assert found.lens[0].rank > 10
-    assert found.appears["resid_post joint"] is not None
+    assert 0 < found.appears["lens"] <= found.leads["lens"]
     assert found.main.path[-1] == pytest.approx([1, 1], abs=1e-5)
 
 
