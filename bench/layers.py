@@ -24,7 +24,7 @@ from loclin.layer_maps import COMPONENTS, layer_maps
 from loclin.layer_spectra import LayerSpectra
 from loclin.linearization import Linearization
 from loclin.models.route import first
-from models import BUDGET, PROMPT, fresh
+from models import BUDGET, PROMPT, fresh, packaged
 
 K = 8
 _SAMPLE = 10
@@ -115,10 +115,8 @@ def measure(name: str, demanded: bool, quick: bool, repeats: int) -> list[Row]:
     peak = float(in_new_process(__file__, "--peak-of", name))
     against = "paper's route" + (f", every {_SAMPLE}th layer, scaled" if quick else "")
     most, least = (3.5, 1 / 15) if demanded else (None, None)
-    shares = best_of(lambda: lin.attribute(by="token"))
-    forward = best_of(lambda: lin.model.hf(input_ids=lin.input_ids, use_cache=False))
     return [
-        Row(f"{name}, {length} tokens: attribution by token", shares, "s", "one forward pass", shares / forward, 3.0),
+        *(attribution(name, one) for one in (lin, packaged(name))),
         Row(f"{label}: dense J alone", best["dense"], "s"),
         Row(
             f"{label}: lin.layers",
@@ -136,6 +134,14 @@ def measure(name: str, demanded: bool, quick: bool, repeats: int) -> list[Row]:
         Row(f"{label}: error of a singular value", own, "relative", demand=spectra.tolerance),
         Row(f"{label}: error of a singular value, the paper's route", paper, "relative"),
     ]
+
+
+def attribution(name: str, lin: Linearization) -> Row:
+    """Shares by token against one forward pass of the model; where float32 rounds too much, they are done again."""
+    seconds = best_of(lambda: lin.attribute(by="token"))
+    forward = best_of(lambda: lin.model.hf(input_ids=lin.input_ids, use_cache=False))
+    label = f"{name}, {lin.trace.length} tokens: attribution by token"
+    return Row(label, seconds, "s", "one forward pass", seconds / forward, 3.0)
 
 
 def best_of(work: Callable[[], object], runs: int = 7) -> float:
