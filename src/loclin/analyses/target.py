@@ -220,11 +220,11 @@ def _ends(lin: Linearization, weights: Tensor, point: Point, at: int, kind: str,
     if point.kind == "logits":
         head = HeadLink(trace, at)
         constants |= {name: _sums(weights, added)[0] for name, added in head.constants().items()}
-        u = head.vjp(weights[None])[0]
+        u = head.vjp_in_parts(weights)
     norm = chain.norm(Point("final"), at)
     constants |= {name: _sums(u, added)[0] for name, added in norm.constants().items()}
     cotangent = torch.zeros_like(lin.embeddings)
-    cotangent[at] = norm.vjp(u[None])[0].to(cotangent)
+    cotangent[at] = norm.vjp(u[None].to(cotangent))[0]
     texts = lin.model.decode_each(ids)
     return Reading(kind, str(point), texts, ids, value, size, at, 2 * trace.n_layers, cotangent, constants)
 
