@@ -19,6 +19,7 @@ from loclin.freeze import quantised, register
 from loclin.linear_map import LinearMap
 from loclin.linearization import linearize
 from loclin.models import tiny as families
+from loclin.models.four_bit import PACKING
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -102,6 +103,22 @@ def test_one_dequantisation_a_graph(directory, monkeypatch):
 def test_a_coarser_kernel_than_the_model_is_refused(directory):
     model = four_bit(directory, bnb_4bit_compute_dtype=torch.bfloat16)
     with pytest.raises(NotExactError, match=r"q_proj computes in bfloat16.*bnb_4bit_compute_dtype=torch.float32"):
+        linearize(model, tiny.prompt(6))
+
+
+def test_a_bfloat16_kernel_is_not_taken_by_what_loclin_loads(directory):
+    layers = [m for m in four_bit(directory).hf.modules() if quantised.is_quantised(m)]
+    assert layers
+    assert not any(quantised.packs(layer) for layer in layers)
+    setattr(layers[0], PACKING, True)
+    assert quantised.packs(layers[0])
+    assert quantised.compute_dtype(layers[0], torch.float32) == torch.bfloat16
+
+
+def test_a_bfloat16_kernel_is_refused_with_what_to_do(directory, monkeypatch):
+    model = four_bit(directory)
+    monkeypatch.setattr(quantised, "packs", lambda _module: True)
+    with pytest.raises(NotExactError, match=r"q_proj computes in bfloat16.*load it with loclin\.load"):
         linearize(model, tiny.prompt(6))
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from loclin.models.four_bit import PACKING
+
 _LIBRARIES = ("torchao", "optimum")
 """Whose tensors stand in for a float weight, and have `dequantize()`."""
 _STORED = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -70,9 +72,18 @@ def why_unknown(module: nn.Module) -> str:
 
 def compute_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """The dtype a layer computes in, where it says so and that is coarser than that of its output."""
-    found = getattr(module, "compute_dtype", None)
+    found = torch.bfloat16 if packs(module) else getattr(module, "compute_dtype", None)
     coarser = isinstance(found, torch.dtype) and torch.finfo(found).eps > torch.finfo(dtype).eps
     return found if coarser and isinstance(found, torch.dtype) else dtype
+
+
+def packs(module: nn.Module) -> bool:
+    """Whether bitsandbytes takes its bfloat16 kernel for a layer: some CPUs have one, whatever `compute_dtype` says."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not _is_four_bit(weight) or weight.device.type != "cpu":
+        return False
+    packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+    return bool(packed or getattr(module, PACKING, False))
 
 
 def _is_four_bit(weight: Tensor) -> bool:

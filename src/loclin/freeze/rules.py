@@ -19,6 +19,7 @@ from loclin.freeze import quantised
 from loclin.freeze.mode import Frozen, HeldParts
 from loclin.freeze.status import Held, Live
 from loclin.freeze.unary import ACTIVATIONS, secant
+from loclin.models.four_bit import PACKING
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far a form may be from the module's own output: rounding in the model's dtype passes, a wrong form does not."""
@@ -212,9 +213,12 @@ def _quantised(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHand
                 again = nn.functional.linear(args[0].to(mode.dtype), weight.to(mode.dtype), added)
             rounds = quantised.compute_dtype(module, output.dtype)
             if torch.finfo(output.dtype).eps < _SINGLE <= torch.finfo(rounds).eps:
+                mend = f"load it with bnb_4bit_compute_dtype={output.dtype}"
+                if quantised.packs(module):
+                    mend = f"load it with loclin.load, or set {PACKING} = False on its layers before they run"
                 raise NotExactError(
-                    f"{path} computes in {str(rounds)[6:]}, but the model is in {str(output.dtype)[6:]}: load it with "
-                    f"bnb_4bit_compute_dtype={output.dtype}, or with dtype={rounds}",
+                    f"{path} computes in {str(rounds)[6:]}, but the model is in {str(output.dtype)[6:]}: {mend}, or "
+                    f"load it with dtype={rounds}",
                     path,
                 )
             check(output, again, path, rounds)

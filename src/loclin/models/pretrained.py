@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loclin.errors import ModelError
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
+from loclin.models.four_bit import keep_from_packing
 from loclin.models.gguf_source import first_line
 from loclin.models.hub import gated
 from loclin.models.model import Model, describe
@@ -137,6 +138,7 @@ def read(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
         raise ModelError(explain(name, "model", fault)) from fault
     hf, report = loaded
     refuse_missing(report, name)
+    keep_from_packing(hf)
     return hf.eval()
 
 
