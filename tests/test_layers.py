@@ -154,14 +154,37 @@ def test_wide_maps_go_by_krylov():
     lin = linearize(tiny.llama(), tiny.prompt())
     wide = torch.randn(2, 120, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wide = wide @ torch.diag(0.9 ** torch.arange(150.0, dtype=torch.float64))
-    for matrix, found in zip(wide, ritz(list(wide), 3, [wide[0, :, 0]] * 2, tolerance=1e-4), strict=True):
+    every = ritz(wide, 3, wide[0, :, 0], tolerance=1e-4)
+    for i, matrix in enumerate(wide):
+        U, S, Vh, residuals = (part[i] for part in (every.U, every.S, every.Vh, every.residuals))
         exact = torch.linalg.svdvals(matrix)
-        assert (exact[:3] * (1 + 1e-12) >= found.S).all()
-        assert ((exact[:3] - found.S) / exact[:3]).max() < 1e-3
-        assert torch.allclose((matrix @ found.Vh.T - found.U * found.S).norm(dim=0), found.residuals, atol=1e-9)
-        assert far(matrix.T @ found.U, found.Vh.T * found.S) < 1e-12
-        assert (wide[0, :, 0] @ found.U >= 0).all()
+        assert (exact[:3] * (1 + 1e-12) >= S).all()
+        assert ((exact[:3] - S) / exact[:3]).max() < 1e-3
+        assert torch.allclose((matrix @ Vh.T - U * S).norm(dim=0), residuals, atol=1e-9)
+        assert far(matrix.T @ U, Vh.T * S) < 1e-12
+        assert (wide[0, :, 0] @ U >= 0).all()
+        assert every.frobenius[i] == pytest.approx(matrix.norm().item())
     assert lin.layers(k=1).S.shape == (3, 3, 7, 1)
+
+
+def test_maps_of_one_batch_are_done_when_they_are_done():
+    """A zero map, one of low rank and one that decays slowly stand beside easy ones; each gets its own triples."""
+    random = torch.Generator().manual_seed(1)
+    easy, slow = (
+        torch.randn(120, 150, generator=random, dtype=torch.float64)
+        @ torch.diag(rate ** torch.arange(150.0, dtype=torch.float64))
+        for rate in (0.8, 0.999)
+    )
+    low = torch.randn(120, 2, generator=random, dtype=torch.float64) @ torch.randn(
+        2, 150, generator=random, dtype=torch.float64
+    )
+    batch = torch.stack([easy, torch.zeros_like(easy), slow, low, 2 * easy])
+    found = ritz(batch, 4, easy[:, 0], tolerance=1e-6)
+    exact = torch.linalg.svdvals(batch)[:, :4]
+    assert torch.allclose(found.S, exact, rtol=1e-5, atol=1e-9)
+    rebuilt = torch.einsum("mok,mk,mki->moi", found.U, found.S, found.Vh)
+    missed = torch.linalg.svdvals(batch)[:, 4:].square().sum(1).sqrt()
+    assert torch.allclose((batch - rebuilt).flatten(1).norm(dim=1), missed, rtol=1e-4, atol=1e-8)
 
 
 def test_float32():

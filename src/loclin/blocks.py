@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,6 +21,17 @@ class Tap(NamedTuple):
 
     position: int
     see: Callable[[int, str, slice, Tensor], None]
+
+
+def adjoining(parts: Sequence[Tensor]) -> Tensor | None:
+    """Several `[n, d]` as one `[len(parts) n, d]`, where they lie in memory one behind the other; else None."""
+    first, n = parts[0], parts[0].shape[0]
+    step = n * first.stride(0) * first.itemsize
+    if any(part.stride() != first.stride() or part.shape != first.shape for part in parts):
+        return None
+    if any(part.data_ptr() != first.data_ptr() + i * step for i, part in enumerate(parts)):
+        return None
+    return first.as_strided((len(parts) * n, first.shape[1]), first.stride())
 
 
 class Workspace:

@@ -96,7 +96,9 @@ def prefix_sweep(chain: Chain, position: int, tokens: range) -> Cost:
             weights = d * ((1 + branches) * f + inner + values) * trace.dtype.itemsize
         flops, nbytes = flops + own, nbytes + weights
     seconds = products(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + trace.n_layers * _SECONDS_PER_LAYER
-    return Cost(d * len(spans), flops, seconds, sum(spans) * d * d * trace.dtype.itemsize)
+    # On a CPU, memory that is never touched takes none.
+    blocks = sum(spans) if trace.layers[0].hidden.device.type == "cpu" else len(spans) * max(spans, default=0)
+    return Cost(d * len(spans), flops, seconds, blocks * d * d * trace.dtype.itemsize)
 
 
 def _layer(

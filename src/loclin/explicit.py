@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.blocks import Started, Tap, Workspace
+from loclin.blocks import Started, Tap, Workspace, adjoining
 from loclin.coefficients import Coefficients
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.models.layout import Weights
@@ -188,6 +188,8 @@ class ExplicitLayer:
         formed = self.formed(columns)
         for group in _groups(positions, self._together if formed else max(1, _ROWS // columns)):
             maps = self._maps(group) if formed else None
+            if maps is not None and not back and self._applied_together(maps, blocks, group, onto, tap):
+                continue
             for index, (start, block) in enumerate(blocks):
                 own = slice(max(group.start, start), group.stop)
                 if own.start >= own.stop:
@@ -202,6 +204,26 @@ class ExplicitLayer:
                 if tap is not None and own.start <= tap.position < own.stop:
                     tap.see(index, "mlp_out", slice(None), moved[tap.position - own.start])
                 _deliver(source, moved, onto)
+
+    def _applied_together(
+        self, maps: Tensor, blocks: Sequence[Started], group: slice, onto: bool, tap: Tap | None
+    ) -> bool:
+        """Push all blocks through each position's matrix in one product, which is faster, if their memory allows it."""
+        reached = [[i for i, (start, _) in enumerate(blocks) if start <= t] for t in range(group.start, group.stop)]
+        joined = [
+            adjoining([blocks[i].block[t - blocks[i].start] for i in some]) if some else None
+            for t, some in enumerate(reached, group.start)
+        ]
+        if any(source is None or source.device != self.device for source in joined):
+            return False
+        for t, some, source, matrix in zip(range(group.start, group.stop), reached, joined, maps, strict=True):
+            assert source is not None
+            moved = torch.mm(source, matrix.T, out=self._room("moved", *source.shape))
+            if tap is not None and t == tap.position:
+                for i, part in zip(some, moved.chunk(len(some)), strict=True):
+                    tap.see(i, "mlp_out", slice(None), part)
+            _deliver(source, moved, onto)
+        return True
 
     @property
     def _together(self) -> int:

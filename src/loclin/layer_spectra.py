@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.frames import dataframe
-from loclin.layer_maps import LayerMap, check_components, layer_maps, plan_route
+from loclin.layer_maps import check_components, layer_maps, plan_route
 from loclin.linear_map import LinearMap
 from loclin.points import Point
 from loclin.results import Provenance, Result
@@ -172,7 +172,8 @@ def layer_spectra(
         raise OptionError("normed=True: maps to `final` pass the final norm as it is; leave it out")
     on_top = mode != "suffix" and normed is not False
     taken = (route or plan_route(chain, position, names, budget)) if mode == "cumulative" else "backward"
-    found: dict[tuple[int, int], list[Ritz]] = {}
+    found: dict[tuple[int, int], Ritz] = {}
+    together: dict[tuple[int, int], Ritz] = {}
     errors, shares = torch.zeros(2, len(names), trace.n_layers, dtype=torch.float64)
     columns = 0
     total = len(names) * trace.n_layers
@@ -185,25 +186,21 @@ def layer_spectra(
         maps = layer_maps(chain, mode, position, names, normed=on_top, route=taken, budget=budget, progress=passed)
         for item in maps:
             at = (names.index(item.component), item.layer)
-            found[at] = _decomposed(item, k, joint, tolerance)
+            found[at] = ritz(item.maps, k, item.value, tolerance=tolerance)
+            if joint:
+                together[at] = ritz(item.joint[None], k, item.value, tolerance=tolerance)
             errors[at] = item.reconstruction_error
             shares[at] = (item.bias.norm() / item.value.norm().clamp_min(torch.finfo(item.value.dtype).tiny)).item()
             bar.update()
-    every = [[found[c, layer] for layer in range(trace.n_layers)] for c in range(len(names))]
 
-    def stacked(field: str, tokens: bool) -> Tensor:
-        length = trace.length
-        rows = [
-            [
-                torch.stack([getattr(one, field) for one in parts[:length]]) if tokens else getattr(parts[-1], field)
-                for parts in row
-            ]
-            for row in every
-        ]
-        return torch.stack([torch.stack(row) for row in rows])
+    def stacked(results: dict[tuple[int, int], Ritz], field: str) -> Tensor:
+        layers = range(trace.n_layers)
+        rows = [torch.stack([getattr(results[c, layer], field) for layer in layers]) for c in range(len(names))]
+        return torch.stack(rows)
 
-    own = {field: stacked(field, True) for field in ("U", "S", "Vh", "residuals", "frobenius")}
-    all_ = {field: stacked(field, False) if joint else None for field in ("U", "S", "residuals", "frobenius")}
+    own = {field: stacked(found, field) for field in ("U", "S", "Vh", "residuals", "frobenius")}
+    fields = ("U", "S", "residuals", "frobenius")
+    all_ = {field: stacked(together, field).squeeze(2) if joint else None for field in fields}
     ends = Point("embed"), Point("final")
     described = LinearMap(chain, *ends, position).provenance().to_dict()
     described |= {"target": ", ".join(f"{name}.*" for name in names), "normed": on_top}
@@ -231,9 +228,3 @@ def layer_spectra(
         columns=columns,
         provenance=Provenance.from_dict(described),
     )
-
-
-def _decomposed(item: LayerMap, k: int, joint: bool, tolerance: float) -> list[Ritz]:
-    """Each token's triples, and the joint ones last."""
-    matrices = [*item.maps, item.joint] if joint else list(item.maps)
-    return ritz(matrices, k, [item.value] * len(matrices), tolerance=tolerance)

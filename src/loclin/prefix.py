@@ -54,8 +54,8 @@ def prefix_maps(
 
     Notes
     -----
-    Cost: `loclin.cost.prefix_sweep`. Memory: (number of tokens) (T - i) d^2 numbers for the tangents, d^2 for each
-    component and token, and a layer's own.
+    Cost: `loclin.cost.prefix_sweep`. Memory: d^2 numbers for each token and each position behind it for the tangents
+    (on an accelerator for each token and position), d^2 for each component and token, and a layer's own.
     """
     trace, d = chain.trace, chain.trace.width
     device, stop = trace.layers[0].hidden.device, position + 1 if trace.causal else trace.length
@@ -63,10 +63,12 @@ def prefix_maps(
         if component != "resid_post":
             for layer in range(trace.n_layers):
                 trace.part(layer, component)
-    blocks = []
-    for token in [token for token in tokens if token < stop]:
+    blocks, sources = [], [token for token in tokens if token < stop]
+    # One position's tangents lie together, so that they go through its matrix in one product.
+    room = torch.empty(stop, len(sources), d, d, dtype=trace.dtype, device=device)
+    for number, token in enumerate(sources):
         start = token if trace.causal else 0
-        block = torch.zeros(stop - start, d, d, dtype=trace.dtype, device=device)
+        block = room[start:, number].zero_()
         block[token - start].fill_diagonal_(1)
         blocks.append(Started(start, block))
     found = {name: torch.zeros(len(tokens), d, d, dtype=trace.dtype, device=device) for name in components}

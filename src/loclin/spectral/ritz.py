@@ -6,14 +6,13 @@ Where hundreds of maps are looked at, as along the layers of a network, a certif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from loclin.spectral.checks import check_rank, check_tolerance
-from loclin.spectral.threads import each
 
 _OVERSAMPLING = 4
 _FIRST = 3
@@ -22,9 +21,9 @@ _FIRST = 3
 
 @dataclass(frozen=True)
 class Ritz:
-    """The k largest triples of one matrix: `U [d_out, k]`, `S [k]`, `Vh [k, n]`, and `residuals [k]`.
+    """The k largest triples of M matrices: `U [M, d_out, k]`, `S [M, k]`, `Vh [M, k, n]`, and `residuals [M, k]`.
 
-    `residuals` are |J v - s u|; |J^T u - s v| is rounding. `frobenius` is the matrix's norm.
+    `residuals` are |J v - s u|; |J^T u - s v| is rounding. `frobenius [M]` are the matrices' norms.
     """
 
     U: Tensor
@@ -35,27 +34,28 @@ class Ritz:
 
 
 def ritz(
-    matrices: Sequence[Tensor],
+    matrices: Float[Tensor, "M d_out n"],
     k: int,
-    towards: Sequence[Tensor],
+    towards: Float[Tensor, " d_out"],
     *,
     tolerance: float = 1e-3,
     seed: int = 0,
-) -> list[Ritz]:
+) -> Ritz:
     """The k largest triples of each matrix by a randomized block Krylov method that keeps every block.
 
     A matrix is done when the square of each value's residual is within `tolerance` of the square of the value: a Ritz
     value is never above the true one, and off by about that much. One that a basis of half its smaller side does not
-    serve goes to LAPACK. Left vectors have a non-negative product with the matrix's `towards`.
+    serve goes to LAPACK. Left vectors have a non-negative product with `towards`. All matrices take a step together:
+    a matrix alone is too small to keep a processor busy.
 
     Parameters
     ----------
     matrices
-        Each `[d_out, n]`; n may differ.
+        M of them.
     k
         How many triples.
     towards
-        Each `[d_out]`.
+        What signs are aligned to.
     tolerance, seed
         Of the values; of the random start.
 
@@ -66,55 +66,73 @@ def ritz(
     OptionError
         When k is not between 1 and the smaller side, or the tolerance is below what the dtype holds.
     """
-    for matrix in matrices:
-        check_rank(k, *matrix.shape)
-        check_tolerance(tolerance, matrix.dtype)
-    starts = {}
-    for matrix in matrices:
-        if matrix.shape[1] not in starts:
-            generator = torch.Generator().manual_seed(seed)
-            start = torch.randn(matrix.shape[1], k + _OVERSAMPLING, generator=generator, dtype=torch.float64)
-            starts[matrix.shape[1]] = start.to(matrix)
-
-    def work(matrix: Tensor) -> tuple[Tensor, ...]:
-        found = _krylov(matrix, starts[matrix.shape[1]], k, tolerance) or _lapack(matrix, k)
-        return *found, torch.linalg.matrix_norm(matrix)
-
-    return [_turned(parts, goal) for parts, goal in zip(each(work, matrices), towards, strict=True)]
-
-
-def _turned(parts: tuple[Tensor, ...], towards: Tensor) -> Ritz:
-    U, S, Vh, residuals, frobenius = parts
-    sign = torch.where(towards.to(U) @ U < 0, -1.0, 1.0).to(U)
-    return Ritz(U * sign, S, Vh * sign.unsqueeze(1), residuals, frobenius)
+    count, d_out, n = matrices.shape
+    check_rank(k, d_out, n)
+    check_tolerance(tolerance, matrices.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(k + _OVERSAMPLING, n, generator=generator, dtype=torch.float64).to(matrices)
+    found = Ritz(
+        U=matrices.new_zeros(count, d_out, k),
+        S=matrices.new_zeros(count, k),
+        Vh=matrices.new_zeros(count, k, n),
+        residuals=matrices.new_zeros(count, k),
+        frobenius=torch.linalg.matrix_norm(matrices),
+    )
+    left = _krylov(matrices, start, k, tolerance, found)
+    for i in left:
+        _put(found, [i], *_lapack(matrices[i : i + 1], k))
+    sign = torch.where((towards.to(found.U) @ found.U) < 0, -1.0, 1.0).to(found.U)
+    found.U.mul_(sign.unsqueeze(1))
+    found.Vh.mul_(sign.unsqueeze(2))
+    return found
 
 
-def _krylov(matrix: Tensor, start: Tensor, k: int, tolerance: float) -> tuple[Tensor, ...] | None:
-    """U, S, Vh and residuals; None where the basis would become too large, or the matrix has less than k directions."""
-    block, most = start.shape[1], min(matrix.shape) // 2
+def _put(found: Ritz, at: list[int], *parts: Tensor) -> None:
+    """Write the U, S, Vh and residuals of some matrices."""
+    index = torch.tensor(at, device=found.S.device)
+    for field, part in zip(fields(found), parts, strict=False):
+        getattr(found, field.name)[index] = part
+
+
+def _krylov(J: Tensor, start: Tensor, k: int, tolerance: float, found: Ritz) -> list[int]:
+    """Fill in the triples of all matrices that a small basis serves; returns the numbers of the others.
+
+    Those are the ones whose basis would become too large, or that have less than k directions.
+    """
+    block, most = len(start), min(J.shape[1:]) // 2
+    left, failed = list(range(len(J))), list[int]()
+    maps = list(J)  # one thin product after the other is faster than a batch of them, and needs no copies
     # Everything has its vectors in rows, so that blocks are appended and QR's columns are read in place.
-    Q, B, pushed = matrix.new_zeros(0, matrix.shape[0]), matrix.new_zeros(0, matrix.shape[1]), None
-    images = start.mT @ matrix.mT
-    while len(Q) + block <= most:
+    Q, B, pushed = J[:, :, :0].mT, J[:, :0], J[:, :, :0].mT
+    images = torch.stack([start @ map_.T for map_ in maps])
+    while left and Q.shape[1] + block <= most:
         for _ in range(2):
             images = torch.linalg.qr((images - images @ Q.mT @ Q).mT).Q.mT
-        Q, B = torch.cat([Q, images]), torch.cat([B, images @ matrix])
-        images = B[-block:] @ matrix.mT
-        pushed = images if pushed is None else torch.cat([pushed, images])
-        if len(Q) < _FIRST * block:
+        rows = [part @ map_ for part, map_ in zip(images, maps, strict=True)]
+        Q, B = torch.cat([Q, images], dim=1), torch.cat([B, torch.stack(rows)], dim=1)
+        images = torch.stack([row @ map_.T for row, map_ in zip(rows, maps, strict=True)])
+        pushed = torch.cat([pushed, images], dim=1)
+        if Q.shape[1] < _FIRST * block:
             continue
         squares, W = torch.linalg.eigh((B @ B.mT).double())
-        S, W = squares[-k:].flip(0).clamp(min=0).sqrt().to(matrix), W[:, -k:].flip(1).to(matrix)
-        if not S[-1] > 10 * torch.finfo(S.dtype).eps * S[0]:
-            return None
-        U, combined = W.mT @ Q, W.mT / S.unsqueeze(1)
-        residuals = (combined @ pushed - S.unsqueeze(1) * U).norm(dim=1)
-        if (residuals.square() <= tolerance * S.square()).all():
-            return U.mT, S, combined @ B, residuals
-    return None
+        S, W = squares[:, -k:].flip(1).clamp(min=0).sqrt().to(J), W[..., -k:].flip(2).mT.to(J)
+        full = S[:, -1] > 10 * torch.finfo(S.dtype).eps * S[:, 0]
+        combined = W / S.unsqueeze(2).clamp(min=torch.finfo(S.dtype).tiny)
+        U = W @ Q
+        residuals = (combined @ pushed - S.unsqueeze(2) * U).norm(dim=2)
+        done = full & (residuals.square() <= tolerance * S.square()).all(dim=1)
+        if done.any():
+            at = [i for i, ready in zip(left, done.tolist(), strict=True) if ready]
+            _put(found, at, U[done].mT, S[done], combined[done] @ B[done], residuals[done])
+        failed += [i for i, enough in zip(left, full.tolist(), strict=True) if not enough]
+        keep = full & ~done
+        if not keep.all():
+            left, maps = ([one for one, stays in zip(of, keep.tolist(), strict=True) if stays] for of in (left, maps))
+            Q, B, pushed, images = (part[keep] for part in (Q, B, pushed, images))
+    return failed + left
 
 
-def _lapack(matrix: Tensor, k: int) -> tuple[Tensor, ...]:
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    U, S, Vh = U[:, :k], S[:k], Vh[:k]
-    return U, S, Vh, (matrix @ Vh.mT - U * S).norm(dim=0)
+def _lapack(matrices: Tensor, k: int) -> tuple[Tensor, ...]:
+    U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    U, S, Vh = U[..., :k], S[:, :k], Vh[:, :k]
+    return U, S, Vh, (matrices @ Vh.mT - U * S.unsqueeze(1)).norm(dim=1)
