@@ -36,13 +36,10 @@ from loclin.output import write_text
 from loclin.steering.concepts import packaged_concepts
 from loclin.steering.replay import Replay
 from models import linear_weights
-from steering_figures import CHOOSING, LIMITS, WRITTEN, Tables, at_limit, mean_curve, strength_at, tables
+from steering_figures import LIMITS, STRENGTHS, WRITTEN, Tables, at_limit, mean_curve, strength_at, tables
 from steering_methods import ALL, CHOSEN, GENERATED, INTERPOLATED, MAPPED, METHODS, RANK, SEVERAL, SHARES, Case, point
 
 MODELS = ("smollm2-135m", "gemma-3-270m")
-MEASURING = (0.2, 0.6, 1.4)
-STEEP = dict.fromkeys(("suffix map", "suffix map of 4 neutral texts"), (0.2, 0.35, 0.6))
-"""Methods that pass the limits early."""
 CHOOSING_CONCEPTS = 2
 PARTS = ("cost", "measure", "write")
 
@@ -110,7 +107,7 @@ def choose(record: Record, model: Model, cases: list[Case]) -> dict[str, int]:
                 for name in names:
                     record.piece(
                         "choose", name, case.concept.name, str(layer),
-                        make=lambda m=METHODS[name], c=case, n=layer: curve(replay, c, m(c, n), CHOOSING),
+                        make=lambda m=METHODS[name], c=case, n=layer: curve(replay, c, m(c, n), STRENGTHS),
                     )  # fmt: skip
                     bar.update()
                 case.own._maps.clear()  # one layer's dense maps at a time
@@ -133,10 +130,10 @@ def measure(record: Record, model: Model, cases: list[Case], layers: dict[str, i
 
                 def make(name: str = name, case: Case = case, layer: int = layer) -> Any:
                     if name == SEVERAL:
-                        return several(replay, case, MEASURING)
+                        return several(replay, case, STRENGTHS)
                     if name == INTERPOLATED:
                         return curve(replay, case, s.Operator.make(case.own, layer), SHARES, "interpolate")
-                    return curve(replay, case, METHODS[name](case, layer), STEEP.get(name, MEASURING))
+                    return curve(replay, case, METHODS[name](case, layer), STRENGTHS)
 
                 record.piece("measure", name, case.concept.name, str(layer), make=make)
                 bar.update()

@@ -8,12 +8,12 @@ import numpy as np
 
 from harness import Row, show
 from loclin.steering.concepts import packaged_concepts
-from steering_methods import ALL, MAPPED, SEVERAL
+from steering_methods import ALL, BASELINE, MAPPED, SEVERAL
 
-CHOOSING = (0.25, 0.7, 1.5)
+STRENGTHS = (0.03, 0.08, 0.2, 0.45, 0.9, 1.5)
 LIMITS = (1.0, 2.0)
 """Nats of mean KL at which methods are compared."""
-WRITTEN = {"prompts": 6, "concepts": 2, "seeds": 2, "tokens": 20}
+WRITTEN = {"prompts": 5, "concepts": 10, "seeds": 2, "tokens": 20}
 _SAMPLES = 2000
 
 
@@ -58,16 +58,24 @@ def mean_curve(held: dict[str, Any], part: str, name: str, layer: int) -> tuple[
     return tuple(np.mean([np.mean(p[what], axis=1) for p in pieces], axis=0) for what in ("gain", "kl"))
 
 
-def bootstrap(gain: np.ndarray, kl: np.ndarray, limit: float) -> tuple[float, float, float]:
-    """Gain at a limit and its 95 % interval; `gain` and `kl` are [concepts, strengths, prompts]."""
+def resampled(gain: np.ndarray, kl: np.ndarray, limit: float) -> np.ndarray:
+    """Gain at a limit in every bootstrap sample; `gain` and `kl` are [concepts, strengths, prompts].
+
+    The samples are the same for every method, so that differences of methods are paired.
+    """
     random = np.random.default_rng(0)
     concepts, _, prompts = gain.shape
     draws = []
     for _ in range(_SAMPLES):
         c, p = random.integers(concepts, size=concepts), random.integers(prompts, size=prompts)
         draws.append(at_limit(gain[c][..., p].mean((0, 2)), kl[c][..., p].mean((0, 2)), limit))
+    return np.array(draws)
+
+
+def with_interval(value: float, draws: np.ndarray) -> str:
+    """A figure and its 95 % interval."""
     low, high = np.percentile(draws, [2.5, 97.5])
-    return at_limit(gain.mean((0, 2)), kl.mean((0, 2)), limit), float(low), float(high)
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def ideal(unsteered: np.ndarray, limit: float) -> float:
@@ -90,20 +98,28 @@ def tables(name: str, held: dict[str, Any], layers: dict[str, int], shown: Table
     rows, lines = [], []
     names = [c.name for c in packaged_concepts().concepts if f"why/{c.name}" in held]
     unsteered = np.array([held[f"unsteered/{n}"] for n in names])
+    values, draws = {}, {}
     for method in ALL:
         pieces = [held[f"measure/{method}/{n}/{layers[method]}"] for n in names]
         gain, kl = (np.array([p[what] for p in pieces]) for what in ("gain", "kl"))
+        for limit in LIMITS:
+            values[method, limit] = at_limit(gain.mean((0, 2)), kl.mean((0, 2)), limit)
+            draws[method, limit] = resampled(gain, kl, limit)
+    for method in ALL:
         cells = [method, "3 of them" if method == SEVERAL else str(layers[method])]
         for limit in LIMITS:
-            value, low, high = bootstrap(gain, kl, limit)
-            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+            value, low, high = values[method, limit], *np.percentile(draws[method, limit], [2.5, 97.5])
+            cells.append(with_interval(value, draws[method, limit]))
             rows.append(Row(f"{name}: {method}, gain at KL {limit:g}", value, "nats", f"95 % {low:.2f} to {high:.2f}"))
-        lines.append([*cells, *written(held, method)])
+        here, there = (method, LIMITS[0]), (BASELINE, LIMITS[0])
+        ahead = "" if method == BASELINE else with_interval(values[here] - values[there], draws[here] - draws[there])
+        lines.append([*cells, ahead, *written(held, method)])
     bound = [f"{ideal(unsteered, limit):+.2f}" for limit in LIMITS]
-    lines.append(["best possible at this KL", "", *bound, "", "", ""])
-    lines.append(["unsteered", "", "0", "0", *written(held, "unsteered")])
+    lines.append(["best possible at this KL", "", *bound, "", "", "", ""])
+    lines.append(["unsteered", "", "0", "0", "", *written(held, "unsteered")])
     title = f"{name}: unsteered log P(words) {unsteered.mean():.2f}; gain at equal KL; sampled text at KL {LIMITS[1]:g}"
-    heads = ["method", "layer", *(f"gain, KL {limit:g}" for limit in LIMITS), "words / 100", "loss", "repetition"]
+    gains = (f"gain, KL {limit:g}" for limit in LIMITS)
+    heads = ["method", "layer", *gains, f"less {BASELINE}'s, KL {LIMITS[0]:g}", "words / 100", "loss", "repetition"]
     shown.add(title, heads, lines)
     maps(name, held, shown)
     reasons = [held[f"why/{n}"] for n in names]
@@ -137,4 +153,4 @@ def maps(name: str, held: dict[str, Any], shown: Tables) -> None:
         for layer in layers:
             gain, kl = mean_curve(held, "choose", method, layer)
             lines.append([str(layer), *(f"{g:+.2f} / {k:.2f}" for g, k in zip(gain, kl, strict=True))])
-        shown.add(f"{name}: {method}, gain / KL by layer and strength", ["layer", *map(str, CHOOSING)], lines)
+        shown.add(f"{name}: {method}, gain / KL by layer and strength", ["layer", *map(str, STRENGTHS)], lines)

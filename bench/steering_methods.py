@@ -98,6 +98,7 @@ METHODS: dict[str, Callable[[Case, int], s.Steering]] = {
     ),
     "random direction": lambda c, layer: s.random_direction(c.model, point(layer)),
 }
+BASELINE = "mean difference"
 INTERPOLATED, SEVERAL = "operator, interpolated (eq. 16)", "operator, three layers"
 CHOSEN = (
     "operator (published)",
@@ -112,9 +113,9 @@ CHOSEN = (
     "random direction",
 )
 """Methods that have a layer chosen; the operator's other variants take the operator's."""
-MAPPED = ("operator (published)", "mean difference")
+MAPPED = ("operator (published)", BASELINE)
 """Those that have a map of strength by layer."""
-SHARES = (0.9, 0.8, 0.65, 0.5, 0.3)
+SHARES = (0.97, 0.9, 0.8, 0.65, 0.5, 0.3)
 ALL = (*METHODS, INTERPOLATED, SEVERAL)
 GENERATED = (
     "operator (published)",

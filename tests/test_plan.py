@@ -21,10 +21,11 @@ def fresh(lin):
 
 
 @pytest.mark.parametrize("columns", [4, 24])
+@pytest.mark.parametrize("length", [1, 6])
 @pytest.mark.parametrize("gate", ["activation", "half"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
-def test_counted_flops_are_done(family, gate, columns):
-    lin = linearize(families.build(family), tiny.prompt(1), gate=gate)
+def test_counted_flops_are_done(family, gate, length, columns):
+    lin = linearize(families.build(family), tiny.prompt(length), gate=gate)
     J = fresh(lin)
     counted = sweep(lin.chain, J.source, J.target, columns)
     assert counted.columns == columns

@@ -16,8 +16,8 @@ from loclin.points import Point
 _SIDE = 1024
 _GENERIC = 1.3
 """Autograd's products against the flops of the linear path (a jvp is two vjps, less what is not asked for)."""
-_BYTES_PER_SECOND = 1e10
-_SECONDS_PER_LAYER = 7e-4
+_BYTES_PER_SECOND = 1.5e10
+_SECONDS_PER_LAYER = 5e-4
 """What a layer takes besides its flops: reading the weights, and the calls."""
 
 
@@ -66,11 +66,14 @@ def sweep(chain: Chain, source: Point, target: Point, columns: int) -> Cost:
     """One sweep of a block of columns between two points, forward or backward.
 
     With explicit products: 2 T n d_head d (H + H_kv) for O and V, 2 n T^2 d_head H for mixing, and for the MLP
-    4 T n d f (its factors) or 2 T d^2 (f + n) (its matrices formed), whichever is less.
+    4 T n d f (its factors) or 2 T d^2 (f + n) (its matrices formed), whichever is less. In the last layer only the
+    target's position counts for all but V.
     """
     trace, flops, nbytes, layers = chain.trace, 0.0, 0, 0
-    for index, below, above in chain.steps(source, target):
-        own, weights = _layer(chain, index, columns, chain.explicit and trace.explicit[index], (below, above))
+    steps = chain.steps(source, target)
+    for index, below, above in steps:
+        active = 1 if index == steps[-1][0] else trace.length
+        own, weights = _layer(chain, index, columns, chain.explicit and trace.explicit[index], (below, above), active)
         flops, nbytes, layers = flops + own, nbytes + weights, layers + 1
     seconds = products(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + layers * _SECONDS_PER_LAYER
     held = columns * trace.length * trace.width * trace.dtype.itemsize
@@ -87,7 +90,7 @@ def prefix_sweep(chain: Chain, position: int, tokens: range) -> Cost:
     spans = [position + 1 - i if trace.causal else trace.length for i in tokens if i <= position or not trace.causal]
     for index in range(trace.n_layers):
         if not (chain.explicit and trace.explicit[index]):
-            own, weights = _layer(chain, index, d * len(spans), explicit=False)
+            own, weights = _layer(chain, index, d * len(spans), explicit=False, active=trace.length)
         else:
             f, inner, values, branches = _sizes(chain, index)
             pairs, mixed = sum(spans), sum(span * span for span in spans)
@@ -102,9 +105,14 @@ def prefix_sweep(chain: Chain, position: int, tokens: range) -> Cost:
 
 
 def _layer(
-    chain: Chain, index: int, columns: int, explicit: bool, ends: tuple[str, str] = ("resid_pre", "resid_post")
+    chain: Chain,
+    index: int,
+    columns: int,
+    explicit: bool,
+    ends: tuple[str, str] = ("resid_pre", "resid_post"),
+    active: int = 1,
 ) -> tuple[float, int]:
-    """(flops, bytes of weights) between two points of a layer."""
+    """(flops, bytes of weights) between two points of a layer, with so many positions that matter behind it."""
     trace, d = chain.trace, chain.trace.width
     if not explicit:
         modules = trace.layers[index].block.module.modules()
@@ -113,12 +121,12 @@ def _layer(
     f, inner, values, branches = _sizes(chain, index)
     flops, numbers = 0, 0
     if ends[0] == "resid_pre":
-        flops += 2 * columns * d * (inner + values) + 2 * columns * trace.length * inner
+        flops += 2 * columns * (d * (active * inner + trace.length * values) + active * trace.length * inner)
         numbers += d * (inner + values)
     if ends[1] in ("mlp_out", "resid_post"):
-        flops += min(2 * columns * d * f * (1 + branches), 2 * d * d * (branches * f + columns))
+        flops += active * min(2 * columns * d * f * (1 + branches), 2 * d * d * (branches * f + columns))
         numbers += d * (1 + branches) * f
-    return float(trace.length * flops), numbers * trace.dtype.itemsize
+    return float(flops), numbers * trace.dtype.itemsize
 
 
 def _sizes(chain: Chain, index: int) -> tuple[int, int, int, int]:

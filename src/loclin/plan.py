@@ -23,11 +23,20 @@ _LAPACK = 0.3
 """The speed of a full SVD, of about 20 d^3 flops, against that of a large product."""
 _THIN = 0.35
 """The speed of products with a few columns, and of QR."""
+_STEP = 0.12, 0.065
+"""That of a block Krylov method on dense maps: on several at a time, each with a thread of its own, and on one."""
+_MAP_SECONDS = 1.3e-3
+"""What it takes besides for each map: a hundred small operations."""
+_BOUNDS = 4.0, 2.0
+"""Its bounds' flops over d_out^2 n, where k is more than a few: for each of several maps, and for one."""
+_FEW = 2
+"""Up to so many values are certified by the Frobenius norm of what the basis misses."""
 _NARROW = CERTIFICATE[0]
 _FIXED = PROBES + 2 * math.prod(CERTIFICATE)
 """The columns of the probes and of one certificate, and how many of them go through the model at a time."""
-_MARGIN = 0.65
-"""Counted columns are an estimate: products alone are taken when they promise this share of the dense map's time."""
+_MARGIN = 0.65, 0.95
+"""Counted columns are an estimate: products alone are taken when they promise this share of the dense map's time; of
+each token's map, where models differ most, and of all together."""
 _NORM_COLUMNS = 250
 """What norms to 2 % have taken on SmolLM2; up to twice as many on Gemma 3 270M."""
 _REACH = 1.6
@@ -117,7 +126,9 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
     held = Cost(nbytes=d_out * length * d_in * J.dtype.itemsize)
     steps = min(short, 4 * (k + 8))
     lapack = products(20.0 * maps * short * short * max(short, rows / 4), J.chain, _LAPACK)
-    krylov = products(maps * (4.0 * d_out * rows * steps + 4.0 * short**3), J.chain, _THIN)
+    krylov = products(maps * 4.0 * d_out * rows * steps, J.chain, _STEP[joint]) + Cost(seconds=maps * _MAP_SECONDS)
+    if k > _FEW:
+        krylov += products(maps * _BOUNDS[joint] * d_out * short * rows, J.chain)
     full = dense + held + lapack
     top = dense + held + krylov + (lapack if steps > short / 2 else Cost())  # it then ends there all the same
     expected = expected_columns(k, length, joint, short)
@@ -129,7 +140,7 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
         chosen, most = "krylov", 4 * d_out
     elif way == "auto":
         best = min((route for route in routes if route.name != "krylov"), key=lambda route: route.cost.seconds)
-        certain = J.known is None and alone.seconds < _MARGIN * best.cost.seconds
+        certain = J.known is None and alone.seconds < _MARGIN[joint] * best.cost.seconds
         chosen = "krylov" if certain else best.name
     what = f"{k} largest triples of {'all tokens together' if joint else f'each of {length} tokens'} to {tolerance:g}"
     return Plan(what, tuple(routes), chosen, most)
@@ -138,13 +149,14 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
 def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     """How many columns the products-only way takes on a language model's map, the certificate's 48 included.
 
-    Measured on SmolLM2, Gemma 3 270M and models of random weights with d = 2048: for k = 8, 190 to 220 for 8 tokens
-    together, 490 to 820 for each of 8; for k = 1, 440 for each of 40. The tokens share one output basis, which grows
-    slowly with their number.
+    Measured at 1e-2 and 1e-3 on SmolLM2, and on models of random weights whose spectra decay like its own, d = 512 to
+    2048: for k = 1 and 8, 93 and 160 to 190 for all tokens together; 97 and 220 for each of 2, 110 to 150 and 430 to
+    550 for each of 8, 220 for k = 1 and each of 64. Gemma 3 270M, whose spectra decay slowly, takes up to twice as many
+    for k = 8, and for each token's largest value four times. The tokens share one output basis, which grows with them.
     """
     if joint:
-        return min(_FIXED + 20 * (k + 1), 2 * short)
-    return int(min(_FIXED + 31 * (k + 8) * (length / 8) ** 0.22, 2 * short))
+        return min(_FIXED + 30 + 14 * k, 2 * short)
+    return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 
 def cheaper_alone(J: Map) -> bool:
@@ -154,7 +166,7 @@ def cheaper_alone(J: Map) -> bool:
     d_out, length, d_in = J.shape
     dense = sweep(J.chain, J.source, J.target, d_out) + products(4.0 * length * d_out * d_in**2, J.chain, _LAPACK)
     expected = min(_NORM_COLUMNS, 2 * min(d_out, d_in))
-    return _alone(J, expected, length, d_in, 8).seconds < _MARGIN * dense.seconds
+    return _alone(J, expected, length, d_in, 8).seconds < _MARGIN[False] * dense.seconds
 
 
 def _alone(J: Map, columns: int, maps: int, rows: int, k: int) -> Cost:
