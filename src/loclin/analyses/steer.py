@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from loclin.analyses.steering import MAX_KL, STRENGTHS, Continuation, Sweep, depths, score, sweep, write
+from loclin.analyses.steering import MAX_KL, STRENGTHS, Continuation, Sweep, Trial, depths, score, sweep, write
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate
 from loclin.linearization import Linearization, linearize
@@ -34,6 +34,10 @@ METHODS: dict[Method, str] = {
     "random": "a random direction of the same norm",
 }
 """What `steer` can steer with."""
+REPEATS = 0.3
+"""A text of which more three-token sequences than this were said before repeats itself."""
+_WRITTEN = 16
+"""How many settings of a sweep are tried in writing."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def steer(
     layer
         The layer whose output is steered; None tries some (see `loclin.analyses.steering.depths`).
     strength
-        Lambda; None tries some, over this prompt and packaged neutral ones.
+        Lambda; None tries some, over this prompt and packaged neutral ones. The largest gain is taken within `max_kl`
+        whose text does not repeat itself.
     form
         See `Steering.apply`.
     rank, normed
@@ -156,7 +161,8 @@ def steer(
 
     Notes
     -----
-    Cost: for each layer tried, the map up to it, d columns; two generations.
+    Cost: for each layer tried, the map up to it, d columns; two generations, and up to sixteen more where the settings
+    that gain most make a text that repeats itself.
     """
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose {', '.join(get_args(Method))}")
@@ -192,12 +198,29 @@ def steer(
             max_kl=max_kl,
             progress=progress,
         )
-        layer, strength = found.best.layer, found.best.strength
-    steering = at(layer)
     progress("writing")
     options |= {"max_new_tokens": max_new_tokens, "seed": seed}
-    (steered,) = write(model, [ids], chosen, steering=steering, strength=strength, form=form, **options)
     (normal,) = write(model, [ids], chosen, **options)
+
+    def written(where: int, how: float) -> Continuation:
+        return write(model, [ids], chosen, steering=at(where), strength=how, form=form, **options)[0]
+
+    if found is not None:
+        # Next tokens do not tell whether a whole text breaks down.
+        tried: list[tuple[Trial, Continuation]] = []
+        for trial in found.ranked()[:_WRITTEN]:
+            tried.append((trial, written(trial.layer, trial.strength)))
+            if not repeats(tried[-1][1], normal):
+                break
+        else:
+            tried.sort(key=lambda pair: pair[1].repetition)
+            tried.append(tried[0])
+        fluent = tried[-1][0]
+        found = replace(found, best=fluent)
+        layer, strength = fluent.layer, fluent.strength
+    assert layer is not None
+    assert strength is not None
+    steering, steered = at(layer), written(layer, strength)
     alone = Replay(model, [ids])
     # what leaves the model as it is has no arithmetic to be judged by
     moved = alone.unsteered if strength == NEUTRAL[form] else alone.log_probs(steering, strength, form)
@@ -222,6 +245,11 @@ def steer(
         },
     )  # fmt: skip
     return report, steering
+
+
+def repeats(text: Continuation, normal: Continuation) -> bool:
+    """Whether a text says the same again and again, and more than the unsteered one does."""
+    return text.repetition > max(REPEATS, normal.repetition)
 
 
 def _made(

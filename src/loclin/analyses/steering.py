@@ -70,6 +70,7 @@ class Sweep:
         Every cell.
     best
         The one with the largest gain among those with `kl <= max_kl`; the one with the least kl where there is none.
+        `loclin.analyses.steer.steer` takes the first whose text does not repeat itself.
     max_kl
         The limit.
     unsteered
@@ -81,6 +82,11 @@ class Sweep:
     best: Trial
     max_kl: float
     unsteered: float
+
+    def ranked(self) -> list[Trial]:
+        """The cells within the limit, the largest gain first; the best alone where there is none."""
+        within = [trial for trial in self.trials if trial.kl <= self.max_kl]
+        return sorted(within, key=lambda t: -t.gain) or [self.best]
 
     def to_dict(self) -> dict[str, object]:
         """Everything, for JSON."""

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loclin.analyses.steer import METHODS, Steered
+from loclin.analyses.steer import METHODS, Steered, repeats
 from loclin.analyses.steering import Continuation
 from loclin.errors import OutputError
 from loclin.output import write_text
@@ -25,7 +25,6 @@ from loclin.report.sheet import embedded
 from loclin.report.text import number, visible
 
 WIDEST = 120
-REPEATS = 0.3
 REPEATING = "repeats itself: a smaller --max-kl, sampling (--seed) or another --method keeps it fluent."
 
 
@@ -48,7 +47,7 @@ def render_steered(found: Steered, console: Console) -> None:
 
 
 def _repeats(found: Steered) -> bool:
-    return found.steered.repetition > max(REPEATS, found.normal.repetition)
+    return repeats(found.steered, found.normal)
 
 
 def _text(found: Steered, written: Continuation) -> Text:
