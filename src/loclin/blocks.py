@@ -47,3 +47,24 @@ class Workspace:
         if room is None or room.numel() < numbers or room.dtype != like.dtype or room.device != like.device:
             room = self._rooms[name] = like.new_empty(numbers)
         return room[:numbers].view(shape)
+
+
+def add_scaled(block: Tensor, moved: Tensor, factors: Tensor | None) -> None:
+    """Add to the residual stream, factors first, wherever the block lives."""
+    if factors is None:
+        block += moved.to(block.device)
+    else:
+        block.addcmul_(moved.to(block.device), factors.to(block.device))
+
+
+def deliver(block: Tensor, moved: Tensor, onto: bool) -> None:
+    """Add to the residual stream, or write in its place."""
+    if onto:
+        block += moved.to(block.device)
+    else:
+        block.copy_(moved)
+
+
+def groups(positions: slice, size: int) -> list[slice]:
+    """Neighbouring positions, so many at a time."""
+    return [slice(t, min(t + size, positions.stop)) for t in range(positions.start, positions.stop, size)]

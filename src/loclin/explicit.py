@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.blocks import Started, Tap, Workspace, adjoining
+from loclin.blocks import Started, Tap, Workspace, add_scaled, adjoining, deliver, groups
 from loclin.coefficients import Coefficients
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.models.layout import Weights
@@ -119,7 +119,7 @@ class ExplicitLayer:
             pulled = self._attention_back(part[active], active, reached)
             if above == "attn_out":
                 part[active] = 0
-            _add(part[reached], pulled, _rows(self._held.attn_in, reached))
+            add_scaled(part[reached], pulled, _rows(self._held.attn_in, reached))
 
     def jvp(
         self,
@@ -160,7 +160,7 @@ class ExplicitLayer:
                     pushed.mul_(self._held.attn_out[rows, None])
                 if tap is not None and rows.start <= tap.position < rows.stop:
                     tap.see(index, "attn_out", slice(done, done + part.shape[1]), pushed[tap.position - rows.start])
-                _deliver(part[rows.start - start : rows.stop - start], pushed, onto=above != "attn_out")
+                deliver(part[rows.start - start : rows.stop - start], pushed, onto=above != "attn_out")
                 done += part.shape[1]
         if above in ("mlp_out", "resid_post"):
             self._mlp(blocks, wanted, back=False, onto=above == "resid_post", tap=tap)
@@ -186,7 +186,7 @@ class ExplicitLayer:
         """Put blocks through the MLP, some positions at a time; `onto` the residual stream, or in its place."""
         columns = sum(block.shape[1] for _, block in blocks)
         formed = self.formed(columns)
-        for group in _groups(positions, self._together if formed else max(1, _ROWS // columns)):
+        for group in groups(positions, self._together if formed else max(1, _ROWS // columns)):
             maps = self._maps(group) if formed else None
             if maps is not None and not back and self._applied_together(maps, blocks, group, onto, tap):
                 continue
@@ -203,7 +203,7 @@ class ExplicitLayer:
                     moved = torch.bmm(source.to(self.device), some if back else some.mT, out=room)
                 if tap is not None and own.start <= tap.position < own.stop:
                     tap.see(index, "mlp_out", slice(None), moved[tap.position - own.start])
-                _deliver(source, moved, onto)
+                deliver(source, moved, onto)
 
     def _applied_together(
         self, maps: Tensor, blocks: Sequence[Started], group: slice, onto: bool, tap: Tap | None
@@ -222,7 +222,7 @@ class ExplicitLayer:
             if tap is not None and t == tap.position:
                 for i, part in zip(some, moved.chunk(len(some)), strict=True):
                     tap.see(i, "mlp_out", slice(None), part)
-            _deliver(source, moved, onto)
+            deliver(source, moved, onto)
         return True
 
     @property
@@ -367,7 +367,7 @@ class ExplicitLayer:
                 if tap is not None and t == tap.position:
                     pushed = torch.mm(inner, matrix, out=self._room("pushed", n, d))
                     tap.see(index, "attn_out", slice(None), pushed)
-                    _deliver(stream, pushed, onto)
+                    deliver(stream, pushed, onto)
                 elif onto:
                     stream.addmm_(inner, matrix)
                 else:
@@ -384,23 +384,3 @@ def _part(layer: nn.Module, path: str, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def _rows(factors: Tensor | None, positions: slice) -> Tensor | None:
     return None if factors is None else factors[positions, None]
-
-
-def _add(block: Tensor, moved: Tensor, factors: Tensor | None) -> None:
-    """Add to the residual stream, factors first, wherever the block lives."""
-    if factors is None:
-        block += moved.to(block.device)
-    else:
-        block.addcmul_(moved.to(block.device), factors.to(block.device))
-
-
-def _deliver(block: Tensor, moved: Tensor, onto: bool) -> None:
-    """Add to the residual stream, or write in its place."""
-    if onto:
-        block += moved.to(block.device)
-    else:
-        block.copy_(moved)
-
-
-def _groups(positions: slice, size: int) -> list[slice]:
-    return [slice(t, min(t + size, positions.stop)) for t in range(positions.start, positions.stop, size)]
