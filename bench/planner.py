@@ -42,7 +42,7 @@ class Trial:
 def measure(quick: bool) -> tuple[list[Row], list[Row]]:
     """(the worst ratio, every combination's)."""
     widths, lengths = ((512,), (2, 8)) if quick else ((512, 1024, 2048), (2, 8, 64, 256))
-    patience = 0.5 if quick else 3.0
+    patience = 0.5 if quick else 1.5
     trials, dropped = [], 0
     for d, T in product(widths, lengths):
         lin = decaying(d, 2, T)
