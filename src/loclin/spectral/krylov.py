@@ -141,7 +141,7 @@ def search(
             return ritz, ritz.values[:, :k], torch.zeros_like(eta)
         rounded = 2 * sketch.floor * ritz.values[:, :1]
         scale = torch.maximum(ritz.values[:, min(k, size) - 1], rounded[:, 0])
-        allowed = torch.maximum(tolerance * ritz.values[:, :k], rounded)
+        allowed = torch.maximum(tolerance * ritz.values[:, :k] - rounded, rounded)  # the bounds add rounding later
 
         def settled(bound: Tensor, ritz: Ritz = ritz, allowed: Tensor = allowed) -> bool:
             return bool((bound[:, :k] - ritz.values[:, :k] <= allowed).all())
