@@ -156,10 +156,11 @@ def _print(table: Table) -> None:
     Console(width=170 if not sys.stdout.isatty() else None).print(table)
 
 
-def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = ()) -> None:
+def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = (), partly: bool = False) -> None:
     """Print the table, write `bench/results/NAME.json`, and with `check` exit 1 when a demand is not met.
 
-    Details are written and not printed: another table has shown them.
+    Details are written and not printed: another table has shown them. After a run of some parts only, rows of the
+    others stay in the file as they were.
     """
     table = Table("what", "value", "unit", "against", "ratio", "demand", "met", title=name, title_justify="left")
     for row in rows:
@@ -169,6 +170,11 @@ def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = ())
         table.add_row(row.name, f"{row.value:.4g}", row.unit, row.against, ratio, demand, met)
     _print(table)
     RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    found = [asdict(row) | {"met": row.met} for row in [*rows, *details]]
+    if partly and path.exists():
+        new = {row["name"] for row in found}
+        found += [row for row in json.loads(path.read_text())["rows"] if row["name"] not in new]
     content = {
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -177,9 +183,8 @@ def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = ())
         },
         "versions": {name: version(name) for name in ("loclin", "torch", "transformers")},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rows": [asdict(row) | {"met": row.met} for row in [*rows, *details]],
+        "rows": found,
     }
-    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {path}")
     if check and any(row.met is False for row in rows):

@@ -71,7 +71,7 @@ def main() -> None:
         add(rows, details, planner.measure(options.quick))
     if "long" in options.parts and not options.quick:
         rows += long_prompt()
-    report("spectra", rows, options.check, details)
+    report("spectra", rows, options.check, details, partly=set(options.parts) != set(PARTS))
 
 
 def add(rows: list[Row], details: list[Row], found: tuple[Iterable[Row], Iterable[Row]]) -> None:
