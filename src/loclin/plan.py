@@ -34,7 +34,9 @@ _FEW = 2
 _NARROW = CERTIFICATE[0]
 _FIXED = PROBES + 2 * math.prod(CERTIFICATE)
 """The columns of the probes and of one certificate, and how many of them go through the model at a time."""
-_MARGIN = 0.65, 0.95
+_STEP_SECONDS = 1e-3
+"""What products alone take besides for each step: small decompositions of what is known."""
+_MARGIN = 0.65, 1.0
 """Counted columns are an estimate: products alone are taken when they promise this share of the dense map's time; of
 each token's map, where models differ most, and of all together."""
 _NORM_COLUMNS = 250
@@ -150,12 +152,13 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     """How many columns the products-only way takes on a language model's map, the certificate's 48 included.
 
     Measured at 1e-2 and 1e-3 on SmolLM2, and on models of random weights whose spectra decay like its own, d = 512 to
-    2048: for k = 1 and 8, 93 and 160 to 190 for all tokens together; 97 and 220 for each of 2, 110 to 150 and 430 to
-    550 for each of 8, 220 for k = 1 and each of 64. Gemma 3 270M, whose spectra decay slowly, takes up to twice as many
-    for k = 8, and for each token's largest value four times. The tokens share one output basis, which grows with them.
+    2048: for k = 1 and 8, 93 and 160 (2 tokens) to 190 for all tokens together; 97 and 220 for each of 2, 110 to 150
+    and 430 to 550 for each of 8, 220 for k = 1 and each of 64. Gemma 3 270M, whose spectra decay slowly, takes up to
+    twice as many for k = 8, and for each token's largest value four times. The tokens share one output basis, which
+    grows with them.
     """
     if joint:
-        return min(_FIXED + 30 + 14 * k, 2 * short)
+        return min(_FIXED + 30 + (8 + min(length, 6)) * k, 2 * short)
     return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 
@@ -177,4 +180,4 @@ def _alone(J: Map, columns: int, maps: int, rows: int, k: int) -> Cost:
     flops, seconds = (few * a + many * b for a, b in ((narrow.flops, one.flops), (narrow.seconds, one.seconds)))
     algebra = products(maps * (2.0 * basis * basis * rows + 12.0 * basis**3), J.chain, _THIN, torch.float64)
     nbytes = basis * J.shape[1] * J.shape[2] * J.dtype.itemsize
-    return Cost(columns, flops, seconds, nbytes) + algebra
+    return Cost(columns, flops, seconds + (few + many) * _STEP_SECONDS, nbytes) + algebra
