@@ -53,14 +53,14 @@ def measure(quick: bool) -> tuple[list[Row], list[Row]]:
             trials, dropped = ([*trials, found], dropped) if found else (trials, dropped + 1)
     _show(trials)
     worst = max(trials, key=lambda trial: trial.ratio)
-    name = f"planner, worst of {len(trials)} combinations ({worst.label}): auto took {worst.taken}"
+    against = f"best single route of {len(trials)} combinations: {worst.label}, {worst.best}; auto took {worst.taken}"
     rows = [
-        Row(name, worst.auto, "s", f"best single route ({worst.best})", worst.ratio, _DEMAND),
+        Row("planner, worst combination", worst.auto, "s", against, worst.ratio, _DEMAND),
         Row("planner, combinations within the demand", sum(trial.ratio <= _DEMAND for trial in trials), "combinations"),
         Row("planner, combinations where auto took the best route", sum(t.taken == t.best for t in trials), ""),
         Row("planner, combinations dropped as too long", dropped, "combinations"),
     ]
-    details = [Row(f"planner, {t.label}: auto took {t.taken}", t.auto, "s", t.best, t.ratio) for t in trials]
+    details = [Row(f"planner, {t.label}", t.auto, "s", f"{t.best}; auto took {t.taken}", t.ratio) for t in trials]
     return rows, details
 
 
