@@ -205,6 +205,7 @@ def steer(
     def written(where: int, how: float) -> Continuation:
         return write(model, [ids], chosen, steering=at(where), strength=how, form=form, **options)[0]
 
+    steered = None
     if found is not None:
         # Next tokens do not tell whether a whole text breaks down.
         tried: list[tuple[Trial, Continuation]] = []
@@ -215,12 +216,12 @@ def steer(
         else:
             tried.sort(key=lambda pair: pair[1].repetition)
             tried.append(tried[0])
-        fluent = tried[-1][0]
+        fluent, steered = tried[-1]
         found = replace(found, best=fluent)
         layer, strength = fluent.layer, fluent.strength
     assert layer is not None
     assert strength is not None
-    steering, steered = at(layer), written(layer, strength)
+    steering, steered = at(layer), steered or written(layer, strength)
     alone = Replay(model, [ids])
     # what leaves the model as it is has no arithmetic to be judged by
     moved = alone.unsteered if strength == NEUTRAL[form] else alone.log_probs(steering, strength, form)
