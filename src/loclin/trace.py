@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin import explicit
+from loclin.arguments import whole
 from loclin.blocks import Workspace
 from loclin.coefficients import Coefficients, Reader
 from loclin.errors import ModelError, OptionError, PromptError
@@ -123,6 +124,7 @@ class Trace:
         PromptError
             When it lies outside the prompt.
         """
+        position = whole("position", position)
         if not -self.length <= position < self.length:
             raise PromptError(
                 f"position {position} is outside the prompt, which has {self.length} tokens "

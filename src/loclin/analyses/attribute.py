@@ -14,10 +14,10 @@ import torch
 
 from loclin import memory
 from loclin.analyses.attribution import Attribution, By, Kind
-from loclin.analyses.explain import sink_warnings
 from loclin.analyses.shares import Shares, by_part, by_source, by_token_and_layer
 from loclin.analyses.target import Reading, Target, read
 from loclin.analyses.wording import in_words
+from loclin.arguments import whole
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.freeze import exact_arithmetic
@@ -80,7 +80,7 @@ def attribute(
     the budget, for as many of 2 L columns at a time as it holds (each time with graphs of its own). Where float32
     rounds the sum by more than 5e-7, all is done again in float64.
     """
-    chosen = level(by)
+    chosen, words = level(by), whole("words", words)
     reading = read(lin, target, position)
     if chosen not in ("token", "bias") and lin.trace.route.whole is not None:
         raise OptionError(
@@ -108,7 +108,7 @@ def attribute(
         writes={},
         attends={},
         sinks=lin.sinks,
-        warnings=[*sink_warnings(lin), *notes],
+        warnings=[*lin.warnings, *reading.warnings, *notes],
         provenance=replace(lin.jacobian(position=position).provenance(), target=reading.at),
     )
     return in_words(lin, reading, found, words)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.arguments import whole
 from loclin.certify import Certificate
 from loclin.decode import Decoder, Words
 from loclin.linearization import Linearization
@@ -163,7 +164,7 @@ def explain(
     -----
     Cost: the dense map (d columns), T dense decompositions, and about 15 columns. Memory: the map, T d^2 numbers.
     """
-    at = lin.trace.position(position)
+    at, k = lin.trace.position(position), whole("k", k)
     J = lin.jacobian(position=at)
     check_rank(k, J.shape[0], J.shape[2])
     progress("exact map")
@@ -206,7 +207,7 @@ def explain(
     return Explanation(
         model=lin.model.info.to_dict(),
         settings=_settings(lin, k, at),
-        prompt="".join(lin.tokens),
+        prompt=lin.text,
         predictions=[(word, p) for _, word, p in predictions],
         target={"id": chosen, "text": text, "probability": probability, "logit": logit},
         tokens=tokens,
@@ -217,7 +218,7 @@ def explain(
         output=J.value.tolist(),
         reconstruction=J.reconstruct().tolist(),
         ordinary=ordinary.tolist(),
-        warnings=sink_warnings(lin),
+        warnings=lin.warnings,
     )
 
 
@@ -262,15 +263,3 @@ def _settings(lin: Linearization, k: int, position: int) -> dict[str, Any]:
         "token_ids": lin.input_ids[0].tolist(),
         "versions": {name: version(name) for name in ("loclin", "torch", "transformers")},
     }
-
-
-def sink_warnings(lin: Linearization) -> list[str]:
-    """Say so where the first word carries the attention sink."""
-    found = []
-    first_is_word = lin.model.bos is None or int(lin.input_ids[0, 0]) != lin.model.bos
-    if 0 in lin.sinks and first_is_word:
-        found.append(
-            f"{lin.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
-            "the sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True."
-        )
-    return found

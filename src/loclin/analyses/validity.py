@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin.analyses.nearby import Nearby, Outputs
+from loclin.arguments import real, whole
 from loclin.decode import Decoder
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
@@ -95,8 +96,10 @@ class Validity:
 
     model: dict[str, Any]
     settings: dict[str, Any]
+    prompt: str
     tokens: list[str]
     rays: list[Ray]
+    warnings: list[str]
 
     def curve(self, kind: str) -> list[Step]:
         """The mean over all rays of one kind at each size; none where there are no such rays."""
@@ -151,6 +154,8 @@ def validity(
     Cost: `len(sizes) * draws + 12 * T * swaps` forward passes, and a column of the frozen and of the ordinary map for
     each ray.
     """
+    draws, swaps, seed = whole("draws", draws), whole("swaps", swaps), whole("seed", seed)
+    sizes = [real("sizes", size) for size in sizes]
     if draws < 0 or swaps < 0 or draws + swaps < 1 or not sizes or min(sizes) <= 0:
         raise OptionError("give at least one random direction or one swap, and sizes above 0")
     at = lin.trace.position(position)
@@ -188,8 +193,10 @@ def validity(
             "token_ids": lin.input_ids[0].tolist(),
             "versions": versions(),
         },
+        prompt=lin.text,
         tokens=lin.tokens,
         rays=rays,
+        warnings=lin.warnings,
     )
 
 

@@ -27,7 +27,7 @@ def attribution_html(found: Sequence[Attribution]) -> str:
     css = "".join(files("loclin.report").joinpath(name).read_text("utf-8") for name in ("page.css", "attribution.css"))
     return Template(files("loclin.report").joinpath("attribution.html").read_text("utf-8")).substitute(
         css=css,
-        title=escape(shortened("".join(first.texts))),
+        title=escape(shortened(first.provenance.text if first.provenance else "")),
         target=_target(first),
         head=_head(found),
         warnings="".join(dict.fromkeys(parts.warnings(one) for one in found)),

@@ -16,6 +16,7 @@ from loclin.output import write_text
 from loclin.report import parts
 from loclin.report.choose import full_colour, largest
 from loclin.report.sheet import facts, section, sheet, shortened
+from loclin.report.terminal import warning
 from loclin.report.terminal_tables import token_text, words_text
 from loclin.report.text import error, number, percent, signed
 
@@ -50,6 +51,8 @@ def render_generation(generation: Generation, console: Console) -> None:
         table.add_row(str(i + 1), *_row(step), *_medians(drift))
     console.print(table)
     console.print(Text("change, cos: median over tokens of |J′ − J| / |J| and of ⟨J′, J⟩ / (|J′| |J|)", "dim"))
+    for text in first.warnings:
+        console.print(warning(text))
 
 
 def _row(step: Explanation) -> list[Text]:
@@ -102,8 +105,7 @@ def generation_html(generation: Generation) -> str:
     )
     details = "".join(_details(i, step) for i, step in enumerate(steps))
     body = shares + (drift if generation.drift else "") + section("Every step", "", details)
-    prompt = "".join(parts.token(token.text) for token in steps[0].tokens)
-    written = "".join(parts.token(step.target["text"]) for step in steps)
+    prompt, written = parts.token(steps[0].prompt), parts.token(generation.text)
     return sheet(
         title=f"{shortened(steps[0].prompt)} … {len(steps)} words",
         about="every generated word, explained by an exact linear map",

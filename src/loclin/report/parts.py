@@ -6,7 +6,6 @@ import re
 from html import escape
 from typing import Any, Protocol, runtime_checkable
 
-from loclin.analyses.attribution import Attribution
 from loclin.analyses.explain import Explanation, TokenExplanation
 from loclin.decode import Words
 from loclin.report.checks import forward
@@ -14,6 +13,14 @@ from loclin.report.choose import full_colour
 from loclin.report.text import EMPTY, NEWLINE, SPACE, TAB, error, number, percent, signed, visible
 
 _MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
+
+
+class Warned(Protocol):
+    """What every result has."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader should know first."""
 
 
 @runtime_checkable
@@ -92,7 +99,7 @@ def verdict(explanation: Explanation) -> str:
     )
 
 
-def warnings(found: Predicted | Attribution) -> str:
+def warnings(found: Warned) -> str:
     """Write what a reader should know first."""
     return "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in found.warnings)
 
