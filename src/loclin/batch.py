@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,14 @@ from loclin.freeze import Gate, Precision, evaluation, exact_arithmetic
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model, wrap
 from loclin.padding import Padding, padded, without_padding
-from loclin.prompts import as_ids, read_prompt
+from loclin.prompts import Numbers, Prompt, as_ids, read_prompt
 
 
 def linearize_batch(
     model: Model | PreTrainedModel,
-    prompts: Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any],
+    prompts: Prompt,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Numbers | None = None,
     padding: Padding = "left",
     gate: Gate = "activation",
     precision: Precision = "auto",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from loclin.memory import budget
 from loclin.models import Model, wrap
 from loclin.plan import Plan
 from loclin.points import parse
-from loclin.prompts import prompt_warnings, read_prompt
+from loclin.prompts import Numbers, Prompt, prompt_warnings, read_prompt
 from loclin.trace import trace
 
 if TYPE_CHECKING:
@@ -289,9 +289,9 @@ class Linearization:
 
 def linearize(
     model: Model | nn.Module,
-    prompt: str | Tensor | Sequence[int] | Mapping[str, Any],
+    prompt: Prompt,
     *,
-    attention_mask: Tensor | Sequence[int] | None = None,
+    attention_mask: Numbers | None = None,
     gate: Gate = "activation",
     precision: Precision = "auto",
     bos: bool | str | None = None,

@@ -15,13 +15,16 @@ from loclin.models import Model
 from loclin.models.encoding import appended
 from loclin.padding import without_padding
 
+Prompt = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
+"""What can be given as a prompt: see `read_prompt`."""
+Numbers = Tensor | np.ndarray | Sequence[Any]
 _SHAPE = "token ids must have the shape [1, T] with T > 0"
 _KINDS = ("image", "video", "audio", "vision")
 """What the names of placeholder tokens begin with, in the configs of models that take more than text."""
 
 
 def read_prompt(
-    model: Model, prompt: Any, attention_mask: Any = None, bos: bool | str | None = None
+    model: Model, prompt: Prompt, attention_mask: Numbers | None = None, bos: bool | str | None = None
 ) -> Int[Tensor, "1 T"]:
     """A text, token ids in any form, or a tokenizer's output as ids `[1, T]`, without padding.
 

@@ -62,7 +62,7 @@ class Direction:
     at: str = "final"
 
 
-Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | None
+Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | np.ndarray | None
 """What can be asked for: a token's logit, a difference of two, or one of the classes.
 
 None is the predicted token's logit over the mean of all: `Margin(over="mean")`.

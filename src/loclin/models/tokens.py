@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
@@ -77,19 +78,19 @@ class Tokens:
         Cost: a decoding of a few tokens for each; of all before it, where a tokenizer changes text behind itself.
         """
         ids, text = [int(token) for token in ids], self.text(ids)
-        groups: list[tuple[int, int]] = []  # how many tokens, up to which end
-        first, read, end = 0, 0, 0
+        groups: list[tuple[int, str]] = []  # how many tokens, and what they add
+        first = read = 0
         for i in range(len(ids)):
             before, now = self.text(ids[first:read]), self.text(ids[first : i + 1])
             if now.endswith(_BROKEN) and i + 1 < len(ids):
                 continue  # the rest of the character follows
-            end += len(now) - len(before)
-            groups.append((i + 1 - read, end))
+            groups.append((i + 1 - read, now[len(before) :]))
             first, read = read, i + 1
-        if end != len(text):
-            groups = [(1, len(commonprefix([text, self.text(ids[: i + 1])]))) for i in range(len(ids))]
-        starts = [0, *(end for _, end in groups)]
-        return [(start, end) for start, (n, end) in zip(starts, groups, strict=False) for _ in range(n)]
+        ends = list(accumulate(len(added) for _, added in groups))
+        if "".join(added for _, added in groups) != text:
+            groups = [(1, "")] * len(ids)
+            ends = list(accumulate((len(commonprefix([text, self.text(ids[: i + 1])])) for i in range(len(ids))), max))
+        return [(a, b) for a, b, (n, _) in zip([0, *ends], ends, groups, strict=False) for _ in range(n)]
 
     def continuation(self, before: Sequence[int], ids: Sequence[int], *, special: bool = True) -> str:
         """The text of `ids` as it goes on from others: a space at its beginning stays."""

@@ -15,6 +15,7 @@ from loclin.report.text import EMPTY, NEWLINE, SPACE, TAB, error, number, percen
 _MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
 
 
+@runtime_checkable
 class Warned(Protocol):
     """What every result has."""
 
