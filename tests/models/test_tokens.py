@@ -155,10 +155,17 @@ def test_an_empty_target_is_none():
         lin.attribute("")
 
 
-def test_a_target_that_is_a_token_only_with_a_space_says_so():
-    lin = loclin.linearize(wrap(tiny_llama(vocab_size=300), KINDS["unigram"]), torch.tensor([[4, 5, 6]]))
-    with pytest.raises(OptionError, match="' The', with a space in front, is a token"):
-        lin.attribute("The")
+def test_a_word_that_is_a_token_with_its_space_alone_is_that_token():
+    for kind, text, token in (("unigram", "The", "▁The"), ("wordpiece", "golden", "golden")):
+        lin = loclin.linearize(wrap(tiny_llama(vocab_size=300), KINDS[kind]), torch.tensor([[4, 5, 6]]))
+        assert lin.attribute(text).target["ids"] == [lin.model.tokenizer.convert_tokens_to_ids(token)]
+        assert lin.attribute(text).target["tokens"] == [f" {text}"]
+
+
+def test_a_target_that_is_a_token_without_its_space_alone_says_so():
+    lin = loclin.linearize(wrap(tiny_llama(), KINDS["bytes"]), "the cat")
+    with pytest.raises(OptionError, match="2 tokens, not one: ' ' \\+ 'c'; 'c', without a space in front, is a token"):
+        lin.attribute(" c")
 
 
 def test_a_target_that_differs_from_the_prediction_by_a_space_says_so():
@@ -176,5 +183,6 @@ def test_a_target_that_differs_from_the_prediction_by_a_space_says_so():
         assert f"id {spaced}" in said
     assert lin.head(0, 0, "Gate", k=1).warnings == [said]
     assert lin.path(None, ["L0H0"], "Gate").to_dict()["warnings"] == [said]
-    for target in (" Gate", bare, None, "a"):
+    assert lin.attribute(bare).warnings == [said]
+    for target in (" Gate", spaced, None, "a"):
         assert lin.attribute(target).warnings == []

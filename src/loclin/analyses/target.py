@@ -132,7 +132,8 @@ def token_id(lin: Linearization, token: Token) -> int:
     if model.tokenizer is None:
         raise OptionError(f"target {token!r}: {model.info.name} has no tokenizer; give the token's id")
     ids: list[int] = model.tokenizer(token, add_special_tokens=False)["input_ids"] if token else []
-    if len(ids) == 1 and model.decode_each(ids) == [token] and token.strip("\N{REPLACEMENT CHARACTER}"):
+    pieces = model.decode_each(ids)
+    if len(ids) == 1 and pieces == [token] and token.strip("\N{REPLACEMENT CHARACTER}"):
         return int(ids[0])
     same = model.tokens.alike(token)  # no tokenizer writes every token's text with that token
     if len(same) == 1 and same[0] < vocabulary:
@@ -140,7 +141,9 @@ def token_id(lin: Linearization, token: Token) -> int:
     if same:
         some = ", ".join(map(str, same[:3])) + (" …" if len(same) > 3 else "")
         raise OptionError(f"target {token!r}: {len(same)} tokens are this text, with the ids {some}. Give the id")
-    split = " + ".join(repr(piece) for piece in model.decode_each(ids)) or "nothing"
+    if len(ids) == 1 and pieces[0].lstrip(" ") == token.lstrip(" "):
+        return int(ids[0])  # the only one there is: its tokenizer has words with their spaces alone
+    split = " + ".join(repr(piece) for piece in pieces) or "nothing"
     counted = "not a token" if len(ids) <= 1 else f"{len(ids)} tokens, not one"
     other = token[1:] if token.startswith(" ") else f" {token}"
     close = f"; {other!r}, {_spaced(other)}, is a token" if other and model.tokens.alike(other) else ""
@@ -151,13 +154,14 @@ def _spaced(text: str) -> str:
     return "with a space in front" if text.startswith(" ") else "without a space in front"
 
 
-def _space_warning(lin: Linearization, at: int, token: Token | None) -> tuple[str, ...]:
+def _space_warning(lin: Linearization, at: int, token: int) -> tuple[str, ...]:
     """Say so where the predicted token is the one asked for but for a space in front."""
     ((predicted, text, probability),) = lin.next_token_ids(1, at)
-    if not isinstance(token, str) or text == token or text.lstrip(" ") != token.lstrip(" "):
+    (asked,) = lin.model.decode_each([token])
+    if token == predicted or text.lstrip(" ") != asked.lstrip(" "):
         return ()
     return (
-        f"The target {token!r} is not the predicted token: that is {text!r}, {_spaced(text)} "
+        f"The target {asked!r} is not the predicted token: that is {text!r}, {_spaced(text)} "
         f"(id {predicted}, {100 * probability:.1f} %).",
     )
 
@@ -177,15 +181,14 @@ def read(lin: Linearization, target: Target, position: int) -> Reading:
     """
     at = lin.trace.position(position)
     if isinstance(target, (Tensor, np.ndarray)) and target.ndim:
-        target = Direction(torch.as_tensor(target))
+        target = Direction(_real_vector(torch.as_tensor(target)))
     if isinstance(target, Neuron):
         return _neuron(lin, target, at)
     if isinstance(target, Direction):
         return _direction(lin, target, at)
     kind, ids, weights = _logits(lin, target, at)
-    first = target.token if isinstance(target, Margin) else target[0] if isinstance(target, tuple) else target
-    warnings = _space_warning(lin, at, cast("Token | None", first))
-    return replace(_ends(lin, weights, Point("logits"), at, kind, ids), warnings=warnings)
+    reading = _ends(lin, weights, Point("logits"), at, kind, ids)
+    return replace(reading, warnings=_space_warning(lin, at, ids[0]))
 
 
 def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int], Tensor]:
@@ -222,10 +225,7 @@ def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int]
 def _direction(lin: Linearization, target: Direction, at: int) -> Reading:
     trace = lin.trace
     point = parse(target.at, trace.n_layers)
-    if not target.vector.is_floating_point():
-        raise OptionError("a direction is a vector of real numbers; for a token's logit give its id as a number")
-    refuse_broken("the direction", target.vector)
-    vector = target.vector.to(lin.embeddings)
+    vector = _real_vector(target.vector).to(lin.embeddings)
     if not point.on_stream:
         raise OptionError(f"a direction at {point}: choose final, logits, or a point on the residual stream")
     width = lin.chain.width(point)
@@ -238,6 +238,13 @@ def _direction(lin: Linearization, target: Direction, at: int) -> Reading:
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = vector
     return Reading(kind, str(point), [], [], value, size, at, point.node(trace.n_layers), cotangent, {})
+
+
+def _real_vector(vector: Tensor) -> Tensor:
+    if not vector.is_floating_point():
+        raise OptionError("a direction is a vector of real numbers; for a token's logit give its id as a number")
+    refuse_broken("the direction", vector)
+    return vector
 
 
 def _ends(lin: Linearization, weights: Tensor, point: Point, at: int, kind: str, ids: list[int]) -> Reading:
