@@ -247,3 +247,12 @@ def test_generated_text_is_decoded_at_once():
     tokens: Tokens = model.tokens
     assert found.text == tokens.text(both)[tokens.offsets(both)[len(prompt)][0] :]
     assert found.steps[0].prompt == tokens.text(prompt)
+
+
+def test_random_tokens_of_validity_are_the_tokenizer_s():
+    model = wrap(tiny_llama(vocab_size=600), tiny_tokenizer())
+    found = loclin.validity(loclin.linearize(model, "the cat"), draws=0, swaps=20)
+    drawn = [ray.token for ray in found.rays if ray.kind == "random"]
+    assert drawn
+    assert not any(text.startswith("⟨unused") for text in drawn)
+    assert not set(drawn) & {"<s>", "</s>", "<unk>"}

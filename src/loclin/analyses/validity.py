@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -255,10 +256,10 @@ def _swaps(
         return ids.new_zeros((0, len(ids))), []
     decoder = Decoder(lin.model)
     near = decoder.neighbours(ids[places], count)
-    special = set(lin.model.tokenizer.all_special_ids) if lin.model.tokenizer is not None else set()
+    special = lin.model.tokens.special()
     rows, about = [], []
     for row, i in enumerate(places):
-        chosen = _random_tokens(decoder.vocabulary, count, special | {int(ids[i])}, generator)
+        chosen = _random_tokens(decoder, count, special | {int(ids[i])}, generator)
         for kind, others in (("near", near[row].tolist()), ("random", chosen)):
             for other in others:
                 swapped = ids.clone()
@@ -268,9 +269,10 @@ def _swaps(
     return torch.stack(rows), about
 
 
-def _random_tokens(vocabulary: int, count: int, without: set[int], generator: torch.Generator) -> list[int]:
-    order = torch.randperm(vocabulary, generator=generator).tolist()
-    return [token for token in order if token not in without][:count]
+def _random_tokens(decoder: Decoder, count: int, without: set[int], generator: torch.Generator) -> list[int]:
+    order = torch.randperm(decoder.vocabulary, generator=generator).tolist()
+    known = decoder.model.tokens.knows
+    return list(islice((token for token in order if token not in without and known(token)), count))
 
 
 def _mean(steps: Iterable[Step]) -> Step:

@@ -100,8 +100,8 @@ class Tokens:
             return self.text(ids)
         context = list(before)[-_CONTEXT:]
         if not special:
-            ids = [token for token in ids if token not in self._special()]
-            context = [token for token in context if token not in self._special()]
+            ids = [token for token in ids if token not in self.special()]
+            context = [token for token in context if token not in self.special()]
         both = [*context, *ids]
         return self.text(both)[self.offsets(both)[len(context)][0] :] if ids else ""
 
@@ -118,9 +118,10 @@ class Tokens:
 
     def knows(self, token: int) -> bool:
         """Whether an id has a token; models may have more rows than their tokenizer has tokens."""
-        return self._raw(token) is not None
+        return self._tokenizer is None or self._raw(token) is not None
 
-    def _special(self) -> set[int]:
+    def special(self) -> set[int]:
+        """The ids of special tokens: beginnings, ends, padding, the marks of chat templates."""
         if self._tokenizer is None:
             return set()
         added: dict[int, Any] = getattr(self._tokenizer, "added_tokens_decoder", {})
@@ -146,7 +147,7 @@ class Tokens:
         for token in known:
             text = _decoded(tokenizer, [*context, token])
             added[token] = text.removeprefix(base) if text.startswith(base) else _decoded(tokenizer, [token])
-        special, prefix = self._special(), _word_prefix(tokenizer)
+        special, prefix = self.special(), _word_prefix(tokenizer)
         found = []
         for token, raw in zip(ids, raws, strict=True):
             if raw is None:
