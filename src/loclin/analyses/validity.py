@@ -256,7 +256,7 @@ def _swaps(
         return ids.new_zeros((0, len(ids))), []
     decoder = Decoder(lin.model)
     near = decoder.neighbours(ids[places], count)
-    special = lin.model.tokens.special()
+    special = set(lin.model.tokenizer.all_special_ids) if lin.model.tokenizer is not None else set()
     rows, about = [], []
     for row, i in enumerate(places):
         chosen = _random_tokens(decoder, count, special | {int(ids[i])}, generator)
