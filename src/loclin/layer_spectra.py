@@ -21,6 +21,7 @@ from loclin.results import Provenance, Result
 from loclin.spectral import SVD, Ritz, ritz, stable_rank
 from loclin.spectral.bounds import rounding
 from loclin.spectral.result import near_equal
+from loclin.surroundings import in_plain_torch
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -109,6 +110,7 @@ class LayerSpectra(Result):
         lower, upper = self._bounds(S, residuals, self.Vh.shape[-1])
         return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], ROUTE)
 
+    @in_plain_torch
     def joint_blocks(self, component: str, layer: int) -> list[list[int]]:
         """Indices of the joint singular values at one layer, near-equal ones together, as in `SVD.blocks`.
 
@@ -153,6 +155,7 @@ class LayerSpectra(Result):
         )
 
 
+@in_plain_torch
 def layer_spectra(
     chain: Chain,
     position: int,

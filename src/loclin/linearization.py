@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loclin.arguments import whole
-from loclin.certify import Certificate, certify
+from loclin.certify import Certificate, certify, random_operations
 from loclin.chain import Chain
 from loclin.errors import NotExactError
 from loclin.freeze import Gate, Hold, Precision
@@ -22,7 +22,8 @@ from loclin.models import Model, wrap
 from loclin.plan import Plan
 from loclin.points import parse
 from loclin.prompts import Numbers, Prompt, prompt_warnings, read_prompt
-from loclin.trace import trace
+from loclin.surroundings import in_plain_torch
+from loclin.trace import Trace, trace
 
 if TYPE_CHECKING:
     from loclin.analyses.attribution import Attribution
@@ -89,6 +90,7 @@ class Linearization:
         return self.model.decode(self.input_ids[0].tolist())
 
     @cached_property
+    @in_plain_torch
     def sinks(self) -> list[int]:
         """Positions that are attention sinks: most layers and heads look at them, whatever they mean."""
         received = self.trace.attention_received[:-1]
@@ -112,14 +114,17 @@ class Linearization:
             "the sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True.",
         ]
 
+    @in_plain_torch
     def value(self, point: str) -> Float[Tensor, "T n"]:
         """The frozen network's value at a point (see `loclin.points`), `[T, d]`; `[T, V]` for the logits."""
         return self.trace.value(parse(point, self.trace.n_layers))
 
+    @in_plain_torch
     def next_tokens(self, k: int = 5, position: int = -1) -> list[tuple[str, float]]:
         """The model's k most probable next tokens, as (text, probability)."""
         return [(text, probability) for _, text, probability in self.next_token_ids(k, position)]
 
+    @in_plain_torch
     def next_token_ids(self, k: int = 5, position: int = -1) -> list[tuple[int, str, float]]:
         """The model's k most probable next tokens, as (id, text, probability)."""
         logits = self.trace.logits(self.trace.position(position))
@@ -182,6 +187,7 @@ class Linearization:
         chain = Chain(self.trace, Hold(ordinary=True))
         return LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self.memory)
 
+    @in_plain_torch
     def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:
         """J_ordinary x: the output as the ordinary Jacobian, nothing held, would rebuild it (the paper's Figure 3).
 
@@ -190,6 +196,7 @@ class Linearization:
         J = self.ordinary_jacobian(position)
         return J.matvec(J.input)
 
+    @in_plain_torch
     def layers(
         self,
         components: Sequence[str] | None = None,
@@ -279,6 +286,7 @@ class Linearization:
         ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", token)]])], dim=1)
         return linearize(self.model, ids, gate=self.gate, precision=self.precision, memory=self.memory, strict=False)
 
+    @in_plain_torch
     def certify(self, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""
         J = self.jacobian(position=position)
@@ -287,6 +295,7 @@ class Linearization:
         return self._certificates[J.position]
 
 
+@in_plain_torch
 def linearize(
     model: Model | nn.Module,
     prompt: Prompt,
@@ -336,12 +345,26 @@ def linearize(
     ids = read_prompt(model, prompt, attention_mask, bos)
     result = Linearization(model, ids, Hold(gate, precision), memory)
     result.prompt_warnings = prompt_warnings(model, ids, appends=isinstance(prompt, str) and bos is None)
+    if strict and result.trace.random:
+        raise _random(result.trace)
     if strict and (result.trace.misuses or not all(result.trace.explicit)):
         certificate = result.certify()
         if not certificate.passed:
             blamed = certificate.culprits[0].module if certificate.culprits else ""
             raise NotExactError(_refusal(model, certificate), blamed)
     return result
+
+
+def _random(trace: Trace) -> NotExactError:
+    """Why a model is refused that gives another output each time it runs."""
+    found = random_operations(trace)
+    where = "; ".join(f"{origin.operation} in {origin.module} at {origin.line}" for origin in found[:3])
+    return NotExactError(
+        f"{trace.model.info.name} gives another output each time it runs, so no map is its map: "
+        f"{where or 'it keeps a state, or draws random numbers elsewhere than in torch'}. It is in evaluation mode "
+        "already: set the dropout or noise to 0 in its code or config",
+        found[0].module if found else "",
+    )
 
 
 def _refusal(model: Model, certificate: Certificate) -> str:

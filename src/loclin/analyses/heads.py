@@ -14,11 +14,11 @@ from loclin.analyses.target import Reading, Target, read
 from loclin.arguments import strings, whole
 from loclin.decode import Decoder, Words
 from loclin.errors import OptionError
-from loclin.freeze import exact_arithmetic
 from loclin.linearization import Linearization
 from loclin.parts import parse_part
 from loclin.path_map import PathMap, part_map, path_map
 from loclin.points import Point, parse
+from loclin.surroundings import in_plain_torch
 
 _WORDS = 8
 
@@ -130,7 +130,7 @@ class Path:
         }
 
 
-@exact_arithmetic()
+@in_plain_torch
 def head(lin: Linearization, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
     """Look at one query head.
 
@@ -185,7 +185,7 @@ def head(lin: Linearization, layer: int, head: int, target: Target = None, *, k:
     )
 
 
-@exact_arithmetic()
+@in_plain_torch
 def path(
     lin: Linearization, source: int | None, parts: Sequence[str], target: Target = None, *, position: int = -1
 ) -> Path:
