@@ -37,7 +37,7 @@ def test_steer(directory, tmp_path, capsys):  # noqa: F811
     assert code == 0, err
     second = json.loads(again.read_text())
     assert second["steered"] == read["steered"]
-    assert second["toward"] == ["<s>w7w8w9"]
+    assert second["toward"] == ["w7 w8 w9"]
     assert Operator.load(kept).point == f"resid_post.{read['layer']}"
 
 

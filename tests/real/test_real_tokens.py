@@ -28,7 +28,10 @@ def model(request):
 def test_no_two_tokens_look_the_same(model):
     shown = model.decode_each(range(len(model.tokenizer) + 2))
     assert len(set(shown)) == len(shown)
-    assert sum("\N{REPLACEMENT CHARACTER}" in text for text in shown) <= 1
+    raws = model.tokenizer.convert_ids_to_tokens(
+        [i for i, text in enumerate(shown) if "\N{REPLACEMENT CHARACTER}" in text]
+    )
+    assert all("\N{REPLACEMENT CHARACTER}" in raw or raw.startswith("ï¿½") for raw in raws), "the sign itself"
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -55,9 +58,13 @@ def test_readme_s_tokens(model):
 
 def test_a_word_without_its_space_is_told(model):
     lin = loclin.linearize(model, "The Golden Gate", bos=True)
+    assert lin.attribute(" Bridge").warnings == []
+    if model.info.name == "smollm2-135m":  # has no such token
+        with pytest.raises(OptionError, match="' Bridge', with a space in front, is a token"):
+            lin.attribute("Bridge")
+        return
     (said,) = lin.attribute("Bridge").warnings
     assert "'Bridge' is not the predicted token: that is ' Bridge', with a space in front" in said
-    assert lin.attribute(" Bridge").warnings == []
 
 
 def test_what_broken_bytes_are_decoded_to_is_no_target(model):
@@ -68,4 +75,5 @@ def test_what_broken_bytes_are_decoded_to_is_no_target(model):
 
 def test_a_sink_without_a_beginning_token_is_told(model):
     lin = loclin.linearize(model, "The Golden Gate", bos=False)
-    assert any("attention sink" in text for text in lin.warnings)
+    assert [("attention sink" in text) for text in lin.warnings] == [True] * (0 in lin.sinks)
+    assert 0 in lin.sinks or model.info.name != "smollm2-135m"
