@@ -151,7 +151,7 @@ def test_a_target_that_many_tokens_are_is_refused_with_their_ids(text):
 
 def test_an_empty_target_is_none():
     lin = loclin.linearize(wrap(tiny_llama(), KINDS["bytes"]), "the cat")
-    with pytest.raises(OptionError, match="not a token"):
+    with pytest.raises(OptionError, match="0 tokens, not one"):
         lin.attribute("")
 
 

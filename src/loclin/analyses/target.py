@@ -144,7 +144,7 @@ def token_id(lin: Linearization, token: Token) -> int:
     if len(ids) == 1 and pieces[0].lstrip(" ") == token.lstrip(" "):
         return int(ids[0])  # the only one there is: its tokenizer has words with their spaces alone
     split = " + ".join(repr(piece) for piece in pieces) or "nothing"
-    counted = "not a token" if len(ids) <= 1 else f"{len(ids)} tokens, not one"
+    counted = "not a token" if len(ids) == 1 else f"{len(ids)} tokens, not one"
     other = token[1:] if token.startswith(" ") else f" {token}"
     close = f"; {other!r}, {_spaced(other)}, is a token" if other and model.tokens.alike(other) else ""
     raise OptionError(f"target {token!r} is {counted}: {split}{close}. Give one token's text, or its id")
