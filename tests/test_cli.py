@@ -71,7 +71,7 @@ def test_explain_generate(directory, tmp_path):
     code, out, err = run(*common, "--json", written, "--html", page)
     assert (code, "error" in err) == (0, False), err
     read = json.loads(written.read_text())
-    assert [step["target"]["text"] in out for step in read["steps"]] == [True, True]
+    assert [step["target"]["text"].replace(" ", "·") in out for step in read["steps"]] == [True, True]
     assert page.read_text().count("<details>") == 2
     code, _, err = run(*common, "--position", 1)
     assert code == 2
