@@ -171,9 +171,8 @@ def test_inside_a_transformed_function_it_is_refused(llama):
         torch.vmap(lambda ids: loclin.linearize(llama, ids[None]).embeddings)(IDS)
 
 
-def test_switches_of_the_process_are_restored_when_threads_overlap(llama):
+def test_switches_of_the_process_are_restored_when_threads_overlap():
     """The last one out restores what the first one found."""
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     barrier = threading.Barrier(2)
 
     def first_in():
@@ -191,7 +190,6 @@ def test_switches_of_the_process_are_restored_when_threads_overlap(llama):
         barrier.wait()
         thread.join()
         assert torch.get_default_dtype() == torch.float64
-    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 def test_an_error_inside_restores_them_too():

@@ -102,7 +102,7 @@ def test_linearizing_a_model_that_is_being_steered_is_refused(model):
         loclin.linearize(model, IDS)
 
 
-def test_adapters_that_are_switched_later_do_not_reach_it(recwarn):
+def test_adapters_that_are_switched_later_do_not_reach_it():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=2, target_modules=["v_proj", "down_proj"], init_lora_weights=False

@@ -39,7 +39,7 @@ def _weights_stay() -> Iterator[None]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise ModelError(
-            "the model's weights changed while a map was computed, by training in another thread perhaps; linearize again"
+            "the model's weights changed while a map was computed: does another thread train it? Linearize it again"
         ) from error
 
 
