@@ -175,7 +175,7 @@ def test_a_budget_changes_nothing():
 
 def test_what_float32_rounds_too_much_is_swept_again(monkeypatch):
     """As if every sum were off: the float64 sweep has float32's coefficients, and float64's rounding."""
-    monkeypatch.setattr("loclin.analyses.attribute._ROUNDING", 0.0)
+    monkeypatch.setattr("loclin.analyses.shares._ROUNDING", 0.0)
     for model in (tiny.llama(dtype=torch.float32), families.build("gpt2", dtype=torch.float32)):
         ids = tiny.prompt(7)
         single, double = linearize(model, ids), linearize(model, ids, precision="double")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,10 @@ from loclin.inside import Inside, Projection
 from loclin.link import Graph
 from loclin.points import Point
 from loclin.trace import Trace
+from loclin.widened import widened
+
+_ROUNDING = 5e-7
+"""Shares that miss their sum by more, over the sizes of what is summed, are computed again in float64."""
 
 Row = tuple[int, int, int, int, float, float]
 """(kind, layer, index, token, share, through)."""
@@ -27,10 +32,11 @@ Row = tuple[int, int, int, int, float, float]
 
 @dataclass
 class Shares:
-    """Shares as they are found."""
+    """Shares as they are found; `notes` say what a reader should know of them."""
 
     rows: list[Row] = field(default_factory=list)
     biases: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def add(
         self,
@@ -66,6 +72,14 @@ class Shares:
         return sorted(self.rows, key=lambda row: (row[0] == bias and row[1] == NONE, row[1]))
 
 
+def swept(chain: Chain, reading: Reading, sweep: Callable[[Chain], Shares]) -> Shares:
+    """Do a sweep; again in float64 where float32 rounds the sum too much."""
+    shares = sweep(chain)
+    if chain.trace.dtype == torch.float32 and shares.error(reading) > _ROUNDING:
+        shares = sweep(Chain(widened(chain.trace)))
+    return shares
+
+
 def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
     """What the tokens and the biases give, by all ways; `together`: the tokens as one."""
     trace, biases = chain.trace, dict(reading.constants)
@@ -89,11 +103,11 @@ def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
     return shares
 
 
-def by_part(chain: Chain, reading: Reading, split: Kind | None) -> tuple[Shares, list[str]]:
+def by_part(chain: Chain, reading: Reading, split: Kind | None) -> Shares:
     """What each part of each layer writes into the target, and all that passes it.
 
     With `split`, each `attn_out` is divided into its heads, or each `mlp_out` into its neurons, and the biases behind
-    them. The notes name parts that have none and stay whole.
+    them. Notes name parts that have none and stay whole.
 
     Raises
     ------
@@ -126,7 +140,8 @@ def by_part(chain: Chain, reading: Reading, split: Kind | None) -> tuple[Shares,
     x = trace.layers[0].value[0]
     shares.add("embed", _product(direct, x), _product(total, x))
     shares.add_biases(reading.constants)
-    return shares, [f"{why}; whole in layers {', '.join(map(str, sorted(layers)))}" for why, layers in wholes.items()]
+    shares.notes += [f"{why}; whole in layers {', '.join(map(str, sorted(layers)))}" for why, layers in wholes.items()]
+    return shares
 
 
 def by_token_and_layer(chain: Chain, reading: Reading, budget: int) -> Shares:

@@ -14,6 +14,7 @@ from loclin.report import parts
 from loclin.report.heat import heat_map
 from loclin.report.labels import LEVELS, by_layer, full_size, marks, others, quantity, reads, target_tokens, verdict
 from loclin.report.sheet import shortened
+from loclin.report.terms import gate_note
 from loclin.report.text import number, percent, signed, visible
 
 TOP = 40
@@ -52,7 +53,7 @@ def attribution_fragment(found: Attribution) -> str:
     css = "".join(
         files("loclin.report").joinpath(name).read_text("utf-8") for name in ("notebook.css", "attribution.css")
     )
-    head = f'<div class="chips">{_chips(found)}</div><p>{_target(found)}</p>'
+    head = f'<div class="chips">{_chips(found)}</div><p>{_target(found)}</p>{_gate(found)}'
     return (
         f'<div class="loclin attribution"><style>{css}</style>{head}{parts.warnings(found)}'
         f'<div class="scroll">{_section(found)}</div></div>'
@@ -65,7 +66,12 @@ def _head(found: Sequence[Attribution]) -> str:
     keys = ['<span class="swatch sink"></span> attention sink']
     if by_token.by in ("token", "token×layer"):
         keys[:0] = ['<span class="swatch neg"></span> lowers it', '<span class="swatch pos"></span> raises it']
-    return f'<div class="chips">{_chips(by_token)}</div><p class="key">{" ".join(keys)}</p>'
+    return f'<div class="chips">{_chips(by_token)}</div><p class="key">{" ".join(keys)}</p>{_gate(found[0])}'
+
+
+def _gate(found: Attribution) -> str:
+    known = found.provenance
+    return "" if known is None else f'<p class="note">{escape(gate_note(known.gate))}</p>'
 
 
 def _chips(found: Attribution) -> str:
