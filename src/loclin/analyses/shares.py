@@ -81,13 +81,19 @@ def swept(chain: Chain, reading: Reading, sweep: Callable[[Chain], Shares]) -> S
 
 
 def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
-    """What the tokens and the biases give, by all ways; `together`: the tokens as one."""
+    """What the tokens and the biases give, by all ways; `together`: the tokens as one.
+
+    What a model looks up for a token elsewhere than in its input embeddings is the token's, too.
+    """
     trace, biases = chain.trace, dict(reading.constants)
+    lookups: dict[str, Tensor] = {}
     block, workspace, active = _block(trace, 1), Workspace(), _active(trace, reading)
     block[0] = reading.cotangent
     for index, below, above in reversed(chain.steps(Point("embed"), _point(reading))):
         if trace.biased[index]:
             graph = chain.layers[index].graph(collect=True)
+            if not together:
+                lookups |= _by_lookup(graph, graph.points[above], block)
             block[:], given = _pull(graph, graph.points[above], block)
             for (name, _), share in zip(graph.constants, given[0].tolist(), strict=True):
                 biases[name] = biases.get(name, 0.0) + share
@@ -97,6 +103,13 @@ def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
     if together:
         shares.add("embed", given.sum().item())
     else:
+        for name, found in lookups.items():
+            given = given + found.to(given)
+            del biases[name]
+            shares.notes.append(
+                f"each token's share holds what its own rows of {name} give ({found.sum().item():+.3g} in all); in "
+                "J x + b they are part of b"
+            )
         for token, share in enumerate(given.tolist()):
             shares.add("token", share, token=token)
     shares.add_biases({name: share for name, share in biases.items() if share})
@@ -247,6 +260,17 @@ def _pull(graph: Graph, output: Tensor, cotangents: Float[Tensor, "n T d"]) -> t
         if weight is not None:
             given[:, i] = (weight.double() * leaf.detach().double()).flatten(1).sum(1)
     return torch.zeros_like(cotangents) if pulled is None else pulled[:, 0].to(cotangents), given
+
+
+def _by_lookup(graph: Graph, output: Tensor, cotangent: Float[Tensor, "1 T d"]) -> dict[str, Float[Tensor, " T"]]:
+    """What each token's rows of other tables than the input embeddings give, float64."""
+    found: dict[str, Tensor] = {}
+    if graph.lookups and output.requires_grad:
+        names, leaves = zip(*graph.constants, strict=True)
+        for name, given in zip(names, _products(output, list(leaves), cotangent), strict=True):
+            if name in graph.lookups:
+                found[name] = found.get(name, 0.0) + given.flatten(2).sum((0, 2))
+    return found
 
 
 def _vjp(output: Tensor, source: Tensor, cotangent: Float[Tensor, "1 T d"]) -> Float[Tensor, "1 T d"]:
