@@ -93,12 +93,14 @@ class Graph:
     """A layer's tensors on the linear path, at its points.
 
     `attn_shift` is a zero added to the attention's output: moving it moves `resid_mid` and nothing before it, so it
-    stands for the points between attention and MLP.
+    stands for the points between attention and MLP. `lookups` names the constants `[1, T, ...]` that are the tokens'
+    own: rows of a table other than the input embeddings.
     """
 
     points: dict[str, Tensor]
     attn_shift: Tensor
     constants: Constants
+    lookups: frozenset[str] = frozenset()
 
     @property
     def parallel(self) -> bool:
@@ -303,15 +305,16 @@ def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
             points["again"] = first(output)
             mode.collect = False
 
-        start = at_entry(trace, enter)
-        end = trace.route.exit.register_forward_hook(leave)
+        handles = [at_entry(trace, enter), trace.route.exit.register_forward_hook(leave)]
+        handles += mode.look_up(trace.input_ids, model.hf.get_input_embeddings())
         try:
             logits_at(model, trace.input_ids, trace.length - 1)
         finally:
-            start.remove()
-            end.remove()
+            for handle in handles:
+                handle.remove()
     check_again(trace, points.pop("again"), trace.stock_final, "the model")
-    return Graph(points, torch.zeros_like(x, requires_grad=True), mode.constants)
+    lookups = frozenset(name for name, _ in mode.lookups.values())
+    return Graph(points, torch.zeros_like(x, requires_grad=True), mode.constants, lookups)
 
 
 class NormLink:

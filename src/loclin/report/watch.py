@@ -8,6 +8,7 @@ from rich.text import Text
 
 from loclin.analyses.watch import Watched
 from loclin.report.terminal_tables import token_text
+from loclin.report.terms import gate_note
 from loclin.report.text import number, percent, signed, visible
 
 HITS = 20
@@ -33,6 +34,7 @@ def render_watched(found: Watched, console: Console) -> None:
     for name, text in (("as it is", found.normal), ("without them", found.without)):
         if text is not None:
             console.print(Text.assemble((f"{name}: ", "dim"), visible(text.text).replace("·", " ")))
+    console.print(Text(gate_note(found.settings.get("gate")), "dim"))
 
 
 def _hits(found: Watched) -> Table:
