@@ -61,7 +61,7 @@ def test_explain(directory, tmp_path):
     read = json.loads(written.read_text())
     assert [token["text"] for token in read["tokens"]] == ["<s>", " w3", " w4", " w5", " w6"]
     total = sum(token["share"] for token in read["tokens"]) + read["bias_share"]
-    assert total == pytest.approx(read["target"]["logit"], rel=1e-5)
+    assert total == pytest.approx(read["target"]["value"], rel=1e-5)
     assert page.read_text().lower().startswith("<!doctype html>")
 
 

@@ -222,7 +222,12 @@ def agrees(again: Tensor, before: Tensor, widened: bool = False) -> bool:
 
     `widened`: one of the two was without the casts to float32 that are in a model's code.
     """
-    scale = torch.finfo(before.dtype)
+    if torch.equal(again, before):
+        return True
+    finite, scale = before.isfinite(), torch.finfo(before.dtype)
+    if not torch.equal(again.isfinite(), finite):
+        return False
+    again, before = (value.masked_fill(~finite, 0) for value in (again, before))  # tokens may be ruled out by -inf
     off = (again - before).norm() / before.norm().clamp_min(scale.tiny)
     return off.item() <= _ROUNDINGS * max(scale.eps, torch.finfo(torch.float32).eps if widened else 0.0)
 

@@ -191,6 +191,14 @@ def read(lin: Linearization, target: Target, position: int) -> Reading:
     return replace(reading, warnings=_space_warning(lin, at, ids[0]))
 
 
+def described(lin: Linearization, reading: Reading) -> dict[str, Any]:
+    """What a reading is, as plain values for JSON, with the probability of its first token."""
+    about = reading.to_dict()
+    if reading.ids:
+        about["probability"] = lin.trace.logits(reading.position).double().softmax(0)[reading.ids[0]].item()
+    return about
+
+
 def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int], Tensor]:
     """(what, which tokens, the weight of each logit)."""
     logits = lin.trace.logits(at)

@@ -115,8 +115,8 @@ def token_table(explanation: Explanation, shown: list[int] | None = None, words:
         rows.append(_sum_row(f"{len(tokens) - len(shown)} others", rest, f"above: the {len(shown)} largest"))
     rows.append(_sum_row("bias", explanation.bias_share, ""))
     total = sum(t.share for t in tokens) + explanation.bias_share
-    logit = number(explanation.target["logit"])
-    note = f"= the logit, {logit}; rounding {error(abs(explanation.share_residual))}"
+    target = explanation.target
+    note = f"= the {target['kind']}, {number(target['value'])}; rounding {error(abs(explanation.share_residual))}"
     rows.append(_sum_row("total", total, note))
     heads = ("", "token", "share", "norm", "stable rank", "writes (σ1)", "reads (σ1)")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)

@@ -103,7 +103,8 @@ def _what(found: Steered) -> Text:
 def _described(found: Steered) -> str:
     how = METHODS.get(found.method, found.method)  # type: ignore[call-overload]
     point = found.settings["point"]
-    return f"{found.model['name']} · {found.method}: {how} · {point} · strength {found.strength:g} ({found.form})"
+    gate = f" · gate {found.settings['gate']}" if found.method in ("operator", "basis", "suffix") else ""
+    return f"{found.model['name']} · {found.method}: {how} · {point} · strength {found.strength:g} ({found.form}){gate}"
 
 
 def _sweep(found: Steered) -> Table:

@@ -51,7 +51,8 @@ def render_validity(validity: Validity, console: Console) -> None:
         console.print(table)
     console.print(
         Text(
-            "\nerror: |predicted − true| / |true| of the final hidden state; same: names the same likeliest token",
+            "\nerror: |predicted − true| / |true| of the final hidden state; same: names the same likeliest token\n"
+            f"gate {validity.settings.get('gate')}: another gate is another map",
             "dim",
         ),
         *(warning(text) for text in validity.warnings),

@@ -9,6 +9,7 @@ from rich.text import Text
 from loclin.analyses.watch import Watched
 from loclin.report.terminal import warning
 from loclin.report.terminal_tables import token_text
+from loclin.report.terms import gate_note
 from loclin.report.text import number, percent, signed, visible
 
 HITS = 20
@@ -36,6 +37,7 @@ def render_watched(found: Watched, console: Console) -> None:
     for name, written in (("as it is", found.normal), ("without them", found.without)):
         if written is not None:
             console.print(Text.assemble((f"{name}: ", "dim"), visible(written.text).replace("·", " ")))
+    console.print(Text(gate_note(found.settings.get("gate")), "dim"))
 
 
 def _hits(found: Watched) -> Table:

@@ -208,6 +208,7 @@ class Operator(Steering):
             start += length
         return total
 
+    @in_plain_torch
     def apply_to(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """S_p of one text with embeddings x, at each of its positions."""
         return self.push(x, torch.arange(len(x), device=x.device)).cumsum(0)
