@@ -22,6 +22,7 @@ from loclin.errors import LoclinError, ModelError, OptionError, OutputError
 from loclin.freeze import Gate
 from loclin.linearization import linearize
 from loclin.models import tiny, wrap
+from loclin.models.access import reason
 from loclin.models.describe import Description, describe_parts
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
@@ -219,12 +220,10 @@ def read(path: Path) -> Coverage | None:
     OutputError
         When the file cannot be read or is no such record: it is left as it is.
     """
-    if not path.is_file():
-        return None
     try:
-        return Coverage.from_json(path.read_text("utf-8"))
+        return Coverage.from_json(path.read_text("utf-8")) if path.is_file() else None
     except OSError as fault:
-        raise OutputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+        raise OutputError(f"cannot read {path}: {reason(fault, path)}") from fault
     except ValueError as fault:
         raise OutputError(
             f"{path} is no coverage record to go on with: {str(fault).splitlines()[0]}; "
