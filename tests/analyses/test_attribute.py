@@ -50,7 +50,7 @@ def pair(build):
 
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize(
-    ("dtype", "precision", "limit"), [(torch.float64, "double", 1e-12), (torch.float32, "auto", 1e-6)]
+    ("dtype", "precision", "limit"), [(torch.float64, "double", 1e-12), (torch.float32, "auto", tiny.rounding())]
 )
 def test_every_level_sums_to_the_target(family, dtype, precision, limit):
     model = families.build(family, dtype=dtype)
@@ -62,7 +62,8 @@ def test_every_level_sums_to_the_target(family, dtype, precision, limit):
             continue
         found = lin.attribute(None if by == "token" else Margin(over="others"), by, words=0)
         assert found.relative_residual < limit, by
-        assert abs(found.residual) < limit * abs(found.value), by
+        if precision == "double":  # a target may be small beside what it is the sum of
+            assert abs(found.residual) < limit * abs(found.value), by
         assert found.shares.isfinite().all()
 
 
@@ -180,4 +181,4 @@ def test_what_float32_rounds_too_much_is_swept_again(monkeypatch):
         ids = tiny.prompt(7)
         single, double = linearize(model, ids), linearize(model, ids, precision="double")
         for by in LEVELS:
-            assert far(single.attribute(5, by).shares, double.attribute(5, by).shares) < 3e-7
+            assert far(single.attribute(5, by).shares, double.attribute(5, by).shares) < tiny.rounding()

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from tqdm.auto import tqdm
 
+import loclin
 from loclin.certify import Certificate
 from loclin.errors import LoclinError, ModelError, OptionError, OutputError
 from loclin.freeze import Gate
@@ -366,7 +368,8 @@ def _line(fault: Exception) -> str:
 
 def _place(fault: Exception) -> str:
     """Say where in loclin or transformers a fault came up: whose it is."""
-    frames = [f for f in traceback.extract_tb(fault.__traceback__) if {"loclin", "transformers"} & {*Path(f[0]).parts}]
+    homes = [Path(found.__file__).parent for found in (loclin, transformers)]
+    frames = [f for f in traceback.extract_tb(fault.__traceback__) if any(Path(f[0]).is_relative_to(h) for h in homes)]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
@@ -387,5 +390,6 @@ def _known(families: Sequence[str] | None) -> list[str]:
 
 def _code() -> str:
     """Hash loclin's source, all but what only shows results."""
-    home = Path(__file__).parents[1]
-    return sha256(*(p for p in sorted(home.rglob("*.py")) if p.parent.name != "report" and p.name != "cli.py"))[:16]
+    home = Path(loclin.__file__).parent
+    shown = [home / "report", home / "commands", home / "cli.py"]
+    return sha256(*(p for p in sorted(home.rglob("*.py")) if not {p, *p.parents} & {*shown}))[:16]
