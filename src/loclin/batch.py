@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 
 from loclin.certify import relative
 from loclin.errors import ModelError, PromptError
-from loclin.freeze import Gate, Precision, evaluation, exact_arithmetic
+from loclin.freeze import Gate, Precision
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model, wrap
 from loclin.padding import Padding, padded, without_padding
+from loclin.surroundings import eager_code, in_plain_torch
 
 
+@in_plain_torch
 def linearize_batch(
     model: Model | PreTrainedModel,
     prompts: list[str] | list[Tensor] | Tensor,
@@ -103,7 +105,8 @@ def _fill(model: Model) -> int:
 
 def _predicted(model: Model, input_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B V"] | None:
     """The untouched model's logits at the last token of each row; None where it takes no mask. Cost: one pass."""
-    takes = inspect.signature(model.hf.forward).parameters
+    hf = model.replicate().hf
+    takes = inspect.signature(hf.forward).parameters
     if "attention_mask" not in takes:
         return None
     more: dict[str, Tensor] = {"attention_mask": mask.long()}
@@ -112,9 +115,9 @@ def _predicted(model: Model, input_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "
     last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
     if "logits_to_keep" in takes:
         more["logits_to_keep"], last = torch.unique(last, return_inverse=True)
-    with exact_arithmetic(), evaluation(model.hf), torch.no_grad():
+    with eager_code(), torch.no_grad():
         try:
-            logits = model.hf(input_ids=input_ids, use_cache=False, **more).logits
+            logits = hf(input_ids=input_ids, use_cache=False, **more).logits
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
             what = str(fault).partition("\n")[0]
             raise ModelError(

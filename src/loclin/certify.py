@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loclin.freeze import Hold, evaluation, exact_arithmetic, frozen
+from loclin.freeze import Hold, Origin, frozen
 from loclin.linear_map import LinearMap
 from loclin.link import LayerLink, at_entry, whole_graph
 from loclin.models.route import first, logits_at
+from loclin.surroundings import in_plain_torch
 from loclin.trace import Trace
 
 _ROWS = 3
@@ -147,7 +148,7 @@ class Certificate:
         return asdict(self) | {"culprits": [asdict(culprit) for culprit in self.culprits], "passed": self.passed}
 
 
-@exact_arithmetic()
+@in_plain_torch
 def certify(J: LinearMap, seed: int = 0) -> Certificate:
     """Certify a map from the embeddings; from then on, what is saved of it carries the certificate.
 
@@ -167,7 +168,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     limit = tolerance(trace) * cancelled(torch.stack(signed), y)
     second = max(_second_derivative(link) for link in J.chain.layers)
     row_error = _row_error(J, random)
-    exact = max(error, second, row_error) <= limit and not trace.misuses
+    exact = max(error, second, row_error) <= limit and not trace.misuses and not trace.random
     model_final = trace.stock_final.to(J.dtype)
     keeps = trace.hold.keeps_stock(trace.stock_final.dtype)
     certificate = Certificate(
@@ -227,7 +228,7 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
     hf = trace.model.hf
     kinds = {name or "model": type(module).__name__ for name, module in hf.named_modules()}
 
-    with evaluation(hf), torch.no_grad(), frozen(hf, hold, trace.dtype) as mode:
+    with torch.no_grad(), frozen(hf, hold, trace.dtype) as mode:
         mode.graph, mode.audit = False, max(10 * limit, 1e-6 if trace.stock_final.dtype == torch.float64 else 1e-4)
         if trace.stock_final.dtype in (torch.float16, torch.bfloat16):
             mode.audit = 0.1
@@ -250,4 +251,19 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
     found = dict.fromkeys(misuse.origin for misuse in (*trace.misuses, *mode.misuses))
     errors = {misuse.origin: misuse.error for misuse in (*mode.misuses, *trace.misuses)}
     named = [origin for origin in found if origin.line] or list(found)
-    return [Culprit(o.module, kinds.get(o.module, "?"), errors[o], o.operation, o.line) for o in named]
+    named_errors = [(origin, errors[origin]) for origin in named] + [(o, 1.0) for o in random_operations(trace)]
+    return [Culprit(o.module, kinds.get(o.module, "?"), error, o.operation, o.line) for o, error in named_errors]
+
+
+def random_operations(trace: Trace) -> list[Origin]:
+    """The operations that draw random numbers, where the model gives another output at each run; each once.
+
+    Cost: three forward passes.
+    """
+    if not trace.random:
+        return []
+    hf = trace.model.hf
+    with torch.no_grad(), frozen(hf, trace.hold, trace.dtype) as mode:
+        mode.noise = []
+        logits_at(trace.model, trace.input_ids, trace.length - 1)
+    return list(dict.fromkeys(mode.noise))

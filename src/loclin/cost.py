@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from loclin.chain import Chain
-from loclin.freeze import exact_arithmetic
 from loclin.points import Point
+from loclin.surroundings import exact_arithmetic
 
 _SIDE = 1024
 _GENERIC = 1.3

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight
 from loclin.models import Model
+from loclin.surroundings import in_plain_torch
 
 Words = list[tuple[str, float]]
 """Tokens as text, each with its score, the highest first."""
@@ -37,6 +38,7 @@ class Decoder:
         """V, how many input embeddings there are."""
         return self._embeddings.shape[0]
 
+    @in_plain_torch
     def writes(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
         """The k tokens whose head rows have the largest product with each vector; `vectors` live behind the final norm.
 
@@ -45,6 +47,7 @@ class Decoder:
         """
         return self._top(vectors, self._head, k)
 
+    @in_plain_torch
     def reads(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
         """The k tokens whose input embeddings lie nearest to each vector by cosine, over the whole vocabulary.
 
@@ -52,6 +55,7 @@ class Decoder:
         """
         return self._top(torch.nn.functional.normalize(vectors, dim=-1), self._embeddings, k, cosine=True)
 
+    @in_plain_torch
     def neighbours(self, ids: Int[Tensor, " n"], k: int = 8) -> Int[Tensor, "n k"]:
         """The k other tokens whose input embeddings lie nearest to each token's by cosine. Cost: n V d."""
         table = self._embeddings
@@ -60,6 +64,7 @@ class Decoder:
         itself[:, -1] |= ~itself.any(1)  # another token with the very same embedding may have taken its place
         return found[~itself].reshape(len(ids), k)
 
+    @in_plain_torch
     def writes_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
         """The k tokens whose head rows, scaled to length 1, lie nearest to a subspace with an orthonormal basis.
 
@@ -67,10 +72,12 @@ class Decoder:
         """
         return self._nearest(basis, self._head, k)
 
+    @in_plain_torch
     def reads_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
         """The k tokens whose input embeddings lie nearest to a subspace; scores are cosines with it."""
         return self._nearest(basis, self._embeddings, k)
 
+    @in_plain_torch
     def ranks(self, vectors: Float[Tensor, "n d"], token: int) -> list[int]:
         """A token's place among all that each vector writes: 1 is the first word of `writes`. Cost: n V d."""
         table, before, start = self._head, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device), 0

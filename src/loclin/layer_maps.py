@@ -17,11 +17,11 @@ from loclin import cost, memory
 from loclin.blocks import Workspace
 from loclin.chain import Chain
 from loclin.errors import OptionError
-from loclin.freeze import exact_arithmetic
 from loclin.linear_map import LinearMap
 from loclin.link import NormLink, batched_jvp, pushed_constants
 from loclin.points import Point
 from loclin.prefix import prefix_maps
+from loclin.surroundings import in_plain_torch
 
 Mode = Literal["cumulative", "layerwise", "suffix"]
 """`cumulative`: embed -> the point; `layerwise`: the layer's input -> the point; `suffix`: the point -> final."""
@@ -98,7 +98,7 @@ def plan_route(
     return "forward" if fits and forward.flops <= backward else "backward"
 
 
-@exact_arithmetic()
+@in_plain_torch
 def layer_maps(
     chain: Chain,
     mode: str,

@@ -20,6 +20,7 @@ from loclin.results import Provenance, Result
 from loclin.spectral import SVD, Ritz, ritz, stable_rank
 from loclin.spectral.bounds import rounding
 from loclin.spectral.result import near_equal
+from loclin.surroundings import in_plain_torch
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -108,6 +109,7 @@ class LayerSpectra(Result):
         lower, upper = self._bounds(S, residuals, self.Vh.shape[-1])
         return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], ROUTE)
 
+    @in_plain_torch
     def joint_blocks(self, component: str, layer: int) -> list[list[int]]:
         """Indices of the joint singular values at one layer, near-equal ones together, as in `SVD.blocks`.
 
@@ -152,6 +154,7 @@ class LayerSpectra(Result):
         )
 
 
+@in_plain_torch
 def layer_spectra(
     chain: Chain,
     position: int,

@@ -18,12 +18,12 @@ from loclin import memory
 from loclin.chain import Chain
 from loclin.dense_file import DenseFile
 from loclin.errors import BudgetError, OptionError
-from loclin.freeze import exact_arithmetic
 from loclin.link import HeadLink
 from loclin.models.hashing import weights_hash
 from loclin.points import Point
 from loclin.results import Provenance, versions
 from loclin.spectra import Spectra
+from loclin.surroundings import in_plain_torch, usable
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -91,11 +91,13 @@ class LinearMap(Spectra):
         return self.chain.trace.layers[0].hidden.device
 
     @property
+    @in_plain_torch
     def input(self) -> Float[Tensor, "T d_in"]:
         """x, the source's value at the prompt, on which J acts."""
         return self.chain.trace.value(self.source).to(self.device)[self.tokens]
 
     @property
+    @in_plain_torch
     def value(self) -> Float[Tensor, " d_out"]:
         """y, the frozen network's own value at the target; J x + b equals it."""
         trace = self.chain.trace
@@ -105,28 +107,32 @@ class LinearMap(Spectra):
             return self.chain.norm(self.target, self.position).value().to(self.device)
         return trace.value(self.target)[self.position].to(self.device)
 
+    @in_plain_torch
     def matvec(self, X: Float[Tensor, "T d_in"]) -> Float[Tensor, " d_out"]:
         """J applied to one vector per token. Cost: one column."""
-        return self.matmat(X.unsqueeze(0))[0]
+        return self.matmat(usable(X).unsqueeze(0))[0]
 
+    @in_plain_torch
     def rmatvec(self, u: Float[Tensor, " d_out"]) -> Float[Tensor, "T d_in"]:
         """The transpose of J applied to an output vector. Cost: one column."""
-        return self.rmatmat(u.unsqueeze(0))[0]
+        return self.rmatmat(usable(u).unsqueeze(0))[0]
 
+    @in_plain_torch
     def matmat(self, Xs: Float[Tensor, "n T d_in"]) -> Float[Tensor, "n d_out"]:
         """J applied to n blocks of vectors. Cost: n columns."""
-        Xs = Xs.to(self.device, self.dtype)
+        Xs = usable(Xs).to(self.device, self.dtype)
         if self._whole is not None:
             spread = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
             spread[:, self.tokens] = Xs
             Xs = spread
         return self._sweep(self.chain.forward, Xs)
 
+    @in_plain_torch
     def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
         """The transpose of J applied to n output vectors. Cost: n columns."""
-        return self._pull(Us.to(self.device, self.dtype))
+        return self._pull(usable(Us).to(self.device, self.dtype))
 
-    @exact_arithmetic()
+    @in_plain_torch
     def dense(self, path: str | os.PathLike[str] | None = None) -> Float[Tensor, "d_out T d_in"]:
         """All of J.
 
@@ -178,6 +184,7 @@ class LinearMap(Spectra):
             self._dense = mapped
         return mapped
 
+    @in_plain_torch
     def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
         """J in chunks of rows, in order: for what can be summed up without holding J.
 
@@ -212,7 +219,7 @@ class LinearMap(Spectra):
             where = slice(first, min(first + chunk, self.shape[0]))
             yield where, rows(where)
 
-    @exact_arithmetic()
+    @in_plain_torch
     def _row_source(self, budget: int) -> Callable[[slice], Tensor]:
         """How some rows are made: cut out of the dense map, from that of `final` and the head, or by a sweep."""
         d_out, length, d_in = self.shape
@@ -224,7 +231,7 @@ class LinearMap(Spectra):
             basis = torch.eye(len(final), dtype=self.dtype, device=self.device)
             head = HeadLink(self.chain.trace, self.position).jvp(basis).T.to(self.device)
 
-            @exact_arithmetic()
+            @in_plain_torch
             def multiplied(where: slice) -> Tensor:
                 return (head[where] @ final).reshape(-1, length, d_in)
 
@@ -258,7 +265,7 @@ class LinearMap(Spectra):
     def _dense_bytes(self) -> int:
         return self.shape[0] * self.chain.trace.length * self.shape[2] * self.dtype.itemsize
 
-    @exact_arithmetic()
+    @in_plain_torch
     def reconstruct(self) -> Float[Tensor, " d_out"]:
         """J x + b at the prompt's own x, which equals `value`. Cost: one column, or none once the map is dense."""
         if self._dense is None:
@@ -286,7 +293,7 @@ class LinearMap(Spectra):
         )
 
     @cached_property
-    @exact_arithmetic()
+    @in_plain_torch
     def bias(self) -> Float[Tensor, " d_out"]:
         """b: everything that does not come from the source's tokens, computed from its sources and never as y - J x.
 
@@ -300,7 +307,7 @@ class LinearMap(Spectra):
         others[self.tokens] = 0
         return self._whole.bias + self._whole.matvec(others)
 
-    @exact_arithmetic()
+    @in_plain_torch
     def bias_by_source(self) -> dict[str, Float[Tensor, " d_out"]]:
         """The share of `bias` that each bias or constant gives, by its path. Cost: one column each."""
         return self.chain.constants(self.source, self.target, self.position, self.normed, by_source=True)
@@ -369,7 +376,7 @@ class LinearMap(Spectra):
         pulled = self._sweep(self.chain.backward, Us, budget, progress)
         return pulled if self._whole is None else pulled[:, self.tokens]
 
-    @exact_arithmetic()
+    @in_plain_torch
     def _sweep(
         self,
         sweep: Callable[..., Iterator[Tensor]],

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loclin.certify import Certificate, certify
+from loclin.certify import Certificate, certify, random_operations
 from loclin.chain import Chain
 from loclin.errors import NotExactError, PromptError
 from loclin.freeze import Gate, Hold, Precision
@@ -21,7 +21,8 @@ from loclin.models import Model, wrap
 from loclin.padding import without_padding
 from loclin.plan import Plan
 from loclin.points import parse
-from loclin.trace import trace
+from loclin.surroundings import in_plain_torch
+from loclin.trace import Trace, trace
 
 if TYPE_CHECKING:
     from loclin.analyses.attribution import Attribution
@@ -81,6 +82,7 @@ class Linearization:
         return self.model.decode_each(ids)
 
     @cached_property
+    @in_plain_torch
     def sinks(self) -> list[int]:
         """Positions that are attention sinks: most layers and heads look at them, whatever they mean."""
         received = self.trace.attention_received[:-1]
@@ -92,14 +94,17 @@ class Linearization:
             and share >= SINK_RATIO * torch.cat([received[:i], received[i + 1 :]]).median().item()
         ]
 
+    @in_plain_torch
     def value(self, point: str) -> Float[Tensor, "T n"]:
         """The frozen network's value at a point (see `loclin.points`), `[T, d]`; `[T, V]` for the logits."""
         return self.trace.value(parse(point, self.trace.n_layers))
 
+    @in_plain_torch
     def next_tokens(self, k: int = 5, position: int = -1) -> list[tuple[str, float]]:
         """The model's k most probable next tokens, as (text, probability)."""
         return [(text, probability) for _, text, probability in self.next_token_ids(k, position)]
 
+    @in_plain_torch
     def next_token_ids(self, k: int = 5, position: int = -1) -> list[tuple[int, str, float]]:
         """The model's k most probable next tokens, as (id, text, probability)."""
         logits = self.trace.logits(self.trace.position(position))
@@ -162,6 +167,7 @@ class Linearization:
         chain = Chain(self.trace, Hold(ordinary=True))
         return LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self.memory)
 
+    @in_plain_torch
     def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:
         """J_ordinary x: the output as the ordinary Jacobian, nothing held, would rebuild it (the paper's Figure 3).
 
@@ -170,6 +176,7 @@ class Linearization:
         J = self.ordinary_jacobian(position)
         return J.matvec(J.input)
 
+    @in_plain_torch
     def layers(
         self,
         components: Sequence[str] | None = None,
@@ -259,6 +266,7 @@ class Linearization:
         ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[token]])], dim=1)
         return linearize(self.model, ids, gate=self.gate, precision=self.precision, memory=self.memory, strict=False)
 
+    @in_plain_torch
     def certify(self, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""
         J = self.jacobian(position=position)
@@ -267,6 +275,7 @@ class Linearization:
         return self._certificates[J.position]
 
 
+@in_plain_torch
 def linearize(
     model: Model | nn.Module,
     prompt: str | Tensor,
@@ -318,12 +327,26 @@ def linearize(
     elif attention_mask is not None and prompt.dim() == 2 and len(prompt) == 1:
         (prompt,) = without_padding(prompt, attention_mask)
     result = Linearization(model, _checked(model, prompt), Hold(gate, precision), memory)
+    if strict and result.trace.random:
+        raise _random(result.trace)
     if strict and (result.trace.misuses or not all(result.trace.explicit)):
         certificate = result.certify()
         if not certificate.passed:
             blamed = certificate.culprits[0].module if certificate.culprits else ""
             raise NotExactError(_refusal(model, certificate), blamed)
     return result
+
+
+def _random(trace: Trace) -> NotExactError:
+    """Why a model is refused that gives another output each time it runs."""
+    found = random_operations(trace)
+    where = "; ".join(f"{origin.operation} in {origin.module} at {origin.line}" for origin in found[:3])
+    return NotExactError(
+        f"{trace.model.info.name} gives another output each time it runs, so no map is its map: "
+        f"{where or 'it keeps a state, or draws random numbers elsewhere than in torch'}. It is in evaluation mode "
+        "already: set the dropout or noise to 0 in its code or config",
+        found[0].module if found else "",
+    )
 
 
 def _refusal(model: Model, certificate: Certificate) -> str:

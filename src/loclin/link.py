@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from loclin.blocks import Workspace
 from loclin.coefficients import Coefficients, Reader
+from loclin.errors import ModelError
 from loclin.explicit import ExplicitLayer
-from loclin.freeze import Hold, evaluation, frozen
+from loclin.freeze import Hold, frozen
 from loclin.inside import Constants, Inside
 from loclin.models.layout import Weights
 from loclin.models.route import first, hidden_state, logits_at
-from loclin.trace import Call, Trace
+from loclin.trace import Call, Trace, agrees
 
 Columns = Float[Tensor, "n T d"]
 _HEAD_PARTS = 16
@@ -123,6 +124,7 @@ class LayerLink:
         weights, trace = self.trace.anatomy.weights, self.trace
         if weights is None or not trace.explicit[self.index] or self.hold != trace.hold:
             return None
+        trace.check_weights(self.module)
         held = trace.coefficients[self.index] or self._coefficients(weights)
         return ExplicitLayer(self.module, weights, held, trace.dtype, workspace)
 
@@ -155,6 +157,7 @@ class LayerLink:
         """
         if self.trace.route.whole is not None:
             return whole_graph(self.trace, self.hold, collect)
+        self.trace.check_weights(self.module)
         parts = self.call.block.parts
         seen: dict[str, Tensor] = {}
         keep = None if inside is None else inside.keep
@@ -181,10 +184,12 @@ class LayerLink:
             if inside is not None:
                 handles += inside.hooks(mode, self.module, self.name)
             try:
-                post = mode.live(self.call(hidden))
+                again = self.call(hidden)
+                post = mode.live(again)
             finally:
                 for handle in handles:
                     handle.remove()
+        check_again(self.trace, again, self.trace.entered(self.index + 1), self.name)
         points = {"resid_pre": x, "resid_post": post, **seen}
         if "attn_out" in seen:
             points["resid_mid"] = x + seen["attn_out"]
@@ -229,6 +234,22 @@ class LayerLink:
         return pushed_constants(graph.points[target], constants)
 
 
+def check_again(trace: Trace, again: Tensor, before: Tensor, name: str) -> None:
+    """Refuse a part of the model that does not give again what it gave when it was traced.
+
+    Raises
+    ------
+    ModelError
+        Naming the part.
+    """
+    if not trace.random and not agrees(again, before, trace.hold.precision == "double"):
+        raise ModelError(
+            f"{trace.model.info.name}: {name} does not give again what it gave when the prompt was linearized: its "
+            "weights or something that it keeps have changed. Linearize it again",
+            name,
+        )
+
+
 def behind_attention(graph: Graph, constant: Tensor) -> bool:
     """Whether a constant enters behind the attention, so that `resid_mid` does not hold it yet."""
     middle = graph.points["resid_mid"]
@@ -252,13 +273,10 @@ def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
     Cost: two forward passes. Memory: every layer's graph at once.
     """
     model, points = trace.model, {}
+    trace.check_weights(model.hf)
     entry = trace.layers[0]
     x = entry.value.detach().clone().requires_grad_()
-    with (
-        evaluation(model.hf),
-        frozen(model.hf, hold, trace.dtype, collect=collect) as mode,
-        torch.no_grad(),
-    ):
+    with frozen(model.hf, hold, trace.dtype, collect=collect) as mode, torch.no_grad():
 
         def enter(hidden: Tensor) -> None:
             if "resid_pre" not in points:
@@ -266,6 +284,7 @@ def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
 
         def leave(_module: nn.Module, _args: object, output: object) -> None:
             points["resid_post"] = mode.live(first(output))
+            points["again"] = first(output)
             mode.collect = False
 
         start = at_entry(trace, enter)
@@ -275,6 +294,7 @@ def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
         finally:
             start.remove()
             end.remove()
+    check_again(trace, points.pop("again"), trace.stock_final, "the model")
     return Graph(points, torch.zeros_like(x, requires_grad=True), mode.constants)
 
 
@@ -283,6 +303,7 @@ class NormLink:
 
     def __init__(self, trace: Trace, hidden: Float[Tensor, " d"], value: Tensor, hold: Hold | None = None) -> None:
         self.module = trace.end.block.module
+        trace.check_weights(self.module)
         self.name = trace.end.block.name
         self.device = hidden.device
         self._hidden, self._value, self._dtype = hidden.detach(), value.detach(), trace.dtype
@@ -323,6 +344,7 @@ class HeadLink:
 
     def __init__(self, trace: Trace, position: int) -> None:
         self.name = "head"
+        trace.check_weights(trace.anatomy.head)
         self._head = trace.head(position)
         self.device = self._head.logits.device
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loclin.errors import OptionError, ResultError
 from loclin.models.model import ModelInfo
+from loclin.surroundings import in_plain_torch
 from loclin.tensor_file import load_tensors, save_tensors
 
 R = TypeVar("R", bound="Result")
@@ -135,6 +136,7 @@ class Comparison:
     errors: dict[str, float]
 
 
+@in_plain_torch
 def compare(a: Result, b: Result) -> Comparison:
     """Compare two results of one kind: a rerun with what was saved, one gate split with another.
 

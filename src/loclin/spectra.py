@@ -31,6 +31,7 @@ from loclin.spectral import (
     top,
     values,
 )
+from loclin.surroundings import in_plain_torch
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -98,10 +99,12 @@ class Spectra(ABC):
     def provenance(self) -> Provenance:
         """Which map this is."""
 
+    @in_plain_torch
     def plan(self, k: int = 8, joint: bool = False, tolerance: float = 1e-3) -> Plan:
         """What each way to `svd` costs, and which one it takes; `print` it. Nothing is run."""
         return make_plan(self, k, joint=joint, tolerance=tolerance)
 
+    @in_plain_torch
     def svd(
         self, k: int = 8, joint: bool = False, *, tolerance: float = 1e-3, plan: str = "auto", seed: int = 0
     ) -> SVD:
@@ -153,16 +156,19 @@ class Spectra(ABC):
         allowed = 2 * max(tolerance, least_tolerance(self.dtype))
         return found if most is None or bool((found.relative_error <= allowed).all()) else None
 
+    @in_plain_torch
     def singular_values(self) -> Float[Tensor, "T r"]:
         """All singular values of each token's map, descending. Cost: the dense map, and T SVDs without vectors."""
         if self._spectrum is None:
             self._spectrum = values(self.dense())
         return self._spectrum
 
+    @in_plain_torch
     def effective_rank(self) -> Float[Tensor, " T"]:
         """Exp of the entropy of each token's normalised singular values (Roy & Vetterli 2007). Cost: all of them."""
         return effective_rank(self.singular_values())
 
+    @in_plain_torch
     def norms(self, tolerance: float = 0.02, seed: int = 0) -> Norms:
         """Largest singular value, Frobenius norm and stable rank of each token, to a relative tolerance.
 
@@ -190,6 +196,7 @@ class Spectra(ABC):
             self._tops = top(self.dense(), 1, towards=self.value, tolerance=exact).S[:, 0]
         return self._tops
 
+    @in_plain_torch
     def frobenius_norm(self, tolerance: float | None = None) -> Float[Tensor, " T"]:
         """||J_i||_F of each token.
 
@@ -201,6 +208,7 @@ class Spectra(ABC):
             self.dense()
         return sum((part.square().sum(dim=(0, 2)) for _, part in self.rows()), torch.zeros(())).sqrt()
 
+    @in_plain_torch
     def stable_rank(self, tolerance: float | None = None) -> Float[Tensor, " T"]:
         """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5).
 
@@ -210,6 +218,7 @@ class Spectra(ABC):
             return self.norms(tolerance).stable_rank
         return self._exact.stable_rank
 
+    @in_plain_torch
     def to_dataframe(self) -> DataFrame:
         """One row per token: index, text, Frobenius norm, stable rank, largest singular value; needs pandas.
 

@@ -16,11 +16,15 @@ from loclin import explicit
 from loclin.blocks import Workspace
 from loclin.coefficients import Coefficients, Reader
 from loclin.errors import ModelError, OptionError, PromptError
-from loclin.freeze import Frozen, Hold, Misuse, evaluation, exact_arithmetic, frozen
+from loclin.freeze import Frozen, Hold, Misuse, frozen
 from loclin.models.layout import Anatomy, anatomy
 from loclin.models.model import Model
 from loclin.models.route import Block, Parts, Route, as_whole, find_route, first, hidden_state, logits_at
+from loclin.models.snapshot import Snapshot
 from loclin.points import Point
+from loclin.surroundings import eager_code, in_plain_torch
+
+_ROUNDINGS = 32
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,15 @@ class Head:
 class Trace:
     """A frozen forward pass at one prompt.
 
+    `model` is a replica of the user's (see `loclin.models.replica`): with the hooks, adapters and flags that were on
+    the model when it was traced, whatever is done to the model later. Its weights are the model's own; `weights` tells
+    whether they have changed.
+
     `layers[l]` is how layer l was called; `attn_out[l]` is what its attention added to the residual stream `[1, T, d]`
     (None where no part of the layer does); `end` is what enters the tail, the final norm; `final` is what leaves it.
     `stock_final` is the untouched model's own, and `stock_logits` `[V]` are its logits at the last position;
-    `bit_identical` says whether the model gave the same, in every bit, inside the freeze.
+    `bit_identical` says whether the model gave the same, in every bit, inside the freeze; `random` whether it gave
+    something else.
     `attention_received` `[T]` is the share of attention that later tokens give to each token, the mean over layers and
     heads (zero where a model has no attention).
 
@@ -76,6 +85,7 @@ class Trace:
     """
 
     model: Model
+    weights: Snapshot
     anatomy: Anatomy
     route: Route
     hold: Hold
@@ -87,6 +97,7 @@ class Trace:
     stock_final: Float[Tensor, "1 T d_final"]
     stock_logits: Float[Tensor, " V"]
     bit_identical: bool
+    random: bool
     attention_received: Float[Tensor, " T"]
     misuses: tuple[Misuse, ...]
     explicit: tuple[bool, ...]
@@ -114,6 +125,20 @@ class Trace:
     def dtype(self) -> torch.dtype:
         """The dtype of the linear path, and so of the sweeps."""
         return self.layers[0].value.dtype
+
+    def entered(self, index: int) -> Float[Tensor, "1 T d"]:
+        """What enters a layer, as the model has it; what leaves the last, for the index behind it."""
+        return self.layers[index].hidden if index < self.n_layers else self.end.hidden
+
+    def check_weights(self, module: nn.Module) -> None:
+        """Refuse to compute with a part of the model whose weights are not those that were traced.
+
+        Raises
+        ------
+        ModelError
+            Naming the weights.
+        """
+        self.weights.check(module, self.model.info.name)
 
     def position(self, position: int) -> int:
         """A position counted from the front.
@@ -184,16 +209,27 @@ class Trace:
     def head(self, position: int) -> Head:
         """The way from `final` to the logits at one position. Cost: a forward pass, once for each position."""
         if position not in self._heads:
-            with evaluation(self.model.hf), torch.no_grad(), frozen(self.model.hf, self.hold, self.dtype) as mode:
+            self.check_weights(self.model.hf)
+            with torch.no_grad(), frozen(self.model.hf, self.hold, self.dtype) as mode:
                 self._heads[position], *_ = _leave(mode, self.model, self.input_ids, self.route, position, self.final)
         return self._heads[position]
+
+
+def agrees(again: Tensor, before: Tensor, widened: bool = False) -> bool:
+    """Whether a part of the model, run again, gives what it gave before, up to rounding: threads sum in any order.
+
+    `widened`: one of the two was without the casts to float32 that are in a model's code.
+    """
+    scale = torch.finfo(before.dtype)
+    off = (again - before).norm() / before.norm().clamp_min(scale.tiny)
+    return off.item() <= _ROUNDINGS * max(scale.eps, torch.finfo(torch.float32).eps if widened else 0.0)
 
 
 class _NotAChain(Exception):
     """The blocks take more than the hidden state; says why."""
 
 
-@exact_arithmetic()
+@in_plain_torch
 def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, keep: int = 0) -> Trace:
     """Run the model twice, stock and frozen, and remember the frozen pass.
 
@@ -205,17 +241,42 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, keep: int = 0
     ModelError
         When the way from the embeddings to the logits cannot be followed.
     """
+    own, before = model.hf, Snapshot(model.hf)
+    model = model.replicate()
+    _refuse_hooks(model)
     parts = anatomy(model.hf)
-    input_ids = input_ids.to(model.device)
-    with evaluation(model.hf), torch.no_grad():
-        route = find_route(model, parts, input_ids)
+    input_ids = input_ids.to(model.device, copy=True)  # a copy: the caller's may be changed, or of inference mode
+    with torch.no_grad():
+        with eager_code():
+            route = find_route(model, parts, input_ids)
+        changed = before.changed(own)
+        if changed:
+            raise ModelError(
+                f"{model.info.name}: its weights changed while it ran ({changed[0]}): another thread trains it, or its "
+                "own forward pass changes them. Linearize a model that stays as it is",
+                changed[0],
+            )
+        weights = Snapshot(model.hf)
         try:
-            return _record(model, parts, route, input_ids, hold, keep)
+            found = _record(model, weights, parts, route, input_ids, hold, keep)
         except _NotAChain as why:
-            return _record(model, parts, as_whole(route, model, parts, str(why)), input_ids, hold, keep)
+            found = _record(model, weights, parts, as_whole(route, model, parts, str(why)), input_ids, hold, keep)
+    found.check_weights(model.hf)
+    return found
 
 
-def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold: Hold, keep: int) -> Trace:
+def _refuse_hooks(model: Model) -> None:
+    """Refuse a model with hooks on it that say of themselves why they cannot be part of a map."""
+    for module in model.hf.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            why = getattr(getattr(hook, "__self__", None), "why_not_linearized", None)
+            if why is not None:
+                raise ModelError(f"{model.info.name} {why}")
+
+
+def _record(
+    model: Model, weights: Snapshot, parts: Anatomy, route: Route, input_ids: Tensor, hold: Hold, keep: int
+) -> Trace:
     dtype = hold.dtype(route.final.dtype)
     keeps = hold.keeps_stock(route.final.dtype)
     calls: list[Call] = []
@@ -279,9 +340,11 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
             type(route.exit).__name__,
         )
     end = Block(nn.Sequential(*route.tail), "final_norm", Parts())
+    repeated = ((stock_final, route.final), (head.stock, route.logits))
     received = [share.cpu() for share in mode.probabilities.values() if share.shape == (input_ids.shape[1],)]
     return Trace(
         model=model,
+        weights=weights,
         anatomy=parts,
         route=route,
         hold=hold,
@@ -292,7 +355,8 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
         final=final,
         stock_final=route.final,
         stock_logits=route.logits,
-        bit_identical=torch.equal(stock_final, route.final) and torch.equal(head.stock, route.logits),
+        bit_identical=all(torch.equal(again, before) for again, before in repeated),
+        random=not all(agrees(again, before, hold.precision == "double") for again, before in repeated),
         attention_received=torch.stack(received).mean(0) if received else torch.zeros(input_ids.shape[1]),
         misuses=tuple(mode.misuses),
         explicit=tuple(layers.exact),

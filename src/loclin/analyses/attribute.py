@@ -20,8 +20,8 @@ from loclin.analyses.target import Reading, Target, read
 from loclin.analyses.wording import in_words
 from loclin.chain import Chain
 from loclin.errors import OptionError
-from loclin.freeze import exact_arithmetic
 from loclin.linearization import Linearization
+from loclin.surroundings import in_plain_torch
 from loclin.widened import widened
 
 LEVELS: tuple[By, ...] = get_args(By)
@@ -31,7 +31,7 @@ _ROUNDING = 5e-7
 _SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
 
 
-@exact_arithmetic()
+@in_plain_torch
 def attribute(
     lin: Linearization, target: Target = None, by: str = "token", *, position: int = -1, words: int = 12
 ) -> Attribution:

@@ -30,6 +30,7 @@ from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
 from loclin.output import write_text
 from loclin.spectral.threads import single_thread
+from loclin.surroundings import in_plain_torch
 
 Outcome = Literal["passed", "refused", "error"]
 Status = Literal["exact", "affine", "refused", "not built", "error"]
@@ -233,6 +234,7 @@ def read(path: Path) -> Coverage | None:
         ) from fault
 
 
+@in_plain_torch
 def coverage(
     families: Sequence[str] | None = None,
     *,
@@ -297,6 +299,7 @@ def coverage(
     return replace(record, results=_sorted(done))
 
 
+@in_plain_torch
 def certify_family(family: str, gates: Sequence[Gate] = GATES) -> FamilyResult:
     """Build one family's tiny model and certify it in every dtype with every gate split.
 

@@ -16,6 +16,7 @@ from loclin.certify import Certificate
 from loclin.decode import Decoder, Words
 from loclin.linearization import Linearization
 from loclin.spectral import SVD, check_rank
+from loclin.surroundings import in_plain_torch
 
 _WORDS = 8
 _UNITS = 5
@@ -133,6 +134,7 @@ class Explanation:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
 
+@in_plain_torch
 def explain(
     lin: Linearization,
     k: int = 8,

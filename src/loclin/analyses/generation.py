@@ -16,6 +16,7 @@ from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
 from loclin.spectral import SVD
+from loclin.surroundings import in_plain_torch
 
 _TRIPLES = 4
 
@@ -68,6 +69,7 @@ class Generation:
         return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
 
 
+@in_plain_torch
 def generate(
     lin: Linearization, count: int, k: int = 8, progress: Callable[[str], None] = lambda _step: None
 ) -> Generation:

@@ -13,11 +13,11 @@ from torch import Tensor
 from loclin.analyses.target import Reading, Target, read
 from loclin.decode import Decoder, Words
 from loclin.errors import OptionError
-from loclin.freeze import exact_arithmetic
 from loclin.linearization import Linearization
 from loclin.parts import parse_part
 from loclin.path_map import PathMap, part_map, path_map
 from loclin.points import Point, parse
+from loclin.surroundings import in_plain_torch
 
 _WORDS = 8
 
@@ -119,7 +119,7 @@ class Path:
         return about | {"shares": self.shares.tolist(), "provenance": self.map.provenance().to_dict()}
 
 
-@exact_arithmetic()
+@in_plain_torch
 def head(lin: Linearization, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
     """Look at one query head.
 
@@ -172,7 +172,7 @@ def head(lin: Linearization, layer: int, head: int, target: Target = None, *, k:
     )
 
 
-@exact_arithmetic()
+@in_plain_torch
 def path(
     lin: Linearization, source: int | None, parts: Sequence[str], target: Target = None, *, position: int = -1
 ) -> Path:

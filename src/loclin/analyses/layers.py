@@ -18,6 +18,7 @@ from loclin.errors import OptionError
 from loclin.layer_spectra import LayerSpectra
 from loclin.linearization import Linearization
 from loclin.results import versions
+from loclin.surroundings import in_plain_torch
 
 SHOWN = 3
 """Singular vectors that are put into words."""
@@ -164,6 +165,7 @@ class LayerExplanation:
         return layers_fragment(self)
 
 
+@in_plain_torch
 def explain_layers(
     lin: Linearization,
     k: int = 8,

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.decode import Words
-from loclin.freeze import evaluation
 from loclin.linearization import Linearization
+from loclin.models.replica import exclusive
 from loclin.models.route import first, logits_at
+from loclin.surroundings import eager_code, in_plain_torch
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class LensLayer:
     rank: int
 
 
+@in_plain_torch
 def logit_lens(lin: Linearization, token: int, position: int = -1, k: int = 5) -> list[LensLayer]:
     """Read every layer's residual stream as the model reads its last (nostalgebraist, 2020).
 
@@ -67,25 +69,27 @@ def logit_lens(lin: Linearization, token: int, position: int = -1, k: int = 5) -
     ]
 
 
+@in_plain_torch
 def layer_logits(lin: Linearization, position: int = -1) -> Float[Tensor, "L V"]:
     """The model's logits, were each layer the last: its own final norm, head, scales and soft caps, nothing frozen.
 
     The last layer's are the model's. Cost: two forward passes, and L products with the head.
     """
-    trace, hf = lin.trace, lin.model.hf
+    trace, hf = lin.trace, lin.trace.model.hf
+    trace.check_weights(hf)
     at, end = trace.position(position), trace.end
     streams = [*(call.hidden[0, at] for call in trace.layers[1:]), end.hidden[0, at]]
     options: dict[str, Any] = {"input_ids": trace.input_ids, "use_cache": False}
     if "logits_to_keep" in inspect.signature(hf.forward).parameters:
         options["logits_to_keep"] = 0  # all of them
-    with evaluation(hf), torch.no_grad():
+    with exclusive(hf), eager_code(), torch.no_grad():
         final = end(torch.stack([stream.to(end.hidden) for stream in streams])[None])[0]
         rows = -(-len(final) // trace.length)  # some decoders give their output the prompt's length again
         final = torch.cat([final, final.new_zeros(rows * trace.length - len(final), final.shape[1])])
         calls = _Calls(final.reshape(rows, trace.length, -1))
         handle = trace.route.exit.register_forward_hook(calls)
         try:
-            logits_at(lin.model, trace.input_ids, at)
+            logits_at(trace.model, trace.input_ids, at)
             calls.begin()
             return hf(**options).logits.flatten(0, 1)[: len(streams)]
         finally:

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loclin.freeze import evaluation, exact_arithmetic
 from loclin.linearization import Linearization
+from loclin.models.replica import exclusive
 from loclin.models.route import first, hidden_state
+from loclin.surroundings import eager_code, exact_arithmetic, in_plain_torch
 
 _TOKENS = 2048
 """Tokens of one forward pass: enough for the full speed of its products."""
@@ -49,7 +50,7 @@ class Nearby:
     """
 
     def __init__(self, lin: Linearization, position: int = -1) -> None:
-        self._hf, self._ids = lin.model.hf, lin.input_ids
+        self._trace, self._hf, self._ids = lin.trace, lin.trace.model.hf, lin.input_ids
         self._position = position
         route, call = lin.trace.route, lin.trace.layers[0]
         self._exit = route.exit
@@ -57,6 +58,7 @@ class Nearby:
         self._dtype = call.hidden.dtype
         self._keeps = "logits_to_keep" in inspect.signature(self._hf.forward).parameters
 
+    @in_plain_torch
     def tokens(self, ids: Int[Tensor, "n T"]) -> Outputs:
         """Run other prompts, all of one length that need not be the prompt's own. Cost: n forward passes."""
         return _joined(self._run(part, None) for part in ids.split(_rows(ids.shape[1])))
@@ -74,9 +76,11 @@ class Nearby:
         keep: dict[str, Any] = {}
         if self._keeps:
             keep["logits_to_keep"] = torch.tensor([self._position % ids.shape[1]], device=ids.device)
+        self._trace.check_weights(self._hf)
         with (
+            exclusive(self._hf),
             exact_arithmetic(),
-            evaluation(self._hf),
+            eager_code(),
             torch.set_grad_enabled(entering is not None and entering.requires_grad),
             self._hooks(entering) as seen,
         ):

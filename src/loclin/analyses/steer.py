@@ -23,6 +23,7 @@ from loclin.steering.hooks import Form
 from loclin.steering.operator import Operator, merge
 from loclin.steering.replay import Replay
 from loclin.steering.vector import activation_addition, mean_difference, output_basis, pullback, random_direction
+from loclin.surroundings import in_plain_torch
 
 Method = Literal["operator", "basis", "suffix", "activation", "mean", "random"]
 METHODS: dict[Method, str] = {
@@ -87,6 +88,7 @@ class Steered:
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
 
 
+@in_plain_torch
 def steer(
     model: Model,
     prompt: str,
@@ -166,6 +168,7 @@ def steer(
     """
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose {', '.join(get_args(Method))}")
+    model = model.replicate()
     if operator is not None:
         operator.check(model, gate)
         toward = ["".join(source["provenance"]["tokens"]) for source in operator.sources]

@@ -18,6 +18,7 @@ from loclin.padding import padded
 from loclin.steering.base import Steering
 from loclin.steering.hooks import Form
 from loclin.steering.replay import Replay
+from loclin.surroundings import in_plain_torch
 
 STRENGTHS: dict[Form, tuple[float, ...]] = {
     "add": (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0),
@@ -93,6 +94,7 @@ class Sweep:
         return asdict(self)
 
 
+@in_plain_torch
 def score(replay: Replay, ids: Sequence[int], log_probs: Float[Tensor, "B V"]) -> Score:
     """Compare a steered prediction with the unsteered one."""
     chosen = torch.tensor(list(ids), device=log_probs.device)
@@ -101,6 +103,7 @@ def score(replay: Replay, ids: Sequence[int], log_probs: Float[Tensor, "B V"]) -
     return Score(after, after - before, kl)
 
 
+@in_plain_torch
 def sweep(
     replay: Replay,
     ids: Sequence[int],
@@ -196,6 +199,7 @@ class Continuation:
     frequency: float
 
 
+@in_plain_torch
 @torch.no_grad()
 def write(
     model: Model,
@@ -232,6 +236,7 @@ def write(
     -----
     Cost: a generation of the whole batch, and one unsteered forward pass over what it gave.
     """
+    model = model.replicate()
     ids, mask = padded(list(prompts), "left", 0)
     ends = _ends(options.get("eos_token_id", getattr(model.hf.generation_config, "eos_token_id", None)))
     settings: dict[str, object] = {

@@ -18,6 +18,7 @@ from loclin.errors import OptionError
 from loclin.linearization import Linearization
 from loclin.link import HeadLink
 from loclin.results import versions
+from loclin.surroundings import in_plain_torch
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Lengths of random moves, as a share of each token's embedding."""
@@ -110,6 +111,7 @@ class Validity:
         return json.dumps(asdict(self) | {"curves": curves}, indent=1, ensure_ascii=False, allow_nan=False)
 
 
+@in_plain_torch
 def validity(
     lin: Linearization,
     position: int = -1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from loclin.analyses.steering import Continuation, write
 from loclin.decode import Decoder
 from loclin.errors import OptionError
-from loclin.freeze import evaluation
 from loclin.linearization import Linearization
 from loclin.link import HeadLink
 from loclin.models import Model
@@ -24,6 +24,7 @@ from loclin.steering.concepts import packaged_concepts, token_ids
 from loclin.steering.match import fingerprint
 from loclin.steering.operator import no_words
 from loclin.steering.projection import Projection
+from loclin.surroundings import in_plain_torch
 
 _DEPENDENT = 1e-6
 """A direction whose rest outside the others is smaller than this adds nothing to their span."""
@@ -141,6 +142,7 @@ class Watched:
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
 
 
+@in_plain_torch
 def watch(
     lin: Linearization,
     words: Sequence[str],
@@ -197,7 +199,7 @@ def watch(
     """
     if not words or top < 1:
         raise OptionError("watch needs at least one word, and top of at least 1")
-    model, watched = lin.model, set(token_ids(lin.model, words))
+    model, watched = lin.trace.model.replicate(), set(token_ids(lin.model, words))
     point = "final" if layer is None else f"resid_post.{layer}"
     J = lin.jacobian(target=point, normed=layer is not None)
     progress("singular vectors")
@@ -264,7 +266,7 @@ def _projection(lin: Linearization, directions: list[Tensor], point: str, proven
     trace, model = lin.trace, lin.model
     where = parse(point, trace.n_layers)
     module = trace.route.exit if where.layer is None else trace.layers[where.layer].block.module
-    names = {part: name for name, part in model.hf.named_modules()}
+    names = {part: name for name, part in trace.model.hf.named_modules()}
     width = trace.width if where.layer is not None else trace.final.shape[-1]
     rows = torch.stack(directions) if directions else trace.final.new_zeros(0, width)
     if where.layer is not None and directions:
@@ -283,14 +285,8 @@ def _projection(lin: Linearization, directions: list[Tensor], point: str, proven
 
 @torch.no_grad()
 def _log_probs(model: Model, ids: Tensor, projection: Projection | None) -> Float[Tensor, " V"]:
-    def run() -> Tensor:
+    with nullcontext() if projection is None else projection.apply(model):
         return torch.log_softmax(model.hf(input_ids=ids, use_cache=False).logits[0, -1].float(), dim=-1)
-
-    with evaluation(model.hf):
-        if projection is None:
-            return run()
-        with projection.apply(model):
-            return run()
 
 
 def _elsewhere(model: Model, projection: Projection) -> list[tuple[Tensor, Tensor]]:

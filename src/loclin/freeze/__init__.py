@@ -1,7 +1,6 @@
 """Which coefficients are held: the linear twin of every torch operation, and the context that computes it."""
 
-from loclin.freeze.context import evaluation, frozen
-from loclin.freeze.flags import exact_arithmetic
+from loclin.freeze.context import frozen
 from loclin.freeze.hold import Gate, Hold, Precision
 from loclin.freeze.mode import Frozen
 from loclin.freeze.rules import Call, Registration, register
@@ -16,8 +15,6 @@ __all__ = [
     "Origin",
     "Precision",
     "Registration",
-    "evaluation",
-    "exact_arithmetic",
     "frozen",
     "register",
 ]

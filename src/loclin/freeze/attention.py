@@ -56,6 +56,8 @@ def attention(op: Operation) -> Result:
     ordinary = op.context.hold.ordinary
     if isinstance(status, Held):
         return Held(status.origin)
+    if op.get(4, "dropout_p", 0.0) > 0:  # what it mixes with is drawn anew at each call
+        return op.held()
 
     if ordinary:
         query, key = _live(op, query), _live(op, key)

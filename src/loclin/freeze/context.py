@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from loclin.freeze.flags import exact_arithmetic
 from loclin.freeze.hold import Hold
 from loclin.freeze.mode import Frozen, Keep
 from loclin.freeze.rules import rules_installed
+from loclin.models.replica import exclusive
+from loclin.surroundings import eager_code, exact_arithmetic
 
 
 @contextmanager
-def evaluation(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module of `root`; those that were in training mode are put back into it.
-
-    What is compiled runs as it was written: a compiled graph has no operations to look into.
-    """
+def _evaluating(root: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every module of `root`; those that were in training mode are put back into it."""
     training = [module for module in root.modules() if module.training]
-    compiler = sys.modules.get("torch._dynamo")  # slow to import, and not needed unless something is compiled
     try:
         for module in training:
             module.training = False
-        with nullcontext() if compiler is None else torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
@@ -47,7 +42,8 @@ def frozen(
 
     Inside, call `mode.enter(x)` on an input and then `root`; `mode.live(y)` is the output's twin, affine in `x`'s.
     The model's own values are its own, bit for bit. Graphs built inside stay valid outside. On leaving, hooks and
-    training flags are as they were; weights, classes and registries are never touched.
+    training flags are as they were; weights, classes and registries are never touched. Other threads meet them
+    meanwhile, unless `root` is (part of) a replica (see `loclin.models.replica`), which one thread at a time freezes.
 
     Parameters
     ----------
@@ -73,5 +69,5 @@ def frozen(
         dtype = hold.dtype(next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32))
     paths = {module: f"{name}.{path}".strip(".") or "model" for path, module in root.named_modules()}
     mode = Frozen(paths, hold, dtype, collect=collect, keep=keep)
-    with exact_arithmetic(), evaluation(root), rules_installed(paths, mode), mode:
+    with exclusive(root), exact_arithmetic(), eager_code(), _evaluating(root), rules_installed(paths, mode), mode:
         yield mode

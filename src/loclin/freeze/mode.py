@@ -58,6 +58,8 @@ class Frozen(TorchFunctionMode):
         True while a rule's module runs whose own operations are of no interest.
     audit
         A relative error: operations whose twins are further from the model's own values are noted in `misuses`.
+    noise
+        None, or where operations are noted that draw random numbers.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Frozen(TorchFunctionMode):
         self.misuses: list[Misuse] = []
         self.graph, self.collect, self.caps = True, collect, False
         self.audit: float | None = None
+        self.noise: list[Origin] | None = None
         self.unseen = False
         self._wide = hold.precision == "double" and not hold.ordinary
         self._keep, self._paused = keep, False
@@ -93,7 +96,15 @@ class Frozen(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Do the model's own call, then its twin on the linear path."""
-        kwargs = kwargs or {}
+        if self.noise is None:
+            return self._do(func, args, kwargs or {})
+        before = _random_states()
+        out = self._do(func, args, kwargs or {})
+        if _random_states() != before:
+            self.noise.append(self.origin(plain_name(func)))
+        return out
+
+    def _do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._wide and not self._paused and not self.unseen and args and self._is_model_s(args[0]):
             func, args, kwargs = without_lowering(func, plain_name(func), args, kwargs)
         if self._paused or self.unseen or not (self.depends(args) or self.depends(kwargs.values())):
@@ -261,6 +272,14 @@ class Frozen(TorchFunctionMode):
 
     def _module(self) -> str:
         return self.origin("").module
+
+
+def _random_states() -> list[bytes]:
+    """The states of torch's generators on all devices."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states += torch.cuda.get_rng_state_all()
+    return [bytes(state.numpy().data) for state in states]
 
 
 def _has_floats(out: Any) -> bool:

@@ -103,6 +103,10 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
         ]
         if empty:
             raise ModelError(f"{name} has parameters without values (meta device): {some(empty)}.")
+    if any(parameter.is_inference() for parameter in hf.parameters()):
+        raise ModelError(
+            f"{name} was loaded inside torch.inference_mode(), whose tensors have no derivatives; load it outside."
+        )
     broken = non_finite(hf)
     if broken:
         raise ModelError(f"{name} has weights that are NaN or infinite: {some(broken)}.")

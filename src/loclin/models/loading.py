@@ -14,8 +14,10 @@ from loclin.models.gguf_source import gguf_file
 from loclin.models.model import Model
 from loclin.models.options import parse_device, parse_dtype, require
 from loclin.models.packaged import DEFAULT, PACKAGED
+from loclin.surroundings import in_plain_torch
 
 
+@in_plain_torch
 def load(
     name: str | Path = DEFAULT,
     *,

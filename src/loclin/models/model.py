@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loclin.errors import ModelError, PromptError
 from loclin.models import encoding
 from loclin.models.checks import refuse_model
+from loclin.models.replica import replicate
 from loclin.models.unwrap import unwrapped
+from loclin.surroundings import in_plain_torch
 
 Source = Literal["package", "hub", "directory", "gguf", "wrapped"]
 
@@ -87,6 +89,10 @@ class Model:
             return torch.device(embeddings._hf_hook.execution_device)
         return weight.device
 
+    def replicate(self) -> Model:
+        """The same with modules of its own around the same weights (see `loclin.models.replica`)."""
+        return replace(self, hf=replicate(self.hf))
+
     def encode(self, prompt: str, bos: bool | str | None = None) -> torch.Tensor:
         """Turn a prompt into token ids [1, T].
 
@@ -141,6 +147,7 @@ class Model:
         )
 
 
+@in_plain_torch
 def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None) -> Model:
     """Take a model that you loaded yourself; it is left exactly as it is.
 

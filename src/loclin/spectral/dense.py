@@ -10,15 +10,18 @@ from loclin.spectral.bounds import left_svd, norm_from_below, outside, rounding,
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.result import SVD, aligned
 from loclin.spectral.threads import each
+from loclin.surroundings import in_plain_torch
 
 _OVERSAMPLING = 8
 
 
+@in_plain_torch
 def values(dense: Float[Tensor, "d_out T d_in"]) -> Float[Tensor, "T r"]:
     """All singular values of each token's map, descending. Cost: T SVDs without vectors."""
     return torch.stack(each(torch.linalg.svdvals, dense.transpose(0, 1)))
 
 
+@in_plain_torch
 def full(dense: Float[Tensor, "d_out T d_in"], k: int, *, towards: Float[Tensor, " d_out"], joint: bool = False) -> SVD:
     """Decompose each token's map, or with `joint` all of them side by side, by LAPACK; all values come along.
 
@@ -38,6 +41,7 @@ def full(dense: Float[Tensor, "d_out T d_in"], k: int, *, towards: Float[Tensor,
     return shaped(found, dense.shape[1]) if joint else found
 
 
+@in_plain_torch
 def top(
     dense: Float[Tensor, "d_out T d_in"],
     k: int,

@@ -16,6 +16,7 @@ from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import SVD, aligned
 from loclin.spectral.sketch import Ritz, Sketch
 from loclin.spectral.threads import single_thread
+from loclin.surroundings import in_plain_torch
 
 FAILURE = 1e-3
 """The probability with which the bounds of one result may not hold."""
@@ -34,6 +35,7 @@ _HOPELESS = 0.8
 """From this ||E||^2 / s_k^2 on, pushing more vectors of single maps is worth less than a larger basis."""
 
 
+@in_plain_torch
 def krylov_svd(
     op: TokenMaps,
     k: int,

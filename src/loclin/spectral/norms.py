@@ -12,6 +12,7 @@ from loclin.spectral.checks import check_tolerance
 from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.sketch import Sketch
+from loclin.surroundings import in_plain_torch
 
 _BLOCK = 16
 
@@ -77,6 +78,7 @@ def _refined(sketch: Sketch, probes: Tensor, images: Tensor, tolerance: float) -
         sketch.power()
 
 
+@in_plain_torch
 def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: bool = True, seed: int = 0) -> Norms:
     """sigma_1, ||J_i||_F and stable rank of all tokens to a relative tolerance, from one basis and its probes.
 
@@ -109,6 +111,7 @@ def stable_rank(frobenius: Float[Tensor, "*T"], largest: Float[Tensor, "*T"]) ->
     return torch.where(largest > 0, (frobenius / largest.clamp_min(torch.finfo(largest.dtype).tiny)).square(), 0.0)
 
 
+@in_plain_torch
 def effective_rank(values: Float[Tensor, "*T r"]) -> Float[Tensor, "*T"]:
     """The exponential of the entropy of the singular values over their sum (Roy & Vetterli 2007); 0 for a zero map."""
     total = values.sum(dim=-1)

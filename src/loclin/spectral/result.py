@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loclin.frames import by_rank
 from loclin.results import Provenance, Result
+from loclin.surroundings import in_plain_torch
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -73,6 +74,7 @@ class SVD(Result):
         off = torch.maximum(self.upper - self.S, self.S - self.lower)
         return torch.where(off > 0, off / self.S, 0.0)
 
+    @in_plain_torch
     def blocks(self, token: int | None = None, tolerance: float = NEAR_EQUAL) -> list[list[int]]:
         """Indices of the singular values, grouped so that neighbours that cannot be told apart are together.
 
@@ -86,6 +88,7 @@ class SVD(Result):
         S, lower, upper = (part if token is None else part[token] for part in (self.S, self.lower, self.upper))
         return near_equal(S, lower, upper, tolerance)
 
+    @in_plain_torch
     def subspace_angles(self, other: SVD, token: int | None = None) -> list[Tensor]:
         """Principal angles in radians between the output sides of two results, for each of this one's blocks.
 

@@ -58,6 +58,8 @@ class Hooks:
     caches and caches whose rows are moved all have the right ones.
     """
 
+    why_not_linearized = "is being steered; linearize it outside the 'with steering.apply(...)'"
+
     def __init__(self, steering: Steering, model: Model, strength: float, form: Form) -> None:
         self._steering = steering.to(model.device)
         self._hf, self._parts = model.hf, anatomy(model.hf)
@@ -96,11 +98,14 @@ class Hooks:
             )
         self._call = _Call(cache, 0 if cache is None else int(cache.get_seq_length()), mask)
 
+    def _seen(self) -> _Call:
+        if self._call is None:
+            raise SteeringError("steering does not see the whole call; call the model itself, not a part of it")
+        return self._call
+
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add what the new tokens' embeddings say to the sums."""
-        call = self._call
-        if call is None:
-            raise SteeringError("steering does not see the whole call; call the model itself, not a part of it")
+        call = self._seen()
         x = hidden_state(args, kwargs)
         real, first_ones = _positions(call.mask, call.past, x)
         call.moved = real & ~first_ones if self._steering.spare_first else real
@@ -126,8 +131,7 @@ class Hooks:
         return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
 
     def _changed(self, h: Tensor) -> Tensor:
-        call = self._call
-        assert call is not None
+        call = self._seen()
         assert call.S is not None
         assert call.moved is not None
         moved = call.moved.to(h.device).unsqueeze(-1)

@@ -9,9 +9,8 @@ from torch import nn
 
 from loclin.errors import SteeringError
 from loclin.models import Model
-from loclin.models.hashing import tensor_bytes
+from loclin.models.snapshot import sample
 
-_SAMPLE = 64
 _NAMED = ("name", "family", "revision", "sha256", "dtype", "n_parameters")
 
 
@@ -23,9 +22,7 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in module.named_parameters():
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-        if not weight.is_meta:
-            flat = weight.detach().flatten()
-            digest.update(tensor_bytes(flat[:: max(1, flat.numel() // _SAMPLE)]))
+        digest.update(sample(weight))
     return digest.hexdigest()
 
 

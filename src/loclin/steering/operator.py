@@ -16,6 +16,7 @@ from loclin.linearization import Linearization
 from loclin.results import Provenance
 from loclin.steering.base import Steering, site
 from loclin.steering.match import fingerprint
+from loclin.surroundings import in_plain_torch
 
 Align = Literal["cycle", "nearest"]
 Signs = Literal["free", "fixed"]
@@ -73,6 +74,7 @@ class Operator(Steering):
     provenance: Provenance | None
 
     @classmethod
+    @in_plain_torch
     def make(
         cls,
         lin: Linearization,
@@ -221,6 +223,7 @@ class Operator(Steering):
         return start + (normalize(x, dim=-1) @ normalize(own, dim=-1).T).argmax(-1)
 
 
+@in_plain_torch
 def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None) -> Operator:
     """One operator of several texts: S is the weighted sum of theirs, the mean by default.
 

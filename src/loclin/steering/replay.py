@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loclin.freeze import evaluation
 from loclin.models import Model
 from loclin.models.layout import anatomy
 from loclin.models.route import first, hidden_state
 from loclin.padding import padded
 from loclin.steering.base import Steering, site
 from loclin.steering.hooks import Form, steered
+from loclin.surroundings import in_plain_torch
 
 
 class Replay:
@@ -33,9 +33,10 @@ class Replay:
         Token ids `[1, T_b]` of each prompt.
     """
 
+    @in_plain_torch
     def __init__(self, model: Model, prompts: Sequence[Tensor]) -> None:
-        self.model = model
-        self._layers = anatomy(model.hf).layers
+        self.model = model.replicate()
+        self._layers = anatomy(self.model.hf).layers
         self._ids, mask = padded(list(prompts), "left", 0)
         self._mask, self._real = mask.long(), mask
         self._entered: list[Tensor] = []
@@ -54,8 +55,7 @@ class Replay:
         handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in self._layers]
         handles.append(self._layers[-1].register_forward_hook(leave))
         try:
-            with evaluation(self.model.hf):
-                return self._log_probs()
+            return self._log_probs()
         finally:
             for handle in handles:
                 handle.remove()
@@ -65,6 +65,7 @@ class Replay:
         """All tokens' embeddings, one prompt after the other, and their positions in their prompts."""
         return self._entered[0][self._real], (self._real.long().cumsum(1) - 1)[self._real]
 
+    @in_plain_torch
     def sums(self, steering: Steering) -> Float[Tensor, "B T d"]:
         """S at every position of every prompt; zero at padding. Cost: the operator's products for every token."""
         found = steering.to(self.model.device).push(*self.tokens)
@@ -80,6 +81,7 @@ class Replay:
         """The hidden states of each prompt `[T_b, d]`, without padding."""
         return [hidden[own] for hidden, own in zip(self.hidden(point), self._real, strict=True)]
 
+    @in_plain_torch
     @torch.no_grad()
     def log_probs(
         self, steering: Steering, strength: float, form: Form = "add", S: Tensor | None = None
@@ -93,7 +95,7 @@ class Replay:
         moved = self._real & (self._real.cumsum(1) > 1) if steering.spare_first else self._real
         new = torch.where(moved.unsqueeze(-1), new, h)
         node = self._node(steering.point)
-        with evaluation(self.model.hf), self._starting_at(node, new):
+        with self._starting_at(node, new):
             return self._log_probs()
 
     def _node(self, point: str) -> int:

@@ -8,9 +8,8 @@ import torch
 import tiny
 from loclin import linearize
 from loclin.chain import Chain
-from loclin.freeze import exact_arithmetic
-from loclin.freeze.flags import _SWITCHES
 from loclin.linear_map import LinearMap
+from loclin.surroundings import _SWITCHES, exact_arithmetic
 
 NEW = pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has no such switch")
 

@@ -1,0 +1,67 @@
+"""Whether a model's weights are still those that something was computed with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from loclin.errors import ModelError
+from loclin.models.hashing import tensor_bytes
+
+_SAMPLE = 64
+
+
+def sample(weight: Tensor) -> bytes:
+    """64 numbers of a weight, evenly spread over it; none of one that is not in memory."""
+    if weight.is_meta or is_traceable_wrapper_subclass(weight):
+        return b""
+    flat = weight.detach().flatten()
+    return bytes(tensor_bytes(flat[:: max(1, flat.numel() // _SAMPLE)]))
+
+
+class Snapshot:
+    """What a module's parameters were at one time, without a copy of them.
+
+    A change shows in a parameter's version counter (every operation in place), in its storage and dtype (`.to`,
+    `load_state_dict(assign=True)`, `.data = ...`), or in 64 of its numbers (`.data.mul_(...)`, a merged adapter).
+    Parameters that are offloaded are not looked at. Cost: milliseconds, to make and for all parameters to check.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._known = {id(weight): (name, weight, _marks(weight)) for name, weight in root.named_parameters()}
+
+    def changed(self, module: nn.Module) -> list[str]:
+        """The names of those parameters of a part of the model that are not what they were."""
+        found = []
+        for weight in module.parameters():
+            name, _, marks = self._known.get(id(weight), ("", weight, None))
+            if marks is not None and not weight.is_meta and marks != _marks(weight):
+                found.append(name)
+        return found
+
+    def check(self, module: nn.Module, model: str) -> None:
+        """Refuse to compute with weights that have changed.
+
+        Raises
+        ------
+        ModelError
+            Naming the first few.
+        """
+        changed = self.changed(module)
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise ModelError(
+                f"{model}: the weights have changed since this prompt was linearized ({changed[0]}{more}): by "
+                "training, an adapter, another dtype or device, or by hand. Linearize it again",
+                changed[0],
+            )
+
+
+def _marks(weight: Tensor) -> tuple[Any, ...] | None:
+    """What shows a change; None for what is not in memory."""
+    if weight.is_meta:
+        return None
+    place = None if is_traceable_wrapper_subclass(weight) else weight.data_ptr()
+    return place, weight._version, weight.dtype, weight.shape, sample(weight)

@@ -1,0 +1,172 @@
+"""What surrounds a call: torch's modes and switches are set aside while loclin computes, and put back afterwards.
+
+A result then has the same bits wherever it was asked for: in inference mode, under autocast, without gradients, with
+another default device or dtype, or with TF32 allowed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from loclin.errors import OptionError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_backends: Any = torch.backends
+_NEW = hasattr(_backends.cuda.matmul, "fp32_precision")
+"""Whether torch has a switch for each operation. The older ones then raise where both kinds have been set."""
+_ON_CUDA = (_backends.cuda.matmul, *(getattr(_backends.cudnn, name, None) for name in ("conv", "rnn")))
+_ON_CPU = tuple(getattr(_backends.mkldnn, name, None) for name in ("matmul", "conv", "rnn"))
+_SWITCHES: tuple[tuple[Any, str, Any], ...] = (
+    *((backend, "fp32_precision", "ieee") for backend in (*_ON_CUDA, *_ON_CPU) if hasattr(backend, "fp32_precision")),
+    *(() if _NEW else ((_backends.cuda.matmul, "allow_tf32", False), (_backends.cudnn, "allow_tf32", False))),
+    (_backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    (_backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+)
+"""(where, name, exact value)."""
+
+
+class _Shared:
+    """A state of the whole process, for as long as any thread needs it: the first in sets it, the last out restores.
+
+    Each thread restoring what it found would leave the switches set when two overlap.
+    """
+
+    def __init__(self, enter: Callable[[ExitStack], None]) -> None:
+        self._enter, self._lock, self._users = enter, threading.Lock(), 0
+        self._restore = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._users:
+                with ExitStack() as stack:
+                    self._enter(stack)
+                    self._restore = stack.pop_all()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._restore.close()
+
+
+def _compute_exactly(stack: ExitStack) -> None:
+    if not _NEW:
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+    for backend, name, exact in _SWITCHES:
+        before = getattr(backend, name)
+        if before != exact:
+            stack.callback(setattr, backend, name, before)
+            setattr(backend, name, exact)
+
+
+def _be_plain(stack: ExitStack) -> None:
+    if torch.get_default_dtype() != torch.float32:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+
+
+def _run_eagerly(stack: ExitStack) -> None:
+    if "torch._dynamo" in sys.modules:  # slow to import, and not needed unless something is compiled
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+_exact, _plain, _eager = _Shared(_compute_exactly), _Shared(_be_plain), _Shared(_run_eagerly)
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """No TF32 and no reduced-precision sums inside; afterwards every switch is as it was, also after an error.
+
+    The switches belong to the process: what other threads compute meanwhile is exact too.
+    """
+    with _exact():
+        yield
+
+
+@contextmanager
+def eager_code() -> Iterator[None]:
+    """What is compiled runs as it was written: a compiled graph has no operations to look into."""
+    with _eager():
+        yield
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Torch as it is when nothing has been switched: gradients on, no inference mode, no autocast, exact arithmetic.
+
+    Also the default device and dtype: the CPU and float32. The dtype belongs to the process, as do the switches of
+    `exact_arithmetic`; all else to the thread.
+
+    Raises
+    ------
+    OptionError
+        Inside a function that torch transforms or traces (`vmap`, `grad`, `jit.trace`, fake tensors): there are no
+        numbers there.
+    """
+    _refuse_transforms()
+    with ExitStack() as stack:
+        stack.enter_context(exact_arithmetic())
+        stack.enter_context(_plain())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        accelerator = torch.accelerator.current_accelerator()
+        for kind in {"cpu", "cuda" if accelerator is None else accelerator.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def in_plain_torch(function: F) -> F:
+    """Run a function in `plain_torch`; a generator is in it only while it makes its next value."""
+    if not inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with plain_torch():
+                return function(*args, **kwargs)
+
+        return run  # type: ignore[return-value]
+
+    @functools.wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        values, done = function(*args, **kwargs), object()
+        while True:
+            with plain_torch():
+                value = next(values, done)
+            if value is done:
+                return
+            yield value
+
+    return step  # type: ignore[return-value]
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """A caller's tensor, detached; copied where it was made in inference mode, which autograd does not take."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _refuse_transforms() -> None:
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+        raise OptionError(
+            "loclin was called inside a function that torch transforms or traces (vmap, grad, jit.trace, fake "
+            "tensors); call it outside, on ordinary tensors"
+        )
