@@ -22,7 +22,7 @@ from loclin.models import cache, load
 from loclin.output import check_writable, write_text
 from loclin.tensor_file import load_tensors, save_tensors
 from models.helpers import tiny_gguf
-from surroundings import stranger, umask
+from users import stranger, umask
 
 OWNED = r"permission denied: \S*{name}, owned by \w+ \(mode \d{{4}}\)"
 

@@ -59,11 +59,22 @@ class CacheEntry:
 
 
 def directory() -> Path:
-    """Give the cache directory: $LOCLIN_CACHE, else $XDG_CACHE_HOME/loclin, else ~/.cache/loclin."""
-    if own := os.environ.get("LOCLIN_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "loclin"
+    """Give the cache directory: $LOCLIN_CACHE, else $XDG_CACHE_HOME/loclin, else ~/.cache/loclin.
+
+    Raises
+    ------
+    ModelError
+        When none is named, and this user has no home.
+    """
+    own, shared = os.environ.get("LOCLIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(shared) if shared else Path.home() / ".cache") / "loclin"
+    except RuntimeError as fault:
+        raise ModelError(
+            f"There is no place for the model cache: {fault} Set LOCLIN_CACHE to a directory that you can write."
+        ) from fault
 
 
 def _models() -> Path:

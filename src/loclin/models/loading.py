@@ -94,7 +94,11 @@ def load(
 
 def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> Model:
     """Decide what the name stands for."""
-    label, path = str(name), Path(name).expanduser()
+    label = str(name)
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as fault:  # the home of a user that there is not
+        raise ModelError(f"There is no directory {label}: {fault}") from fault
     packaged = PACKAGED.get(label)
     on_disk = packaged is not None or path.exists() or path.suffix.lower() == ".gguf"
     if on_disk and revision is not None:
