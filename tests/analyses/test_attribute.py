@@ -19,9 +19,9 @@ LEVELS = ("token", "bias", "layer", "head", "neuron", "token×layer")
 BUILDS = {"llama": tiny.llama, "llama-biases": partial(tiny.llama, biases=True), "gemma3": tiny.gemma3}
 EVERY = (
     "qwen2", "gemma2", "gemma3_text", "olmo2", "gpt2", "bloom", "opt", "phi", "gpt_neox", "gptj", "falcon", "mixtral",
-    "jamba",
+    "jamba", "gpt_oss",
 )  # fmt: skip
-WHOLE = {"mixtral": ("neuron",), "opt": ("head", "neuron")}
+WHOLE = {"mixtral": ("neuron",), "gpt_oss": ("neuron",), "opt": ("head", "neuron")}
 """Levels that a family has not: a mixture of experts, and blocks whose parts cannot be told apart."""
 
 

@@ -6,6 +6,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from combinations import SURROUNDINGS, Combination, torch_state
@@ -98,16 +99,15 @@ def _outcome(c: Combination, model: Model, surroundings: str) -> Numbers | str:
         return str(refusal)
     finally:
         assert torch_state() == before, "the surroundings stay changed"
-    return found
+    return _tensors(found)
 
 
-def numbers(c: Combination, lin: Linearization, vectors: Tensor) -> Numbers:
-    """Everything that a map and its shares say."""
+def numbers(c: Combination, lin: Linearization, vectors: Tensor) -> dict[str, Any]:
+    """Everything that a map and its shares say, as they say it: what is computed here is computed in surroundings."""
     J = lin.jacobian(c.source, c.target, c.position, normed=c.normed)
     d_out, length, d_in = J.shape
     X = vectors[0, 0, : length * d_in].reshape(length, d_in).to(J.dtype)
     u = vectors[1, :, :d_out].to(J.dtype)
-    values, indices = zip(*((p, i) for i, _, p in lin.next_token_ids(3, c.position)), strict=True)
     shares = lin.attribute(by=c.level, position=c.position, words=2)
     return {
         "X": X,
@@ -115,19 +115,30 @@ def numbers(c: Combination, lin: Linearization, vectors: Tensor) -> Numbers:
         "matvec": J.matvec(X),
         "rmatmat": J.rmatmat(u),
         "dense": J.dense(),
-        "blocks": torch.stack([J.block(i).matvec(X[i : i + 1]) for i in range(length)]),
-        "input": J.input.clone(),
-        "value": J.value.clone(),
+        "blocks": [J.block(i).matvec(X[i : i + 1]) for i in range(length)],
+        "input": J.input,
+        "value": J.value,
         "bias": J.bias,
-        "biases": sum(J.bias_by_source().values(), start=torch.zeros_like(J.bias, device="cpu")),
+        "biases": list(J.bias_by_source().values()),
         "S": J.svd(1).S,
-        "top": torch.tensor(indices, device="cpu"),
-        "probabilities": torch.tensor(values, dtype=torch.float64, device="cpu"),
+        "top": [(i, p) for i, _, p in lin.next_token_ids(3, c.position)],
         "shares": shares.shares,
         "kinds": shares.kinds,
-        "missed": torch.tensor(shares.relative_residual, dtype=torch.float64, device="cpu"),
-        "tokens": torch.tensor([len(lin.tokens), len(set(map(type, lin.tokens)))], device="cpu"),
-        "certified": torch.tensor(lin.certify(c.position).passed, device="cpu"),
+        "missed": shares.relative_residual,
+        "tokens": [len(lin.tokens), all(isinstance(token, str) for token in lin.tokens)],
+        "certified": lin.certify(c.position).passed,
+    }
+
+
+def _tensors(found: dict[str, Any]) -> Numbers:
+    """The same as tensors, made outside of all surroundings; a tensor that cannot be used there stays as it is."""
+    return {
+        name: value
+        if isinstance(value, Tensor)
+        else torch.stack(value)
+        if isinstance(value, list) and value and isinstance(value[0], Tensor)
+        else torch.tensor(value, dtype=torch.float64)
+        for name, value in found.items()
     }
 
 
@@ -150,7 +161,7 @@ def wrong(c: Combination, n: Numbers) -> list[str]:
         "<u, J v> = <J^T u, v>": ((u @ n["matvec"]), (n["rmatmat"] * X).sum((1, 2)), u.abs() @ sizes["J X"]),
         "J x + b": (torch.einsum("oti,ti->o", dense, x) + n["bias"], n["value"], size_y),
         "the sum of the blocks": (n["blocks"].sum(0), n["matvec"], sizes["J X"]),
-        "the sum of the biases": (n["biases"], n["bias"], size_y),
+        "the sum of the biases": (n["biases"].sum(0), n["bias"], size_y),
         "the largest singular value": (torch.linalg.matrix_norm(dense.transpose(0, 1), 2), n["S"][:, 0], None),
     }
     for name, (one, other, size) in pairs.items():
