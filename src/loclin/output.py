@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from loclin.errors import OutputError
+from loclin.models.access import reason, refusal
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -18,15 +20,26 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     folder = target.parent
-    if target.is_dir():
-        raise OutputError(f"cannot write {target}: it is a directory; name a file in it")
-    if not folder.exists():
-        raise OutputError(f"cannot write {target}: there is no directory {folder}; make it first")
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {target}: {folder} is not a directory")
-    protected = target if target.exists() else folder
-    if not os.access(protected, os.W_OK):
-        raise OutputError(f"cannot write {target}: no permission to write to {protected}")
+    try:
+        if target.is_dir():
+            raise OutputError(f"cannot write {target}: it is a directory; name a file in it")
+        if not folder.exists():
+            raise OutputError(f"cannot write {target}: there is no directory {folder}; make it first")
+        if not folder.is_dir():
+            raise OutputError(f"cannot write {target}: {folder} is not a directory")
+        for needed in _written(target):
+            if not os.access(needed, os.W_OK):
+                raise OutputError(f"cannot write {target}: {refusal(needed)}; chmod it or choose another path")
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {reason(error, target)}; choose another path") from error
+
+
+def _written(target: Path) -> list[Path]:
+    """What must be writable for a file to be: its folder, where it is made, and what it takes the place of."""
+    real = Path(os.path.realpath(target))
+    if target.exists() and not target.is_file():
+        return [target]
+    return [real.parent, *([real] if real.exists() else [])]
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -50,13 +63,15 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         else:
             _replace(Path(os.path.realpath(target)), data)  # a link stays a link
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write {target}: {reason(error, target)}") from error
 
 
 def _replace(target: Path, data: bytes) -> None:
     partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)
+        if target.exists():  # who may read it stays as its owner chose
+            partial.chmod(stat.S_IMODE(target.stat().st_mode))
         partial.replace(target)
     except BaseException:  # Ctrl-C too
         partial.unlink(missing_ok=True)

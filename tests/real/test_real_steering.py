@@ -30,7 +30,7 @@ def operator(model):
     lin = loclin.linearize(model, TOWARD, bos=True)
     made = Operator.make(lin, 2 * lin.trace.n_layers // 3)
     own, hidden = made.apply_to(lin.embeddings)[-1], lin.value(made.point)[-1]
-    assert (own - hidden).norm() < 1e-5 * hidden.norm()
+    assert (own - hidden).norm() < 1e-4 * hidden.norm()
     return made
 
 

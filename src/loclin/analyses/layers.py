@@ -23,6 +23,8 @@ from loclin.surroundings import in_plain_torch
 
 SHOWN = 3
 """Singular vectors that are put into words."""
+_CANCELLED = 10.0
+"""How much larger what an inner map sums may be than its sum: attention takes a sink's large values apart."""
 _WORDS = 5
 APPEARS = 10
 """A word has appeared once it is among this many."""
@@ -246,7 +248,7 @@ def explain_layers(
         lens=lens,
         appears={reader: _first(ranks, APPEARS) for reader, ranks in followed.items()},
         leads={reader: _first(ranks, 1) for reader, ranks in followed.items()},
-        tolerance=tolerance(lin.trace),
+        tolerance=_CANCELLED * tolerance(lin.trace),
         warnings=lin.warnings,
         spectra=cumulative,
     )

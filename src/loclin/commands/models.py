@@ -36,9 +36,8 @@ def models(context: typer.Context) -> None:
         copies = Table("name", "key", "size", "converted", "state")
         for copy in found:
             date = f"{copy.date:%Y-%m-%d %H:%M}" if copy.date else "?"
-            copies.add_row(
-                escape(copy.name), copy.key, f"{copy.size / 1e6:,.0f} MB", date, "ok" if copy.intact else "damaged"
-            )
+            state = "ok" if copy.intact else "damaged" if copy.readable else "no permission to read it"
+            copies.add_row(escape(copy.name), copy.key, f"{copy.size / 1e6:,.0f} MB", date, state)
         stdout.print(copies)
 
 

@@ -23,6 +23,7 @@ from loclin.analyses.nearby import Nearby
 from loclin.errors import ModelError, OutputError
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model
+from loclin.models.access import reason
 from loclin.output import write_text
 from loclin.results import versions
 
@@ -123,11 +124,11 @@ def read(path: Path) -> Study | None:
     OutputError
         When the file cannot be read or is no study: it is left as it is.
     """
-    if not path.is_file():
-        return None
     try:
-        return Study.from_json(path.read_text("utf-8"))
-    except (OSError, ValueError) as fault:
+        return Study.from_json(path.read_text("utf-8")) if path.is_file() else None
+    except OSError as fault:
+        raise OutputError(f"cannot read {path}: {reason(fault, path)}") from fault
+    except ValueError as fault:
         raise OutputError(f"{path} is no study to go on with ({fault}); name another file, or use --fresh") from fault
 
 
