@@ -7,12 +7,14 @@ from typing import Annotated, Optional
 import typer
 
 from loclin.commands import attribute, coverage, explain, faithfulness, layers, models, steer, validity, watch
+from loclin.commands.group import OneLineGroup
 
 app = typer.Typer(
     name="loclin",
     help="Write a language model, at one prompt, as the linear map that it exactly is there.",
     epilog='Start with:  loclin explain "The bridge out of Marin is the"',
-    no_args_is_help=True,
+    cls=OneLineGroup,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -37,12 +39,14 @@ def _version(wanted: bool | None) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     _: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True),
     ] = None,
 ) -> None:
-    return
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:

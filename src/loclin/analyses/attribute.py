@@ -12,7 +12,7 @@ from typing import get_args
 
 import torch
 
-from loclin import memory
+from loclin import memory, values
 from loclin.analyses.attribution import Attribution, By, Kind
 from loclin.analyses.explain import sink_warnings
 from loclin.analyses.shares import Shares, by_part, by_source, by_token_and_layer
@@ -81,6 +81,7 @@ def attribute(
     rounds the sum by more than 5e-7, all is done again in float64.
     """
     chosen = level(by)
+    values.whole("words", words, 0)
     reading = read(lin, target, position)
     if chosen not in ("token", "bias") and lin.trace.route.whole is not None:
         raise OptionError(

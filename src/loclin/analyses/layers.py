@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loclin import values
 from loclin.analyses.explain import SingularBlock, sink_warnings
 from loclin.analyses.logit_lens import LensLayer, logit_lens
 from loclin.certify import tolerance
@@ -198,7 +199,7 @@ def explain_layers(
     components, up to three dense maps, with their triples; about 6 C L (T + 1) products with the head or the
     embeddings; and two forward passes. Memory: as `Linearization.layers`, 2 C L T d k numbers of which stay.
     """
-    if k < 2:
+    if values.whole("k", k) < 2:
         raise OptionError(f"k={k}: the path with depth needs the first two singular vectors; ask for two or more")
     at = lin.trace.position(position)
     progress("maps from the embeddings")

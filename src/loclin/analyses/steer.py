@@ -9,7 +9,19 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from loclin.analyses.steering import MAX_KL, STRENGTHS, Continuation, Sweep, Trial, depths, score, sweep, write
+from loclin import values
+from loclin.analyses.steering import (
+    MAX_KL,
+    STRENGTHS,
+    Continuation,
+    Sweep,
+    Trial,
+    check_writing,
+    depths,
+    score,
+    sweep,
+    write,
+)
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate
 from loclin.linearization import Linearization, linearize
@@ -166,6 +178,14 @@ def steer(
     """
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose {', '.join(get_args(Method))}")
+    check_writing(max_new_tokens, seed, options)
+    values.number("max_kl", max_kl, 0)
+    if strength is not None:
+        values.number("strength", strength)
+    if rank is not None:
+        values.whole("rank", rank, 1)
+    if layer is not None:
+        values.whole("layer", layer)
     if operator is not None:
         operator.check(model, gate)
         toward = ["".join(source["provenance"]["tokens"]) for source in operator.sources]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin import values
 from loclin.errors import OptionError
 from loclin.models import Model
 from loclin.padding import padded
@@ -143,6 +144,9 @@ def sweep(
     Cost: for each layer, what makes the steering, and for each strength the layers above.
     """
     strengths = STRENGTHS[form] if strengths is None else strengths
+    values.number("max_kl", max_kl, 0)
+    for strength in strengths:
+        values.number("strength", strength)
     if not layers or not strengths:
         raise OptionError("a sweep needs at least one layer and one strength")
     trials = []
@@ -232,6 +236,7 @@ def write(
     -----
     Cost: a generation of the whole batch, and one unsteered forward pass over what it gave.
     """
+    check_writing(max_new_tokens, seed, options)
     ids, mask = padded(list(prompts), "left", 0)
     ends = _ends(options.get("eos_token_id", getattr(model.hf.generation_config, "eos_token_id", None)))
     settings: dict[str, object] = {
@@ -256,6 +261,23 @@ def write(
         _measured(model, row[keep].tolist(), bool((~keep).any()), loss, words)
         for row, keep, loss in zip(new, own, losses.tolist(), strict=True)
     ]
+
+
+def check_writing(max_new_tokens: int, seed: int | None, options: Mapping[str, object]) -> None:
+    """Refuse what no text can be written with, before any work.
+
+    Raises
+    ------
+    OptionError
+        For fewer than one token, a seed or a temperature that is none, or a temperature without sampling.
+    """
+    values.whole("max_new_tokens", max_new_tokens, 1)
+    if seed is not None:
+        values.whole("seed", seed, 0, 2**63 - 1)
+    if options.get("temperature") is not None:
+        values.number("temperature", options["temperature"], above=0)
+        if seed is None and not options.get("do_sample"):
+            raise OptionError("temperature is for sampling: give a seed, or do_sample=True")
 
 
 def _measured(model: Model, ids: list[int], ended: bool, loss: float, words: Sequence[str]) -> Continuation:

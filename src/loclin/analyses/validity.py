@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin import values
 from loclin.analyses.nearby import Nearby, Outputs
 from loclin.decode import Decoder
 from loclin.errors import OptionError
@@ -151,8 +152,12 @@ def validity(
     Cost: `len(sizes) * draws + 12 * T * swaps` forward passes, and a column of the frozen and of the ordinary map for
     each ray.
     """
-    if draws < 0 or swaps < 0 or draws + swaps < 1 or not sizes or min(sizes) <= 0:
-        raise OptionError("give at least one random direction or one swap, and sizes above 0")
+    for name, value in {"draws": draws, "swaps": swaps, "seed": seed}.items():
+        values.whole(name, value, 0)
+    for size in sizes:
+        values.number("sizes", size, above=0)
+    if draws + swaps < 1 or not sizes:
+        raise OptionError("give at least one random direction or one swap, and at least one size")
     at = lin.trace.position(position)
     nearby, x = Nearby(lin, at), lin.embeddings
     generator = torch.Generator().manual_seed(seed)

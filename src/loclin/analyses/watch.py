@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin import values
 from loclin.analyses.steering import Continuation, write
 from loclin.decode import Decoder
 from loclin.errors import OptionError
@@ -195,9 +196,13 @@ def watch(
     Cost: the dense map, its singular vectors, and some forward passes. A vector that near-equal singular values leave
     undefined is taken as it was found.
     """
-    if not words or top < 1:
-        raise OptionError("watch needs at least one word, and top of at least 1")
-    model, watched = lin.model, set(token_ids(lin.model, words))
+    if not words:
+        raise OptionError("watch needs at least one word")
+    model, vocabulary = lin.model, Decoder(lin.model).vocabulary
+    for name, value in {"top": top, "n_tokens": n_tokens}.items():
+        values.whole(name, value, 1, vocabulary)
+    values.whole("max_new_tokens", max_new_tokens, 1)
+    watched = set(token_ids(model, words))
     point = "final" if layer is None else f"resid_post.{layer}"
     J = lin.jacobian(target=point, normed=layer is not None)
     progress("singular vectors")

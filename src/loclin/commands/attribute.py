@@ -28,20 +28,22 @@ class MarginOption(str, Enum):
 
 
 def attribute(
+    context: typer.Context,
     prompt: options.Prompt,
     target: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all."
+            help="Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all.",
+            callback=options.plain,
         ),
     ] = None,
     target_id: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="The same by the token's id, for tokens that cannot be typed."),
+        typer.Option(help="The same by the token's id, for tokens that cannot be typed.", min=0),
     ] = None,
     against: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Share out the difference to this token's logit."),
+        typer.Option(help="Share out the difference to this token's logit.", callback=options.plain),
     ] = None,
     margin: Annotated[
         Optional[MarginOption],  # noqa: UP045
@@ -51,13 +53,14 @@ def attribute(
     ] = None,
     neuron: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Share out an MLP neuron's activation instead, such as L17N80."),
+        typer.Option(help="Share out an MLP neuron's activation instead, such as L17N80.", callback=options.plain),
     ] = None,
     by: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             help="Share it among: token, layer, head, neuron, bias, tokenxlayer; give it again for more. "
-            "'all' is every level that the model has. Default: token."
+            "'all' is every level that the model has. Default: token.",
+            callback=options.plain,
         ),
     ] = None,
     model: options.ModelName = options.DEFAULT_MODEL,
@@ -79,7 +82,11 @@ def attribute(
     loclin attribute "The Golden Gate" --target " Bridge" --by head --model smollm2-135m --html heads.html
     """
     with one_clear_line():
-        text = options.checked(prompt, memory, json, html)
+        options.exclude(context, "target", "target_id", why="both name the token")
+        if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named(context)):
+            raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
+        options.checked(context)
+        text = options.read(prompt)
         wanted = by or ["token"]
         with importing():
             from loclin.analyses.attribute import LEVELS, level
@@ -129,8 +136,6 @@ def _target(token: str | int | None, against: str | None, margin: MarginOption |
         named = re.fullmatch(r"L(-?\d+)N(\d+)", neuron)
         if named is None:
             raise OptionError(f"--neuron {neuron}: write L17N80 for neuron 80 of layer 17")
-        if token is not None or against is not None or margin is not None:
-            raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
         return Neuron(int(named[2]), int(named[1]))
     if margin is not None:
         if against is not None:

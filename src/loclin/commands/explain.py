@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def explain(
+    context: typer.Context,
     prompt: options.Prompt,
     model: options.ModelName = options.DEFAULT_MODEL,
-    k: Annotated[int, typer.Option(help="How many singular vectors of each token to put into words.")] = 8,
+    k: Annotated[int, typer.Option(help="How many singular vectors of each token to put into words.", min=1)] = 8,
     position: options.Position = -1,
     gate: options.Gate = GateOption.activation,
     precision: options.Precision = PrecisionOption.auto,
@@ -29,7 +30,10 @@ def explain(
     revision: options.Revision = None,
     bos: options.Bos = None,
     memory: options.Memory = None,
-    top: Annotated[int, typer.Option(help="How many singular vectors of each token to print.", min=1)] = 3,
+    top: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="How many of them to print. Default: 3.", min=1),
+    ] = None,
     generate: Annotated[
         int,
         typer.Option(help="Generate this many tokens greedily, and explain every step and how the maps move.", min=0),
@@ -42,13 +46,18 @@ def explain(
     loclin explain "The Golden Gate" --model smollm2-135m --bos --json out.json --html out.html
     """
     with one_clear_line():
-        text = options.checked(prompt, memory, json, html)
+        if generate and position != -1:
+            raise OptionError("--generate goes on from the end of the prompt; leave --position out")
+        if generate and top is not None:
+            raise OptionError("--generate prints a row for each token; leave --top out")
+        if top is not None and top > k:
+            raise OptionError(f"--top {top} is more than --k {k}: there are no more vectors to print")
+        options.checked(context)
+        text = options.read(prompt)
         with importing():
             from loclin.analyses.explain import explain as run
             from loclin.report import render_explanation, write_html, write_text
 
-        if generate and position != -1:
-            raise OptionError("--generate goes on from the end of the prompt; leave --position out")
         lin = options.linearized(
             text,
             model,
@@ -69,7 +78,7 @@ def explain(
             write_text(json, explanation.to_json())
         if html is not None:
             write_html(explanation, html)
-        render_explanation(explanation, stdout, top=top)
+        render_explanation(explanation, stdout, top=3 if top is None else top)
         options.wrote(json, html)
         if not explanation.certificate.passed:
             raise typer.Exit(1)

@@ -13,6 +13,7 @@ from loclin.commands.options import ComponentOption, GateOption, PrecisionOption
 
 
 def layers(
+    context: typer.Context,
     prompt: options.Prompt,
     model: options.ModelName = options.DEFAULT_MODEL,
     component: Annotated[
@@ -33,7 +34,10 @@ def layers(
     html: options.Html = None,
     save: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write the singular triples of all maps from the embeddings to this .safetensors file."),
+        typer.Option(
+            help="Write the singular triples of all maps from the embeddings to this .safetensors file.",
+            callback=options.place,
+        ),
     ] = None,
 ) -> None:
     """Show every layer as an exact linear map: how dimension falls and the prediction appears with depth.
@@ -41,14 +45,12 @@ def layers(
     loclin layers "The bridge out of Marin is the" --model smollm2-135m --html layers.html --json layers.json
     """
     with one_clear_line():
-        text = options.checked(prompt, memory, json, html)
+        options.checked(context)
+        text = options.read(prompt)
         with importing():
             from loclin.analyses.layers import explain_layers
             from loclin.report import render_layers, write_layers, write_text
-            from loclin.tensor_file import check_path
 
-        if save is not None:
-            check_path(save)
         lin = options.linearized(
             text,
             model,

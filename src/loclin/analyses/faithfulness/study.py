@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin import values
 from loclin.analyses.faithfulness import methods
 from loclin.analyses.faithfulness.deletion import Removal, ranked, replaced
 from loclin.analyses.faithfulness.planes import Projected, projections
@@ -179,6 +180,8 @@ def study(
     Cost of a prompt of T tokens: twelve columns, about 2 T + 10 forward passes and 4 backward; on the held-out half
     16 of both more, and about 18 T forward passes of half the length; with planes the dense map and 109 more.
     """
+    values.whole("planes", planes, 0)
+    values.whole("seed", seed, 0)
     captum = find_spec("captum") is not None
     if not captum:
         progress('no integrated gradients: captum is not installed (pip install "loclin[faithfulness]")')
