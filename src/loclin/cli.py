@@ -7,25 +7,24 @@ from typing import Annotated, Optional
 import typer
 
 from loclin.commands import attribute, coverage, explain, faithfulness, layers, models, steer, validity, watch
-from loclin.commands.group import OneLineGroup
+from loclin.commands.parser import Command, Group
 
 app = typer.Typer(
     name="loclin",
     help="Write a language model, at one prompt, as the linear map that it exactly is there.",
     epilog='Start with:  loclin explain "The bridge out of Marin is the"',
-    cls=OneLineGroup,
-    invoke_without_command=True,
+    cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command()(explain.explain)
-app.command()(layers.layers)
-app.command()(attribute.attribute)
-app.command()(steer.steer)
-app.command()(watch.watch)
-app.command()(validity.validity)
-app.command()(faithfulness.faithfulness)
-app.command()(coverage.coverage)
+app.command(cls=Command)(explain.explain)
+app.command(cls=Command)(layers.layers)
+app.command(cls=Command)(attribute.attribute)
+app.command(cls=Command)(steer.steer)
+app.command(cls=Command)(watch.watch)
+app.command(cls=Command)(validity.validity)
+app.command(cls=Command)(faithfulness.faithfulness)
+app.command(cls=Command)(coverage.coverage)
 app.add_typer(models.app, name="models")
 
 
@@ -39,14 +38,12 @@ def _version(wanted: bool | None) -> None:
 
 @app.callback()
 def _main(
-    context: typer.Context,
     _: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True),
     ] = None,
 ) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+    return
 
 
 def main() -> None:

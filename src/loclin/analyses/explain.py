@@ -175,13 +175,15 @@ def explain(
     progress("singular vectors")
     svd = J.svd(k, tolerance=1e-5)
     spectra, norms, ranks = J.singular_values().tolist(), J.frobenius_norm().tolist(), J.stable_rank().tolist()
-    progress("words")
+    progress("words of singular vectors")
     decoder = Decoder(lin.model)
     blocks = _blocks(svd, J.input, decoder)
+    progress("words of rows and columns")
     rows = _units(dense.transpose(0, 1), decoder.reads)
     columns = _units(dense.permute(1, 2, 0), decoder.writes)
     predictions = lin.next_token_ids(10, at)
     chosen, text, probability = predictions[0]
+    progress("shares")
     logits = lin.jacobian(target="logits", position=at)
     one_hot = torch.zeros(logits.shape[0], dtype=logits.dtype, device=logits.device)
     one_hot[chosen] = 1.0

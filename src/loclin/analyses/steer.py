@@ -16,6 +16,7 @@ from loclin.analyses.steering import (
     Continuation,
     Sweep,
     Trial,
+    check_room,
     check_writing,
     depths,
     score,
@@ -179,7 +180,7 @@ def steer(
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose {', '.join(get_args(Method))}")
     check_writing(max_new_tokens, seed, options)
-    values.number("max_kl", max_kl, 0)
+    values.number("max_kl", max_kl, 0.0)
     if strength is not None:
         values.number("strength", strength)
     if rank is not None:
@@ -193,6 +194,7 @@ def steer(
     if not toward:
         raise PromptError("nothing to steer towards: give a text, or a saved operator")
     ids = encoded(model, prompt, chat, bos)
+    check_room(model, ids.shape[1], max_new_tokens)
     progress("reading the texts")
     lins = [] if operator else [linearize(model, text, gate=gate, bos=bos, memory=memory) for text in toward]
     chosen = list(words or concept_words(toward, lins))
@@ -207,6 +209,7 @@ def steer(
 
     found, replay = None, None
     if layer is None or strength is None:
+        progress("the unsteered model at the prompt and at neutral ones")
         replay = Replay(model, [ids, *others])
         found = sweep(
             replay,
@@ -218,11 +221,12 @@ def steer(
             max_kl=max_kl,
             progress=progress,
         )
-    progress("writing")
+    progress("writing the normal text")
     options |= {"max_new_tokens": max_new_tokens, "seed": seed}
     (normal,) = write(model, [ids], chosen, **options)
 
     def written(where: int, how: float) -> Continuation:
+        progress(f"writing the steered text: layer {where}, strength {how:g}")
         return write(model, [ids], chosen, steering=at(where), strength=how, form=form, **options)[0]
 
     steered = None
@@ -242,6 +246,7 @@ def steer(
     assert layer is not None
     assert strength is not None
     steering, steered = at(layer), steered or written(layer, strength)
+    progress("the next token, normal and steered")
     alone = Replay(model, [ids])
     # what leaves the model as it is has no arithmetic to be judged by
     moved = alone.unsteered if strength == NEUTRAL[form] else alone.log_probs(steering, strength, form)

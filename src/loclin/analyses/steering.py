@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from loclin import values
-from loclin.errors import OptionError
+from loclin.errors import OptionError, PromptError
 from loclin.models import Model
 from loclin.padding import padded
 from loclin.steering.base import Steering
@@ -144,7 +145,7 @@ def sweep(
     Cost: for each layer, what makes the steering, and for each strength the layers above.
     """
     strengths = STRENGTHS[form] if strengths is None else strengths
-    values.number("max_kl", max_kl, 0)
+    values.number("max_kl", max_kl, 0.0)
     for strength in strengths:
         values.number("strength", strength)
     if not layers or not strengths:
@@ -154,7 +155,7 @@ def sweep(
         progress(f"trying layer {layer}")
         made = steering(layer)
         S = replay.sums(made)
-        for strength in strengths:
+        for strength in tqdm(strengths, desc=f"layer {layer}", unit="strength", delay=2, leave=False, disable=None):
             found = score(replay, ids, replay.log_probs(made, strength, form, S))
             if not found.kl.isfinite().all():
                 continue
@@ -232,11 +233,19 @@ def write(
     options
         Further options of `generate`.
 
+    Raises
+    ------
+    OptionError
+        See `check_writing`.
+    PromptError
+        Where the text would be longer than the model's context.
+
     Notes
     -----
     Cost: a generation of the whole batch, and one unsteered forward pass over what it gave.
     """
     check_writing(max_new_tokens, seed, options)
+    check_room(model, max(prompt.shape[1] for prompt in prompts), max_new_tokens)
     ids, mask = padded(list(prompts), "left", 0)
     ends = _ends(options.get("eos_token_id", getattr(model.hf.generation_config, "eos_token_id", None)))
     settings: dict[str, object] = {
@@ -275,9 +284,22 @@ def check_writing(max_new_tokens: int, seed: int | None, options: Mapping[str, o
     if seed is not None:
         values.whole("seed", seed, 0, 2**63 - 1)
     if options.get("temperature") is not None:
-        values.number("temperature", options["temperature"], above=0)
+        values.number("temperature", options["temperature"], above=0.0)
         if seed is None and not options.get("do_sample"):
             raise OptionError("temperature is for sampling: give a seed, or do_sample=True")
+
+
+def check_room(model: Model, length: int, max_new_tokens: int) -> None:
+    """Refuse a text that would be longer than the model's context: what it writes there is not its own.
+
+    Raises
+    ------
+    PromptError
+        Naming how many tokens it takes.
+    """
+    limit = model.context_length
+    if limit is not None and length + max_new_tokens - 1 > limit:
+        raise PromptError(f"{length} tokens and {max_new_tokens} more: {model.info.name} takes at most {limit}")
 
 
 def _measured(model: Model, ids: list[int], ended: bool, loss: float, words: Sequence[str]) -> Continuation:

@@ -155,7 +155,7 @@ def validity(
     for name, value in {"draws": draws, "swaps": swaps, "seed": seed}.items():
         values.whole(name, value, 0)
     for size in sizes:
-        values.number("sizes", size, above=0)
+        values.number("sizes", size, above=0.0)
     if draws + swaps < 1 or not sizes:
         raise OptionError("give at least one random direction or one swap, and at least one size")
     at = lin.trace.position(position)

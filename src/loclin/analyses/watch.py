@@ -175,7 +175,7 @@ def watch(
     n_tokens
         How many next tokens to share out.
     max_new_tokens
-        How much to write, with and without.
+        How much to write, with and without; less where the model's context ends.
     progress
         Is told each step.
 
@@ -208,6 +208,7 @@ def watch(
     progress("singular vectors")
     svd = J.svd(k)
     gains = torch.einsum("tkd,td->tk", svd.Vh, J.input)
+    progress("words")
     skipped = set() if sinks else no_words(lin)
     found = [hit for hit in _hits(lin, svd.U, svd.S, gains, watched, top) if hit.token not in skipped]
     head = HeadLink(lin.trace, lin.trace.length - 1)
@@ -236,9 +237,12 @@ def watch(
             "token_ids": lin.input_ids[0].tolist(), "versions": versions(),
         },
     )  # fmt: skip
+    room = max_new_tokens if model.context_length is None else model.context_length - lin.input_ids.shape[1] + 1
+    max_new_tokens = min(max_new_tokens, room)
     if found:
-        progress("writing")
+        progress("writing with them")
         (normal,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
+        progress("writing without them")
         with projection.apply(model):
             (without,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
         report = Watched(**{**report.__dict__, "normal": normal, "without": without})

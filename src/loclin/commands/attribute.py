@@ -16,6 +16,7 @@ from loclin.commands.options import GateOption, PrecisionOption
 from loclin.errors import OptionError
 
 if TYPE_CHECKING:
+    from loclin.analyses.attribution import Attribution
     from loclin.analyses.target import Target
 
 
@@ -28,7 +29,6 @@ class MarginOption(str, Enum):
 
 
 def attribute(
-    context: typer.Context,
     prompt: options.Prompt,
     target: Annotated[
         Optional[str],  # noqa: UP045
@@ -82,10 +82,9 @@ def attribute(
     loclin attribute "The Golden Gate" --target " Bridge" --by head --model smollm2-135m --html heads.html
     """
     with one_clear_line():
-        options.exclude(context, "target", "target_id", why="both name the token")
-        if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named(context)):
+        options.exclude("target", "target_id", why="both name the token")
+        if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
             raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
-        options.checked(context)
         text = options.read(prompt)
         wanted = by or ["token"]
         with importing():
@@ -117,15 +116,17 @@ def attribute(
                 if not everything or name in ("token", "bias"):
                     raise
                 stderr.print(f"no shares by {name}: {escape(str(missing))}", soft_wrap=True)
-        if json is not None:
-            levelled = {one.by: one.to_dict() for one in found}
-            write_text(json, jsonlib.dumps(levelled, indent=2, ensure_ascii=False, allow_nan=False))
-        if html is not None:
-            write_attribution(found, html)
+        options.write(json, lambda path: write_text(path, _levels_json(found)))
+        options.write(html, lambda path: write_attribution(found, path))
         for one in found:
             render_attribution(one, stdout, top, first=one is found[0])
         render_attribution_settings(found[0], stdout)
         options.wrote(json, html)
+
+
+def _levels_json(found: list[Attribution]) -> str:
+    levels = {one.by: one.to_dict() for one in found}
+    return jsonlib.dumps(levels, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _target(token: str | int | None, against: str | None, margin: MarginOption | None, neuron: str | None) -> Target:

@@ -8,11 +8,10 @@ from typing import Annotated, Optional
 import typer
 
 from loclin.commands.console import Steps, importing, one_clear_line, stdout
-from loclin.commands.options import GateOption, checked, place, plain, wrote
+from loclin.commands.options import GateOption, place, plain, wrote
 
 
 def coverage(
-    context: typer.Context,
     family: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -41,7 +40,6 @@ def coverage(
     """
     kept = "nothing was written" if json is None else f"what is finished is kept: the same command goes on ({json})"
     with one_clear_line(kept):
-        checked(context)
         with importing(kept):
             from loclin.report import coverage_markdown, render_coverage, write_text
 

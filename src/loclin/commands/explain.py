@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def explain(
-    context: typer.Context,
     prompt: options.Prompt,
     model: options.ModelName = options.DEFAULT_MODEL,
     k: Annotated[int, typer.Option(help="How many singular vectors of each token to put into words.", min=1)] = 8,
@@ -52,7 +51,6 @@ def explain(
             raise OptionError("--generate prints a row for each token; leave --top out")
         if top is not None and top > k:
             raise OptionError(f"--top {top} is more than --k {k}: there are no more vectors to print")
-        options.checked(context)
         text = options.read(prompt)
         with importing():
             from loclin.analyses.explain import explain as run
@@ -74,10 +72,8 @@ def explain(
             _explain_steps(lin, generate, k, json, html)
             return
         explanation = run(lin, k=k, position=position, progress=Steps())
-        if json is not None:
-            write_text(json, explanation.to_json())
-        if html is not None:
-            write_html(explanation, html)
+        options.write(json, lambda path: write_text(path, explanation.to_json()))
+        options.write(html, lambda path: write_html(explanation, path))
         render_explanation(explanation, stdout, top=3 if top is None else top)
         options.wrote(json, html)
         if not explanation.certificate.passed:
@@ -91,10 +87,8 @@ def _explain_steps(lin: Linearization, count: int, k: int, json: Path | None, ht
         from loclin.report import render_generation, write_generation, write_text
 
     generation = generate(lin, count, k=k, progress=Steps())
-    if json is not None:
-        write_text(json, generation.to_json())
-    if html is not None:
-        write_generation(generation, html)
+    options.write(json, lambda path: write_text(path, generation.to_json()))
+    options.write(html, lambda path: write_generation(generation, path))
     render_generation(generation, stdout)
     options.wrote(json, html)
     if not all(step.certificate.passed for step in generation.steps):

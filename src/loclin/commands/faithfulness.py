@@ -12,7 +12,6 @@ from loclin.commands.console import importing, note, one_clear_line, stdout, ste
 
 
 def faithfulness(
-    context: typer.Context,
     model: options.ModelName = options.DEFAULT_MODEL,
     bos: options.Bos = None,
     prompts: Annotated[Optional[int], typer.Option(help="How many prompts; all by default.", min=1)] = None,  # noqa: UP045
@@ -39,7 +38,6 @@ def faithfulness(
     """
     kept = "nothing was written" if json is None else f"what is finished is kept: the same command goes on ({json})"
     with one_clear_line(kept):
-        options.checked(context)
         with importing(kept):
             from loclin.analyses.faithfulness.prompts import load as load_prompts
             from loclin.analyses.faithfulness.statistics import check_scipy

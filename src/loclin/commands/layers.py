@@ -13,7 +13,6 @@ from loclin.commands.options import ComponentOption, GateOption, PrecisionOption
 
 
 def layers(
-    context: typer.Context,
     prompt: options.Prompt,
     model: options.ModelName = options.DEFAULT_MODEL,
     component: Annotated[
@@ -45,7 +44,6 @@ def layers(
     loclin layers "The bridge out of Marin is the" --model smollm2-135m --html layers.html --json layers.json
     """
     with one_clear_line():
-        options.checked(context)
         text = options.read(prompt)
         with importing():
             from loclin.analyses.layers import explain_layers
@@ -65,12 +63,9 @@ def layers(
         )
         chosen = None if component is None else [option.value for option in component]
         found = explain_layers(lin, k, position, chosen, progress=Steps())
-        if json is not None:
-            write_text(json, found.to_json())
-        if html is not None:
-            write_layers(found, html)
-        if save is not None:
-            found.spectra.save(save)
+        options.write(json, lambda path: write_text(path, found.to_json()))
+        options.write(html, lambda path: write_layers(found, path))
+        options.write(save, found.spectra.save)
         render_layers(found, stdout)
         options.wrote(json, html, save)
         if not found.passed:

@@ -9,16 +9,19 @@ from rich.markup import escape
 from rich.text import Text
 
 from loclin.commands.console import importing, one_clear_line, stdout
-from loclin.commands.options import plain
+from loclin.commands.options import plain, running
+from loclin.commands.parser import Command, Group
 from loclin.errors import ModelError
 
-app = typer.Typer(help="The packaged models, and the converted copies in the cache.", invoke_without_command=True)
+app = typer.Typer(
+    cls=Group, help="The packaged models, and the converted copies in the cache.", invoke_without_command=True
+)
 
 
 @app.callback()
-def models(context: typer.Context) -> None:
+def models() -> None:
     """List the packaged models and the converted copies in the cache; 'remove NAME' deletes a copy."""
-    if context.invoked_subcommand is not None:
+    if running.get().invoked_subcommand is not None:
         return
     with one_clear_line():
         with importing():
@@ -46,7 +49,7 @@ def models(context: typer.Context) -> None:
         show(stdout, copies)
 
 
-@app.command()
+@app.command(cls=Command)
 def remove(
     name: Annotated[str, typer.Argument(help="The copy's name or key, as 'loclin models' shows it.", callback=plain)],
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -13,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from loclin import values
-from loclin.commands.console import importing, stderr, step
+from loclin.commands.console import Steps, importing, stderr, step
 from loclin.commands.streams import read_prompt
 from loclin.errors import OptionError, OutputError, PromptError
 from loclin.output import check_apart, check_writable
@@ -52,7 +53,7 @@ def _flag(param: Any) -> str:
     return max(param.opts, key=len) if param.param_type_name == "option" else f"the {param.name}"
 
 
-def plain(param: typer.CallbackParam, value: Any) -> Any:
+def plain(_context: Any, param: Any, value: Any) -> Any:
     """Check an option's text, or each of several: not empty, and whole characters."""
     if isinstance(value, list | tuple):
         return [_text(_flag(param), one) for one in value]
@@ -72,7 +73,7 @@ def _text(name: str, value: str) -> str:
     return values.text(name, value)
 
 
-def place(param: typer.CallbackParam, value: Any) -> Any:
+def place(_context: Any, param: Any, value: Any) -> Any:
     """Check the name of a file or of a model: not empty, and text that every library can open."""
     name, path = _flag(param), "" if value is None else str(value)
     if value is None:
@@ -96,7 +97,7 @@ def _encodes(path: str) -> bool:
 def finite(least: float | None = None, above: float | None = None) -> Callable[..., Any]:
     """Make a check of an option's number: finite, and in a range."""
 
-    def check(param: typer.CallbackParam, value: Any) -> Any:
+    def check(_context: Any, param: Any, value: Any) -> Any:
         return value if value is None else values.number(_flag(param), value, least, above)
 
     return check
@@ -136,13 +137,18 @@ _OUTPUTS, _INPUTS = ("json", "html", "markdown", "save"), ("words", "operator", 
 _TENSORS = ".safetensors"
 
 
-def named(context: typer.Context) -> set[str]:
+running: ContextVar[Any] = ContextVar("running")
+"""The command that runs, as the parser has it."""
+
+
+def named() -> set[str]:
     """The options that were typed, and not left to their defaults."""
+    context = running.get()
     source = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, origin in source.items() if origin is not None and origin.name == "COMMANDLINE"}
 
 
-def exclude(context: typer.Context, option: str, *others: str, why: str) -> None:
+def exclude(option: str, *others: str, why: str) -> None:
     """Refuse an option beside others that contradict it.
 
     Raises
@@ -150,15 +156,15 @@ def exclude(context: typer.Context, option: str, *others: str, why: str) -> None
     OptionError
         When both were typed.
     """
-    typed = named(context)
+    typed = named()
     for other in others:
         if option in typed and other in typed:
             pair = " and ".join(f"--{name.replace('_', '-')}" for name in (option, other))
             raise OptionError(f"{pair} exclude one another: {why}")
 
 
-def checked(context: typer.Context) -> None:
-    """Refuse what cannot work before anything is loaded: whatever a command's options share.
+def check() -> None:
+    """Refuse what cannot work before anything is loaded, for whichever command runs.
 
     Raises
     ------
@@ -166,8 +172,8 @@ def checked(context: typer.Context) -> None:
         For an output that cannot be written, that is another output or an input, options that exclude one another, or
         a budget that is none.
     """
-    given = {name: value for name, value in context.params.items() if value is not None}
-    exclude(context, "device", "device_map", why="one device, or layers that are spread")
+    given = {name: value for name, value in running.get().params.items() if value is not None}
+    exclude("device", "device_map", why="one device, or layers that are spread")
     if given.get("fresh") and "json" not in given:
         raise OptionError("--fresh is about the JSON file; name it with --json")
     outputs = {f"--{name}": given[name] for name in _OUTPUTS if name in given}
@@ -228,7 +234,15 @@ def linearized(
 
     with step(f"loading {model}"):
         loaded = load(model, dtype=dtype, device=device, device_map=device_map, revision=revision)
+    Steps()("reading the prompt")
     return linearize(loaded, text, gate=gate.value, precision=precision.value, bos=bos, memory=memory)
+
+
+def write(path: Path | None, make: Callable[[Path], None]) -> None:
+    """Write a result where it was asked for, and name the step: a page takes a while."""
+    if path is not None:
+        Steps()(f"writing {path}")
+        make(path)
 
 
 def wrote(*paths: Path | None) -> None:

@@ -35,7 +35,6 @@ class FormOption(str, Enum):
 
 
 def steer(
-    context: typer.Context,
     prompt: Annotated[
         str, typer.Argument(help="The text to go on from; '-' reads it from standard input.", callback=options.plain)
     ],
@@ -70,7 +69,7 @@ def steer(
     max_kl: Annotated[
         float,
         typer.Option(
-            help="How much fluency trying may cost: KL of the next token, nats.", callback=options.finite(least=0)
+            help="How much fluency trying may cost: KL of the next token, nats.", callback=options.finite(least=0.0)
         ),
     ] = 2.0,
     operator: Annotated[
@@ -84,7 +83,7 @@ def steer(
         Optional[int], typer.Option(help="Sample with this seed. Default: greedy.", min=0, max=options.SEEDS)
     ] = None,
     temperature: Annotated[
-        Optional[float], typer.Option(help="For sampling, with --seed.", callback=options.finite(above=0))
+        Optional[float], typer.Option(help="For sampling, with --seed.", callback=options.finite(above=0.0))
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     gate: options.Gate = GateOption.activation,
@@ -102,8 +101,7 @@ def steer(
     loclin steer "Here is a painting of the" --toward "The bridge out of Marin is the Golden" --html steer.html
     """
     with one_clear_line():
-        _consistent(context)
-        options.checked(context)
+        _consistent()
         text = options.read(prompt)
         listed = None if words is None else [word.strip() for word in words.split(",") if word.strip()]
         if listed == []:
@@ -143,23 +141,20 @@ def steer(
             progress=Steps(),
             **sampling,
         )
-        if save is not None:
-            steering.save(save)
-        if json is not None:
-            write_text(json, found.to_json())
-        if html is not None:
-            write_steered_html(found, html)
+        options.write(save, steering.save)
+        options.write(json, lambda path: write_text(path, found.to_json()))
+        options.write(html, lambda path: write_steered_html(found, path))
         render_steered(found, stdout)
         options.wrote(save, json, html)
 
 
-def _consistent(context: typer.Context) -> None:
+def _consistent() -> None:
     """Refuse options that contradict one another, or that nothing would heed."""
-    chosen, typed = context.params, options.named(context)
+    chosen, typed = options.running.get().params, options.named()
     if (chosen["operator"] is None) == (not chosen["toward"]):
         raise OptionError("say what to steer towards: --toward TEXT, or --operator FILE, one of them")
     made = "a saved operator has its layer, method and rank"
-    options.exclude(context, "operator", "layer", "method", "rank", "normed", why=made)
+    options.exclude("operator", "layer", "method", "rank", "normed", why=made)
     for option, methods in (("rank", ("operator", "basis")), ("normed", ("operator",))):
         if option in typed and chosen["method"].value not in methods:
             raise OptionError(f"--{option} is for --method {' and '.join(methods)}; leave it out")

@@ -66,29 +66,31 @@ def replaced(most: int = 8) -> str | None:
 
 
 def read_prompt() -> str:
-    """Read standard input as text, decided on its bytes.
+    """Read standard input as text, decided on its bytes: UTF-8, or else what the locale says that it is.
 
     Raises
     ------
     PromptError
-        When there is none, or it is no text: bytes that its encoding does not have, or NUL.
+        When there is none, or it is no text: bytes that are neither, or control characters.
     """
     if sys.stdin is None:
         raise PromptError("there is no standard input to read a prompt from")
-    encoding = codecs.lookup(sys.stdin.encoding or "utf-8").name
-    encoding = "utf-8" if encoding == "ascii" else encoding  # every ASCII text is UTF-8
     try:
         data = sys.stdin.buffer.read()
     except OSError as error:
         raise PromptError(f"cannot read standard input: {error.strerror or error}") from error
-    try:
-        text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding)
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"standard input is not text: byte {error.start + 1} of {len(data)} is not {encoding}; give UTF-8"
-        ) from None
-    if "\0" in text:
+    if b"\0" in data:
         raise PromptError("standard input is not text: it has NUL bytes; give UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        refusal = f"standard input is not text: byte {error.start + 1} of {len(data)} is not UTF-8; give UTF-8"
+    try:
+        text = data.decode(sys.stdin.encoding or "utf-8")
+    except UnicodeDecodeError:
+        raise PromptError(refusal) from None
+    if any(unicodedata.category(c) == "Cc" and not c.isspace() for c in text):
+        raise PromptError(refusal)
     return text
 
 

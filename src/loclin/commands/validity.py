@@ -13,7 +13,6 @@ from loclin.errors import OptionError
 
 
 def validity(
-    context: typer.Context,
     prompt: options.Prompt,
     model: options.ModelName = options.DEFAULT_MODEL,
     position: options.Position = -1,
@@ -40,7 +39,6 @@ def validity(
     with one_clear_line():
         if draws + swaps < 1:
             raise OptionError("give at least one random direction (--draws) or one swap (--swaps)")
-        options.checked(context)
         text = options.read(prompt)
         with importing():
             from loclin.analyses.validity import validity as run
@@ -59,9 +57,7 @@ def validity(
             memory=memory,
         )
         found = run(lin, position, draws=draws, swaps=swaps, seed=seed)
-        if json is not None:
-            write_text(json, found.to_json())
-        if html is not None:
-            write_validity(found, html)
+        options.write(json, lambda path: write_text(path, found.to_json()))
+        options.write(html, lambda path: write_validity(found, path))
         render_validity(found, stdout)
         options.wrote(json, html)

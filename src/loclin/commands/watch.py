@@ -14,7 +14,6 @@ from loclin.commands.options import GateOption, PrecisionOption
 
 
 def watch(
-    context: typer.Context,
     prompt: options.Prompt,
     words: Annotated[
         Path, typer.Option(help="A text file with the words to watch for, one a line.", callback=options.place)
@@ -48,7 +47,6 @@ def watch(
     with one_clear_line():
         from loclin.errors import PromptError
 
-        options.checked(context)
         text = options.read(prompt)
         try:
             listed = [line.strip() for line in words.read_text("utf-8").splitlines() if line.strip()]
@@ -74,9 +72,7 @@ def watch(
             memory=memory,
         )
         found, projection = run(lin, listed, k=k, top=top, layer=layer, sinks=sinks, progress=Steps())
-        if save is not None:
-            projection.save(save)
-        if json is not None:
-            write_text(json, found.to_json())
+        options.write(save, projection.save)
+        options.write(json, lambda path: write_text(path, found.to_json()))
         render_watched(found, stdout)
         options.wrote(save, json)

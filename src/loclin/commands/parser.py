@@ -5,31 +5,47 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from loclin.commands import streams
+from loclin.commands import options, streams
 from loclin.commands.console import note, say
 from loclin.errors import LoclinError
 
 
-class OneLineGroup(TyperGroup):
-    """The root command."""
+class Command(TyperCommand):
+    """A command whose options are checked before it runs."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+    def invoke(self, ctx: Any) -> Any:
+        """Check what was typed, and run."""
+        options.running.set(ctx)
+        options.check()
+        return super().invoke(ctx)
+
+
+class Group(TyperGroup):
+    """A command with others below it; the root ends the process."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run what is below."""
+        options.running.set(ctx)
+        return super().invoke(ctx)
+
+    def main(self, args: Any = None, *more: Any, standalone_mode: bool = True, **others: Any) -> Any:
         """Run the command line and end the process: 0, 1 (not exact), 2 (a mistake), 130 (Ctrl-C), 141 (no reader)."""
         streams.prepare()
         with streams.lost_output():
-            code = self._run(*args, **options)
+            code = self._run(list(sys.argv[1:] if args is None else args) or ["--help"], *more, **others)
             if code in (0, 1) and (replaced := streams.replaced()) is not None:
                 note(replaced)
         if standalone_mode:
             sys.exit(code)
         return code
 
-    def _run(self, *args: Any, **options: Any) -> int:
+    def _run(self, *args: Any, **others: Any) -> int:
         """Run a command; gives its exit code."""
         try:
-            code = super().main(*args, standalone_mode=False, **options)
+            others |= {"standalone_mode": False, "prog_name": others.get("prog_name") or "loclin"}
+            code = super().main(*args, **others)
             if sys.stdout is not None:
                 sys.stdout.flush()
         except LoclinError as error:  # from an option's check, while the line is parsed
