@@ -75,8 +75,8 @@ def test_mistakes_of_steer(directory, capsys, arguments, message):  # noqa: F811
 
 def test_another_models_operator(directory, tmp_path, capsys):  # noqa: F811
     kept = tmp_path / "op.safetensors"
-    common = ["--model", directory, "--words", "w9", "--layer", 1, "--strength", 0.5, "--tokens", 2]
-    assert here(capsys, "steer", PROMPT, "--toward", TOWARD, *common, "--save", kept)[0] == 0
+    common = ["--model", directory, "--words", "w9", "--strength", 0.5, "--tokens", 2]
+    assert here(capsys, "steer", PROMPT, "--toward", TOWARD, *common, "--layer", 1, "--save", kept)[0] == 0
     for option in (["--dtype", "float64"], ["--gate", "up"]):
         code, _, err = here(capsys, "steer", PROMPT, "--operator", kept, *common, *option)
         assert code == 2

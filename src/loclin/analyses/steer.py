@@ -9,7 +9,19 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from loclin.analyses.steering import MAX_KL, STRENGTHS, Continuation, Sweep, Trial, depths, score, sweep, write
+from loclin.analyses.steering import (
+    MAX_KL,
+    STRENGTHS,
+    Continuation,
+    Sweep,
+    Trial,
+    check_room,
+    check_writing,
+    depths,
+    score,
+    sweep,
+    write,
+)
 from loclin.arguments import real, strings, whole
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate
@@ -173,6 +185,7 @@ def steer(
     """
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose {', '.join(get_args(Method))}")
+    check_writing(max_new_tokens, seed, options)
     model = model.replicate()
     if operator is not None:
         operator.check(model, gate)
@@ -181,12 +194,14 @@ def steer(
     toward, words = strings("toward", toward), None if words is None else strings("words", words)
     layer = None if layer is None else whole("layer", layer)
     strength = None if strength is None else real("strength", strength)
-    rank, seed = (None if one is None else whole(name, one) for name, one in (("rank", rank), ("seed", seed)))
-    max_new_tokens, max_kl = whole("max_new_tokens", max_new_tokens), real("max_kl", max_kl)
+    rank = None if rank is None else whole("rank", rank, 1)
+    seed = None if seed is None else whole("seed", seed)
+    max_new_tokens, max_kl = whole("max_new_tokens", max_new_tokens, 1), real("max_kl", max_kl, 0.0)
     if not toward:
         raise PromptError("nothing to steer towards: give a text, or a saved operator")
     ids = encoded(model, prompt, chat, bos)
     odd = prompt_warnings(model, ids, appends=bos is None and not chat)
+    check_room(model, ids.shape[1], max_new_tokens)
     progress("reading the texts")
     lins = [] if operator else [linearize(model, text, gate=gate, bos=bos, memory=memory) for text in toward]
     chosen = list(words or concept_words(toward, lins))
@@ -201,6 +216,7 @@ def steer(
 
     found, replay = None, None
     if layer is None or strength is None:
+        progress("the unsteered model at the prompt and at neutral ones")
         replay = Replay(model, [ids, *others])
         found = sweep(
             replay,
@@ -212,11 +228,12 @@ def steer(
             max_kl=max_kl,
             progress=progress,
         )
-    progress("writing")
+    progress("writing the normal text")
     options |= {"max_new_tokens": max_new_tokens, "seed": seed}
     (normal,) = write(model, [ids], chosen, **options)
 
     def written(where: int, how: float) -> Continuation:
+        progress(f"writing the steered text: layer {where}, strength {how:g}")
         return write(model, [ids], chosen, steering=at(where), strength=how, form=form, **options)[0]
 
     steered = None
@@ -236,6 +253,7 @@ def steer(
     assert layer is not None
     assert strength is not None
     steering, steered = at(layer), steered or written(layer, strength)
+    progress("the next token, normal and steered")
     alone = Replay(model, [ids])
     # what leaves the model as it is has no arithmetic to be judged by
     moved = alone.unsteered if strength == NEUTRAL[form] else alone.log_probs(steering, strength, form)

@@ -33,7 +33,10 @@ def layers(
     html: options.Html = None,
     save: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write the singular triples of all maps from the embeddings to this .safetensors file."),
+        typer.Option(
+            help="Write the singular triples of all maps from the embeddings to this .safetensors file.",
+            callback=options.place,
+        ),
     ] = None,
 ) -> None:
     """Show every layer as an exact linear map: how dimension falls and the prediction appears with depth.
@@ -41,14 +44,11 @@ def layers(
     loclin layers "The bridge out of Marin is the" --model smollm2-135m --html layers.html --json layers.json
     """
     with one_clear_line():
-        text = options.checked(prompt, memory, json, html)
+        text = options.read(prompt)
         with importing():
             from loclin.analyses.layers import explain_layers
             from loclin.report import render_layers, write_layers, write_text
-            from loclin.tensor_file import check_path
 
-        if save is not None:
-            check_path(save)
         lin = options.linearized(
             text,
             model,
@@ -63,12 +63,9 @@ def layers(
         )
         chosen = None if component is None else [option.value for option in component]
         found = explain_layers(lin, k, position, chosen, progress=Steps())
-        if json is not None:
-            write_text(json, found.to_json())
-        if html is not None:
-            write_layers(found, html)
-        if save is not None:
-            found.spectra.save(save)
+        options.write(json, lambda path: write_text(path, found.to_json()))
+        options.write(html, lambda path: write_layers(found, path))
+        options.write(save, found.spectra.save)
         render_layers(found, stdout)
         options.wrote(json, html, save)
         if not found.passed:

@@ -20,6 +20,7 @@ from loclin.analyses.faithfulness.deletion import Removal, ranked, replaced
 from loclin.analyses.faithfulness.planes import Projected, projections
 from loclin.analyses.faithfulness.prompts import Half, Prompt
 from loclin.analyses.nearby import Nearby
+from loclin.arguments import whole
 from loclin.errors import ModelError, OutputError
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model
@@ -180,6 +181,8 @@ def study(
     Cost of a prompt of T tokens: twelve columns, about 2 T + 10 forward passes and 4 backward; on the held-out half
     16 of both more, and about 18 T forward passes of half the length; with planes the dense map and 109 more.
     """
+    whole("planes", planes, 0)
+    whole("seed", seed, 0)
     captum = find_spec("captum") is not None
     if not captum:
         progress('no integrated gradients: captum is not installed (pip install "loclin[faithfulness]")')
