@@ -43,6 +43,13 @@ class ComponentOption(str, Enum):
     mlp_out = "mlp_out"
 
 
+class SignsOption(str, Enum):
+    """What singular vectors are turned towards, for the parser."""
+
+    layer = "layer"
+    final = "final"
+
+
 DEFAULT_MODEL = "gemma-3-270m"
 Prompt = Annotated[str, typer.Argument(help="The text to explain; '-' reads it from standard input.")]
 ModelName = Annotated[
