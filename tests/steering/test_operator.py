@@ -174,6 +174,28 @@ def test_left_padding_and_batches_change_nothing(model, lin):
     assert torch.equal(together, torch.stack(alone))
 
 
+@pytest.mark.parametrize(("form", "neutral"), [("add", 0.0), ("interpolate", 1.0)])
+def test_a_batch_may_have_a_strength_for_each_text(model, lin, form, neutral):
+    """Each text gives what it gives alone with its strength; beams and samples have their own text's."""
+    operator, ids = Operator.make(lin, 1, at="published"), tiny.prompt(6, seed=9)
+    strengths = [4.0, neutral, -3.0]
+    more = {"num_beams": 2, "num_return_sequences": 2}
+    alone = []
+    for strength in strengths:
+        with operator.apply(model, strength, form):
+            alone.append([model.hf.generate(ids, **NEW), model.hf.generate(ids, **NEW, **more)])
+    with operator.apply(model, strengths, form):
+        together = [model.hf.generate(ids.expand(3, -1), **NEW), model.hf.generate(ids.expand(3, -1), **NEW, **more)]
+        with pytest.raises(SteeringError, match="3 strengths for a batch of 4"):
+            model.hf(ids.expand(4, -1))
+    for found, wanted in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(wanted))
+    assert not torch.equal(alone[0][0], alone[1][0])
+    for wrong in ([], [0.5, float("inf")]):
+        with pytest.raises(OptionError, match="finite"), operator.apply(model, wrong, form):
+            pass
+
+
 def test_beams_and_cut_caches(model, lin):
     """With a cache whose rows are moved or cut, generation gives what it gives without one."""
     operator, ids = Operator.make(lin, 1), tiny.prompt(6, seed=9)

@@ -20,13 +20,14 @@ from loclin.results import versions
 from loclin.steering.base import NEUTRAL, Steering
 from loclin.steering.concepts import packaged_concepts, token_ids, words_of
 from loclin.steering.hooks import Form
-from loclin.steering.operator import Operator, merge
+from loclin.steering.operator import At, Operator, merge
 from loclin.steering.replay import Replay
 from loclin.steering.vector import activation_addition, mean_difference, output_basis, pullback, random_direction
 
-Method = Literal["operator", "basis", "suffix", "activation", "mean", "random"]
+Method = Literal["operator", "published", "basis", "suffix", "activation", "mean", "random"]
 METHODS: dict[Method, str] = {
-    "operator": "the text's map, applied to the new tokens (the paper's)",
+    "operator": "the text's map to a layer's output, applied to the new tokens, and added there",
+    "published": "that map with the final norm on top, added at the layer's input, as the paper's author does",
     "basis": "the text's hidden state in the largest output directions of its map",
     "suffix": "the map from the layer to the logits, transposed, at the words",
     "activation": "the text's hidden state at its last token",
@@ -36,8 +37,8 @@ METHODS: dict[Method, str] = {
 """What `steer` can steer with."""
 REPEATS = 0.3
 """A text of which more three-token sequences than this were said before repeats itself."""
-_WRITTEN = 16
-"""How many settings of a sweep are tried in writing."""
+_TRIED = 30
+"""How many tokens each setting of a sweep writes at most, to be chosen by."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Steered:
     gain, kl
         At the prompt's next token: how much the log-probability of the words rises, and the divergence from the
         unsteered prediction, in nats.
+    warnings
+        What the steered text is not: nearer to the words than the normal one, free of repetition, within the limit.
     sweep
         How layer and strength were found; None where both were given.
     model, settings
@@ -74,6 +77,7 @@ class Steered:
     steered: Continuation
     gain: float
     kl: float
+    warnings: list[str]
     sweep: Sweep | None
     model: dict[str, Any]
     settings: dict[str, Any]
@@ -128,10 +132,12 @@ def steer(
     method
         One of `METHODS`.
     layer
-        The layer whose output is steered; None tries some (see `loclin.analyses.steering.depths`).
+        The layer whose output ("published": input) is steered; None tries some (see
+        `loclin.analyses.steering.depths`).
     strength
-        Lambda; None tries some, over this prompt and packaged neutral ones. The largest gain is taken within `max_kl`
-        whose text does not repeat itself.
+        Lambda; None tries some, over this prompt and packaged neutral ones. Every setting within `max_kl` goes on from
+        the prompt; of the texts that do not repeat themselves, the one that says most of the words is taken, and of
+        equal ones the one with the largest gain. `Steered.warnings` says when none says more than the normal one.
     form
         See `Steering.apply`.
     rank, normed
@@ -161,15 +167,16 @@ def steer(
 
     Notes
     -----
-    Cost: for each layer tried, the map up to it, d columns; two generations, and up to sixteen more where the settings
-    that gain most make a text that repeats itself.
+    Cost: for each layer tried, the map up to it, d columns, the layers above it for each strength, and one generation
+    of its strengths in a batch, of at most 30 tokens; and two generations.
     """
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose {', '.join(get_args(Method))}")
     if operator is not None:
         operator.check(model, gate)
         toward = ["".join(source["provenance"]["tokens"]) for source in operator.sources]
-        layer, method = parse(operator.point, len(anatomy(model.hf).layers)).layer, "operator"
+        layer = parse(operator.point, len(anatomy(model.hf).layers)).layer
+        method = "published" if operator.published else "operator"
     if not toward:
         raise PromptError("nothing to steer towards: give a text, or a saved operator")
     ids = encoded(model, prompt, chat, bos)
@@ -202,26 +209,27 @@ def steer(
     options |= {"max_new_tokens": max_new_tokens, "seed": seed}
     (normal,) = write(model, [ids], chosen, **options)
 
-    def written(where: int, how: float) -> Continuation:
-        return write(model, [ids], chosen, steering=at(where), strength=how, form=form, **options)[0]
+    def written(where: int, strengths: Sequence[float], most: int) -> list[Continuation]:
+        short = options | {"max_new_tokens": min(max_new_tokens, most)}
+        prompts = [ids] * len(strengths)
+        return write(model, prompts, chosen, steering=at(where), strength=strengths, form=form, **short)
 
-    steered = None
     if found is not None:
-        # Next tokens do not tell whether a whole text breaks down.
-        tried: list[tuple[Trial, Continuation]] = []
-        for trial in found.ranked()[:_WRITTEN]:
-            tried.append((trial, written(trial.layer, trial.strength)))
-            if not repeats(tried[-1][1], normal):
-                break
-        else:
-            tried.sort(key=lambda pair: pair[1].repetition)
-            tried.append(tried[0])
-        fluent, steered = tried[-1]
-        found = replace(found, best=fluent)
-        layer, strength = fluent.layer, fluent.strength
+        # Next tokens do not tell what a whole text says, nor whether it breaks down.
+        texts: dict[Trial, Continuation] = {}
+        for where in dict.fromkeys(trial.layer for trial in found.within):
+            progress(f"writing with layer {where}")
+            own = [trial for trial in found.within if trial.layer == where]
+            texts |= zip(own, written(where, [trial.strength for trial in own], _TRIED), strict=True)
+        trials = [replace(trial, written=texts.get(trial)) for trial in found.trials]
+        best = max((trial for trial in trials if trial.written is not None), key=lambda trial: _merit(trial, normal))
+        found = replace(found, trials=trials, best=best)
+        layer, strength = best.layer, best.strength
     assert layer is not None
     assert strength is not None
-    steering, steered = at(layer), steered or written(layer, strength)
+    progress("writing")
+    steering = at(layer)
+    (steered,) = written(layer, [strength], max_new_tokens)
     alone = Replay(model, [ids])
     # what leaves the model as it is has no arithmetic to be judged by
     moved = alone.unsteered if strength == NEUTRAL[form] else alone.log_probs(steering, strength, form)
@@ -238,6 +246,7 @@ def steer(
         steered=steered,
         gain=judged.gain.item(),
         kl=judged.kl.item(),
+        warnings=[] if strength == NEUTRAL[form] else _warnings(normal, steered, chosen, found),
         sweep=found,
         model=model.info.to_dict(),
         settings={
@@ -253,6 +262,38 @@ def repeats(text: Continuation, normal: Continuation) -> bool:
     return text.repetition > max(REPEATS, normal.repetition)
 
 
+def _merit(trial: Trial, normal: Continuation) -> tuple[bool, float, float, float]:
+    """What a sweep's cells are chosen by: a text without repetition, then one with many of the words, then gain."""
+    text = trial.written
+    assert text is not None
+    bad = repeats(text, normal)
+    return not bad, 0.0 if bad else text.frequency, -text.repetition if bad else 0.0, trial.gain
+
+
+def _warnings(normal: Continuation, steered: Continuation, words: Sequence[str], sweep: Sweep | None) -> list[str]:
+    """What a reader of two texts should know."""
+    named, found = ", ".join(words), []
+    if sweep is not None and sweep.best.kl > sweep.max_kl:
+        found.append(
+            f"No setting that was tried keeps within --max-kl {sweep.max_kl:g}; the one with the least KL, "
+            f"{sweep.best.kl:.2g}, was taken."
+        )
+    if steered.frequency <= normal.frequency:
+        found.append(
+            f"The steered text says the words {named} no more often than the normal one: try another --strength, "
+            "--layer, --toward or --method."
+            if sweep is None
+            else f"No setting within --max-kl {sweep.max_kl:g} moved the text towards the words {named}: try "
+            f"--max-kl {2 * sweep.max_kl:g}, or another --layer, --toward or --method."
+        )
+    if repeats(steered, normal):
+        found.append(
+            "The steered text repeats itself: a smaller --max-kl, sampling (--seed) or another --method keeps it "
+            "fluent."
+        )
+    return found
+
+
 def _made(
     model: Model,
     method: Method,
@@ -266,14 +307,15 @@ def _made(
 ) -> Steering:
     """What a method steers with at one layer."""
     point = f"resid_post.{layer}"
-    if method == "operator":
-        return merge([Operator.make(lin, layer, rank=rank, normed=normed) for lin in lins])
+    if method in ("operator", "published"):
+        at: At = "published" if method == "published" else "output"
+        return merge([Operator.make(lin, layer, at=at, rank=rank, normed=normed) for lin in lins])
     if method == "mean":
         return mean_difference(model, toward, packaged_concepts().neutral, point, bos=bos)
     if method == "random":
         return random_direction(model, point)
     if len(lins) > 1:
-        raise OptionError(f"method={method!r} takes one text; 'operator' and 'mean' take several")
+        raise OptionError(f"method={method!r} takes one text; 'operator', 'published' and 'mean' take several")
     if method == "basis":
         return output_basis(lins[0], point, rank or 8)
     return pullback(lins[0], point, ids) if method == "suffix" else activation_addition(lins[0], point)

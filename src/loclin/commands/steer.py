@@ -19,6 +19,7 @@ class MethodOption(str, Enum):
     """What can steer, for the parser."""
 
     operator = "operator"
+    published = "published"
     basis = "basis"
     suffix = "suffix"
     activation = "activation"
@@ -39,7 +40,7 @@ def steer(
         Optional[list[str]], typer.Option(help="A text that means the concept; give it again for more texts.")
     ] = None,
     model: options.ModelName = options.DEFAULT_MODEL,
-    layer: Annotated[Optional[int], typer.Option(help="Steer this layer's output. Default: found by trying.")] = None,
+    layer: Annotated[Optional[int], typer.Option(help="Steer this layer. Default: found by trying.")] = None,
     strength: Annotated[
         Optional[float],
         typer.Option(help="How strongly; 0 (add) or 1 (interpolate) is unsteered. Default: found by trying."),
@@ -49,7 +50,10 @@ def steer(
     ] = FormOption.add,
     method: Annotated[
         MethodOption,
-        typer.Option(help="The text's map (operator), or what it is compared with: see docs/steering.md."),
+        typer.Option(
+            help="The text's map, added at the layer's output (operator), or at its input with the final norm on top "
+            "(published, the paper's code); or what it is compared with: see docs/steering.md."
+        ),
     ] = MethodOption.operator,
     words: Annotated[
         Optional[str], typer.Option(help="The concept's words, with commas. Default: the text's, and what follows it.")
