@@ -27,8 +27,10 @@ def test_steer(directory, tmp_path, capsys):  # noqa: F811
     assert {trial["layer"] for trial in read["sweep"]["trials"]} == {0, 1}
     allowed = [trial for trial in read["sweep"]["trials"] if trial["kl"] <= read["sweep"]["max_kl"]]
     assert [trial for trial in read["sweep"]["trials"] if trial["written"]] == allowed
-    limit = max(0.3, read["normal"]["repetition"])
-    fluent = [trial for trial in allowed if trial["written"]["repetition"] <= limit]
+    limit, normal = max(0.3, read["normal"]["repetition"]), read["normal"]["frequency"]
+    moved = [trial for trial in allowed if trial["written"]["frequency"] > normal] or allowed
+    fluent = [trial for trial in moved if trial["written"]["repetition"] <= limit]
+    assert fluent
     best = max(fluent, key=lambda trial: (trial["written"]["frequency"], trial["gain"]))
     assert read["sweep"]["best"] == best
     assert (read["layer"], read["strength"]) == tuple(read["sweep"]["best"][name] for name in ("layer", "strength"))

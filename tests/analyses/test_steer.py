@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import loclin.analyses.steer as module
-from loclin.analyses.steering import MAX_KL, Continuation
+from loclin.analyses.steering import Continuation
 from loclin.models import load
 from loclin.report.steering import steered_html
 from test_cli import directory  # noqa: F401 (a fixture)
@@ -73,9 +73,15 @@ def test_of_texts_that_all_repeat_themselves_the_least_is_taken_with_a_warning(s
     assert "repeats itself" in warning
 
 
+def test_a_text_that_repeats_itself_is_taken_before_one_that_is_not_steered(steered):
+    found = steered({(0, 1.0): said(50, repetition=0.9), (1, 2.0): said(10, repetition=0.6)})
+    assert (found.layer, found.strength) == (1, 2.0)
+    (warning,) = found.warnings
+    assert "repeats itself" in warning
+
+
 def test_a_limit_that_no_setting_keeps_is_told(steered):
     found = steered(dict.fromkeys(CELLS, said(50)), max_kl=0.0, strength=1.5)
     assert found.sweep.best.kl == min(trial.kl for trial in found.sweep.trials)
     (warning,) = found.warnings
     assert "keeps within --max-kl 0" in warning
-    assert MAX_KL > 0

@@ -37,6 +37,8 @@ METHODS: dict[Method, str] = {
 """What `steer` can steer with."""
 REPEATS = 0.3
 """A text of which more three-token sequences than this were said before repeats itself."""
+_PUBLISHED = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+"""The strengths that a sweep tries with the published operator, which is not along the hidden states it is added to."""
 _TRIED = 30
 """How many tokens each setting of a sweep writes at most, to be chosen by."""
 
@@ -136,8 +138,9 @@ def steer(
         `loclin.analyses.steering.depths`).
     strength
         Lambda; None tries some, over this prompt and packaged neutral ones. Every setting within `max_kl` goes on from
-        the prompt; of the texts that do not repeat themselves, the one that says most of the words is taken, and of
-        equal ones the one with the largest gain. `Steered.warnings` says when none says more than the normal one.
+        the prompt; of the texts that say more of the words than the normal one and do not repeat themselves, the one
+        that says most is taken, and of equal ones the one with the largest gain. `Steered.warnings` says when there is
+        none.
     form
         See `Steering.apply`.
     rank, normed
@@ -195,12 +198,13 @@ def steer(
     found, replay = None, None
     if layer is None or strength is None:
         replay = Replay(model, [ids, *others])
+        strengths = _PUBLISHED if (method, form) == ("published", "add") else STRENGTHS[form]
         found = sweep(
             replay,
             targets,
             at,
             depths(len(anatomy(model.hf).layers)) if layer is None else [layer],
-            strengths=STRENGTHS[form] if strength is None else [strength],
+            strengths=strengths if strength is None else [strength],
             form=form,
             max_kl=max_kl,
             progress=progress,
@@ -262,12 +266,12 @@ def repeats(text: Continuation, normal: Continuation) -> bool:
     return text.repetition > max(REPEATS, normal.repetition)
 
 
-def _merit(trial: Trial, normal: Continuation) -> tuple[bool, float, float, float]:
-    """What a sweep's cells are chosen by: a text without repetition, then one with many of the words, then gain."""
+def _merit(trial: Trial, normal: Continuation) -> tuple[bool, bool, float, float]:
+    """What cells are chosen by: the text says more of the words, does not repeat itself, says most of them; gain."""
     text = trial.written
     assert text is not None
     bad = repeats(text, normal)
-    return not bad, 0.0 if bad else text.frequency, -text.repetition if bad else 0.0, trial.gain
+    return text.frequency > normal.frequency, not bad, -text.repetition if bad else text.frequency, trial.gain
 
 
 def _warnings(normal: Continuation, steered: Continuation, words: Sequence[str], sweep: Sweep | None) -> list[str]:

@@ -79,7 +79,7 @@ def steer(
 ) -> None:
     """Steer a text towards a concept: normal and steered side by side, with strength and layer found by trying.
 
-    loclin steer "Here is a painting of the" --toward "The bridge out of Marin is the Golden" --html steer.html
+    loclin steer "The children are playing with the" --toward "The bank lent the company a large sum of"
     """
     with one_clear_line():
         text = options.checked(prompt, memory, json, html)
