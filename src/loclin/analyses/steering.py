@@ -53,12 +53,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Trial:
-    """One cell of a sweep: the means over its prompts."""
+    """One cell of a sweep: the means over its prompts, and the text at the first of them where one was written."""
 
     layer: int
     strength: float
     gain: float
     kl: float
+    written: Continuation | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Sweep:
         Every cell.
     best
         The one with the largest gain among those with `kl <= max_kl`; the one with the least kl where there is none.
-        `loclin.analyses.steer.steer` takes the first whose text does not repeat itself.
+        `loclin.analyses.steer.steer` chooses by the texts that are written.
     max_kl
         The limit.
     unsteered
@@ -86,10 +87,10 @@ class Sweep:
     max_kl: float
     unsteered: float
 
-    def ranked(self) -> list[Trial]:
-        """The cells within the limit, the largest gain first; the best alone where there is none."""
-        within = [trial for trial in self.trials if trial.kl <= self.max_kl]
-        return sorted(within, key=lambda t: -t.gain) or [self.best]
+    @property
+    def within(self) -> list[Trial]:
+        """The cells within the limit; the best alone where there is none."""
+        return [trial for trial in self.trials if trial.kl <= self.max_kl] or [self.best]
 
     def to_dict(self) -> dict[str, object]:
         """Everything, for JSON."""
@@ -212,7 +213,7 @@ def write(
     words: Sequence[str],
     *,
     steering: Steering | None = None,
-    strength: float = 0.0,
+    strength: float | Sequence[float] = 0.0,
     form: Form = "add",
     max_new_tokens: int = 30,
     seed: int | None = None,
@@ -229,7 +230,7 @@ def write(
     words
         The concept's words.
     steering, strength, form
-        See `Steering.apply`; None writes unsteered.
+        See `Steering.apply`; one strength, or one for each prompt. None writes unsteered.
     max_new_tokens
         The most tokens.
     seed

@@ -9,7 +9,7 @@ import typer
 
 from loclin.commands import options
 from loclin.commands.console import Steps, importing, one_clear_line, stdout
-from loclin.commands.options import ComponentOption, GateOption, PrecisionOption
+from loclin.commands.options import ComponentOption, GateOption, PrecisionOption, SignsOption
 
 
 def layers(
@@ -21,6 +21,10 @@ def layers(
     ] = None,
     k: Annotated[int, typer.Option("--k", "-k", help="How many singular values of each map.", min=2)] = 8,
     position: options.Position = -1,
+    signs: Annotated[
+        SignsOption,
+        typer.Option(help="Turn vectors towards their layer's output, or the final prediction (as the author does)."),
+    ] = SignsOption.layer,
     gate: options.Gate = GateOption.activation,
     precision: options.Precision = PrecisionOption.auto,
     dtype: options.Dtype = "float32",
@@ -62,7 +66,7 @@ def layers(
             memory=memory,
         )
         chosen = None if component is None else [option.value for option in component]
-        found = explain_layers(lin, k, position, chosen, progress=Steps())
+        found = explain_layers(lin, k, position, chosen, signs.value, progress=Steps())
         options.write(json, lambda path: write_text(path, found.to_json()))
         options.write(html, lambda path: write_layers(found, path))
         options.write(save, found.spectra.save)

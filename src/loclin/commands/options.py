@@ -48,6 +48,13 @@ class ComponentOption(str, Enum):
     mlp_out = "mlp_out"
 
 
+class SignsOption(str, Enum):
+    """What singular vectors are turned towards, for the parser."""
+
+    layer = "layer"
+    final = "final"
+
+
 def _flag(param: Any) -> str:
     """What a person types for a parameter."""
     return max(param.opts, key=len) if param.param_type_name == "option" else f"the {param.name}"

@@ -20,6 +20,7 @@ class MethodOption(str, Enum):
     """What can steer, for the parser."""
 
     operator = "operator"
+    published = "published"
     basis = "basis"
     suffix = "suffix"
     activation = "activation"
@@ -43,7 +44,7 @@ def steer(
         typer.Option(help="A text that means the concept; give it again for more texts.", callback=options.plain),
     ] = None,
     model: options.ModelName = options.DEFAULT_MODEL,
-    layer: Annotated[Optional[int], typer.Option(help="Steer this layer's output. Default: found by trying.")] = None,
+    layer: Annotated[Optional[int], typer.Option(help="Steer this layer. Default: found by trying.")] = None,
     strength: Annotated[
         Optional[float],
         typer.Option(
@@ -56,7 +57,10 @@ def steer(
     ] = FormOption.add,
     method: Annotated[
         MethodOption,
-        typer.Option(help="The text's map (operator), or what it is compared with: see docs/steering.md."),
+        typer.Option(
+            help="The text's map, added at the layer's output (operator), or at its input with the final norm on top "
+            "(published, the paper's code); or what it is compared with: see docs/steering.md."
+        ),
     ] = MethodOption.operator,
     words: Annotated[
         Optional[str],
@@ -98,7 +102,7 @@ def steer(
 ) -> None:
     """Steer a text towards a concept: normal and steered side by side, with strength and layer found by trying.
 
-    loclin steer "Here is a painting of the" --toward "The bridge out of Marin is the Golden" --html steer.html
+    loclin steer "The children are playing with the" --toward "The bank lent the company a large sum of"
     """
     with one_clear_line():
         _consistent()

@@ -132,6 +132,7 @@ def _settings(found: LayerExplanation) -> Text:
         f"gate {settings['gate']}",
         f"precision {settings['precision']}",
         f"position {settings['position']}",
+        f"signs {settings['signs']}",
         f"{settings['columns']:,} columns, {settings['route']}",
         " ".join(f"{name} {version}" for name, version in versions.items()),
     ]

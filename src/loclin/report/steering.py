@@ -15,8 +15,8 @@ from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from loclin.analyses.steer import METHODS, Steered, repeats
-from loclin.analyses.steering import Continuation
+from loclin.analyses.steer import METHODS, Steered
+from loclin.analyses.steering import Continuation, Trial
 from loclin.errors import OutputError
 from loclin.output import write_text
 from loclin.report import parts
@@ -25,8 +25,6 @@ from loclin.report.grid import WIDEST, Cell, Column, Grid, show
 from loclin.report.sheet import embedded
 from loclin.report.terminal import warning
 from loclin.report.text import number, visible
-
-REPEATING = "repeats itself: a smaller --max-kl, sampling (--seed) or another --method keeps it fluent."
 
 
 def render_steered(found: Steered, console: Console) -> None:
@@ -43,16 +41,10 @@ def render_steered(found: Steered, console: Console) -> None:
         _what(found),
         *(warning(text) for text in found.warnings),
     ]
-    if _repeats(found):
-        printed.append(Text(f"The steered text {REPEATING}", "yellow"))
     if found.sweep is not None:
         limit = f"gain / KL, mean over prompts; at most KL {found.sweep.max_kl:g}"
         printed += [Text(), Text(limit, "italic"), _sweep(found)]
     show(console, *printed)
-
-
-def _repeats(found: Steered) -> bool:
-    return repeats(found.steered, found.normal)
 
 
 def _text(found: Steered, written: Continuation) -> Text:
@@ -151,8 +143,7 @@ def steered_html(found: Steered) -> str:
         toward=", ".join(f"“{escape(text)}”" for text in found.toward),
         normal=_html(found, found.normal),
         steered=_html(found, found.steered),
-        warning=parts.warnings(found)
-        + (f'<p class="warning" role="note">The steered text {escape(REPEATING)}</p>' if _repeats(found) else ""),
+        warnings=parts.warnings(found),
         rows="".join(
             f'<tr><th scope="row">{escape(name)}</th><td class="num">{a}</td><td class="num">{b}</td></tr>'
             for name, a, b in _rows(found)
@@ -180,12 +171,23 @@ def _html_sweep(found: Steered) -> str:
     if found.sweep is None:
         return ""
     rows = (
-        f'<tr{" class=current" if t == found.sweep.best else ""}><td class="num">{t.layer}</td>'
-        f'<td class="num">{t.strength:g}</td><td class="num">{t.gain:+.2f}</td><td class="num">{t.kl:.2f}</td></tr>'
-        for t in found.sweep.trials
+        f"<tr{' class=current' if trial == found.sweep.best else ''}>"
+        + "".join(f'<td class="num">{cell}</td>' for cell in _cells(trial))
+        + "</tr>"
+        for trial in found.sweep.trials
     )
-    heads = "".join(f'<th scope="col" class="num">{name}</th>' for name in ("layer", "strength", "gain", "KL"))
+    heads = "".join(
+        f'<th scope="col" class="num">{name}</th>'
+        for name in ("layer", "strength", "gain", "KL", "words per hundred", "repeated")
+    )
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _cells(trial: Trial) -> list[str]:
+    """One setting's numbers; those of its text only where it wrote one."""
+    text = trial.written
+    said = ["", ""] if text is None else [f"{text.frequency:.1f}", f"{text.repetition:.0%}"]
+    return [str(trial.layer), f"{trial.strength:g}", f"{trial.gain:+.2f}", f"{trial.kl:.2f}", *said]
 
 
 def _settings(found: Steered) -> str:
