@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loclin.certify import relative
 from loclin.errors import ModelError, PromptError
 from loclin.freeze import Gate, Precision, evaluation, exact_arithmetic
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model, wrap
 from loclin.padding import Padding, padded, without_padding
+from loclin.sums import relative
 
 
 def linearize_batch(

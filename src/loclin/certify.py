@@ -16,6 +16,7 @@ from loclin.freeze import Hold, evaluation, exact_arithmetic, frozen
 from loclin.linear_map import LinearMap
 from loclin.link import LayerLink, at_entry, whole_graph
 from loclin.models.route import first, logits_at
+from loclin.sums import norms, relative
 from loclin.trace import Trace
 
 _ROWS = 3
@@ -28,11 +29,6 @@ def tolerance(trace: Trace) -> float:
     if trace.dtype == torch.float64:
         return 1e-6 if trace.hold.keeps_stock(trace.stock_final.dtype) else 1e-12
     return {torch.float32: 3e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}[trace.dtype]
-
-
-def relative(difference: Tensor, reference: Tensor) -> float:
-    """|difference| / |reference|, Euclidean norms over everything."""
-    return (difference.norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)).item()
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,8 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     y = J.value
     combination, pushed_v, pushed_w = J.matmat(torch.stack([3.0 * v + w, v, w]))
     reconstruction = J.matvec(J.input) + J.bias
-    adjoint = (u @ pushed_v - (J.rmatvec(u) * v).sum()).abs() / (u.norm() * pushed_v.norm())
+    products = u.double() @ pushed_v.double(), (J.rmatvec(u).double() * v.double()).sum()
+    adjoint = (products[0] - products[1]).abs() / (norms(u) * norms(pushed_v))
     stock = trace.stock_final[0, J.position].to(J.device, J.dtype) if J.target.kind == "final" else y
     error = relative(reconstruction - y, y)
     limit = tolerance(trace)
@@ -159,7 +156,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
         std_error=((reconstruction - stock).std() / stock.std()).item(),
         adjoint_error=adjoint.item(),
         linearity_error=(
-            (combination - 3.0 * pushed_v - pushed_w).norm() / (3.0 * pushed_v.norm() + pushed_w.norm())
+            norms(combination - 3.0 * pushed_v - pushed_w) / (3.0 * norms(pushed_v) + norms(pushed_w))
         ).item(),
         second_derivative=second,
         row_error=row_error,

@@ -20,6 +20,7 @@ from loclin.explicit import AGREEMENT
 from loclin.freeze import Frozen
 from loclin.freeze.status import Live
 from loclin.models.route import Parts
+from loclin.sums import square_sums
 
 Constants = list[tuple[str, Tensor]]
 """(name, leaf) of what is added to live tensors."""
@@ -177,5 +178,5 @@ def _carries_all(projection: Projection, output: Tensor) -> bool:
     parts = [projection.source, *(leaf for _, leaf in projection.behind)]
     pulled = torch.autograd.grad(output, parts, output.detach(), retain_graph=True, allow_unused=True)
     found = sum((g.double() * p.detach().double()).sum() for g, p in zip(pulled, parts, strict=True) if g is not None)
-    squared = output.detach().double().square().sum()
+    squared = square_sums(output)
     return bool((found - squared).abs() <= AGREEMENT.get(output.dtype, _COARSE) * squared)

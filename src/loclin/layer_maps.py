@@ -22,6 +22,7 @@ from loclin.linear_map import LinearMap
 from loclin.link import NormLink, batched_jvp, pushed_constants
 from loclin.points import Point
 from loclin.prefix import prefix_maps
+from loclin.sums import relative
 
 Mode = Literal["cumulative", "layerwise", "suffix"]
 """`cumulative`: embed -> the point; `layerwise`: the layer's input -> the point; `suffix`: the point -> final."""
@@ -183,9 +184,8 @@ def _apply(maps: Tensor, x: Tensor) -> Tensor:
 def _layer_map(point: Point, maps: Tensor, value: Tensor, bias: Tensor, x: Tensor) -> LayerMap:
     side_by_side = maps.transpose(0, 1)
     joint = side_by_side.flatten(1) if side_by_side.is_contiguous() else maps.mT.flatten(0, 1).mT
-    error = (_apply(maps, x) + bias - value).norm() / value.norm().clamp_min(torch.finfo(value.dtype).tiny)
     assert point.layer is not None
-    return LayerMap(point.layer, point.kind, maps, joint, value, bias, error.item())
+    return LayerMap(point.layer, point.kind, maps, joint, value, bias, relative(_apply(maps, x) + bias - value, value))
 
 
 def _on_top(norm: NormLink, maps: Tensor) -> Tensor:

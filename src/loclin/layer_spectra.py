@@ -20,6 +20,7 @@ from loclin.results import Provenance, Result
 from loclin.spectral import SVD, Ritz, ritz, stable_rank
 from loclin.spectral.bounds import rounding
 from loclin.spectral.result import near_equal
+from loclin.sums import relative
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -190,7 +191,7 @@ def layer_spectra(
             if joint:
                 together[at] = ritz(item.joint[None], k, item.value, tolerance=tolerance)
             errors[at] = item.reconstruction_error
-            shares[at] = (item.bias.norm() / item.value.norm().clamp_min(torch.finfo(item.value.dtype).tiny)).item()
+            shares[at] = relative(item.bias, item.value)
             bar.update()
 
     def stacked(results: dict[tuple[int, int], Ritz], field: str) -> Tensor:

@@ -32,6 +32,8 @@ from loclin.spectral import (
     values,
 )
 
+from loclin.sums import square_sums
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -199,7 +201,8 @@ class Spectra(ABC):
             return self.norms(tolerance).frobenius
         if self.fits:
             self.dense()
-        return sum((part.square().sum(dim=(0, 2)) for _, part in self.rows()), torch.zeros(())).sqrt()
+        squares = [square_sums(part.transpose(0, 1), 1) for _, part in self.rows()]
+        return torch.stack(squares).sum(0).sqrt().to(self.dtype)
 
     def stable_rank(self, tolerance: float | None = None) -> Float[Tensor, " T"]:
         """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5).

@@ -21,6 +21,7 @@ from loclin.models.layout import Anatomy, anatomy
 from loclin.models.model import Model
 from loclin.models.route import Block, Parts, Route, as_whole, find_route, first, hidden_state, logits_at
 from loclin.points import Point
+from loclin.sums import relative
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,13 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
         layers = _Explicit(mode, route, parts, keep)
 
         def value(tensor: Tensor) -> Tensor:
-            return (tensor if keeps else mode.live(tensor)).detach().to(dtype)
+            with mode.paused():  # what is remembered has no twin of its own
+                return (tensor if keeps else mode.live(tensor)).detach().to(dtype)
+
+        def remembered(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            with mode.paused():
+                stock = hidden.detach().clone()
+            return stock, stock if keeps and stock.dtype == dtype else value(hidden).clone()
 
         def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = hidden_state(args, kwargs)
@@ -242,7 +249,7 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
             block = route.blocks[len(calls)]
             if mode.depends((*args[1:], *rest.values())):
                 raise _NotAChain(f"{block.name} takes more from the embeddings than its hidden state")
-            calls.append(Call(block, hidden.detach().clone(), value(hidden).clone(), args[1:], rest))
+            calls.append(Call(block, *remembered(hidden), args[1:], rest))
             attn_out.append(None)
             last["entered"] = mode.live(hidden).detach()
 
@@ -257,7 +264,7 @@ def _record(model: Model, parts: Anatomy, route: Route, input_ids: Tensor, hold:
         def embedded(_module: nn.Module, _args: Any, output: Tensor) -> None:
             if not calls:
                 mode.enter(output)
-                calls.append(Call(Block(model.hf, "model", Parts()), output.detach().clone(), value(output).clone()))
+                calls.append(Call(Block(model.hf, "model", Parts()), *remembered(output)))
                 attn_out.append(None)
 
         for module in model.hf.modules():
@@ -330,11 +337,13 @@ class _Explicit:
         """Take a layer's coefficients after it ran from x to y `[1, T, d]`, if they rebuild y."""
         reader = self._readers[index]
         held = None if reader is None or probs is None else reader.found(probs)
+        if reader is not None:
+            reader.forget()
         if held is None or reader is None or self._weights is None:
             return
         layer = explicit.ExplicitLayer(reader.layer, self._weights, held, self._mode.dtype, self._workspace)
-        error = (layer.value(x[0]).to(y.device) - y[0]).norm() / y.norm()
-        self.exact[index] = error.item() <= explicit.AGREEMENT[self._mode.dtype]
+        error = relative(layer.value(x[0]).to(y.device) - y[0], y)
+        self.exact[index] = error <= explicit.AGREEMENT[self._mode.dtype]
         self.biased[index] = layer.biased or not self.exact[index]
         if self.exact[index] and held.nbytes <= self._room:
             self._room -= held.nbytes

@@ -16,6 +16,7 @@ from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
 from loclin.spectral import SVD
+from loclin.sums import norms
 
 _TRIPLES = 4
 
@@ -123,13 +124,13 @@ def generate(
 
 def _drift(token: int, old: Float[Tensor, "o T i"], old_svd: SVD, new: Float[Tensor, "o T2 i"], new_svd: SVD) -> Drift:
     a, b = old[:, token], new[:, token]
-    size, other = a.norm().item(), b.norm().item()
+    size, other = norms(a).item(), norms(b).item()
     if not size or not other:  # a map that is zero: no part of the one has a likeness in the other
         same = size == other
         return Drift(0.0 if same else 1.0, 1.0 if same else 0.0, 0.0 if same else 90.0, 0.0 if same else 90.0)
     cosine = ((a * b).sum() / (size * other)).item()
     reads = _angle(_turned(old_svd), _turned(new_svd), token)
-    return Drift((b - a).norm().item() / size, cosine, _angle(old_svd, new_svd, token), reads)
+    return Drift(norms(b - a).item() / size, cosine, _angle(old_svd, new_svd, token), reads)
 
 
 def _angle(old: SVD, new: SVD, token: int) -> float:

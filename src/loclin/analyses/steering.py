@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -284,6 +285,8 @@ def _ends(end: Any) -> list[int]:
 def _losses(model: Model, written: Tensor, mask: Tensor, n: int, own: Tensor) -> Float[Tensor, " B"]:
     """The unsteered model's mean loss on the last n tokens of each row, where they are the row's own."""
     position = (mask.cumsum(1) - 1).clamp_min(0)
-    logits = model.hf(written, attention_mask=mask, position_ids=position, use_cache=False).logits[:, -n - 1 : -1]
+    keep = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(model.hf.forward).parameters else {}
+    output = model.hf(written, attention_mask=mask, position_ids=position, use_cache=False, **keep)
+    logits = output.logits[:, -n - 1 : -1]
     lost = -torch.log_softmax(logits.float(), -1).gather(2, written[:, -n:, None])[..., 0]
     return (lost * own).sum(1) / own.sum(1).clamp_min(1)

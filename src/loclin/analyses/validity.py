@@ -18,6 +18,7 @@ from loclin.errors import OptionError
 from loclin.linearization import Linearization
 from loclin.link import HeadLink
 from loclin.results import versions
+from loclin.sums import relative
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Lengths of random moves, as a share of each token's embedding."""
@@ -221,7 +222,7 @@ def _along(nearby: Nearby, predictor: _Predictor, x: Tensor, ray: int, places: S
     move, sizes = predictor.moves[ray], torch.tensor(places, dtype=x.dtype, device=x.device)
     true = nearby.embeddings(x + sizes[:, None, None] * move)
     errors = {name: _errors(true, predictor.value, *predictor.at(name, ray, sizes)) for name in PREDICTORS}
-    length = (move.norm() / x.norm()).item()
+    length = relative(move, x)
     return [
         Step(size, size * length, {name: found[i] for name, found in errors.items()}) for i, size in enumerate(places)
     ]

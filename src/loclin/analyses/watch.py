@@ -18,6 +18,7 @@ from loclin.freeze import evaluation
 from loclin.linearization import Linearization
 from loclin.link import HeadLink
 from loclin.models import Model
+from loclin.models.route import logits_at
 from loclin.points import parse
 from loclin.results import versions
 from loclin.steering.concepts import packaged_concepts, token_ids
@@ -284,7 +285,7 @@ def _projection(lin: Linearization, directions: list[Tensor], point: str, proven
 @torch.no_grad()
 def _log_probs(model: Model, ids: Tensor, projection: Projection | None) -> Float[Tensor, " V"]:
     def run() -> Tensor:
-        return torch.log_softmax(model.hf(input_ids=ids, use_cache=False).logits[0, -1].float(), dim=-1)
+        return torch.log_softmax(logits_at(model, ids, ids.shape[1] - 1).float(), dim=-1)
 
     with evaluation(model.hf):
         if projection is None:
