@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loclin.brief import brief
 from loclin.freeze import Hold, evaluation, exact_arithmetic, frozen
 from loclin.linear_map import LinearMap
 from loclin.link import LayerLink, at_entry, whole_graph
@@ -102,6 +103,8 @@ class Certificate:
     tolerance: float
     forward_tolerance: float
     culprits: tuple[Culprit, ...]
+
+    __repr__ = brief
 
     @property
     def same_forward(self) -> bool:

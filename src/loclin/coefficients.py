@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.brief import brief
 from loclin.freeze import Frozen
 from loclin.freeze.status import Live
 from loclin.models.layout import Weights
@@ -29,6 +30,8 @@ class Coefficients:
     up: Tensor | None
     gate: Tensor | None
     probs: Tensor
+
+    __repr__ = brief
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loclin.brief import brief
 from loclin.freeze.quantised import dense_weight
 from loclin.models import Model
 
@@ -23,6 +24,8 @@ class Decoder:
     """Decodes blocks of vectors with one model's head and input embeddings. Memory: one block of scores at a time."""
 
     model: Model
+
+    __repr__ = brief
 
     @property
     def _head(self) -> Tensor:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.brief import brief
 from loclin.explicit import AGREEMENT
 from loclin.freeze import Frozen
 from loclin.freeze.status import Live
@@ -50,6 +51,8 @@ class Projection:
     source: Tensor
     count: int
     behind: Constants
+
+    __repr__ = brief
 
     def alone(self, units: Float[Tensor, "*shape"], index: int) -> Float[Tensor, "*shape"]:
         """Heads or neurons side by side in the last dimension, with all but one put to zero."""
@@ -88,6 +91,8 @@ class Inside:
     _layer: nn.Module = field(default_factory=nn.Identity)
     _name: str = ""
     _mixers: Mapping[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = brief
 
     def keep(self, probs: Float[Tensor, "1 H T S"]) -> Tensor:
         """Take the attention probabilities."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loclin import cost, memory
 from loclin.blocks import Workspace
+from loclin.brief import brief
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.freeze import exact_arithmetic
@@ -57,6 +58,8 @@ class LayerMap:
     value: Tensor
     bias: Tensor
     reconstruction_error: float
+
+    __repr__ = brief
 
 
 def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin.brief import brief
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.frames import dataframe
@@ -78,6 +79,8 @@ class LayerSpectra(Result):
     tolerance: float
     columns: int
     provenance: Provenance | None = None
+
+    __repr__ = brief
 
     @property
     def n_layers(self) -> int:

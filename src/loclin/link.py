@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin.blocks import Workspace
+from loclin.brief import brief
 from loclin.coefficients import Coefficients, Reader
 from loclin.explicit import ExplicitLayer
 from loclin.freeze import Hold, evaluation, frozen
@@ -82,6 +83,8 @@ class Graph:
     points: dict[str, Tensor]
     attn_shift: Tensor
     constants: Constants
+
+    __repr__ = brief
 
     @property
     def parallel(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.errors import OptionError, ResultError
 from loclin.models.model import ModelInfo
 from loclin.tensor_file import load_tensors, save_tensors
@@ -58,6 +59,8 @@ class Provenance:
     versions: dict[str, str]
     certificate: dict[str, Any] | None
     date: str
+
+    __repr__ = brief
 
     def key(self) -> dict[str, Any]:
         """What fixes the numbers: everything but versions, certificate and date."""
@@ -133,6 +136,8 @@ class Comparison:
 
     provenance: dict[str, tuple[Any, Any]]
     errors: dict[str, float]
+
+    __repr__ = brief
 
 
 def compare(a: Result, b: Result) -> Comparison:

@@ -31,7 +31,6 @@ from loclin.spectral import (
     top,
     values,
 )
-
 from loclin.sums import square_sums
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loclin import explicit
 from loclin.blocks import Workspace
+from loclin.brief import brief
 from loclin.coefficients import Coefficients, Reader
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Frozen, Hold, Misuse, evaluation, exact_arithmetic, frozen
@@ -38,6 +39,8 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    __repr__ = brief
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Call the block again as it was called, with another hidden state."""
         return first(self.block.module(hidden, *self.args, **self.kwargs))
@@ -55,6 +58,8 @@ class Head:
     stock: Float[Tensor, " V"]
     value: Float[Tensor, " V"]
     constants: list[tuple[str, Tensor]]
+
+    __repr__ = brief
 
 
 @dataclass
@@ -95,6 +100,8 @@ class Trace:
     biased: tuple[bool, ...]
     causal: bool
     _heads: dict[int, Head] = field(default_factory=dict)
+
+    __repr__ = brief
 
     @property
     def n_layers(self) -> int:

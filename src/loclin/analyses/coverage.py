@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from loclin.brief import brief
 from loclin.certify import Certificate
 from loclin.errors import LoclinError, ModelError, OptionError, OutputError
 from loclin.freeze import Gate
@@ -89,6 +90,8 @@ class FamilyResult:
     parts: Description | None = None
     runs: list[Run] = field(default_factory=list)
     not_built: str = ""
+
+    __repr__ = brief
 
     @property
     def status(self) -> Status:
@@ -170,6 +173,8 @@ class Coverage:
     versions: dict[str, str]
     code: str
     results: list[FamilyResult]
+
+    __repr__ = brief
 
     @property
     def counts(self) -> dict[Status, int]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.certify import Certificate
 from loclin.decode import Decoder, Words
 from loclin.linearization import Linearization
@@ -45,6 +46,8 @@ class SingularBlock:
     reads: Words
     gain: float | None
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -53,6 +56,8 @@ class Unit:
     index: int
     norm: float
     words: Words
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class TokenExplanation:
     blocks: list[SingularBlock]
     rows: list[Unit]
     columns: list[Unit]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ class Explanation:
     reconstruction: list[float]
     ordinary: list[float]
     warnings: list[str]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.explain import Explanation, explain
+from loclin.brief import brief
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
@@ -56,6 +57,8 @@ class Generation:
 
     steps: list[Explanation]
     drift: list[list[Drift]]
+
+    __repr__ = brief
 
     @property
     def text(self) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.target import Reading, Target, read
+from loclin.brief import brief
 from loclin.decode import Decoder, Words
 from loclin.errors import OptionError
 from loclin.freeze import exact_arithmetic
@@ -42,6 +43,8 @@ class HeadTriple:
     writes: Words
     reads: Words
     gains: list[float]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,8 @@ class Head:
     bias: float
     triples: list[HeadTriple]
 
+    __repr__ = brief
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the map, for JSON."""
         plain = {name: value for name, value in vars(self).items() if name not in ("map", "triples")}
@@ -107,6 +112,8 @@ class Path:
     target: dict[str, Any]
     shares: Float[Tensor, " T"]
     source: int | None
+
+    __repr__ = brief
 
     @property
     def share(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loclin.brief import brief
 from loclin.decode import Words
 from loclin.freeze import evaluation
 from loclin.linearization import Linearization
@@ -27,6 +28,8 @@ class LensLayer:
     words: Words
     probability: float
     rank: int
+
+    __repr__ = brief
 
 
 def logit_lens(lin: Linearization, token: int, position: int = -1, k: int = 5) -> list[LensLayer]:

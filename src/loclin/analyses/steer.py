@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from loclin.analyses.steering import MAX_KL, STRENGTHS, Continuation, Sweep, Trial, depths, score, sweep, write
+from loclin.brief import brief
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate
 from loclin.linearization import Linearization, linearize
@@ -77,6 +78,8 @@ class Steered:
     sweep: Sweep | None
     model: dict[str, Any]
     settings: dict[str, Any]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.errors import OptionError
 from loclin.models import Model
 from loclin.padding import padded
@@ -47,6 +48,8 @@ class Score:
     log_p: Float[Tensor, " B"]
     gain: Float[Tensor, " B"]
     kl: Float[Tensor, " B"]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Sweep:
     best: Trial
     max_kl: float
     unsteered: float
+
+    __repr__ = brief
 
     def ranked(self) -> list[Trial]:
         """The cells within the limit, the largest gain first; the best alone where there is none."""
@@ -195,6 +200,8 @@ class Continuation:
     loss: float
     repetition: float
     frequency: float
+
+    __repr__ = brief
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.errors import OptionError
 from loclin.inside import Inside
 from loclin.linearization import Linearization
@@ -61,6 +62,8 @@ class Direction:
     vector: Float[Tensor, " n"]
     at: str = "final"
 
+    __repr__ = brief
+
 
 Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | None
 """What can be asked for: a token's logit, a difference of two, or one of the classes.
@@ -104,6 +107,8 @@ class Reading:
     node: int
     cotangent: Float[Tensor, "T d"]
     constants: dict[str, float]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """What it is, as plain values for JSON."""

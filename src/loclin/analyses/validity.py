@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin.analyses.nearby import Nearby, Outputs
+from loclin.brief import brief
 from loclin.decode import Decoder
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
@@ -68,6 +69,8 @@ class Step:
     moved: float
     errors: dict[str, Error]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Ray:
@@ -89,6 +92,8 @@ class Ray:
     token: str | None
     steps: list[Step]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Validity:
@@ -98,6 +103,8 @@ class Validity:
     settings: dict[str, Any]
     tokens: list[str]
     rays: list[Ray]
+
+    __repr__ = brief
 
     def curve(self, kind: str) -> list[Step]:
         """The mean over all rays of one kind at each size; none where there are no such rays."""

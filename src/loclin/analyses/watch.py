@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.steering import Continuation, write
+from loclin.brief import brief
 from loclin.decode import Decoder
 from loclin.errors import OptionError
 from loclin.freeze import evaluation
@@ -55,6 +56,8 @@ class Hit:
     gain: float
     writes: list[str]
     watched: list[str]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class Watched:
     without: Continuation | None
     searched: int
     settings: dict[str, Any]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.spectral.checks import check_rank, check_tolerance, least_tolerance
 from loclin.sums import norms
 
@@ -35,6 +36,8 @@ class Ritz:
     residuals: Tensor
     frobenius: Tensor
 
+    __repr__ = brief
+
 
 def ritz(
     matrices: Float[Tensor, "M d_out n"],
@@ -47,9 +50,10 @@ def ritz(
     """The k largest triples of each matrix by a randomized block Krylov method that keeps every block.
 
     A matrix is done when the square of each value's residual is within `tolerance` of the square of the value, and of
-    the largest within 1e-6 (in float32 6e-6): a Ritz value is never above the true one, and off by about that much. One
-    that a basis of half its smaller side does not serve goes to LAPACK. Left vectors have a non-negative product with `towards`. All matrices take a step together:
-    a matrix alone is too small to keep a processor busy.
+    the largest within 1e-6 (in float32 6e-6), which stable ranks need: a Ritz value is never above the true one, and
+    off by about that much. One that a basis of half its smaller side does not serve goes to LAPACK. Left vectors have a
+    non-negative product with `towards`. All matrices take a step together: a matrix alone is too small to keep a
+    processor busy.
 
     Parameters
     ----------

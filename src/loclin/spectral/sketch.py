@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.threads import single_thread
@@ -28,6 +29,8 @@ class Ritz:
     W: Tensor
     values: Tensor
     missed: Tensor
+
+    __repr__ = brief
 
 
 class Sketch:
