@@ -206,7 +206,8 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, keep: int = 0
     """Run the model twice, stock and frozen, and remember the frozen pass.
 
     Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks,
-    and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T) numbers are all of them.
+    L T d more where the linear path has another dtype, and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T)
+    numbers are all of them. While it runs, one layer's activations twice, and about four times `[H, T, T]`.
 
     Raises
     ------
