@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.freeze.quantised import dense_weight
 from loclin.models import Model
 from loclin.surroundings import in_plain_torch
@@ -26,6 +27,8 @@ class Decoder:
     """Decodes blocks of vectors with one model's head and input embeddings. Memory: one block of scores at a time."""
 
     model: Model
+
+    __repr__ = brief
 
     @property
     def _head(self) -> Tensor:

@@ -19,6 +19,7 @@ import transformers
 from tqdm.auto import tqdm
 
 import loclin
+from loclin.brief import brief
 from loclin.certify import Certificate
 from loclin.errors import LoclinError, ModelError, OptionError, OutputError
 from loclin.freeze import Gate
@@ -93,6 +94,8 @@ class FamilyResult:
     parts: Description | None = None
     runs: list[Run] = field(default_factory=list)
     not_built: str = ""
+
+    __repr__ = brief
 
     @property
     def status(self) -> Status:
@@ -174,6 +177,8 @@ class Coverage:
     versions: dict[str, str]
     code: str
     results: list[FamilyResult]
+
+    __repr__ = brief
 
     @property
     def counts(self) -> dict[Status, int]:

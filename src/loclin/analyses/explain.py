@@ -17,6 +17,7 @@ from loclin.analyses.attribution import KINDS
 from loclin.analyses.shares import by_source, swept
 from loclin.analyses.target import described, read
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.certify import Certificate
 from loclin.decode import Decoder, Words
 from loclin.linearization import Linearization
@@ -51,6 +52,8 @@ class SingularBlock:
     reads: Words
     gain: float | None
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -59,6 +62,8 @@ class Unit:
     index: int
     norm: float
     words: Words
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class TokenExplanation:
     blocks: list[SingularBlock]
     rows: list[Unit]
     columns: list[Unit]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ class Explanation:
     reconstruction: list[float]
     ordinary: list[float]
     warnings: list[str]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""

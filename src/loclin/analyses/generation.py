@@ -13,10 +13,12 @@ from torch import Tensor
 
 from loclin.analyses.explain import Explanation, explain
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.errors import PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
 from loclin.spectral import SVD
+from loclin.sums import norms
 from loclin.surroundings import in_plain_torch
 
 _TRIPLES = 4
@@ -60,6 +62,8 @@ class Generation:
     text: str
     steps: list[Explanation]
     drift: list[list[Drift]]
+
+    __repr__ = brief
 
     def to_json(self) -> str:
         """All steps as JSON text; floats that are not finite do not occur."""
@@ -125,13 +129,13 @@ def generate(
 
 def _drift(token: int, old: Float[Tensor, "o T i"], old_svd: SVD, new: Float[Tensor, "o T2 i"], new_svd: SVD) -> Drift:
     a, b = old[:, token], new[:, token]
-    size, other = a.norm().item(), b.norm().item()
+    size, other = norms(a).item(), norms(b).item()
     if not size or not other:  # a map that is zero: no part of the one has a likeness in the other
         same = size == other
         return Drift(0.0 if same else 1.0, 1.0 if same else 0.0, 0.0 if same else 90.0, 0.0 if same else 90.0)
     cosine = ((a * b).sum() / (size * other)).item()
     reads = _angle(_turned(old_svd), _turned(new_svd), token)
-    return Drift((b - a).norm().item() / size, cosine, _angle(old_svd, new_svd, token), reads)
+    return Drift(norms(b - a).item() / size, cosine, _angle(old_svd, new_svd, token), reads)
 
 
 def _angle(old: SVD, new: SVD, token: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from loclin.analyses.explain import SingularBlock
 from loclin.analyses.logit_lens import LensLayer, logit_lens
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.certify import tolerance
 from loclin.decode import Decoder, Words
 from loclin.errors import OptionError
@@ -25,7 +26,8 @@ SHOWN = 3
 """Singular vectors that are put into words."""
 _CANCELLED = 10.0
 """How much larger what an inner map sums may be than its sum: attention takes a sink's large values apart."""
-_WORDS = 5
+WORDS = 5
+"""Words of each vector, a side."""
 APPEARS = 10
 """A word has appeared once it is among this many."""
 _LAYERWISE_TRIPLES = 1  # a stable rank needs the largest value alone
@@ -80,6 +82,8 @@ class ComponentLayers:
     reconstruction_error: list[float]
     own_reconstruction_error: list[float]
 
+    __repr__ = brief
+
     @property
     def largest_error(self) -> float:
         """The largest reconstruction error of all its maps."""
@@ -129,6 +133,8 @@ class LayerExplanation:
     tolerance: float
     warnings: list[str]
     spectra: LayerSpectra = field(repr=False, compare=False)
+
+    __repr__ = brief
 
     @property
     def n_layers(self) -> int:
@@ -343,11 +349,11 @@ def _in_words(spectra: LayerSpectra, x: Tensor, decoder: Decoder) -> dict[Place,
     }
     alone = [(place, group[0]) for place, found in groups.items() for group in found if len(group) == 1]
     left = [_left(spectra, place)[0][:, j] for place, j in alone]
-    writes = dict(zip(alone, decoder.writes(torch.stack(left), _WORDS) if left else [], strict=True))
+    writes = dict(zip(alone, decoder.writes(torch.stack(left), WORDS) if left else [], strict=True))
     right: dict[tuple[Place, int], Tensor] = {
         ((c, layer, t), j): spectra.Vh[c, layer, t, j] for (c, layer, t), j in alone if t is not None
     }
-    read = decoder.reads(torch.stack(list(right.values())), _WORDS) if right else []
+    read = decoder.reads(torch.stack(list(right.values())), WORDS) if right else []
     reads = dict(zip(right, read, strict=True))
 
     def block(place: Place, indices: list[int]) -> SingularBlock:
@@ -357,8 +363,8 @@ def _in_words(spectra: LayerSpectra, x: Tensor, decoder: Decoder) -> dict[Place,
         if len(indices) == 1:
             gain = None if token is None else (right[key] @ x[token].to(right[key])).item()
             return SingularBlock(indices, values, writes[key], reads.get(key, []), gain)
-        spanned = [] if token is None else decoder.reads_subspace(spectra.Vh[c, layer, token, indices].T, _WORDS)
-        return SingularBlock(indices, values, decoder.writes_subspace(U[:, indices], _WORDS), spanned, None)
+        spanned = [] if token is None else decoder.reads_subspace(spectra.Vh[c, layer, token, indices].T, WORDS)
+        return SingularBlock(indices, values, decoder.writes_subspace(U[:, indices], WORDS), spanned, None)
 
     return {place: [block(place, group) for group in found] for place, found in groups.items()}
 

@@ -23,6 +23,7 @@ from loclin.analyses.steering import (
     write,
 )
 from loclin.arguments import real, strings, whole
+from loclin.brief import brief
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate
 from loclin.linearization import Linearization, linearize
@@ -99,6 +100,8 @@ class Steered:
     model: dict[str, Any]
     settings: dict[str, Any]
     warnings: list[str]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""

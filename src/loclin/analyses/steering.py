@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin.arguments import real, whole
+from loclin.brief import brief
 from loclin.errors import OptionError, PromptError
 from loclin.models import Model
 from loclin.padding import padded
@@ -49,6 +51,8 @@ class Score:
     log_p: Float[Tensor, " B"]
     gain: Float[Tensor, " B"]
     kl: Float[Tensor, " B"]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Sweep:
     best: Trial
     max_kl: float
     unsteered: float
+
+    __repr__ = brief
 
     @property
     def within(self) -> list[Trial]:
@@ -203,6 +209,8 @@ class Continuation:
     loss: float
     repetition: float
     frequency: float
+
+    __repr__ = brief
 
 
 @in_plain_torch
@@ -336,6 +344,8 @@ def _ends(end: Any) -> list[int]:
 def _losses(model: Model, written: Tensor, mask: Tensor, n: int, own: Tensor) -> Float[Tensor, " B"]:
     """The unsteered model's mean loss on the last n tokens of each row, where they are the row's own."""
     position = (mask.cumsum(1) - 1).clamp_min(0)
-    logits = model.hf(written, attention_mask=mask, position_ids=position, use_cache=False).logits[:, -n - 1 : -1]
+    keep = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(model.hf.forward).parameters else {}
+    output = model.hf(written, attention_mask=mask, position_ids=position, use_cache=False, **keep)
+    logits = output.logits[:, -n - 1 : -1]
     lost = -torch.log_softmax(logits.float(), -1).gather(2, written[:, -n:, None])[..., 0]
     return (lost * own).sum(1) / own.sum(1).clamp_min(1)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.arguments import refuse_broken, whole
+from loclin.brief import brief
 from loclin.errors import OptionError
 from loclin.inside import Inside
 from loclin.linearization import Linearization
@@ -61,6 +62,8 @@ class Direction:
     vector: Float[Tensor, " n"]
     at: str = "final"
 
+    __repr__ = brief
+
 
 Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | np.ndarray | None
 """What can be asked for: a token's logit, a difference of two, or one of the classes.
@@ -107,6 +110,8 @@ class Reading:
     cotangent: Float[Tensor, "T d"]
     constants: dict[str, float]
     warnings: tuple[str, ...] = ()
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """What it is, as plain values for JSON."""

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from loclin.analyses.steering import Continuation, write
 from loclin.arguments import strings, whole
+from loclin.brief import brief
 from loclin.decode import Decoder
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
 from loclin.link import HeadLink
 from loclin.models import Model
+from loclin.models.route import logits_at
 from loclin.points import parse
 from loclin.results import versions
 from loclin.steering.concepts import packaged_concepts, token_ids
@@ -56,6 +58,8 @@ class Hit:
     gain: float
     writes: list[str]
     watched: list[str]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Watched:
     searched: int
     settings: dict[str, Any]
     warnings: list[str]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -300,7 +306,7 @@ def _projection(lin: Linearization, directions: list[Tensor], point: str, proven
 @torch.no_grad()
 def _log_probs(model: Model, ids: Tensor, projection: Projection | None) -> Float[Tensor, " V"]:
     with nullcontext() if projection is None else projection.apply(model):
-        return torch.log_softmax(model.hf(input_ids=ids, use_cache=False).logits[0, -1].float(), dim=-1)
+        return torch.log_softmax(logits_at(model, ids, ids.shape[1] - 1).float(), dim=-1)
 
 
 def _elsewhere(model: Model, projection: Projection) -> list[tuple[Tensor, Tensor]]:

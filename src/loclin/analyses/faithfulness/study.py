@@ -21,6 +21,7 @@ from loclin.analyses.faithfulness.planes import Projected, projections
 from loclin.analyses.faithfulness.prompts import Half, Prompt
 from loclin.analyses.nearby import Nearby
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.errors import ModelError, OutputError
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model
@@ -79,6 +80,8 @@ class PromptResult:
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     planes: list[Projected] = field(default_factory=list)
 
+    __repr__ = brief
+
     @classmethod
     def from_dict(cls, read: dict[str, Any]) -> PromptResult:
         """Take back what `dataclasses.asdict` gave."""
@@ -92,6 +95,8 @@ class Study:
     settings: dict[str, Any]
     versions: dict[str, str]
     prompts: list[PromptResult]
+
+    __repr__ = brief
 
     def to_json(self) -> str:
         """The study as JSON text; floats that are not finite do not occur."""
