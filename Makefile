@@ -1,5 +1,6 @@
 # make demo: a real model, explained, in one command.   make test: lint, types and all tests.
 # make bench: the package against others and against the limits, side by side (an hour or so).
+# make fuzz N=1000: so many random combinations of network, map, precision, tokenizer and surroundings.
 # make test-matrix: the engine's tests with the oldest and the newest transformers that pyproject.toml supports.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ MATRIX := 5.17.0 5.23.0
 ENGINE := tests/freeze tests/models/test_tiny.py tests/models/test_special.py tests/analyses/test_coverage.py \
   tests/test_batch.py tests/test_certify.py tests/test_linear_map.py tests/test_explicit.py tests/test_linearization.py
 
-.PHONY: demo test test-matrix lint bench clean
+.PHONY: demo test fuzz test-matrix lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -19,6 +20,10 @@ demo: $(VENV)/.demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+N ?= 200
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/fuzz --examples $(N)
 
 test-matrix: $(MATRIX:%=.matrix/%/.installed)
 	@for version in $(MATRIX); do \

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 spec = find_spec("loclin")
@@ -16,3 +17,8 @@ assert spec.submodule_search_locations is not None
 package = Path(spec.submodule_search_locations[0])
 rooms = [f"loclin.{path.stem}" for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
 install_import_hook([room for room in rooms if room not in ("loclin.freeze", "loclin.__init__")], "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many random combinations `tests/fuzz` tries; a few that are always the same where it is not said."""
+    parser.addoption("--examples", type=int, default=None, help="random combinations that tests/fuzz tries")

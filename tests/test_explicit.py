@@ -52,7 +52,7 @@ def test_equal_to_generic(build, gate, position, dtype, formed, columns):
     columns(1 if formed else 10**9)
     lin = linearize(build(dtype=dtype), tiny.prompt(9), gate=gate)
     assert all(lin.trace.explicit)
-    J, limit = lin.jacobian(position=position), 1e-13 if dtype == torch.float64 else 1e-6
+    J, limit = lin.jacobian(position=position), tiny.rounding(dtype)
     random = torch.Generator().manual_seed(0)
     tangents = torch.randn(3, *J.shape[1:], generator=random, dtype=dtype)
     assert far(J.dense(), generic(J).dense()) < limit

@@ -35,7 +35,11 @@ def test_double_sweeps_of_a_less_precise_model(dtype):
     assert certificate.passed
     assert lin.jacobian().dense().dtype == torch.float64
     assert certificate.reconstruction_error < 1e-14
-    assert 1e-9 < certificate.forward_error < {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 0.1}[dtype]
+    assert (
+        1e-9
+        < certificate.forward_error
+        < {torch.float32: tiny.rounding(), torch.float16: 1e-2, torch.bfloat16: 0.1}[dtype]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -45,7 +49,7 @@ def test_half_precision_models_have_sweeps_in_single(dtype):
     assert certificate.passed
     assert lin.precision == "single"
     assert lin.jacobian().dense().dtype == torch.float32
-    assert certificate.reconstruction_error < 1e-6
+    assert certificate.reconstruction_error < tiny.rounding()
     assert certificate.bit_identical
     assert certificate.forward_error > 1e-4
 
@@ -58,10 +62,10 @@ def test_values_and_predictions_are_the_models():
     assert torch.equal(lin.embeddings, stock.hidden_states[0][0])
     assert torch.equal(lin.value("resid_post.0"), stock.hidden_states[1][0])
     assert torch.equal(lin.value("final"), stock.hidden_states[-1][0])
-    assert torch.allclose(lin.value("logits"), stock.logits[0], atol=1e-5)
+    assert torch.allclose(lin.value("logits"), stock.logits[0], atol=1e-4)
     probabilities = stock.logits[0, 2].double().softmax(-1)
     (best, *_) = lin.next_tokens(3, position=2)
-    assert best == (str(probabilities.argmax().item()), pytest.approx(probabilities.max().item(), rel=1e-5))
+    assert best == (str(probabilities.argmax().item()), pytest.approx(probabilities.max().item(), rel=1e-4))
     assert lin.tokens == [str(i) for i in ids[0].tolist()]
 
 

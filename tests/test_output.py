@@ -68,7 +68,7 @@ def test_refuses_before_the_work(tmp_path: Path) -> None:
 
 def test_refuses_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(OutputError, match="no permission"):
+    with pytest.raises(OutputError, match="permission denied"):
         check_writable(tmp_path / "page.html")
 
 

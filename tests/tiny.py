@@ -30,6 +30,17 @@ def _shaken(model: PreTrainedModel, seed: int, dtype: torch.dtype) -> PreTrained
     return model.to(dtype).eval()
 
 
+def rounding(dtype: torch.dtype = torch.float32, layers: int = 3, terms: int = 40) -> float:
+    """How far rounding alone may move a network's output, relative to it, on a processor that adds in any order.
+
+    A sum of n terms misses by about sqrt(n) units in the last place, each layer has its share, and what is summed may
+    be some times as large as the sum. Where a model casts to float32 within (most norms do), float32 counts, whatever
+    its dtype.
+    The worst that kernels with and without vector instructions make of the networks here is a tenth of this.
+    """
+    return 6 * layers * terms**0.5 * torch.finfo(dtype).eps
+
+
 def llama(
     *, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str = "sdpa", biases: bool = False, tied: bool = False
 ) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from loclin.arguments import whole
 from loclin.freeze.quantised import dense_weight
@@ -117,7 +118,8 @@ def _table(module: nn.Module) -> Tensor:
 def _best(vectors: Tensor, table: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
     """The k largest products (or cosines) of each vector with a table's rows, and which rows they are."""
     values, ids, start = [], [], 0
-    for rows in table.split(_rows_at_once(len(vectors) + table.shape[1])):
+    blocks = table.split(_rows_at_once(len(vectors) + table.shape[1]))
+    for rows in tqdm(blocks, desc="words", unit="block", delay=2, leave=False, disable=None):
         rows = rows.to(vectors)
         scores = vectors @ rows.T
         best = (scores / _lengths(rows) if cosine else scores).topk(min(k, len(rows)))

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin.errors import OptionError, OutputError, ResultError
+from loclin.models.access import reason
 from loclin.models.quiet import status
 from loclin.output import check_writable, write_text
 
@@ -78,20 +79,29 @@ class DenseFile:
         ResultError
             When there is a file of another map, or one that was altered.
         """
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):  # noqa: PTH113 - which never raises
             check_writable(self.path)
-        found = self._open()
+        found = self._read()
         if found is None:
             with self._lock():
-                found = self._open()
+                found = self._read()
                 if found is None:
                     try:
                         self._write(rows_from)
                     except OSError as error:
-                        raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
-                    found = self._open()
+                        raise OutputError(f"cannot write {self.path}: {reason(error, self.path)}") from error
+                    found = self._read()
         assert found is not None
         return found
+
+    def _read(self) -> Tensor | None:
+        """As `_open`, with the disk's complaints as errors of loclin."""
+        try:
+            return self._open()
+        except OSError as error:
+            raise ResultError(
+                f"cannot read {self.path}: {reason(error, self.path)}; chmod it or choose another path"
+            ) from error
 
     def _open(self) -> Tensor | None:
         """The whole map, mapped; None when it has yet to be written."""
@@ -125,7 +135,7 @@ class DenseFile:
             if self.path.exists():
                 raise ResultError(f"{self.path} is there already, and not by loclin: {self._ways_out}") from None
             return 0
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ResultError(f"{self._beside} cannot be read ({error}): {self._ways_out}") from error
         if not known:
             raise ResultError(f"{self._beside} has another format than {FORMAT!r}: {self._ways_out}")
@@ -176,6 +186,8 @@ class DenseFile:
         except Timeout:
             with status(f"Waiting for another process that is writing {self.path.name} …"):
                 lock.acquire()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {reason(error, self.path)}; choose another path") from error
         try:
             yield
         finally:

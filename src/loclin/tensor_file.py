@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from loclin.errors import OutputError, ResultError
+from loclin.models.access import reason
 from loclin.models.hashing import tensor_bytes
 from loclin.output import check_writable, write_bytes, write_text
 
@@ -79,13 +80,14 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     target = Path(path)
     try:
+        target.open("rb").close()  # safetensors says of a file that may not be read that there is none
         with safe_open(target, "pt") as stored:
             facts = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()} if "loclin" in facts else {}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ResultError(f"cannot read {target}: there is no such file; check its name") from error
     except OSError as error:
-        raise ResultError(f"cannot read {target}: {error.strerror or error}") from error
+        raise ResultError(f"cannot read {target}: {reason(error, target)}") from error
     except SafetensorError as error:
         raise ResultError(f"cannot read {target}: it is cut short or no safetensors file; save it again") from error
     if "loclin" not in facts:

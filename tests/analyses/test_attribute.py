@@ -22,9 +22,9 @@ LEVELS = ("token", "bias", "layer", "head", "neuron", "token×layer")
 BUILDS = {"llama": tiny.llama, "llama-biases": partial(tiny.llama, biases=True), "gemma3": tiny.gemma3}
 EVERY = (
     "qwen2", "gemma2", "gemma3_text", "olmo2", "gpt2", "bloom", "opt", "phi", "gpt_neox", "gptj", "falcon", "mixtral",
-    "jamba",
+    "jamba", "gpt_oss",
 )  # fmt: skip
-WHOLE = {"mixtral": ("neuron",), "opt": ("head", "neuron")}
+WHOLE = {"mixtral": ("neuron",), "gpt_oss": ("neuron",), "opt": ("head", "neuron")}
 """Levels that a family has not: a mixture of experts, and blocks whose parts cannot be told apart."""
 
 
@@ -53,7 +53,7 @@ def pair(build):
 
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize(
-    ("dtype", "precision", "limit"), [(torch.float64, "double", 1e-12), (torch.float32, "auto", 1e-6)]
+    ("dtype", "precision", "limit"), [(torch.float64, "double", 1e-12), (torch.float32, "auto", tiny.rounding())]
 )
 def test_every_level_sums_to_the_target(family, dtype, precision, limit):
     model = families.build(family, dtype=dtype)
@@ -65,7 +65,8 @@ def test_every_level_sums_to_the_target(family, dtype, precision, limit):
             continue
         found = lin.attribute(None if by == "token" else Margin(over="others"), by, words=0)
         assert found.relative_residual < limit, by
-        assert abs(found.residual) < limit * abs(found.value), by
+        if precision == "double":  # a target may be small beside what it is the sum of
+            assert abs(found.residual) < limit * abs(found.value), by
         assert found.shares.isfinite().all()
 
 
@@ -183,7 +184,7 @@ def test_what_float32_rounds_too_much_is_swept_again(monkeypatch):
         ids = tiny.prompt(7)
         single, double = linearize(model, ids), linearize(model, ids, precision="double")
         for by in LEVELS:
-            assert far(single.attribute(5, by).shares, double.attribute(5, by).shares) < 3e-7
+            assert far(single.attribute(5, by).shares, double.attribute(5, by).shares) < tiny.rounding()
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from loclin.freeze import Hold, frozen, register, table
+from loclin.linearization import linearize
 
 MODELS = {"llama": tiny.llama, "gemma3": tiny.gemma3}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -151,3 +153,14 @@ def test_unknown_options_are_refused():
     for options, message in [(("sideways", "stock"), "activation, up, half"), (("up", "quadruple"), "stock, single")]:
         run = subprocess.run([sys.executable, "-c", code.format(*options)], capture_output=True, text=True, check=False)
         assert f", {message}" in run.stderr or f"choose one of {message}" in run.stderr
+
+
+@pytest.mark.parametrize(("folder", "named"), [("torch", False), ("torchao", True), ("torch_mine", True)])
+def test_a_culprits_line_is_in_whatever_is_not_torchs_own(folder, named):
+    """Beside torch lie packages whose names begin like its own."""
+    file = Path(torch.__file__).parent.with_name(folder) / "kernel.py"
+    exec(compile("def bend(x):\n    return x.tanh()", str(file), "exec"), namespace := {})
+    model = tiny.llama(dtype=torch.float32)
+    model.model.layers[1].mlp.register_forward_hook(lambda _m, _a, output: namespace["bend"](output))
+    (culprit,) = linearize(model, tiny.prompt(), strict=False).certify().culprits
+    assert culprit.line.startswith("kernel.py:" if named else "test_context.py:")

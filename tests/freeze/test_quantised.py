@@ -63,7 +63,7 @@ def test_four_bits_are_exact(directory, kind, nested, dtype):
     model = four_bit(directory, dtype, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested)
     certificate = linearize(model, tiny.prompt(6)).certify()
     assert certificate.passed
-    assert certificate.reconstruction_error < 3e-6
+    assert certificate.reconstruction_error < tiny.rounding()
 
 
 def test_the_map_is_that_of_the_dequantised_model(directory, plain):
@@ -71,11 +71,11 @@ def test_the_map_is_that_of_the_dequantised_model(directory, plain):
     twin = dequantised(model.hf, plain)
     here, there = (linearize(m, tiny.prompt(6)) for m in (model, twin))
     J, K = here.jacobian().dense(), there.jacobian().dense()
-    assert (J - K).norm() <= 1e-6 * K.norm()
+    assert (J - K).norm() <= tiny.rounding() * K.norm()
     assert here.chain.layers[0].constants().keys() == there.chain.layers[0].constants().keys()
     assert any(name.endswith("v_proj.bias") for name in here.chain.layers[0].constants())
     a, b = here.ordinary_reconstruction(), there.ordinary_reconstruction()
-    assert (a - b).norm() <= 1e-5 * b.norm()
+    assert (a - b).norm() <= 10 * tiny.rounding() * b.norm()
 
 
 def test_double_precision(directory):
@@ -88,7 +88,7 @@ def test_explicit_products(tmp_path):
     assert all(lin.trace.explicit)
     J = lin.jacobian()
     generic = LinearMap(Chain(lin.trace, explicit=False), J.source, J.target, J.position).dense()
-    assert (J.dense() - generic).norm() <= 1e-6 * generic.norm()
+    assert (J.dense() - generic).norm() <= tiny.rounding() * generic.norm()
 
 
 def test_one_dequantisation_a_graph(directory, monkeypatch):
@@ -168,7 +168,7 @@ def test_torchao_weights(torchao, plain, kind):
     assert lin.certify().passed
     twin = linearize(dequantised(model, plain), tiny.prompt(6))
     K = twin.jacobian().dense()
-    assert (lin.jacobian().dense() - K).norm() <= 1e-6 * K.norm()
+    assert (lin.jacobian().dense() - K).norm() <= tiny.rounding() * K.norm()
 
 
 def test_torchao_that_rounds_the_input(torchao, plain):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import pwd
 import shutil
 import signal
 import time
@@ -298,6 +299,20 @@ def test_the_environment_chooses_the_place(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache.directory() == Path(expected)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    for name in ("LOCLIN_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(_uid: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(ModelError, match="no place for the model cache: .*Set LOCLIN_CACHE"):
+        cache.entries()
+    with pytest.raises(ModelError, match="There is no directory ~nobody_of_this_name/model"):
+        load("~nobody_of_this_name/model")
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def test_attention_in_one_kernel_is_refused(name):
     assert linearize(model, IDS).certify().passed
 
 
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="it is there")
 def test_flash_attention_that_is_not_there(tmp_path):
     tiny.llama().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="FlashAttention2"):

@@ -29,7 +29,7 @@ def test_values_that_the_bounds_do_not_part_are_one_block():
 
 
 def test_relative_error():
-    assert result([4.0, 2.0], error=0.1).relative_error[0].tolist() == pytest.approx([0.025, 0.05])
+    assert result([4.0, 2.0], error=0.1).relative_error[0].tolist() == pytest.approx([0.025, 0.05], rel=1e-5)
     assert result([0.0]).relative_error.tolist() == [[0.0]]
 
 

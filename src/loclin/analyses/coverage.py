@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from tqdm.auto import tqdm
 
+import loclin
 from loclin.certify import Certificate
 from loclin.errors import LoclinError, ModelError, OptionError, OutputError
 from loclin.freeze import Gate
 from loclin.linearization import linearize
 from loclin.models import tiny, wrap
+from loclin.models.access import reason
 from loclin.models.describe import Description, describe_parts
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
@@ -220,12 +223,10 @@ def read(path: Path) -> Coverage | None:
     OutputError
         When the file cannot be read or is no such record: it is left as it is.
     """
-    if not path.is_file():
-        return None
     try:
-        return Coverage.from_json(path.read_text("utf-8"))
+        return Coverage.from_json(path.read_text("utf-8")) if path.is_file() else None
     except OSError as fault:
-        raise OutputError(f"cannot read {path}: {fault.strerror or fault}") from fault
+        raise OutputError(f"cannot read {path}: {reason(fault, path)}") from fault
     except ValueError as fault:
         raise OutputError(
             f"{path} is no coverage record to go on with: {str(fault).splitlines()[0]}; "
@@ -370,7 +371,8 @@ def _line(fault: Exception) -> str:
 
 def _place(fault: Exception) -> str:
     """Say where in loclin or transformers a fault came up: whose it is."""
-    frames = [f for f in traceback.extract_tb(fault.__traceback__) if {"loclin", "transformers"} & {*Path(f[0]).parts}]
+    homes = [Path(str(found.__file__)).parent for found in (loclin, transformers)]
+    frames = [f for f in traceback.extract_tb(fault.__traceback__) if any(Path(f[0]).is_relative_to(h) for h in homes)]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
@@ -391,5 +393,6 @@ def _known(families: Sequence[str] | None) -> list[str]:
 
 def _code() -> str:
     """Hash loclin's source, all but what only shows results."""
-    home = Path(__file__).parents[1]
-    return sha256(*(p for p in sorted(home.rglob("*.py")) if p.parent.name != "report" and p.name != "cli.py"))[:16]
+    home = Path(loclin.__file__).parent
+    shown = [home / "report", home / "commands", home / "cli.py"]
+    return sha256(*(p for p in sorted(home.rglob("*.py")) if not {p, *p.parents} & {*shown}))[:16]

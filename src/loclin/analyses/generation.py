@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loclin.analyses.explain import Explanation, explain
 from loclin.arguments import whole
-from loclin.errors import OptionError, PromptError
+from loclin.errors import PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
 from loclin.spectral import SVD
@@ -91,7 +91,7 @@ def generate(
     Raises
     ------
     OptionError
-        When `count` is below 1.
+        When `count` is no whole number from 1.
     PromptError
         When the text would be longer than the model's context.
 
@@ -99,9 +99,7 @@ def generate(
     -----
     Cost: that of `explain` for each step, and a few singular vectors more. Memory: two dense maps.
     """
-    count, k = whole("count", count), whole("k", k)
-    if count < 1:
-        raise OptionError(f"{count} tokens: generate at least one")
+    count, k = whole("count", count, 1), whole("k", k)
     limit = lin.model.context_length
     if limit is not None and len(lin.tokens) + count - 1 > limit:
         raise PromptError(f"{len(lin.tokens)} tokens and {count} more: {lin.model.info.name} takes at most {limit}")

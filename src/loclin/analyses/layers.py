@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ from loclin.surroundings import in_plain_torch
 
 SHOWN = 3
 """Singular vectors that are put into words."""
+_CANCELLED = 10.0
+"""How much larger what an inner map sums may be than its sum: attention takes a sink's large values apart."""
 _WORDS = 5
 APPEARS = 10
 """A word has appeared once it is among this many."""
 _LAYERWISE_TRIPLES = 1  # a stable rank needs the largest value alone
 
+Signs = Literal["layer", "final"]
 Place = tuple[int, int, int | None]
 """Component, layer, and token; None: all tokens' maps side by side."""
 
@@ -170,6 +173,7 @@ def explain_layers(
     k: int = 8,
     position: int = -1,
     components: Sequence[str] | None = None,
+    signs: Signs = "layer",
     progress: Callable[[str], None] = lambda _step: None,
 ) -> LayerExplanation:
     """Explain how a prediction takes shape with depth (paper, section 3.4, Figure 6, Tables 1 to 3 and 5 to 7).
@@ -184,6 +188,9 @@ def explain_layers(
         Which prediction: the one after this token.
     components
         Some of `resid_post`, `attn_out` and `mlp_out`; all that every layer has, unless given.
+    signs
+        Singular vectors have no sign of their own, and what they write depends on it. "layer" turns each towards its
+        own layer's output, "final" towards the final prediction, behind the final norm, as the paper's author does.
     progress
         Told the name of each step as it begins.
 
@@ -192,8 +199,8 @@ def explain_layers(
     PromptError
         For a position outside the prompt.
     OptionError
-        For a k below 2 (the path needs two vectors) or beyond the number of singular values, or a component that there
-        is not.
+        For a k below 2 (the path needs two vectors) or beyond the number of singular values, or a component or signs
+        that there are not.
 
     Notes
     -----
@@ -204,9 +211,13 @@ def explain_layers(
     k = whole("k", k)
     if k < 2:
         raise OptionError(f"k={k}: the path with depth needs the first two singular vectors; ask for two or more")
+    if signs not in get_args(Signs):
+        raise OptionError(f"signs={signs!r}: choose layer or final")
     at = lin.trace.position(position)
     progress("maps from the embeddings")
     cumulative = lin.layers(components, "cumulative", k, at)
+    if signs == "final":
+        cumulative = _signed(cumulative, lin.value("final")[at])
     progress("each layer's own map")
     own = lin.layers(components, "layerwise", _LAYERWISE_TRIPLES, at)
     progress("words")
@@ -227,6 +238,7 @@ def explain_layers(
             "position": at,
             "k": k,
             "components": cumulative.components,
+            "signs": signs,
             "gate": lin.gate,
             "precision": lin.precision,
             "source": "embed (what enters layer 0, after any embedding scale); own maps: the layer's input",
@@ -246,9 +258,23 @@ def explain_layers(
         lens=lens,
         appears={reader: _first(ranks, APPEARS) for reader, ranks in followed.items()},
         leads={reader: _first(ranks, 1) for reader, ranks in followed.items()},
-        tolerance=tolerance(lin.trace),
+        tolerance=_CANCELLED * tolerance(lin.trace),
         warnings=lin.warnings,
         spectra=cumulative,
+    )
+
+
+def _signed(spectra: LayerSpectra, towards: Tensor) -> LayerSpectra:
+    """The same triples, turned so that every left vector has a non-negative product with a vector `[d]`."""
+    assert spectra.joint_U is not None
+    sign, joint = (
+        torch.where(towards.to(U) @ U < 0, -1.0, 1.0).to(U).unsqueeze(-2) for U in (spectra.U, spectra.joint_U)
+    )
+    return replace(
+        spectra,
+        U=spectra.U * sign,
+        Vh=spectra.Vh * sign.transpose(-1, -2),
+        joint_U=spectra.joint_U * joint,
     )
 
 

@@ -258,7 +258,7 @@ def _pull(graph: Graph, output: Tensor, cotangents: Float[Tensor, "n T d"]) -> t
     )
     for i, (weight, leaf) in enumerate(zip(weights, leaves, strict=True)):
         if weight is not None:
-            given[:, i] = (weight.double() * leaf.detach().double()).flatten(1).sum(1)
+            given[:, i] = (weight.double() * leaf.detach().double()).reshape(len(given), -1).sum(1)
     return torch.zeros_like(cotangents) if pulled is None else pulled[:, 0].to(cotangents), given
 
 

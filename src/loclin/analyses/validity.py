@@ -157,10 +157,10 @@ def validity(
     Cost: `len(sizes) * draws + 12 * T * swaps` forward passes, and a column of the frozen and of the ordinary map for
     each ray.
     """
-    draws, swaps, seed = whole("draws", draws), whole("swaps", swaps), whole("seed", seed)
-    sizes = [real("sizes", size) for size in sizes]
-    if draws < 0 or swaps < 0 or draws + swaps < 1 or not sizes or min(sizes) <= 0:
-        raise OptionError("give at least one random direction or one swap, and sizes above 0")
+    draws, swaps, seed = (whole(*given, 0) for given in (("draws", draws), ("swaps", swaps), ("seed", seed)))
+    sizes = [real("sizes", size, above=0.0) for size in sizes]
+    if draws + swaps < 1 or not sizes:
+        raise OptionError("give at least one random direction or one swap, and at least one size")
     at = lin.trace.position(position)
     nearby, x = Nearby(lin, at), lin.embeddings
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ each operation's result gets its own from those of the arguments.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ Keep = Callable[[Tensor], Tensor]
 HeldParts = Callable[[tuple[int, ...]], tuple[int, ...]]
 """(the parts' widths) -> which of them are held."""
 
-_HERE = str(Path(__file__).parent)
-_TORCH = str(Path(torch.__file__).parent)
+_NOT_THE_MODEL = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+"""Folders whose code is not the model's; with the separator, for torchao's is beside torch's."""
 _MARK = "_loclin_status"
 
 
@@ -278,7 +279,7 @@ class Frozen(TorchFunctionMode):
         line, path = "", ""
         while frame is not None and not (line and path):
             name = frame.f_code.co_filename
-            if not line and not name.startswith(_HERE) and not name.startswith(_TORCH):
+            if not line and not name.startswith(_NOT_THE_MODEL):
                 line = f"{Path(name).name}:{frame.f_lineno}"
             path = path or self._paths.get(id(frame.f_locals.get("self")), "")
             frame = frame.f_back

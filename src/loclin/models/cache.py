@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from loclin.errors import ModelError
-from loclin.models import manifest
+from loclin.models import access, manifest
 from loclin.models.gguf_header import read_header
 from loclin.models.gguf_source import GgufSource, convert, sync
 from loclin.models.quiet import quiet, status
@@ -44,6 +44,8 @@ class CacheEntry:
         The GGUF file it came from.
     intact
         Whether its files are as they were written.
+    readable
+        Whether this user may read it; where not, nothing else is known of it.
     """
 
     key: str
@@ -53,14 +55,26 @@ class CacheEntry:
     date: datetime | None
     source: str
     intact: bool
+    readable: bool = True
 
 
 def directory() -> Path:
-    """Give the cache directory: $LOCLIN_CACHE, else $XDG_CACHE_HOME/loclin, else ~/.cache/loclin."""
-    if own := os.environ.get("LOCLIN_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "loclin"
+    """Give the cache directory: $LOCLIN_CACHE, else $XDG_CACHE_HOME/loclin, else ~/.cache/loclin.
+
+    Raises
+    ------
+    ModelError
+        When none is named, and this user has no home.
+    """
+    own, shared = os.environ.get("LOCLIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(shared) if shared else Path.home() / ".cache") / "loclin"
+    except RuntimeError as fault:
+        raise ModelError(
+            f"There is no place for the model cache: {fault} Set LOCLIN_CACHE to a directory that you can write."
+        ) from fault
 
 
 def _models() -> Path:
@@ -88,6 +102,13 @@ def entries(*, content: bool = False) -> list[CacheEntry]:
 
 
 def _entry(path: Path, content: bool) -> CacheEntry:
+    try:
+        return _described(path, content)
+    except PermissionError:
+        return CacheEntry(path.name, path.name, path, 0, None, "unknown", intact=False, readable=False)
+
+
+def _described(path: Path, content: bool) -> CacheEntry:
     record = manifest.read(path)
     return CacheEntry(
         key=path.name,
@@ -112,9 +133,10 @@ def remove(name_or_key: str) -> list[CacheEntry]:
     if not doomed:
         there = ", ".join(entry.name for entry in entries()) or "none"
         raise ModelError(f"There is no converted copy of {name_or_key!r}; there are: {there}.")
-    with _lock(), _explain():
+    with _lock():
         for entry in doomed:
-            shutil.rmtree(entry.path)
+            with _explain(entry.path):
+                shutil.rmtree(entry.path)
     return doomed
 
 
@@ -126,10 +148,12 @@ def obtain(source: GgufSource) -> Path:
     Raises
     ------
     ModelError
-        When the source is missing, not what it should be or unreadable, or the cache cannot be written.
+        When the source is missing, not what it should be or unreadable, or the cache cannot be written, or read.
     """
     target = place(source)
-    return target if _whole(target) else rebuild(source, only_if_broken=True)
+    with readable(target, source.name):
+        whole = _whole(target)
+    return target if whole else rebuild(source, only_if_broken=True)
 
 
 def rebuild(source: GgufSource, *, only_if_broken: bool = False) -> Path:
@@ -177,6 +201,7 @@ def _convert(source: GgufSource, scratch: Path) -> Path:
             source_sha256=source.sha256,
             stored_dtype=header.stored_dtype,
         )
+        access.share(fresh)
         sync(fresh)
     return fresh
 
@@ -205,13 +230,25 @@ def _lock() -> Iterator[None]:
 
 
 @contextmanager
-def _explain() -> Iterator[None]:
-    """Turn a disk's complaint into what the user can do about it."""
+def readable(copy: Path, name: str) -> Iterator[None]:
+    """Say whose a copy is that this user may not read: it is not a damaged one."""
+    try:
+        yield
+    except PermissionError as fault:
+        raise ModelError(
+            f"Cannot read the converted copy of {name}: {access.reason(fault, copy)}; "
+            f"let its owner chmod -R a+rX {copy}, or set LOCLIN_CACHE to a directory of your own."
+        ) from fault
+
+
+@contextmanager
+def _explain(path: Path | None = None) -> Iterator[None]:
+    """Turn a disk's complaint, about a path in the cache or all of it, into what the user can do about it."""
     try:
         yield
     except OSError as fault:
         raise ModelError(
-            f"Cannot write the model cache {directory()}: {fault.strerror or fault}. "
+            f"Cannot write the model cache {directory()}: {access.reason(fault, path or directory())}. "
             "Set LOCLIN_CACHE to a directory with space that you can write."
         ) from fault
     except Exception as fault:  # safetensors has an error of its own for a full disk

@@ -41,14 +41,15 @@ def load(source: GgufSource, name: str, kind: Source, arguments: dict[str, Any],
         When it can neither be read from the cache nor converted.
     """
     path = cache.obtain(source)
-    try:
-        return _read(path, source, name, kind, arguments, bos_token)
-    except _AlteredError as fault:
-        _replace(path, source, fault)
-    try:
-        return _read(path, source, name, kind, arguments, bos_token)
-    except _AlteredError as fault:
-        raise ModelError(f"The converted copy of {name} in {path} does not stay as written: {fault}.") from fault
+    with cache.readable(path, name):
+        try:
+            return _read(path, source, name, kind, arguments, bos_token)
+        except _AlteredError as fault:
+            _replace(path, source, fault)
+        try:
+            return _read(path, source, name, kind, arguments, bos_token)
+        except _AlteredError as fault:
+            raise ModelError(f"The converted copy of {name} in {path} does not stay as written: {fault}.") from fault
 
 
 class _AlteredError(Exception):
@@ -82,6 +83,8 @@ def _read(
             failure = fault
         try:
             faults = verdict.result()
+        except PermissionError:
+            raise
         except OSError as fault:
             raise _AlteredError(str(fault)) from fault
     if faults:

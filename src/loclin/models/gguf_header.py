@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loclin.errors import ModelError
+from loclin.models import access
 from loclin.models.options import require
 
 # value type -> struct code; 8 is a string, 9 an array
@@ -77,7 +78,7 @@ def read_header(path: Path) -> GgufHeader:
     except (struct.error, KeyError, ValueError, RecursionError, OverflowError) as fault:
         raise ModelError(f"{path} is cut off or damaged: {fault}.") from fault
     except OSError as fault:
-        raise ModelError(f"Cannot read {path}: {fault.strerror}.") from fault
+        raise ModelError(f"Cannot read {path}: {access.reason(fault, path)}.") from fault
 
 
 def _parse(data: mmap.mmap) -> GgufHeader:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loclin.errors import ModelError
-from loclin.models import converted, hub, pretrained
+from loclin.models import access, converted, hub, pretrained
 from loclin.models.gguf_source import gguf_file
 from loclin.models.model import Model
 from loclin.models.options import parse_device, parse_dtype, require
@@ -80,7 +80,12 @@ def load(
         **{key: value for key, value in optional.items() if value is not None},
         **from_pretrained_kwargs,
     }
-    model = _load(name, revision, arguments)
+    try:
+        model = _load(name, revision, arguments)
+    except PermissionError as fault:
+        raise ModelError(
+            f"Cannot read {name}: {access.reason(fault, Path(name))}; chmod it, or copy it to where you can read it."
+        ) from fault
     if where is not None:
         hf: torch.nn.Module = model.hf  # transformers' own `to` has no types
         hf.to(where)
@@ -89,7 +94,11 @@ def load(
 
 def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> Model:
     """Decide what the name stands for."""
-    label, path = str(name), Path(name).expanduser()
+    label = str(name)
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as fault:  # the home of a user that there is not
+        raise ModelError(f"There is no directory {label}: {fault}") from fault
     packaged = PACKAGED.get(label)
     on_disk = packaged is not None or path.exists() or path.suffix.lower() == ".gguf"
     if on_disk and revision is not None:

@@ -60,13 +60,21 @@ def write(directory: Path, *, name: str, source: str, source_sha256: str, stored
 
 
 def read(directory: Path) -> Manifest | None:
-    """Read a directory's manifest; None when it is missing, damaged, or of another format."""
+    """Read a directory's manifest; None when it is missing, damaged, or of another format.
+
+    Raises
+    ------
+    PermissionError
+        When this user may not read it.
+    """
     try:
         fields = json.loads((directory / FILE).read_text(encoding="utf-8"))
         manifest = Manifest(**fields)
         sound = manifest.format == FORMAT and all(
             isinstance(file["size"], int) and isinstance(file["sha256"], str) for file in manifest.files.values()
         )
+    except PermissionError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
     return manifest if sound else None

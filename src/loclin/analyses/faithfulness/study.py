@@ -20,9 +20,11 @@ from loclin.analyses.faithfulness.deletion import Removal, ranked, replaced
 from loclin.analyses.faithfulness.planes import Projected, projections
 from loclin.analyses.faithfulness.prompts import Half, Prompt
 from loclin.analyses.nearby import Nearby
+from loclin.arguments import whole
 from loclin.errors import ModelError, OutputError
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model
+from loclin.models.access import reason
 from loclin.output import write_text
 from loclin.results import versions
 
@@ -123,11 +125,11 @@ def read(path: Path) -> Study | None:
     OutputError
         When the file cannot be read or is no study: it is left as it is.
     """
-    if not path.is_file():
-        return None
     try:
-        return Study.from_json(path.read_text("utf-8"))
-    except (OSError, ValueError) as fault:
+        return Study.from_json(path.read_text("utf-8")) if path.is_file() else None
+    except OSError as fault:
+        raise OutputError(f"cannot read {path}: {reason(fault, path)}") from fault
+    except ValueError as fault:
         raise OutputError(f"{path} is no study to go on with ({fault}); name another file, or use --fresh") from fault
 
 
@@ -179,6 +181,8 @@ def study(
     Cost of a prompt of T tokens: twelve columns, about 2 T + 10 forward passes and 4 backward; on the held-out half
     16 of both more, and about 18 T forward passes of half the length; with planes the dense map and 109 more.
     """
+    whole("planes", planes, 0)
+    whole("seed", seed, 0)
     captum = find_spec("captum") is not None
     if not captum:
         progress('no integrated gradients: captum is not installed (pip install "loclin[faithfulness]")')
