@@ -77,7 +77,7 @@ def _text(name: str, value: str) -> str:
             raise PromptError(f"{name} is not UTF-8 text; give whole UTF-8 characters") from None
     if "\0" in value:
         raise PromptError(f"{name} has a NUL character; leave it out")
-    return arguments.text(name, value)
+    return arguments.text(name, value.removeprefix("\ufeff"))  # of "$(cat FILE)"
 
 
 def place(_context: Any, param: Any, value: Any) -> Any:
