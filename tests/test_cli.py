@@ -59,9 +59,9 @@ def test_explain(directory, tmp_path):
     assert "EXACT" in out
     assert "bit-identical" in out
     read = json.loads(written.read_text())
-    assert [token["text"] for token in read["tokens"]] == ["<s>", "w3", "w4", "w5", "w6"]
+    assert [token["text"] for token in read["tokens"]] == ["<s>", " w3", " w4", " w5", " w6"]
     total = sum(token["share"] for token in read["tokens"]) + read["bias_share"]
-    assert total == pytest.approx(read["target"]["logit"], rel=1e-5)
+    assert total == pytest.approx(read["target"]["value"], rel=1e-5)
     assert page.read_text().lower().startswith("<!doctype html>")
 
 
@@ -71,7 +71,7 @@ def test_explain_generate(directory, tmp_path):
     code, out, err = run(*common, "--json", written, "--html", page)
     assert (code, "error" in err) == (0, False), err
     read = json.loads(written.read_text())
-    assert [step["target"]["text"] in out for step in read["steps"]] == [True, True]
+    assert [step["target"]["text"].replace(" ", "·") in out for step in read["steps"]] == [True, True]
     assert page.read_text().count("<details>") == 2
     code, _, err = run(*common, "--position", 1)
     assert code == 2
@@ -152,7 +152,7 @@ def test_attribute(directory, tmp_path, capsys, target):
     files = ("--json", written, "--html", page)
     code, out, err = here(capsys, "attribute", "w3 w4 w5", *target, "--model", directory, *levels, *files)
     assert code == 0, err
-    assert "logit w4" in out
+    assert "logit ·w4" in out
     assert out.count("shares sum to") == 3
     read = json.loads(written.read_text())
     assert list(read) == ["token", "token×layer", "head"]
@@ -164,9 +164,9 @@ def test_attribute(directory, tmp_path, capsys, target):
 def test_attribute_shares_out_other_things(directory, capsys):
     for options, kind in (
         ([], "logit "),
-        (["--target", "w4", "--against", "w5"], "logit difference w4 − w5"),
+        (["--target", "w4", "--against", "w5"], "logit difference ·w4 − ·w5"),
         (["--margin", "runner-up"], "logit margin"),
-        (["--target", "w4", "--margin", "others"], "logit over the others w4"),
+        (["--target", "w4", "--margin", "others"], "logit over the others ·w4"),
         (["--neuron", "L1N7", "--by", "all"], "neuron L1N7"),
     ):
         code, out, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *options)
@@ -177,7 +177,7 @@ def test_attribute_shares_out_other_things(directory, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "w3 w4"], "is 2 tokens, not one: 'w3' + 'w4'"),
+        (["--target", "w3 w4"], "is 2 tokens, not one: ' w3' + ' w4'"),
         (["--target-id", "61"], "the model's tokens are 0 to 60"),
         (["--by", "sideways"], "choose one of token, layer, head, neuron, bias, token×layer"),
         (["--against", "w3"], "--against needs --target"),

@@ -37,7 +37,7 @@ def test_steer(directory, tmp_path, capsys):  # noqa: F811
     assert code == 0, err
     second = json.loads(again.read_text())
     assert second["steered"] == read["steered"]
-    assert second["toward"] == ["<s>w7w8w9"]
+    assert second["toward"] == ["w7 w8 w9"]
     assert Operator.load(kept).point == f"resid_post.{read['layer']}"
 
 
@@ -85,11 +85,12 @@ def test_another_models_operator(directory, tmp_path, capsys):  # noqa: F811
 
 def test_watch(directory, tmp_path, capsys):  # noqa: F811
     words, written = tmp_path / "words.txt", tmp_path / "out.json"
-    words.write_text("\n".join(f"w{i}" for i in range(30)))
+    words.write_text("\n".join(f"w{i}" for i in range(30)), encoding="utf-8-sig")  # as editors on Windows write it
     common = ["--model", directory, "--words", words]
     code, out, err = here(capsys, "watch", PROMPT, *common, "--top", 1, "--k", 3, "--json", written)
     assert code == 0, err
     read = json.loads(written.read_text())
+    assert read["words"][0] == "w0", "no byte order mark"
     assert read["searched"] in (9, 12)
     assert len(read["hits"]) == sum(hit["writes"][0] in hit["watched"] for hit in read["hits"]) > 0
     assert f"{len(read['hits'])} of {read['searched']} singular vectors" in out

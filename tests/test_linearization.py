@@ -15,7 +15,7 @@ from loclin.linearization import linearize
     [
         (torch.zeros(1, 0, dtype=torch.long), r"shape \[1, T\]"),
         (torch.zeros(2, 3, dtype=torch.long), r"shape \[1, T\]"),
-        (torch.zeros(3, dtype=torch.long), r"shape \[1, T\]"),
+        (torch.tensor(3), r"shape \[1, T\]"),
         (torch.tensor([[5, 61]]), "from 0 to 60"),
         (torch.tensor([[-1, 5]]), "from 0 to 60"),
         (torch.tensor([[1.0, 2.0]]), "whole numbers"),

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from loclin.certify import relative
-from loclin.errors import ModelError, PromptError
+from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate, Precision
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model, wrap
 from loclin.padding import Padding, padded, without_padding
+from loclin.prompts import Numbers, Prompt, as_ids, read_prompt
 from loclin.surroundings import eager_code, in_plain_torch
 
 
 @in_plain_torch
 def linearize_batch(
     model: Model | PreTrainedModel,
-    prompts: list[str] | list[Tensor] | Tensor,
+    prompts: Prompt,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Numbers | None = None,
     padding: Padding = "left",
     gate: Gate = "activation",
     precision: Precision = "auto",
@@ -49,7 +53,8 @@ def linearize_batch(
     model
         From `loclin.load` or `loclin.wrap`; a transformers model is wrapped.
     prompts
-        Texts; or token ids, `[1, T_b]` each; or a padded tensor of them `[B, T]`.
+        Texts; or token ids, `[1, T_b]` each; or a padded tensor of them `[B, T]`; or what a tokenizer gave for several
+        texts, with its `attention_mask`.
     attention_mask
         For a padded tensor: zero at padding `[B, T]`. By default nothing is padding.
     padding
@@ -66,6 +71,8 @@ def linearize_batch(
     ------
     PromptError, NotExactError
         As for `linearize`; also without prompts, or for a mask with padding between tokens.
+    OptionError
+        For one text, which is no list of texts.
 
     Notes
     -----
@@ -73,19 +80,30 @@ def linearize_batch(
     """
     model = model if isinstance(model, Model) else wrap(model)
     batch: tuple[Tensor, Tensor] | None = None
-    if isinstance(prompts, Tensor):
+    if isinstance(prompts, str):
+        raise OptionError(f"prompts={prompts!r} is one text where a list is meant: [{prompts!r}]")
+    if isinstance(prompts, Mapping):
+        mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
+        prompts, attention_mask = as_ids(prompts.get("input_ids", ())), mask
+    rows: list[Any]
+    if isinstance(prompts, (Tensor, np.ndarray)):
+        prompts = as_ids(prompts)
         if prompts.dim() != 2:
             raise PromptError(f"padded token ids must have the shape [B, T], not {list(prompts.shape)}")
-        mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
+        mask = torch.ones_like(prompts) if attention_mask is None else as_ids(attention_mask, bools=True)
         batch = prompts, mask.bool()
         rows = without_padding(*batch)
     elif attention_mask is not None:
         raise PromptError("an attention mask belongs to a padded tensor of token ids; these prompts have no padding")
     else:
-        rows = [model.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt for prompt in prompts]
+        rows = list(prompts)
+        for row in rows:
+            read_prompt(model, row, bos=bos)  # all of them before the first is traced
     if not rows:
         raise PromptError("there are no prompts")
-    found = [linearize(model, row, gate=gate, precision=precision, memory=memory, strict=strict) for row in rows]
+    found = [
+        linearize(model, row, gate=gate, precision=precision, bos=bos, memory=memory, strict=strict) for row in rows
+    ]
     if batch is None:
         batch = padded([one.input_ids for one in found], padding, _fill(model))
     predicted = _predicted(model, *(part.to(model.device) for part in batch))

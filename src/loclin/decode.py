@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loclin.arguments import whole
 from loclin.freeze.quantised import dense_weight
 from loclin.models import Model
 from loclin.surroundings import in_plain_torch
@@ -80,6 +81,7 @@ class Decoder:
     @in_plain_torch
     def ranks(self, vectors: Float[Tensor, "n d"], token: int) -> list[int]:
         """A token's place among all that each vector writes: 1 is the first word of `writes`. Cost: n V d."""
+        token = whole("token", token)
         table, before, start = self._head, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device), 0
         own = vectors @ table[token].to(vectors)
         for rows in table.split(_rows_at_once(len(vectors) + table.shape[1])):

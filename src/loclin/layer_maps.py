@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loclin import cost, memory
+from loclin.arguments import strings
 from loclin.blocks import Workspace
 from loclin.chain import Chain
 from loclin.errors import OptionError
@@ -71,8 +72,9 @@ def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[st
         parts = [call.block.parts for call in trace.layers]
         known = [("attn_out", all(p.attn for p in parts)), ("mlp_out", all(p.mlp for p in parts)), ("resid_post", True)]
         return tuple(name for name, there in known if there)
+    components = strings("components", components)
     if not components or not set(components) <= set(COMPONENTS):
-        raise OptionError(f"components={tuple(components)!r}: choose some of {', '.join(COMPONENTS)}")
+        raise OptionError(f"components={components!r}: choose some of {', '.join(COMPONENTS)}")
     for component in components:
         for layer in range(trace.n_layers) if component != "resid_post" else ():
             trace.part(layer, component)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin.arguments import real, whole
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.frames import dataframe
@@ -169,7 +170,7 @@ def layer_spectra(
     budget: int | float | str | None = None,
 ) -> LayerSpectra:
     """Decompose every layer's maps; see `Linearization.layers`."""
-    names = check_components(chain, components)
+    names, k, tolerance = check_components(chain, components), whole("k", k), real("tolerance", tolerance)
     trace = chain.trace
     if normed and mode == "suffix":
         raise OptionError("normed=True: maps to `final` pass the final norm as it is; leave it out")

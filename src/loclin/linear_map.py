@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin import memory
+from loclin.arguments import refuse_broken
 from loclin.chain import Chain
 from loclin.dense_file import DenseFile
 from loclin.errors import BudgetError, OptionError
@@ -120,6 +121,7 @@ class LinearMap(Spectra):
     @in_plain_torch
     def matmat(self, Xs: Float[Tensor, "n T d_in"]) -> Float[Tensor, "n d_out"]:
         """J applied to n blocks of vectors. Cost: n columns."""
+        refuse_broken("X", Xs)
         Xs = usable(Xs).to(self.device, self.dtype)
         if self._whole is not None:
             spread = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
@@ -130,6 +132,7 @@ class LinearMap(Spectra):
     @in_plain_torch
     def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
         """The transpose of J applied to n output vectors. Cost: n columns."""
+        refuse_broken("u", Us)
         return self._pull(usable(Us).to(self.device, self.dtype))
 
     @in_plain_torch
@@ -359,6 +362,7 @@ class LinearMap(Spectra):
             model=trace.model.info,
             token_ids=ids,
             tokens=trace.model.decode_each(ids),
+            text=trace.model.decode(ids),
             gate="ordinary" if hold.ordinary else hold.gate,
             precision=trace.hold.resolved(trace.model.hf.dtype),
             dtype=str(self.dtype).removeprefix("torch."),

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loclin.arguments import whole
 from loclin.certify import Certificate, certify, random_operations
 from loclin.chain import Chain
-from loclin.errors import NotExactError, PromptError
+from loclin.errors import NotExactError
 from loclin.freeze import Gate, Hold, Precision
 from loclin.layer_spectra import LayerSpectra, layer_spectra
 from loclin.linear_map import LinearMap
 from loclin.memory import budget
 from loclin.models import Model, wrap
-from loclin.padding import without_padding
 from loclin.plan import Plan
 from loclin.points import parse
+from loclin.prompts import Numbers, Prompt, prompt_warnings, read_prompt
 from loclin.surroundings import in_plain_torch
 from loclin.trace import Trace, trace
 
@@ -48,6 +49,8 @@ class Linearization:
         The remembered forward pass, and its links.
     memory
         The budget of sweeps beside their results, as it was given.
+    prompt_warnings
+        What is odd about the prompt's tokens; see `warnings`.
     padded_error
         |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when no batch
         was run (see `loclin.linearize_batch`).
@@ -61,6 +64,7 @@ class Linearization:
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = hold.gate, hold.resolved(model.hf.dtype)
         self.padded_error: float | None = None
+        self.prompt_warnings: list[str] = []
         self.memory = memory
         self.chain = Chain(self.trace)
         self._maps: dict[tuple, LinearMap] = {}
@@ -77,9 +81,13 @@ class Linearization:
 
     @cached_property
     def tokens(self) -> list[str]:
-        """The T input tokens as text; their ids when the model has no tokenizer."""
-        ids = self.input_ids[0].tolist()
-        return self.model.decode_each(ids)
+        """The T input tokens, each as it is shown (see `Model.decode_each`); their ids without a tokenizer."""
+        return self.model.decode_each(self.input_ids[0].tolist())
+
+    @cached_property
+    def text(self) -> str:
+        """The prompt as the tokenizer reads it, special tokens included; `model.tokens.offsets` finds tokens in it."""
+        return self.model.decode(self.input_ids[0].tolist())
 
     @cached_property
     @in_plain_torch
@@ -92,6 +100,18 @@ class Linearization:
             if len(received) > 1
             and share >= SINK_SHARE
             and share >= SINK_RATIO * torch.cat([received[:i], received[i + 1 :]]).median().item()
+        ]
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a reader should know before trusting what is said of this prompt; every analysis passes it on."""
+        first_is_word = self.model.bos is None or int(self.input_ids[0, 0]) != self.model.bos
+        if 0 not in self.sinks or not first_is_word:
+            return self.prompt_warnings
+        return [
+            *self.prompt_warnings,
+            f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
+            "the sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True.",
         ]
 
     @in_plain_torch
@@ -108,7 +128,7 @@ class Linearization:
     def next_token_ids(self, k: int = 5, position: int = -1) -> list[tuple[int, str, float]]:
         """The model's k most probable next tokens, as (id, text, probability)."""
         logits = self.trace.logits(self.trace.position(position))
-        top = torch.softmax(logits.double(), dim=-1).topk(min(k, logits.shape[0]))
+        top = torch.softmax(logits.double(), dim=-1).topk(min(whole("k", k), logits.shape[0]))
         ids = top.indices.tolist()
         return list(zip(ids, self.model.decode_each(ids), top.values.tolist(), strict=True))
 
@@ -263,7 +283,7 @@ class Linearization:
 
     def followed_by(self, token: int) -> Linearization:
         """The same prompt with one more token, frozen there in the same way."""
-        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[token]])], dim=1)
+        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", token)]])], dim=1)
         return linearize(self.model, ids, gate=self.gate, precision=self.precision, memory=self.memory, strict=False)
 
     @in_plain_torch
@@ -278,9 +298,9 @@ class Linearization:
 @in_plain_torch
 def linearize(
     model: Model | nn.Module,
-    prompt: str | Tensor,
+    prompt: Prompt,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Numbers | None = None,
     gate: Gate = "activation",
     precision: Precision = "auto",
     bos: bool | str | None = None,
@@ -294,7 +314,7 @@ def linearize(
     model
         From `loclin.load` or `loclin.wrap`; a transformers model, compiled or with adapters as it may be, is wrapped.
     prompt
-        Text, or token ids `[1, T]`.
+        Text; token ids, `[1, T]` or `[T]`, a tensor, an array or a list; or what a tokenizer gave for one text.
     attention_mask
         For token ids: zero at padding `[1, T]`. Padding is left out, and the map is that of the other tokens alone.
     gate
@@ -302,7 +322,8 @@ def linearize(
     precision
         The dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see `loclin.freeze.Hold`.
     bos
-        For text: True puts a beginning token in front, False none, a string names it; None is the tokenizer's way.
+        For text: True puts a beginning token in front, False none, a string names it; None is the tokenizer's way. An
+        end that the tokenizer puts behind a text is left out, and `warnings` says so.
     memory
         The budget of sweeps beside their results: bytes, `"2GB"`, or a fraction of what is free.
     strict
@@ -311,7 +332,8 @@ def linearize(
     Raises
     ------
     PromptError
-        For an empty prompt, or one beyond the model's context; for a mask with padding between tokens.
+        For an empty prompt, or one beyond the model's context; for ids that are none, or several prompts; for a mask
+        with padding between tokens.
     NotExactError
         When the model has a module that does not become linear; the message names it.
 
@@ -320,13 +342,9 @@ def linearize(
     Cost: two forward passes. Where layers have no explicit products, the certificate as well.
     """
     model = model if isinstance(model, Model) else wrap(model)
-    if isinstance(prompt, str):
-        if attention_mask is not None:
-            raise PromptError("an attention mask belongs to token ids; text has no padding")
-        prompt = model.encode(prompt, bos=bos)
-    elif attention_mask is not None and prompt.dim() == 2 and len(prompt) == 1:
-        (prompt,) = without_padding(prompt, attention_mask)
-    result = Linearization(model, _checked(model, prompt), Hold(gate, precision), memory)
+    ids = read_prompt(model, prompt, attention_mask, bos)
+    result = Linearization(model, ids, Hold(gate, precision), memory)
+    result.prompt_warnings = prompt_warnings(model, ids, appends=isinstance(prompt, str) and bos is None)
     if strict and result.trace.random:
         raise _random(result.trace)
     if strict and (result.trace.misuses or not all(result.trace.explicit)):
@@ -359,17 +377,3 @@ def _refusal(model: Model, certificate: Certificate) -> str:
         f"{found or f'no single operation (error {certificate.reconstruction_error:.1e})'}{more}. "
         f'Say what to hold there with loclin.freeze.register("{kind}", form), or pass strict=False to look at it'
     )
-
-
-def _checked(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
-    """Refuse token ids that the model has no place for."""
-    if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
-        raise PromptError(f"token ids must have the shape [1, T] with T > 0, not {list(input_ids.shape)}")
-    if model.context_length is not None and input_ids.numel() > model.context_length:
-        raise PromptError(
-            f"The prompt has {input_ids.numel()} tokens; {model.info.name} takes at most {model.context_length}."
-        )
-    vocabulary = cast("Tensor", model.hf.get_input_embeddings().weight).shape[0]
-    if input_ids.is_floating_point() or not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
-        raise PromptError(f"token ids must be whole numbers from 0 to {vocabulary - 1}")
-    return input_ids

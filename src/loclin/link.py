@@ -7,6 +7,7 @@ depth. Every product takes a whole block of vectors: one *column* is one vector 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,13 +30,27 @@ Columns = Float[Tensor, "n T d"]
 _HEAD_PARTS = 16
 
 
+@contextmanager
+def _weights_stay() -> Iterator[None]:
+    """Say so where a graph cannot be gone through any more because a weight in it has changed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ModelError(
+            "the model's weights changed while a map was computed: does another thread train it? Linearize it again"
+        ) from error
+
+
 def batched_vjp(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
     """Products of a block of cotangents `[n, *output.shape]` with the map from `source` to `output`."""
     pulled = None
     if output.requires_grad:
-        (pulled,) = torch.autograd.grad(
-            output, source, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
-        )
+        with _weights_stay():
+            (pulled,) = torch.autograd.grad(
+                output, source, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
+            )
     return source.new_zeros((len(cotangents), *source.shape)) if pulled is None else pulled
 
 
@@ -52,7 +67,8 @@ def batched_jvp(output: Tensor, source: Tensor) -> Callable[[Tensor], Tensor]:
     def push(tangents: Tensor) -> Tensor:
         if pulled is None or not pulled.requires_grad or not len(tangents):
             return output.new_zeros((len(tangents), *output.shape))
-        (pushed,) = torch.autograd.grad(pulled, cotangent, tangents, is_grads_batched=True, retain_graph=True)
+        with _weights_stay():
+            (pushed,) = torch.autograd.grad(pulled, cotangent, tangents, is_grads_batched=True, retain_graph=True)
         return pushed
 
     return push
@@ -77,12 +93,14 @@ class Graph:
     """A layer's tensors on the linear path, at its points.
 
     `attn_shift` is a zero added to the attention's output: moving it moves `resid_mid` and nothing before it, so it
-    stands for the points between attention and MLP.
+    stands for the points between attention and MLP. `lookups` names the constants `[1, T, ...]` that are the tokens'
+    own: rows of a table other than the input embeddings.
     """
 
     points: dict[str, Tensor]
     attn_shift: Tensor
     constants: Constants
+    lookups: frozenset[str] = frozenset()
 
     @property
     def parallel(self) -> bool:
@@ -287,15 +305,16 @@ def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
             points["again"] = first(output)
             mode.collect = False
 
-        start = at_entry(trace, enter)
-        end = trace.route.exit.register_forward_hook(leave)
+        handles = [at_entry(trace, enter), trace.route.exit.register_forward_hook(leave)]
+        handles += mode.look_up(trace.input_ids, model.hf.get_input_embeddings())
         try:
             logits_at(model, trace.input_ids, trace.length - 1)
         finally:
-            start.remove()
-            end.remove()
+            for handle in handles:
+                handle.remove()
     check_again(trace, points.pop("again"), trace.stock_final, "the model")
-    return Graph(points, torch.zeros_like(x, requires_grad=True), mode.constants)
+    lookups = frozenset(name for name, _ in mode.lookups.values())
+    return Graph(points, torch.zeros_like(x, requires_grad=True), mode.constants, lookups)
 
 
 class NormLink:

@@ -29,8 +29,8 @@ class Provenance:
     ----------
     model
         Name, family, revision and source of the model.
-    token_ids, tokens
-        The prompt, all of it: ids, and each one's text.
+    token_ids, tokens, text
+        The prompt, all of it: ids, each one as it is shown, and all together (see `Model.decode`).
     gate, precision, dtype
         What was held (`"ordinary"`: nothing), and the dtype of the sweeps.
     source, target, position, normed
@@ -48,6 +48,7 @@ class Provenance:
     model: ModelInfo
     token_ids: list[int]
     tokens: list[str]
+    text: str
     gate: str
     precision: str
     dtype: str

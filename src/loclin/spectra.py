@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.arguments import real, whole
 from loclin.chain import Chain
 from loclin.frames import dataframe
 from loclin.plan import Plan, cheaper_alone
@@ -137,6 +138,7 @@ class Spectra(ABC):
         -----
         Cost: the dense map and T (or one) dense decompositions, or the columns that `plan` counts.
         """
+        k, seed, tolerance = whole("k", k), whole("seed", seed), real("tolerance", tolerance)
         check_tolerance(tolerance, self.dtype)
         choice = make_plan(self, k, joint=joint, tolerance=tolerance, way=plan)
         found = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin import explicit
+from loclin.arguments import whole
 from loclin.blocks import Workspace
 from loclin.coefficients import Coefficients, Reader
 from loclin.errors import ModelError, OptionError, PromptError
@@ -148,6 +149,7 @@ class Trace:
         PromptError
             When it lies outside the prompt.
         """
+        position = whole("position", position)
         if not -self.length <= position < self.length:
             raise PromptError(
                 f"position {position} is outside the prompt, which has {self.length} tokens "
@@ -220,7 +222,12 @@ def agrees(again: Tensor, before: Tensor, widened: bool = False) -> bool:
 
     `widened`: one of the two was without the casts to float32 that are in a model's code.
     """
-    scale = torch.finfo(before.dtype)
+    if torch.equal(again, before):
+        return True
+    finite, scale = before.isfinite(), torch.finfo(before.dtype)
+    if not torch.equal(again.isfinite(), finite):
+        return False
+    again, before = (value.masked_fill(~finite, 0) for value in (again, before))  # tokens may be ruled out by -inf
     off = (again - before).norm() / before.norm().clamp_min(scale.tiny)
     return off.item() <= _ROUNDINGS * max(scale.eps, torch.finfo(torch.float32).eps if widened else 0.0)
 

@@ -10,9 +10,12 @@ import torch
 import shares_oracle
 import tiny
 from loclin.analyses.attribution import KINDS, Attribution
+from loclin.analyses.explain import explain
 from loclin.analyses.target import Margin
 from loclin.errors import OptionError
+from loclin.freeze import frozen
 from loclin.linearization import linearize
+from loclin.link import HeadLink, batched_jvp
 from loclin.models import tiny as families
 
 LEVELS = ("token", "bias", "layer", "head", "neuron", "token×layer")
@@ -176,9 +179,49 @@ def test_a_budget_changes_nothing():
 
 def test_what_float32_rounds_too_much_is_swept_again(monkeypatch):
     """As if every sum were off: the float64 sweep has float32's coefficients, and float64's rounding."""
-    monkeypatch.setattr("loclin.analyses.attribute._ROUNDING", 0.0)
+    monkeypatch.setattr("loclin.analyses.shares._ROUNDING", 0.0)
     for model in (tiny.llama(dtype=torch.float32), families.build("gpt2", dtype=torch.float32)):
         ids = tiny.prompt(7)
         single, double = linearize(model, ids), linearize(model, ids, precision="double")
         for by in LEVELS:
             assert far(single.attribute(5, by).shares, double.attribute(5, by).shares) < tiny.rounding()
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_per_layer_embeddings_are_their_tokens(family):
+    """What each token's own rows of the second table give, pushed forward instead of pulled back."""
+    model = families.build(family)
+    lin = linearize(model, families.prompt(model, 5), precision="double")
+    shared, whole = lin.attribute(), lin.attribute(by="bias")
+    table = "model.embed_tokens_per_layer"
+    assert [(part.name, part.kind) for part in whole.parts] == [("embed", "embed"), (table, "bias")]
+    assert [part.kind for part in shared.parts] == ["token"] * 5
+    assert [table in warning for warning in shared.warnings] == [True]
+    assert shared.residual == pytest.approx(0, abs=1e-12)
+
+    J = lin.jacobian(target="logits")
+    weights = J.value.new_full((J.shape[0],), -1 / J.shape[0])
+    weights[shared.target["ids"][0]] += 1
+    graph = lin.chain.layers[0].graph(collect=True)
+    (leaf,) = (leaf for name, leaf in graph.constants if name == table)
+    rows = torch.stack([leaf.detach() * (torch.arange(5) == t)[:, None, None] for t in range(5)])
+    pushed = HeadLink(lin.trace, 4).jvp(batched_jvp(graph.points["resid_post"], leaf)(rows)[:, 0, -1])
+    expected = (J.rmatvec(weights) * J.input).sum(-1) + pushed @ weights
+    assert torch.allclose(shared.shares, expected, rtol=1e-10, atol=1e-12)
+    assert whole.parts[1].share == pytest.approx((pushed @ weights).sum().item(), rel=1e-10)
+    explained = explain(lin, k=1)
+    assert [token.share for token in explained.tokens] == shared.shares.tolist()
+    assert shared.warnings[0] in explained.warnings
+
+
+def test_positions_are_not_taken_for_tokens():
+    model = torch.nn.ModuleDict({name: torch.nn.Embedding(9, 3) for name in ("words", "positions", "more")})
+    for ids, found in ((torch.tensor([[0, 1, 2]]), ["more"]), (torch.tensor([[4, 1, 4]]), ["more", "more"])):
+        with frozen(model) as mode:
+            handles = mode.look_up(ids, model["words"])
+            model["words"](ids)
+            kept = [model["positions"](torch.arange(3)[None]), model["more"](ids), model["more"](ids.clone())]
+            for handle in handles:
+                handle.remove()
+        assert [path for path, _ in mode.lookups.values()] == found
+        assert len(kept) == 3

@@ -47,8 +47,8 @@ def test_as_json(found):
     assert sum(row["share"] for row in read["shares"]) == pytest.approx(read["target"]["value"], rel=1e-12)
     assert read["sum"] + read["residual"] == pytest.approx(read["target"]["value"], rel=1e-12)
     assert read["by"] == found.by
-    assert read["target"]["tokens"] == ["w4"]
-    assert read["provenance"]["tokens"] == ["w5", "w9", "w11", "w20", "w7"]
+    assert read["target"]["tokens"] == [" w4"]
+    assert read["provenance"]["tokens"] == [" w5", " w9", " w11", " w20", " w7"]
     assert read["provenance"]["target"] == "logits"
 
 
@@ -61,7 +61,7 @@ def test_as_a_table(found):
 
 
 def test_names(lin):
-    assert [part.name for part in lin.attribute(by="token").parts][:5] == ["w5", "w9", "w11", "w20", "w7"]
+    assert [part.name for part in lin.attribute(by="token").parts][:5] == [" w5", " w9", " w11", " w20", " w7"]
     heads = [part.name for part in lin.attribute(by="head").parts]
     assert heads[:7] == ["embed", "L0H0", "L0H1", "L0H2", "L0H3", "model.layers.0.self_attn.o_proj.bias", "mlp_out.0"]
     assert lin.attribute(by="neuron").parts[2].name == "L0N0"
@@ -89,7 +89,7 @@ def test_the_largest_come_with_words(lin):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("w3 w4", r"target 'w3 w4' is 2 tokens, not one: 'w3' \+ 'w4'. Give one token's text, or its id"),
+        ("w3 w4", r"target 'w3 w4' is 2 tokens, not one: ' w3' \+ ' w4'. Give one token's text, or its id"),
         ("zebra", "target 'zebra' is not a token: '<unk>'"),
         ("", "target '' is 0 tokens, not one: nothing"),
     ],
@@ -103,4 +103,4 @@ def test_texts_that_are_not_one_token(lin, text, message):
 
 def test_texts_are_ids(lin):
     assert torch.equal(lin.attribute("w4").shares, lin.attribute(6).shares)
-    assert lin.attribute(6).target["tokens"] == ["w4"]
+    assert lin.attribute(6).target["tokens"] == [" w4"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from loclin.analyses.attribute import attribute
 from loclin.analyses.explain import explain
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
@@ -21,17 +22,38 @@ def lin(request):
 
 
 @pytest.mark.parametrize("position", [-1, 2])
-def test_shares_sum_to_the_logit(lin, position):
+def test_shares_sum_to_the_logit_over_the_mean(lin, position):
     found = explain(lin, k=3, position=position)
     logits = lin.model.hf(input_ids=lin.input_ids).logits[0, position]
     assert found.target["id"] == logits.argmax().item()
     assert found.target["logit"] == pytest.approx(logits.max().item(), rel=1e-6)
     total = sum(token.share for token in found.tokens) + found.bias_share
-    assert total + found.share_residual == pytest.approx(found.target["logit"], rel=1e-12)
+    assert found.target["kind"] == "logit over the mean"
+    assert found.target["value"] == pytest.approx((logits.max() - logits.mean()).item(), rel=1e-6)
+    assert total + found.share_residual == pytest.approx(found.target["value"], rel=1e-12)
     assert abs(found.share_residual) < 1e-12 * abs(found.target["logit"])
-    head = lin.model.hf.lm_head.weight[found.target["id"]].detach()
+    weights = lin.model.hf.lm_head.weight.detach()
+    head = weights[found.target["id"]] - weights.mean(0)
     parts = torch.einsum("o,oti,ti->t", head, lin.jacobian(position=position).dense(), lin.embeddings)
     assert [token.share for token in found.tokens] == pytest.approx(parts.tolist(), abs=1e-10)
+
+
+@pytest.mark.parametrize("gate", ["activation", "up", "half"])
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_explain_and_attribute_give_the_same_shares(build, gate):
+    lin = linearize(build().float(), tiny.prompt(6), gate=gate)
+    for position in (-1, 2):
+        found, shared = explain(lin, k=1, position=position), attribute(lin, position=position)
+        tokens = [part.share for part in shared.parts if part.kind == "token"]
+        biases = [part.share for part in shared.parts if part.kind == "bias"]
+        assert [token.share for token in found.tokens] == tokens
+        assert found.bias_share == pytest.approx(sum(biases), rel=1e-12)
+        assert {name: found.target[name] for name in ("kind", "value", "probability")} == {
+            name: shared.target[name] for name in ("kind", "value", "probability")
+        }
+        rounding = 1e-14 * max(shared.target["size"], shared.shares.abs().sum().item())
+        assert found.share_residual == pytest.approx(shared.residual, abs=rounding)
+        assert found.settings["gate"] == shared.provenance.gate == gate
 
 
 def test_rows_are_rows_and_columns_are_columns(lin):

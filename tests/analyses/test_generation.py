@@ -29,7 +29,7 @@ def test_steps_are_greedy_and_exact(lin):
     found = generate(lin, 4, k=2)
     ids = lin.model.hf.generate(lin.input_ids, max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     assert [step.target["id"] for step in found.steps] == ids[0, 5:].tolist()
-    assert found.text == "".join(str(token) for token in ids[0, 5:].tolist())
+    assert found.text == " ".join(str(token) for token in ids[0, 5:].tolist())
     for number, step in enumerate(found.steps):
         assert step.certificate.passed
         assert step.settings["token_ids"] == ids[0, : 5 + number].tolist()

@@ -48,7 +48,7 @@ def test_hits_and_their_parts(model, lin):
             if hit:
                 parts += head @ (u * c)
     for share in found.shares:
-        token = int(share.text.removeprefix("w"))
+        token = int(share.text.removeprefix(" w"))
         assert share.part == pytest.approx(parts[token].item(), rel=1e-7)
         assert share.logit == pytest.approx(model.hf(lin.input_ids).logits[0, -1, token].item(), rel=1e-5)
     assert any(share.watched for share in found.shares)

@@ -22,6 +22,7 @@ def provenance(tokens: list[str]) -> Provenance:
     return Provenance(
         model=info,
         token_ids=list(range(len(tokens))),
+        text="".join(tokens),
         tokens=tokens,
         gate="activation",
         precision="stock",

@@ -140,3 +140,28 @@ def test_the_fragment_is_static_and_escaped(found: Attribution) -> None:
 def test_write(tmp_path: Path) -> None:
     write_attribution(LEVELS, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_a_clipped_bar_says_so():
+    page = attribution_html([attributions.tokens()])
+    assert page.count('class="pos beyond"') == 1  # the sink's, which would dwarf all others
+    assert "end: longer than drawn." in page
+    unclipped = attribution_html([attributions.tokens(sinks=[])])
+    assert ' beyond"' not in unclipped
+    assert "longer than drawn" not in unclipped
+
+
+def test_a_clipped_cell_says_so():
+    rows: list[attributions.Row] = [("attn_out", 0, -1, i, share) for i, share in enumerate((9.5, -0.75, 1.25, 2.5))]
+    page = attribution_html([attributions.made("token×layer", rows)])
+    assert page.count('class="beyond"') == 1
+    assert "Full colour: 2.500; outlined: more." in page
+    assert "outlined" not in attribution_html([attributions.made("token×layer", rows, sinks=[])])
+
+
+def test_pages_and_terminals_name_the_gate_and_the_target():
+    for found in (attributions.tokens(), attributions.layers(), attributions.heads(), attributions.matrix()):
+        page = attribution_html([found])
+        assert "Gate activation. Another gate gives other shares; half agrees best with removing tokens" in page
+        assert "Gate activation." in attribution_fragment(found)
+        assert "the logit is" in page

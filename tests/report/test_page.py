@@ -80,14 +80,14 @@ def page() -> Page:
 
 def test_shows_the_numbers_of_the_explanation(page: Page) -> None:
     text = " ".join(page.text.split())
-    for piece in ("is next with 50.0 %", "logit 6.5 = tokens +6.000, bias +0.500, rounding 2.0e-06"):
+    for piece in ("is next with 50.0 %", "logit over the mean 6.5 = tokens +6.000, bias +0.500, rounding 2.0e-06"):
         assert piece in text
     for piece in ("EXACT", "4.0e-07", "bit-identical", "at most 0", "ordinary Jacobian"):
         assert piece in text
     made = explanation()
     for shown, part in zip(page.data["tokens"], made.tokens, strict=True):
         assert shown["text"] == visible(part.text)
-        assert dict(shown["facts"])["share of the logit"] == f"{part.share:+.3f}"
+        assert dict(shown["facts"])["share of the logit over the mean"] == f"{part.share:+.3f}"
         assert len(shown["blocks"]) == len(part.blocks)
     block = page.data["tokens"][1]["blocks"][1]
     assert (block["name"], block["values"], block["gain"]) == ("σ2≈σ3", "1, 0.9995", None)
@@ -213,5 +213,5 @@ def test_the_fragment_is_static_and_escaped(made: Explanation) -> None:
     assert not [tag for tag, _ in fragment.elements if tag in ("html", "body", "button")]
     assert not [name for _, attributes in fragment.elements for name in attributes if name.startswith("on")]
     assert len(fragment.having("class", "chip")) == len(made.tokens)
-    assert f"{made.target['logit']:.4g}" in fragment.text
+    assert f"{made.target['value']:.4g}" in fragment.text
     assert ("others" in fragment.text) == (len(made.tokens) > 24)

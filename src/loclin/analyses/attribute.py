@@ -14,20 +14,17 @@ import torch
 
 from loclin import memory
 from loclin.analyses.attribution import Attribution, By, Kind
-from loclin.analyses.explain import sink_warnings
-from loclin.analyses.shares import Shares, by_part, by_source, by_token_and_layer
-from loclin.analyses.target import Reading, Target, read
+from loclin.analyses.shares import Shares, by_part, by_source, by_token_and_layer, swept
+from loclin.analyses.target import Reading, Target, described, read
 from loclin.analyses.wording import in_words
+from loclin.arguments import whole
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
 from loclin.surroundings import in_plain_torch
-from loclin.widened import widened
 
 LEVELS: tuple[By, ...] = get_args(By)
 _SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
-_ROUNDING = 5e-7
-"""Shares that miss their sum by more, over the sizes of what is summed, are computed again in float64."""
 _SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
 
 
@@ -80,24 +77,19 @@ def attribute(
     the budget, for as many of 2 L columns at a time as it holds (each time with graphs of its own). Where float32
     rounds the sum by more than 5e-7, all is done again in float64.
     """
-    chosen = level(by)
+    chosen, words = level(by), whole("words", words)
     reading = read(lin, target, position)
     if chosen not in ("token", "bias") and lin.trace.route.whole is not None:
         raise OptionError(
             f"{lin.model.info.name} has no layers to tell apart: {lin.trace.route.whole}; by='token' and by='bias' work"
         )
-    shares, notes = _swept(lin, lin.chain, reading, chosen)
-    if lin.trace.dtype == torch.float32 and shares.error(reading) > _ROUNDING:
-        shares, notes = _swept(lin, Chain(widened(lin.trace)), reading, chosen)
+    shares = swept(lin.chain, reading, lambda chain: _shared(lin, chain, reading, chosen))
     rows = shares.ordered()
     kinds, layers, indices, tokens = (torch.tensor([row[i] for row in rows]) for i in range(4))
     given, passing = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (4, 5))
-    about = reading.to_dict()
-    if reading.ids:
-        about["probability"] = lin.trace.logits(reading.position).double().softmax(0)[reading.ids[0]].item()
     found = Attribution(
         by=chosen,
-        target=about,
+        target=described(lin, reading),
         shares=given,
         through=passing if chosen in ("layer", "head", "neuron") else None,
         kinds=kinds,
@@ -108,17 +100,17 @@ def attribute(
         writes={},
         attends={},
         sinks=lin.sinks,
-        warnings=[*sink_warnings(lin), *notes],
+        warnings=[*lin.warnings, *reading.warnings, *shares.notes],
         provenance=replace(lin.jacobian(position=position).provenance(), target=reading.at),
     )
     return in_words(lin, reading, found, words)
 
 
-def _swept(lin: Linearization, chain: Chain, reading: Reading, level: By) -> tuple[Shares, list[str]]:
+def _shared(lin: Linearization, chain: Chain, reading: Reading, level: By) -> Shares:
     if level in ("token", "bias"):
-        return by_source(chain, reading, together=level == "bias"), []
+        return by_source(chain, reading, together=level == "bias")
     if level == "token×layer":
-        return by_token_and_layer(chain, reading, memory.budget(lin.memory, lin.model.device)), []
+        return by_token_and_layer(chain, reading, memory.budget(lin.memory, lin.model.device))
     return by_part(chain, reading, _SPLITS.get(level))
 
 

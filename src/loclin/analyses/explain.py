@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,6 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.analyses.attribution import KINDS
+from loclin.analyses.shares import by_source, swept
+from loclin.analyses.target import described, read
+from loclin.arguments import whole
 from loclin.certify import Certificate
 from loclin.decode import Decoder, Words
 from loclin.linearization import Linearization
@@ -60,7 +65,7 @@ class Unit:
 class TokenExplanation:
     """One input token's part of the map.
 
-    `share` is the exact part of the predicted token's logit that this token gives, J_i x_i through the head.
+    `share` is the exact part of the target that this token gives: J_i x_i through the head.
     `rows` are the output units with the largest row norms, in the input tokens that drive them; `columns` the input
     units with the largest column norms, in the output tokens they write (paper, Figure 4A).
     """
@@ -88,13 +93,14 @@ class Explanation:
     predictions
         The model's most probable next tokens, as (text, probability).
     target
-        The token whose logit is shared out, with its `id`, `text`, `probability` and `logit`.
+        What is shared out, as in `loclin.attribute` without a target: the predicted token's logit over the mean of all.
+        Its `kind` and `value`; the token's `id`, `text`, `probability` and plain `logit`.
     tokens
         The input tokens' parts.
     bias_share
-        The part of the logit that biases give.
+        The part of the target that biases give.
     share_residual
-        logit - (sum of the shares): rounding.
+        value - (sum of the shares): rounding.
     certificate
         How exact the map is.
     ordinary_error
@@ -165,7 +171,7 @@ def explain(
     -----
     Cost: the dense map (d columns), T dense decompositions, and about 15 columns. Memory: the map, T d^2 numbers.
     """
-    at = lin.trace.position(position)
+    at, k = lin.trace.position(position), whole("k", k)
     J = lin.jacobian(position=at)
     check_rank(k, J.shape[0], J.shape[2])
     progress("exact map")
@@ -182,14 +188,14 @@ def explain(
     blocks = _blocks(svd, J.input, decoder)
     rows = _units(dense.transpose(0, 1), decoder.reads)
     columns = _units(dense.permute(1, 2, 0), decoder.writes)
-    predictions = lin.next_token_ids(10, at)
-    chosen, text, probability = predictions[0]
-    logits = lin.jacobian(target="logits", position=at)
-    one_hot = torch.zeros(logits.shape[0], dtype=logits.dtype, device=logits.device)
-    one_hot[chosen] = 1.0
-    shares = (logits.rmatvec(one_hot) * J.input).sum(-1)
-    bias_share = logits.bias[chosen].item()
-    logit = logits.value[chosen].item()
+    reading = read(lin, None, at)
+    found = swept(lin.chain, reading, lambda chain: by_source(chain, reading, together=False))
+    shares, bias_share = [0.0] * len(lin.tokens), 0.0
+    for kind, _, _, token, share, _ in found.rows:
+        if KINDS[kind] == "token":
+            shares[token] += share
+        else:
+            bias_share += share
     tokens = [
         TokenExplanation(
             text=lin.tokens[i],
@@ -197,7 +203,7 @@ def explain(
             is_sink=i in lin.sinks,
             frobenius_norm=norms[i],
             stable_rank=ranks[i],
-            share=shares[i].item(),
+            share=shares[i],
             singular_values=spectra[i],
             blocks=blocks[i],
             rows=rows[i],
@@ -208,19 +214,26 @@ def explain(
     return Explanation(
         model=lin.model.info.to_dict(),
         settings=_settings(lin, k, at),
-        prompt="".join(lin.tokens),
-        predictions=[(word, p) for _, word, p in predictions],
-        target={"id": chosen, "text": text, "probability": probability, "logit": logit},
+        prompt=lin.text,
+        predictions=lin.next_tokens(10, at),
+        target=_target(described(lin, reading), lin.trace.logits(at)),
         tokens=tokens,
         bias_share=bias_share,
-        share_residual=logit - shares.sum().item() - bias_share,
+        share_residual=reading.value - math.fsum(shares) - bias_share,
         certificate=certificate,
         ordinary_error=((ordinary - J.value).std() / J.value.std()).item(),
         output=J.value.tolist(),
         reconstruction=J.reconstruct().tolist(),
         ordinary=ordinary.tolist(),
-        warnings=sink_warnings(lin),
+        warnings=[*lin.warnings, *found.notes],
     )
+
+
+def _target(about: dict[str, Any], logits: Tensor) -> dict[str, Any]:
+    """What is shared out, as plain values."""
+    (id_,), (text,) = about["ids"], about["tokens"]
+    shared = {name: about[name] for name in ("kind", "value", "size", "probability")}
+    return {"id": id_, "text": text, "logit": logits[id_].item()} | shared
 
 
 def _blocks(svd: SVD, x: Tensor, decoder: Decoder) -> list[list[SingularBlock]]:
@@ -264,15 +277,3 @@ def _settings(lin: Linearization, k: int, position: int) -> dict[str, Any]:
         "token_ids": lin.input_ids[0].tolist(),
         "versions": {name: version(name) for name in ("loclin", "torch", "transformers")},
     }
-
-
-def sink_warnings(lin: Linearization) -> list[str]:
-    """Say so where the first word carries the attention sink."""
-    found = []
-    first_is_word = lin.model.bos is None or int(lin.input_ids[0, 0]) != lin.model.bos
-    if 0 in lin.sinks and first_is_word:
-        found.append(
-            f"{lin.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
-            "the sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True."
-        )
-    return found

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.explain import Explanation, explain
+from loclin.arguments import whole
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
@@ -48,19 +49,17 @@ class Generation:
 
     Attributes
     ----------
+    text
+        What was generated, as it goes on from the prompt.
     steps
         The explanation of each prediction; each one's target is the next one's last token.
     drift
         For each step but the first, the drift of every token that the step before had.
     """
 
+    text: str
     steps: list[Explanation]
     drift: list[list[Drift]]
-
-    @property
-    def text(self) -> str:
-        """What was generated."""
-        return "".join(step.target["text"] for step in self.steps)
 
     def to_json(self) -> str:
         """All steps as JSON text; floats that are not finite do not occur."""
@@ -100,6 +99,7 @@ def generate(
     -----
     Cost: that of `explain` for each step, and a few singular vectors more. Memory: two dense maps.
     """
+    count, k = whole("count", count), whole("k", k)
     if count < 1:
         raise OptionError(f"{count} tokens: generate at least one")
     limit = lin.model.context_length
@@ -108,6 +108,7 @@ def generate(
     steps: list[Explanation] = []
     drift: list[list[Drift]] = []
     before: tuple[Tensor, SVD] | None = None
+    prompt = lin.input_ids[0].tolist()
     for number in range(1, count + 1):
         found = explain(lin, k, progress=lambda step, number=number: progress(f"token {number}: {step}"))  # type: ignore[misc]
         J = lin.jacobian()
@@ -120,7 +121,8 @@ def generate(
         if number == count or token in _endings(lin.model):
             break
         lin = lin.followed_by(token)
-    return Generation(steps, drift)
+    text = lin.model.tokens.continuation(prompt, [step.target["id"] for step in steps])
+    return Generation(text, steps, drift)
 
 
 def _drift(token: int, old: Float[Tensor, "o T i"], old_svd: SVD, new: Float[Tensor, "o T2 i"], new_svd: SVD) -> Drift:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.target import Reading, Target, read
+from loclin.arguments import strings, whole
 from loclin.decode import Decoder, Words
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
@@ -66,6 +67,8 @@ class Head:
         The part of the share that comes from biases in front of the head's output.
     triples
         The largest singular triples of its map in words.
+    warnings
+        What a reader should know before trusting it.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Head:
     attends: Float[Tensor, " T"]
     bias: float
     triples: list[HeadTriple]
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the map, for JSON."""
@@ -100,6 +104,8 @@ class Path:
         `[T]`: what each token gives of the target by this path.
     source
         The token asked for; None for all.
+    warnings
+        What a reader should know before trusting it.
     """
 
     name: str
@@ -107,6 +113,7 @@ class Path:
     target: dict[str, Any]
     shares: Float[Tensor, " T"]
     source: int | None
+    warnings: list[str]
 
     @property
     def share(self) -> float:
@@ -115,8 +122,12 @@ class Path:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the map, for JSON."""
-        about = {"name": self.name, "target": self.target, "source": self.source, "share": self.share}
-        return about | {"shares": self.shares.tolist(), "provenance": self.map.provenance().to_dict()}
+        about: dict[str, Any] = {"name": self.name, "target": self.target, "source": self.source, "share": self.share}
+        return about | {
+            "warnings": self.warnings,
+            "shares": self.shares.tolist(),
+            "provenance": self.map.provenance().to_dict(),
+        }
 
 
 @in_plain_torch
@@ -148,6 +159,7 @@ def head(lin: Linearization, layer: int, head: int, target: Target = None, *, k:
     Cost: two forward passes of the layer, d columns of its attention, and an SVD of its map.
     """
     reading = _at_the_end(lin, read(lin, target, position))
+    layer, head, k = whole("layer", layer), whole("head", head), whole("k", k)
     parse(f"attn_out.{layer}", lin.trace.n_layers)
     J = part_map(lin.chain, parse_part(f"L{layer}H{head}", lin.trace), reading.position, lin.memory)
     (link,) = J.chain.parts
@@ -169,6 +181,7 @@ def head(lin: Linearization, layer: int, head: int, target: Target = None, *, k:
         attends=products,
         bias=(g.double() @ J.bias.to(g.device).double()).item(),
         triples=[HeadTriple(*row) for row in zip(svd.S.tolist(), writes, reads, gains, strict=True)],
+        warnings=[*lin.warnings, *reading.warnings],
     )
 
 
@@ -205,11 +218,11 @@ def path(
     """
     reading = _at_the_end(lin, read(lin, target, position))
     start = None if source is None else lin.trace.position(source)
-    chosen = [parse_part(name, lin.trace) for name in parts]
+    chosen = [parse_part(name, lin.trace) for name in strings("parts", parts)]
     J = path_map(lin.chain, chosen, Point("final"), reading.position, lin.memory)
     *_, pulled = J.chain.through(reading.cotangent[None])
     shares = (pulled[0].double() * lin.embeddings.double()).sum(-1)
-    return Path(str(J.chain), J, reading.to_dict(), shares, start)
+    return Path(str(J.chain), J, reading.to_dict(), shares, start, [*lin.warnings, *reading.warnings])
 
 
 def _at_the_end(lin: Linearization, reading: Reading) -> Reading:

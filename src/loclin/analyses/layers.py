@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loclin.analyses.explain import SingularBlock, sink_warnings
+from loclin.analyses.explain import SingularBlock
 from loclin.analyses.logit_lens import LensLayer, logit_lens
+from loclin.arguments import whole
 from loclin.certify import tolerance
 from loclin.decode import Decoder, Words
 from loclin.errors import OptionError
@@ -202,6 +203,7 @@ def explain_layers(
     components, up to three dense maps, with their triples; about 6 C L (T + 1) products with the head or the
     embeddings; and two forward passes. Memory: as `Linearization.layers`, 2 C L T d k numbers of which stay.
     """
+    k = whole("k", k)
     if k < 2:
         raise OptionError(f"k={k}: the path with depth needs the first two singular vectors; ask for two or more")
     at = lin.trace.position(position)
@@ -237,7 +239,7 @@ def explain_layers(
             "token_ids": lin.input_ids[0].tolist(),
             "versions": versions(),
         },
-        prompt="".join(lin.tokens),
+        prompt=lin.text,
         tokens=lin.tokens,
         sinks=lin.sinks,
         predictions=[(word, p) for _, word, p in predictions],
@@ -247,7 +249,7 @@ def explain_layers(
         appears={reader: _first(ranks, APPEARS) for reader, ranks in followed.items()},
         leads={reader: _first(ranks, 1) for reader, ranks in followed.items()},
         tolerance=_CANCELLED * tolerance(lin.trace),
-        warnings=sink_warnings(lin),
+        warnings=lin.warnings,
         spectra=cumulative,
     )
 

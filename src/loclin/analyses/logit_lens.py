@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loclin.arguments import whole
 from loclin.decode import Words
 from loclin.linearization import Linearization
 from loclin.models.replica import exclusive
@@ -54,6 +55,7 @@ def logit_lens(lin: Linearization, token: int, position: int = -1, k: int = 5) -
     -----
     Cost: two forward passes, and L products with the head.
     """
+    token, k = whole("token", token), whole("k", k)
     probabilities = torch.softmax(layer_logits(lin, position).double(), dim=-1)
     top = probabilities.topk(min(k, probabilities.shape[1]))
     ranks = (probabilities > probabilities[:, token, None]).sum(1) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,10 @@ from loclin.inside import Inside, Projection
 from loclin.link import Graph
 from loclin.points import Point
 from loclin.trace import Trace
+from loclin.widened import widened
+
+_ROUNDING = 5e-7
+"""Shares that miss their sum by more, over the sizes of what is summed, are computed again in float64."""
 
 Row = tuple[int, int, int, int, float, float]
 """(kind, layer, index, token, share, through)."""
@@ -27,10 +32,11 @@ Row = tuple[int, int, int, int, float, float]
 
 @dataclass
 class Shares:
-    """Shares as they are found."""
+    """Shares as they are found; `notes` say what a reader should know of them."""
 
     rows: list[Row] = field(default_factory=list)
     biases: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def add(
         self,
@@ -66,14 +72,28 @@ class Shares:
         return sorted(self.rows, key=lambda row: (row[0] == bias and row[1] == NONE, row[1]))
 
 
+def swept(chain: Chain, reading: Reading, sweep: Callable[[Chain], Shares]) -> Shares:
+    """Do a sweep; again in float64 where float32 rounds the sum too much."""
+    shares = sweep(chain)
+    if chain.trace.dtype == torch.float32 and shares.error(reading) > _ROUNDING:
+        shares = sweep(Chain(widened(chain.trace)))
+    return shares
+
+
 def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
-    """What the tokens and the biases give, by all ways; `together`: the tokens as one."""
+    """What the tokens and the biases give, by all ways; `together`: the tokens as one.
+
+    What a model looks up for a token elsewhere than in its input embeddings is the token's, too.
+    """
     trace, biases = chain.trace, dict(reading.constants)
+    lookups: dict[str, Tensor] = {}
     block, workspace, active = _block(trace, 1), Workspace(), _active(trace, reading)
     block[0] = reading.cotangent
     for index, below, above in reversed(chain.steps(Point("embed"), _point(reading))):
         if trace.biased[index]:
             graph = chain.layers[index].graph(collect=True)
+            if not together:
+                lookups |= _by_lookup(graph, graph.points[above], block)
             block[:], given = _pull(graph, graph.points[above], block)
             for (name, _), share in zip(graph.constants, given[0].tolist(), strict=True):
                 biases[name] = biases.get(name, 0.0) + share
@@ -83,17 +103,24 @@ def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
     if together:
         shares.add("embed", given.sum().item())
     else:
+        for name, found in lookups.items():
+            given = given + found.to(given)
+            del biases[name]
+            shares.notes.append(
+                f"each token's share holds what its own rows of {name} give ({found.sum().item():+.3g} in all); in "
+                "J x + b they are part of b"
+            )
         for token, share in enumerate(given.tolist()):
             shares.add("token", share, token=token)
     shares.add_biases({name: share for name, share in biases.items() if share})
     return shares
 
 
-def by_part(chain: Chain, reading: Reading, split: Kind | None) -> tuple[Shares, list[str]]:
+def by_part(chain: Chain, reading: Reading, split: Kind | None) -> Shares:
     """What each part of each layer writes into the target, and all that passes it.
 
     With `split`, each `attn_out` is divided into its heads, or each `mlp_out` into its neurons, and the biases behind
-    them. The notes name parts that have none and stay whole.
+    them. Notes name parts that have none and stay whole.
 
     Raises
     ------
@@ -126,7 +153,8 @@ def by_part(chain: Chain, reading: Reading, split: Kind | None) -> tuple[Shares,
     x = trace.layers[0].value[0]
     shares.add("embed", _product(direct, x), _product(total, x))
     shares.add_biases(reading.constants)
-    return shares, [f"{why}; whole in layers {', '.join(map(str, sorted(layers)))}" for why, layers in wholes.items()]
+    shares.notes += [f"{why}; whole in layers {', '.join(map(str, sorted(layers)))}" for why, layers in wholes.items()]
+    return shares
 
 
 def by_token_and_layer(chain: Chain, reading: Reading, budget: int) -> Shares:
@@ -232,6 +260,17 @@ def _pull(graph: Graph, output: Tensor, cotangents: Float[Tensor, "n T d"]) -> t
         if weight is not None:
             given[:, i] = (weight.double() * leaf.detach().double()).reshape(len(given), -1).sum(1)
     return torch.zeros_like(cotangents) if pulled is None else pulled[:, 0].to(cotangents), given
+
+
+def _by_lookup(graph: Graph, output: Tensor, cotangent: Float[Tensor, "1 T d"]) -> dict[str, Float[Tensor, " T"]]:
+    """What each token's rows of other tables than the input embeddings give, float64."""
+    found: dict[str, Tensor] = {}
+    if graph.lookups and output.requires_grad:
+        names, leaves = zip(*graph.constants, strict=True)
+        for name, given in zip(names, _products(output, list(leaves), cotangent), strict=True):
+            if name in graph.lookups:
+                found[name] = found.get(name, 0.0) + given.flatten(2).sum((0, 2))
+    return found
 
 
 def _vjp(output: Tensor, source: Tensor, cotangent: Float[Tensor, "1 T d"]) -> Float[Tensor, "1 T d"]:

@@ -10,12 +10,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from loclin.analyses.steering import MAX_KL, STRENGTHS, Continuation, Sweep, Trial, depths, score, sweep, write
+from loclin.arguments import real, strings, whole
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model
 from loclin.models.layout import anatomy
 from loclin.points import parse
+from loclin.prompts import prompt_warnings
 from loclin.results import versions
 from loclin.steering.base import NEUTRAL, Steering
 from loclin.steering.concepts import packaged_concepts, token_ids, words_of
@@ -62,6 +64,8 @@ class Steered:
         How layer and strength were found; None where both were given.
     model, settings
         Where the model came from, and every option.
+    warnings
+        What a reader should know of the prompt's and the texts' tokens.
     """
 
     prompt: str
@@ -78,6 +82,7 @@ class Steered:
     sweep: Sweep | None
     model: dict[str, Any]
     settings: dict[str, Any]
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -171,11 +176,17 @@ def steer(
     model = model.replicate()
     if operator is not None:
         operator.check(model, gate)
-        toward = ["".join(source["provenance"]["tokens"]) for source in operator.sources]
+        toward = [model.decode(source["provenance"]["token_ids"], special=False) for source in operator.sources]
         layer, method = parse(operator.point, len(anatomy(model.hf).layers)).layer, "operator"
+    toward, words = strings("toward", toward), None if words is None else strings("words", words)
+    layer = None if layer is None else whole("layer", layer)
+    strength = None if strength is None else real("strength", strength)
+    rank, seed = (None if one is None else whole(name, one) for name, one in (("rank", rank), ("seed", seed)))
+    max_new_tokens, max_kl = whole("max_new_tokens", max_new_tokens), real("max_kl", max_kl)
     if not toward:
         raise PromptError("nothing to steer towards: give a text, or a saved operator")
     ids = encoded(model, prompt, chat, bos)
+    odd = prompt_warnings(model, ids, appends=bos is None and not chat)
     progress("reading the texts")
     lins = [] if operator else [linearize(model, text, gate=gate, bos=bos, memory=memory) for text in toward]
     chosen = list(words or concept_words(toward, lins))
@@ -231,7 +242,7 @@ def steer(
     judged = score(alone, targets, moved)
     report = Steered(
         prompt=prompt,
-        toward=list(toward),
+        toward=toward,
         words=chosen,
         method=method,
         layer=parse(steering.point, len(anatomy(model.hf).layers)).layer or 0,
@@ -245,8 +256,9 @@ def steer(
         model=model.info.to_dict(),
         settings={
             "point": steering.point, "rank": rank, "normed": normed, "gate": gate, "bos": bos, "chat": chat,
-            "max_kl": max_kl, "versions": versions(), **options,
+            "max_kl": max_kl, "token_ids": ids[0].tolist(), "versions": versions(), **options,
         },
+        warnings=list(dict.fromkeys([*odd, *(text for lin in lins for text in lin.prompt_warnings)])),
     )  # fmt: skip
     return report, steering
 
@@ -300,6 +312,8 @@ def concept_words(toward: Sequence[str], lins: Sequence[Linearization]) -> list[
 def encoded(model: Model, prompt: str, chat: bool, bos: bool | None) -> Tensor:
     """A prompt's token ids `[1, T]`, in the tokenizer's chat template where asked.
 
+    With a template, `bos=True` puts a beginning token in front unless the template does; `bos=False` takes its away.
+
     Raises
     ------
     ModelError
@@ -311,4 +325,5 @@ def encoded(model: Model, prompt: str, chat: bool, bos: bool | None) -> Tensor:
         raise ModelError(f"{model.info.name} has no chat template; leave chat out")
     message = [{"role": "user", "content": prompt}]
     text = model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return model.encode(str(text), bos=False)
+    ids = model.encode(str(text), bos=bos or False)
+    return ids[:, 1:] if bos is False and int(ids[0, 0]) == model.bos else ids

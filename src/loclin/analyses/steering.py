@@ -258,14 +258,16 @@ def write(
         own &= (new == end).cumsum(1) == 0
     losses = _losses(model, written, torch.cat([mask.long(), torch.ones_like(new)], 1), new.shape[1], own)
     return [
-        _measured(model, row[keep].tolist(), bool((~keep).any()), loss, words)
-        for row, keep, loss in zip(new, own, losses.tolist(), strict=True)
+        _measured(model, prompt[0].tolist(), row[keep].tolist(), bool((~keep).any()), loss, words)
+        for prompt, row, keep, loss in zip(prompts, new, own, losses.tolist(), strict=True)
     ]
 
 
-def _measured(model: Model, ids: list[int], ended: bool, loss: float, words: Sequence[str]) -> Continuation:
-    text = "" if model.tokenizer is None else str(model.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return Continuation(text, ids, ended, loss, repetition(ids), frequency(text, words))
+def _measured(
+    model: Model, prompt: list[int], ids: list[int], ended: bool, loss: float, words: Sequence[str]
+) -> Continuation:
+    text, spoken = (model.tokens.continuation(prompt, ids, special=special) for special in (True, False))
+    return Continuation(text, ids, ended, loss, repetition(ids), frequency(spoken, words))
 
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.arguments import refuse_broken, whole
 from loclin.errors import OptionError
 from loclin.inside import Inside
 from loclin.linearization import Linearization
@@ -18,9 +21,6 @@ from loclin.points import Point, parse
 Token = str | int
 """A token's text, which must be one token, or its id."""
 RIVALS = ("runner-up", "others", "mean")
-
-_SEARCHED = 1000
-"""Predicted tokens among whose texts one is looked for that the tokenizer does not give back."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Direction:
     at: str = "final"
 
 
-Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | None
+Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | np.ndarray | None
 """What can be asked for: a token's logit, a difference of two, or one of the classes.
 
 None is the predicted token's logit over the mean of all: `Margin(over="mean")`.
@@ -92,6 +92,8 @@ class Reading:
         What it multiplies the stream with `[T, d]`.
     constants
         What each bias between the stream and the target adds.
+    warnings
+        What a reader should know of the tokens: that the predicted one is another by a space only.
     """
 
     kind: str
@@ -104,6 +106,7 @@ class Reading:
     node: int
     cotangent: Float[Tensor, "T d"]
     constants: dict[str, float]
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What it is, as plain values for JSON."""
@@ -122,22 +125,45 @@ def token_id(lin: Linearization, token: Token) -> int:
     model = lin.model
     vocabulary = lin.trace.stock_logits.shape[0]
     if not isinstance(token, str):
+        token = whole("target", token)
         if not 0 <= token < vocabulary:
             raise OptionError(f"target {token}: the model's tokens are 0 to {vocabulary - 1}")
         return token
     if model.tokenizer is None:
         raise OptionError(f"target {token!r}: {model.info.name} has no tokenizer; give the token's id")
-    ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
+    ids: list[int] = model.tokenizer(token, add_special_tokens=False)["input_ids"] if token else []
     pieces = model.decode_each(ids)
-    if len(ids) == 1 and pieces[0].strip() == token.strip():
+    if len(ids) == 1 and pieces == [token] and token.strip("\N{REPLACEMENT CHARACTER}"):
         return int(ids[0])
-    # some tokenizers do not take back what they gave: a word may lose the space before it
-    for id_, text, _ in lin.next_token_ids(_SEARCHED):
-        if text == token:
-            return id_
+    same = model.tokens.alike(token)  # no tokenizer writes every token's text with that token
+    if len(same) == 1 and same[0] < vocabulary:
+        return same[0]
+    if same:
+        some = ", ".join(map(str, same[:3])) + (" …" if len(same) > 3 else "")
+        raise OptionError(f"target {token!r}: {len(same)} tokens are this text, with the ids {some}. Give the id")
+    if len(ids) == 1 and pieces[0].lstrip(" ") == token.lstrip(" "):
+        return int(ids[0])  # the only one there is: its tokenizer has words with their spaces alone
     split = " + ".join(repr(piece) for piece in pieces) or "nothing"
     counted = "not a token" if len(ids) == 1 else f"{len(ids)} tokens, not one"
-    raise OptionError(f"target {token!r} is {counted}: {split}. Give one token's text, or its id")
+    other = token[1:] if token.startswith(" ") else f" {token}"
+    close = f"; {other!r}, {_spaced(other)}, is a token" if other and model.tokens.alike(other) else ""
+    raise OptionError(f"target {token!r} is {counted}: {split}{close}. Give one token's text, or its id")
+
+
+def _spaced(text: str) -> str:
+    return "with a space in front" if text.startswith(" ") else "without a space in front"
+
+
+def _space_warning(lin: Linearization, at: int, token: int) -> tuple[str, ...]:
+    """Say so where the predicted token is the one asked for but for a space in front."""
+    ((predicted, text, probability),) = lin.next_token_ids(1, at)
+    (asked,) = lin.model.decode_each([token])
+    if token == predicted or text.lstrip(" ") != asked.lstrip(" "):
+        return ()
+    return (
+        f"The target {asked!r} is not the predicted token: that is {text!r}, {_spaced(text)} "
+        f"(id {predicted}, {100 * probability:.1f} %).",
+    )
 
 
 def read(lin: Linearization, target: Target, position: int) -> Reading:
@@ -154,14 +180,23 @@ def read(lin: Linearization, target: Target, position: int) -> Reading:
         For a position outside the prompt.
     """
     at = lin.trace.position(position)
-    if isinstance(target, Tensor):
-        target = Direction(target)
+    if isinstance(target, (Tensor, np.ndarray)) and target.ndim:
+        target = Direction(_real_vector(torch.as_tensor(target)))
     if isinstance(target, Neuron):
         return _neuron(lin, target, at)
     if isinstance(target, Direction):
         return _direction(lin, target, at)
     kind, ids, weights = _logits(lin, target, at)
-    return _ends(lin, weights, Point("logits"), at, kind, ids)
+    reading = _ends(lin, weights, Point("logits"), at, kind, ids)
+    return replace(reading, warnings=_space_warning(lin, at, ids[0]))
+
+
+def described(lin: Linearization, reading: Reading) -> dict[str, Any]:
+    """What a reading is, as plain values for JSON, with the probability of its first token."""
+    about = reading.to_dict()
+    if reading.ids:
+        about["probability"] = lin.trace.logits(reading.position).double().softmax(0)[reading.ids[0]].item()
+    return about
 
 
 def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int], Tensor]:
@@ -176,9 +211,11 @@ def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int]
         weights[ids[1]] -= 1
         return "logit difference", ids, weights
     target = Margin(over="mean") if target is None else target
-    if not isinstance(target, str | int | Margin):
+    if isinstance(target, (Tensor, np.ndarray)):  # a single number: an id
+        target = whole("target", target)
+    if not isinstance(target, str | Integral | Margin) or isinstance(target, bool):
         raise OptionError(f"target {target!r}: give a token, two of them, a direction, Margin or Neuron")
-    wanted = target.token if isinstance(target, Margin) else target
+    wanted = target.token if isinstance(target, Margin) else cast("Token", target)
     chosen = int(logits.argmax()) if wanted is None else token_id(lin, wanted)
     weights[chosen] = 1
     if not isinstance(target, Margin):
@@ -196,7 +233,7 @@ def _logits(lin: Linearization, target: Target, at: int) -> tuple[str, list[int]
 def _direction(lin: Linearization, target: Direction, at: int) -> Reading:
     trace = lin.trace
     point = parse(target.at, trace.n_layers)
-    vector = target.vector.to(lin.embeddings)
+    vector = _real_vector(target.vector).to(lin.embeddings)
     if not point.on_stream:
         raise OptionError(f"a direction at {point}: choose final, logits, or a point on the residual stream")
     width = lin.chain.width(point)
@@ -209,6 +246,13 @@ def _direction(lin: Linearization, target: Direction, at: int) -> Reading:
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = vector
     return Reading(kind, str(point), [], [], value, size, at, point.node(trace.n_layers), cotangent, {})
+
+
+def _real_vector(vector: Tensor) -> Tensor:
+    if not vector.is_floating_point():
+        raise OptionError("a direction is a vector of real numbers; for a token's logit give its id as a number")
+    refuse_broken("the direction", vector)
+    return vector
 
 
 def _ends(lin: Linearization, weights: Tensor, point: Point, at: int, kind: str, ids: list[int]) -> Reading:
@@ -239,9 +283,9 @@ def _neuron(lin: Linearization, target: Neuron, at: int) -> Reading:
     found = inside.projection("mlp_out", graph.points["mlp_out"], graph.constants)
     if found is None:
         raise OptionError(f"layer {layer}: {inside.why_whole('mlp_out')}")
-    if not -found.count <= target.index < found.count:
-        raise OptionError(f"neuron {target.index}: layer {layer} has neurons 0 to {found.count - 1}")
-    index = target.index % found.count
+    if not -found.count <= (index := whole("neuron", target.index)) < found.count:
+        raise OptionError(f"neuron {index}: layer {layer} has neurons 0 to {found.count - 1}")
+    index %= found.count
     activation = found.source.reshape(trace.length, found.count)[at, index]
     leaves = [leaf for _, leaf in graph.constants]
     middle, pre, *pulled = torch.autograd.grad(

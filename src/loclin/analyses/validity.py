@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin.analyses.nearby import Nearby, Outputs
+from loclin.arguments import real, whole
 from loclin.decode import Decoder
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
@@ -96,8 +98,10 @@ class Validity:
 
     model: dict[str, Any]
     settings: dict[str, Any]
+    prompt: str
     tokens: list[str]
     rays: list[Ray]
+    warnings: list[str]
 
     def curve(self, kind: str) -> list[Step]:
         """The mean over all rays of one kind at each size; none where there are no such rays."""
@@ -153,6 +157,8 @@ def validity(
     Cost: `len(sizes) * draws + 12 * T * swaps` forward passes, and a column of the frozen and of the ordinary map for
     each ray.
     """
+    draws, swaps, seed = whole("draws", draws), whole("swaps", swaps), whole("seed", seed)
+    sizes = [real("sizes", size) for size in sizes]
     if draws < 0 or swaps < 0 or draws + swaps < 1 or not sizes or min(sizes) <= 0:
         raise OptionError("give at least one random direction or one swap, and sizes above 0")
     at = lin.trace.position(position)
@@ -190,8 +196,10 @@ def validity(
             "token_ids": lin.input_ids[0].tolist(),
             "versions": versions(),
         },
+        prompt=lin.text,
         tokens=lin.tokens,
         rays=rays,
+        warnings=lin.warnings,
     )
 
 
@@ -253,7 +261,7 @@ def _swaps(
     special = set(lin.model.tokenizer.all_special_ids) if lin.model.tokenizer is not None else set()
     rows, about = [], []
     for row, i in enumerate(places):
-        chosen = _random_tokens(decoder.vocabulary, count, special | {int(ids[i])}, generator)
+        chosen = _random_tokens(decoder, count, special | {int(ids[i])}, generator)
         for kind, others in (("near", near[row].tolist()), ("random", chosen)):
             for other in others:
                 swapped = ids.clone()
@@ -263,9 +271,10 @@ def _swaps(
     return torch.stack(rows), about
 
 
-def _random_tokens(vocabulary: int, count: int, without: set[int], generator: torch.Generator) -> list[int]:
-    order = torch.randperm(vocabulary, generator=generator).tolist()
-    return [token for token in order if token not in without][:count]
+def _random_tokens(decoder: Decoder, count: int, without: set[int], generator: torch.Generator) -> list[int]:
+    order = torch.randperm(decoder.vocabulary, generator=generator).tolist()
+    known = decoder.model.tokens.knows
+    return list(islice((token for token in order if token not in without and known(token)), count))
 
 
 def _mean(steps: Iterable[Step]) -> Step:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.steering import Continuation, write
+from loclin.arguments import strings, whole
 from loclin.decode import Decoder
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
@@ -120,6 +121,8 @@ class Watched:
         How many singular vectors were looked at.
     settings
         Model, options and versions.
+    warnings
+        What a reader should know before trusting it.
     """
 
     prompt: str
@@ -132,6 +135,7 @@ class Watched:
     without: Continuation | None
     searched: int
     settings: dict[str, Any]
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -197,6 +201,8 @@ def watch(
     Cost: the dense map, its singular vectors, and some forward passes. A vector that near-equal singular values leave
     undefined is taken as it was found.
     """
+    words, k, top, n_tokens = strings("words", words), whole("k", k), whole("top", top), whole("n_tokens", n_tokens)
+    layer = None if layer is None else whole("layer", layer)
     if not words or top < 1:
         raise OptionError("watch needs at least one word, and top of at least 1")
     model, watched = lin.trace.model.replicate(), set(token_ids(lin.model, words))
@@ -219,8 +225,8 @@ def watch(
     projection = _projection(lin, directions, point, J.provenance())
     before, after = (_log_probs(model, lin.input_ids, p) for p in (None, projection))
     report = Watched(
-        prompt="".join(lin.tokens),
-        words=list(words),
+        prompt=lin.text,
+        words=words,
         hits=found,
         shares=_shares(lin, parts, before, after, watched, n_tokens),
         here=_effect([(before, after)], watched) if found else None,
@@ -232,6 +238,7 @@ def watch(
             "model": model.info.to_dict(), "point": point, "k": k, "top": top, "gate": lin.gate,
             "token_ids": lin.input_ids[0].tolist(), "versions": versions(),
         },
+        warnings=lin.warnings,
     )  # fmt: skip
     if found:
         progress("writing")

@@ -62,7 +62,7 @@ def attribute(
     ] = None,
     model: options.ModelName = options.DEFAULT_MODEL,
     position: options.Position = -1,
-    gate: options.Gate = GateOption.half,
+    gate: options.Gate = GateOption.activation,
     precision: options.Precision = PrecisionOption.auto,
     dtype: options.Dtype = "float32",
     device: options.Device = None,

@@ -81,7 +81,7 @@ def checked(prompt: str, memory: str | None, json: Path | None, html: Path | Non
             check_writable(path)
     if html is not None:
         check_plotly()
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = (sys.stdin.read() if prompt == "-" else prompt).removeprefix("\ufeff")  # a file's byte order mark
     if not text:
         raise PromptError("the prompt is empty: give some text")
     if memory is not None:

@@ -43,7 +43,7 @@ def watch(
 
         text = options.checked(prompt, memory, json, None)
         try:
-            listed = [line.strip() for line in words.read_text("utf-8").splitlines() if line.strip()]
+            listed = [line.strip() for line in words.read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(f"cannot read the watch list {words}: {error}") from error
         if not listed:

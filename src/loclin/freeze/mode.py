@@ -52,6 +52,9 @@ class Frozen(TorchFunctionMode):
         Where constants are collected: (name, leaf) of each that was added to a live tensor.
     misuses
         Coefficients that were used as if they were live: with any, the linear path is not the network.
+    lookups
+        Rows that other tables than the input embeddings hold of the prompt's tokens: (the table's path, what it gave)
+        by the address of their storage.
     graph, collect, caps
         Whether to build the linear path's graph; to make leaves of constants; to take a tanh for a soft cap.
     unseen
@@ -76,6 +79,7 @@ class Frozen(TorchFunctionMode):
         self.probabilities: dict[str, Tensor] = {}
         self.constants: list[tuple[str, Tensor]] = []
         self.misuses: list[Misuse] = []
+        self.lookups: dict[int, tuple[str, Tensor]] = {}
         self.graph, self.collect, self.caps = True, collect, False
         self.audit: float | None = None
         self.noise: list[Origin] | None = None
@@ -241,11 +245,28 @@ class Frozen(TorchFunctionMode):
         """A constant that is added to a live tensor; a leaf where constants are collected."""
         if not self.collect or not value.is_floating_point() or not bool(value.any()):
             return value
-        known = self._names.get(id(original))
+        known = self._names.get(id(original)) or self._looked_up(original)
         name = f"{self._module()}.{self._own_name(original) or operation}" if known is None else known[0]
         leaf = value.detach().nan_to_num().clone().requires_grad_()
         self.constants.append((name, leaf))
         return leaf
+
+    def look_up(self, ids: Tensor, embeddings: nn.Module) -> list[RemovableHandle]:
+        """Note what other tables than the input embeddings hold of the prompt's tokens `[1, T]`, for their names."""
+        counted = torch.equal(ids[0], torch.arange(ids.shape[1], device=ids.device))  # such ids may be positions
+
+        def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found = args[0] if args else None
+            if not isinstance(found, Tensor) or not isinstance(output, Tensor) or output.shape[:2] != ids.shape:
+                return
+            if found is ids or (not counted and torch.equal(found, ids.to(found))):
+                self.lookups[output.untyped_storage().data_ptr()] = self._paths[id(module)], output
+
+        tables = [m for m in self._modules.values() if isinstance(m, nn.Embedding) and m is not embeddings]
+        return [table.register_forward_hook(left) for table in tables]
+
+    def _looked_up(self, original: Any) -> tuple[str, Tensor] | None:
+        return self.lookups.get(original.untyped_storage().data_ptr()) if isinstance(original, Tensor) else None
 
     def keep_probabilities(self, probs: Tensor) -> None:
         """Remember attention probabilities."""

@@ -127,7 +127,7 @@ def check(output: Tensor, linear: Tensor, path: str, dtype: torch.dtype | None =
 _MORE_ACTIVATIONS = ("LeakyReLU", "PReLU", "RReLU", "Hardswish")
 
 
-def _activation(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
+def _activation(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
     """A module that is one function of each element: its ratio is held, whatever is inside."""
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -142,7 +142,7 @@ def _activation(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHan
                 return
             linear = status.linear * form.ratio
             if form.at_zero is not None:
-                linear = linear + mode.constant(form.at_zero, None, path)
+                linear = linear + mode.constant(form.at_zero, None, "at_zero")
             mode.attach(output, status.then(linear, status.root, active=True))
 
     return [module.register_forward_hook(replace)]

@@ -29,6 +29,13 @@ def beginning_token(tokenizer: PreTrainedTokenizerBase | None, named: str | None
     return None
 
 
+def appended(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts behind every text by itself, such as `</s>` or `[SEP]`."""
+    plain, ids = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    start = next((i for i in range(len(ids)) if plain and ids[i : i + len(plain)] == plain), len(ids))
+    return list(ids[start + len(plain) :])
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, bos: bool | str | None, default_bos: int | None
 ) -> list[int]:
@@ -42,7 +49,8 @@ def encode(
         The text.
     bos
         None: what the tokenizer does by itself. True: a beginning token in front. False: none. A string: that
-        token in front. A token that already begins the text is never doubled.
+        token in front. A token that already begins the text is never doubled. What a tokenizer puts behind the text,
+        such as `</s>`, is left out: a model goes on from the text, not from its end.
     default_bos
         What `True` puts in front.
 
@@ -60,6 +68,8 @@ def encode(
         return plain
     if bos is None:
         ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+        behind = appended(tokenizer)
+        ids = ids[: len(ids) - len(behind)] if behind and ids[-len(behind) :] == behind else ids
         written = ids[1:] == plain and ids[0] == plain[0] and ids[0] in tokenizer.all_special_ids
         return plain if written else ids
     start = default_bos if bos is True else token_id(tokenizer, bos)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,7 @@ from loclin.errors import ModelError, PromptError
 from loclin.models import encoding
 from loclin.models.checks import refuse_model
 from loclin.models.replica import replicate
+from loclin.models.tokens import Tokens
 from loclin.models.unwrap import unwrapped
 from loclin.surroundings import in_plain_torch
 
@@ -91,7 +94,9 @@ class Model:
 
     def replicate(self) -> Model:
         """The same with modules of its own around the same weights (see `loclin.models.replica`)."""
-        return replace(self, hf=replicate(self.hf))
+        made = replace(self, hf=replicate(self.hf))
+        vars(made)["tokens"] = self.tokens  # with all that they know of the vocabulary
+        return made
 
     def encode(self, prompt: str, bos: bool | str | None = None) -> torch.Tensor:
         """Turn a prompt into token ids [1, T].
@@ -132,11 +137,22 @@ class Model:
             )
         return torch.tensor([ids], device=self.device)
 
-    def decode_each(self, ids: list[int]) -> list[str]:
-        """Give each token's own text; its id as text when there is no tokenizer."""
-        if self.tokenizer is None:
-            return [str(token) for token in ids]
-        return [str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
+    @cached_property
+    def tokens(self) -> Tokens:
+        """From ids to what is shown and to text."""
+        return Tokens(self.tokenizer)
+
+    def decode_each(self, ids: Sequence[int]) -> list[str]:
+        """What is shown of each token: its own text, with the space it stands for; no two look the same.
+
+        Bytes that are no whole character are written `⟨F0 9F⟩`, ids without a token `⟨unused 49160⟩`; without a
+        tokenizer, ids are shown as numbers. For a text, see `decode`.
+        """
+        return self.tokens.shown(ids)
+
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """The text of all tokens together, with or without special tokens; `tokens.offsets` says where each one is."""
+        return self.tokens.text(ids, special=special)
 
     def __repr__(self) -> str:
         info = self.info

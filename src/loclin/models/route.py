@@ -100,7 +100,7 @@ def find_route(model: Model, parts: Anatomy, input_ids: Tensor) -> Route:
     Raises
     ------
     ModelError
-        When not even the decoder's output can be found.
+        When not even the decoder's output can be found; when the model's own values are not finite.
     """
     watch = _Watch(model, parts, input_ids.shape[1])
     with torch.no_grad(), watch.hooks():
@@ -109,9 +109,27 @@ def find_route(model: Model, parts: Anatomy, input_ids: Tensor) -> Route:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
             what = str(fault).partition("\n")[0]
             raise ModelError(f"{model.info.name}: the model's own forward pass fails: {what}", "forward") from fault
+    _refuse_overflow(model, watch, logits)
     route = Route(watch.blocks, watch.tail, watch.current, logits, watch.why_not(), decoded=watch.decoded)
     route.exit = route.tail[-1] if route.tail else (watch.blocks[-1].module if watch.blocks else parts.decoder)
     return route if route.whole is None else as_whole(route, model, parts, route.whole)
+
+
+def _refuse_overflow(model: Model, watch: _Watch, logits: Tensor) -> None:
+    """Say where the model's own values stop being numbers: no coefficient can be made of what follows.
+
+    A logit of minus infinity is how some models rule a token out.
+    """
+    if watch.overflowed is None and not (logits.isnan() | logits.isposinf()).any():
+        return
+    place, module = watch.overflowed or ("behind the last layer", model.hf)
+    path = next(path for path, known in model.hf.named_modules() if known is module)
+    kind = str(logits.dtype).removeprefix("torch.")
+    if logits.dtype == torch.float16:
+        fault = f"overflows {kind} {place} (its first value that is not finite); use dtype bfloat16 or float32"
+    else:
+        fault = f"is not finite in {kind}, first {place}, by its own forward pass; use a wider dtype, or other weights"
+    raise ModelError(f"{model.info.name} {fault}", path)
 
 
 def as_whole(route: Route, model: Model, parts: Anatomy, why: str) -> Route:
@@ -144,6 +162,12 @@ class _Watch:
         self.tail: list[nn.Module] = []
         self.current: Any = None
         self.decoded: Tensor | None = None
+        self.overflowed: tuple[str, nn.Module] | None = None
+
+    def _check(self, values: Any, place: str, module: nn.Module) -> None:
+        """Note where the first values are that are not finite."""
+        if self.overflowed is None and isinstance(values, Tensor) and not values.isfinite().all():
+            self.overflowed = place, module
 
     def why_not(self) -> str | None:
         """Why the blocks do not form a chain; None where they do."""
@@ -180,6 +204,8 @@ class _Watch:
 
     def _block_entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = hidden_state(args, kwargs)
+        if not self.blocks:
+            self._check(hidden, "in the embeddings", self._model.hf.get_input_embeddings())
         if not self._is_stream(hidden):
             self._broken = f"{self._names[module]} does not take one vector per token"
         elif self.blocks and not (hidden.shape == self.current.shape and torch.equal(hidden, self.current)):
@@ -198,6 +224,7 @@ class _Watch:
 
     def _block_left(self, module: nn.Module, _args: Any, output: Any) -> None:
         self.current = first(output)
+        self._check(self.current, f"in layer {len(self.blocks)}", module)
         found = Parts()
         if self._broken is None and self._is_stream(self.current):
             added = self.current[0, -1].double() - self._entered[0, -1].double()
@@ -216,8 +243,9 @@ class _Watch:
                 self.tail.append(module)
                 self.current = output
 
-    def _decoder_left(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _decoder_left(self, module: nn.Module, _args: Any, output: Any) -> None:
         out = first(output)
+        self._check(out, "behind the last layer", module)
         self.decoded = out if self._is_stream(out) else None
 
 

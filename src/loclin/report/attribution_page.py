@@ -11,9 +11,10 @@ from string import Template
 from loclin.analyses.attribution import Attribution, Share
 from loclin.output import write_text
 from loclin.report import parts
-from loclin.report.heat import heat_map
+from loclin.report.heat import BEYOND, heat_map
 from loclin.report.labels import LEVELS, by_layer, full_size, marks, others, quantity, reads, target_tokens, verdict
 from loclin.report.sheet import shortened
+from loclin.report.terms import gate_note
 from loclin.report.text import number, percent, signed, visible
 
 TOP = 40
@@ -27,7 +28,7 @@ def attribution_html(found: Sequence[Attribution]) -> str:
     css = "".join(files("loclin.report").joinpath(name).read_text("utf-8") for name in ("page.css", "attribution.css"))
     return Template(files("loclin.report").joinpath("attribution.html").read_text("utf-8")).substitute(
         css=css,
-        title=escape(shortened("".join(first.texts))),
+        title=escape(shortened(first.provenance.text if first.provenance else "")),
         target=_target(first),
         head=_head(found),
         warnings="".join(dict.fromkeys(parts.warnings(one) for one in found)),
@@ -52,7 +53,7 @@ def attribution_fragment(found: Attribution) -> str:
     css = "".join(
         files("loclin.report").joinpath(name).read_text("utf-8") for name in ("notebook.css", "attribution.css")
     )
-    head = f'<div class="chips">{_chips(found)}</div><p>{_target(found)}</p>'
+    head = f'<div class="chips">{_chips(found)}</div><p>{_target(found)}</p>{_gate(found)}'
     return (
         f'<div class="loclin attribution"><style>{css}</style>{head}{parts.warnings(found)}'
         f'<div class="scroll">{_section(found)}</div></div>'
@@ -62,10 +63,15 @@ def attribution_fragment(found: Attribution) -> str:
 def _head(found: Sequence[Attribution]) -> str:
     """The prompt's chips, coloured by the tokens' shares where they are known."""
     by_token = next((one for one in found if one.by in ("token", "token×layer")), found[0])
-    keys = ['<span class="swatch sink"></span> attention sink']
+    keys = ['<span class="swatch sink"></span> attention sink · full colour: the largest share of a word']
     if by_token.by in ("token", "token×layer"):
         keys[:0] = ['<span class="swatch neg"></span> lowers it', '<span class="swatch pos"></span> raises it']
-    return f'<div class="chips">{_chips(by_token)}</div><p class="key">{" ".join(keys)}</p>'
+    return f'<div class="chips">{_chips(by_token)}</div><p class="key">{" ".join(keys)}</p>{_gate(found[0])}'
+
+
+def _gate(found: Attribution) -> str:
+    known = found.provenance
+    return "" if known is None else f'<p class="note">{escape(gate_note(known.gate))}</p>'
 
 
 def _chips(found: Attribution) -> str:
@@ -102,11 +108,17 @@ def _section(found: Attribution) -> str:
     said = f"{note[0].upper()}{note[1:]}. {verdict(found)}."
     if found.through is not None:
         said += " Through: all of it that passes there, by later layers too; these overlap and do not sum up."
-    return f'<h2>{name}</h2><p class="note">{escape(said)}</p>{draw(found)}'
+    drawn = draw(found)
+    if " beyond" in drawn:
+        said += " An arrow at a bar's end: longer than drawn." if 'class="balance"' in drawn else ""
+    return f'<h2>{name}</h2><p class="note">{escape(said)}</p>{drawn}'
 
 
 def _balance(share: float, full: float) -> str:
-    side, width = "neg" if share < 0 else "pos", 50 * min(abs(share) / full, 1.0)
+    """Draw a bar; an arrow at its end says that it is longer."""
+    side, size = "neg" if share < 0 else "pos", abs(share) / full
+    side += " beyond" if size > BEYOND else ""
+    width = 50 * min(size, 1.0)
     return f'<td><span class="balance"><span class="{side}" style="width:{width:.1f}%"></span></span></td>'
 
 

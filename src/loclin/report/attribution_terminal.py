@@ -12,6 +12,7 @@ from loclin.analyses.attribution import Attribution, Share
 from loclin.report.labels import LEVELS, by_layer, full_size, marks, others, quantity, reads, target_tokens, verdict
 from loclin.report.terminal import PROMPT_HEAD, PROMPT_TAIL, WIDEST, heading, settings, warning
 from loclin.report.terminal_tables import TABLE_TOKENS, bar, token_text, words_text
+from loclin.report.terms import gate_note
 from loclin.report.text import number, percent, signed
 
 _WORDS = 5
@@ -44,6 +45,7 @@ def render_attribution_settings(found: Attribution, console: Console) -> None:
     """Print what was run, and how."""
     known = found.provenance
     if known is not None:
+        console.print(Text(gate_note(known.gate), "dim"))
         facts = {"gate": known.gate, "precision": known.precision, "position": found.target["position"]}
         console.print(settings(known.model.to_dict(), facts, known.versions), width=min(console.width, WIDEST))
 

@@ -79,7 +79,7 @@ def label(token: TokenExplanation) -> str:
 
 
 def _shares(explanation: Explanation, go: Any) -> Any:
-    """Draw the logit as bars: a bar for each token, the last one for the biases."""
+    """Draw what is shared out as bars: a bar for each token, the last one for the biases."""
     tokens = explanation.tokens
     shares = [token.share for token in tokens] + [explanation.bias_share]
     names = [label(token) for token in tokens] + ["bias"]
@@ -108,7 +108,7 @@ def _shares(explanation: Explanation, go: Any) -> Any:
         margin={"l": 60, "r": 12, "t": 12, "b": 56 if named else 48},
     )
     figure.update_xaxes(title=None if named else "token", showgrid=False, automargin=True, **ticks)
-    figure.update_yaxes(title="share of the logit", zeroline=True)
+    figure.update_yaxes(title=f"share of the {explanation.target['kind']}", zeroline=True)
     return figure
 
 

@@ -16,7 +16,9 @@ from loclin.output import write_text
 from loclin.report import parts
 from loclin.report.choose import full_colour, largest
 from loclin.report.sheet import facts, section, sheet, shortened
+from loclin.report.terminal import warning
 from loclin.report.terminal_tables import token_text, words_text
+from loclin.report.terms import gate_note
 from loclin.report.text import error, number, percent, signed
 
 _DRIVERS = 3
@@ -39,7 +41,7 @@ def render_generation(generation: Generation, console: Console) -> None:
         "next",
         "",
         "map",
-        "largest shares of the logit",
+        f"largest shares of the {first.target['kind']}",
         "writes (σ1 of the first of them)",
         "change",
         "cos",
@@ -50,6 +52,9 @@ def render_generation(generation: Generation, console: Console) -> None:
         table.add_row(str(i + 1), *_row(step), *_medians(drift))
     console.print(table)
     console.print(Text("change, cos: median over tokens of |J′ − J| / |J| and of ⟨J′, J⟩ / (|J′| |J|)", "dim"))
+    console.print(Text(gate_note(first.settings.get("gate")), "dim"))
+    for text in first.warnings:
+        console.print(warning(text))
 
 
 def _row(step: Explanation) -> list[Text]:
@@ -86,8 +91,9 @@ def generation_html(generation: Generation) -> str:
     steps, last = generation.steps, generation.steps[-1]
     shares = section(
         "Which tokens drive each word",
-        "A row for each generated word: the shares of its logit, J<sub>i</sub>x<sub>i</sub> through the output head. "
-        "Full colour: the row's largest share of a word.",
+        f"A row for each generated word: the shares of its {steps[0].target['kind']}, J<sub>i</sub>x<sub>i</sub> "
+        f"through the output head. Full colour: the row's largest share of a word. "
+        f"{gate_note(steps[0].settings.get('gate'))}",
         _grid(last, [(str(i + 1), _share_cells(step), _next(step)) for i, step in enumerate(steps)]),
     )
     moved = "".join(
@@ -102,8 +108,7 @@ def generation_html(generation: Generation) -> str:
     )
     details = "".join(_details(i, step) for i, step in enumerate(steps))
     body = shares + (drift if generation.drift else "") + section("Every step", "", details)
-    prompt = "".join(parts.token(token.text) for token in steps[0].tokens)
-    written = "".join(parts.token(step.target["text"]) for step in steps)
+    prompt, written = parts.token(steps[0].prompt), parts.token(generation.text)
     return sheet(
         title=f"{shortened(steps[0].prompt)} … {len(steps)} words",
         about="every generated word, explained by an exact linear map",
@@ -168,7 +173,7 @@ def _next(step: Explanation) -> str:
 
 def _details(index: int, step: Explanation) -> str:
     word = f'<span class="word">{parts.token(step.target["text"], 24)}</span>'
-    name = f"{index + 1} {word} logit {number(step.target['logit'])}"
+    name = f"{index + 1} {word} {step.target['kind']} {number(step.target['value'])}"
     others = "  ".join(
         f'<span class="word">{parts.token(text, 24)}</span> {percent(p)}' for text, p in step.predictions[1:5]
     )

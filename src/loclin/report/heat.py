@@ -7,6 +7,8 @@ from html import escape
 
 from loclin.report.text import signed
 
+BEYOND = 1.005
+"""Parts of the full size from which on something is drawn as clipped: half a pixel more than full."""
 _MANY = 32
 """Columns from which on cells are narrow."""
 
@@ -41,17 +43,19 @@ def heat_map(
         f'<td class="sum">{signed(sum(value or 0.0 for value in values))}</td></tr>'
         for (name, values), named in zip(rows, titles, strict=True)
     )
+    beyond = any(abs(value or 0.0) > BEYOND * full for _, values in rows for value in values)
     return (
         f'<div class="scroll"><table class="heat{wide}"><thead><tr><th></th>{head}<th>sum</th></tr></thead>'
         f'<tbody>{body}</tbody></table></div><p class="note">Columns: {escape(note)}. '
-        f"Full colour: {signed(full).lstrip('+')} or more.</p>"
+        f"Full colour: {signed(full).lstrip('+')}{'; outlined: more' if beyond else ''}.</p>"
     )
 
 
 def _cell(value: float | None, title: str, full: float) -> str:
     if value is None:
         return '<td style="--a:0"></td>'
-    kind = ' class="neg"' if value < 0 else ""
+    kinds = ["neg"] * (value < 0) + ["beyond"] * (abs(value) > BEYOND * full)
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
     return (
         f'<td{kind} style="--a:{min(abs(value) / full, 1.0):.2f}" title="{escape(f"{title}: {signed(value)}")}"></td>'
     )

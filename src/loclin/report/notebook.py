@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from html import escape
 from importlib.resources import files
 
 from loclin.analyses.explain import Explanation
 from loclin.report import parts
 from loclin.report.choose import largest
+from loclin.report.terms import gate_note
 
 ROWS = 24
 PREDICTIONS = 5
@@ -21,9 +23,10 @@ def explanation_fragment(explanation: Explanation) -> str:
     shown = largest(tokens, ROWS)
     style = files("loclin.report").joinpath("notebook.css").read_text("utf-8")
     warnings = parts.warnings(explanation)
+    note = escape(gate_note(explanation.settings.get("gate")))
     return (
         f'<div class="loclin"><style>{style}</style>'
         f'<div class="chips">{parts.chips(explanation)}</div>'
         f"{parts.predictions(explanation, PREDICTIONS)}{parts.verdict(explanation)}{warnings}"
-        f'<div class="scroll">{parts.token_table(explanation, shown)}</div></div>'
+        f'<div class="scroll">{parts.token_table(explanation, shown)}</div><p class="note">{note}</p></div>'
     )

@@ -17,6 +17,7 @@ from loclin.report.checks import Check, checks
 from loclin.report.choose import largest
 from loclin.report.figures import figures, plotly_script, spectrum_points
 from loclin.report.sheet import embedded, facts, listed, shortened
+from loclin.report.terms import gate_note
 from loclin.report.text import error, number, percent, sigmas, signed, visible
 
 _WORD = 28
@@ -34,7 +35,7 @@ def explanation_html(explanation: Explanation) -> str:
     here = files("loclin.report")
     target = explanation.target
     data = {
-        "tokens": [_token(i, token) for i, token in enumerate(explanation.tokens)],
+        "tokens": [_token(i, token, target["kind"]) for i, token in enumerate(explanation.tokens)],
         "selected": _first_selected(explanation.tokens),
         "figures": {name: json.loads(figure.to_json()) for name, figure in drawn.items()},
     }
@@ -48,7 +49,10 @@ def explanation_html(explanation: Explanation) -> str:
         warnings=parts.warnings(explanation),
         target=parts.token(target["text"]),
         probability=percent(target["probability"]),
+        kind=escape(target["kind"]),
+        value=number(target["value"]),
         logit=number(target["logit"]),
+        gate=escape(gate_note(explanation.settings.get("gate"))),
         bias=signed(explanation.bias_share),
         words_share=signed(sum(token.share for token in explanation.tokens)),
         rounding=error(abs(explanation.share_residual)),
@@ -72,14 +76,14 @@ def write_html(explanation: Explanation, path: str | os.PathLike[str]) -> None:
     write_text(path, explanation_html(explanation))
 
 
-def _token(index: int, token: TokenExplanation) -> dict[str, Any]:
+def _token(index: int, token: TokenExplanation, kind: str) -> dict[str, Any]:
     """Give what the page shows of a selected token; numbers are ready to be shown."""
     return {
         "text": visible(token.text),
         "about": parts.describe(index, token),
         "sink": token.is_sink,
         "facts": [
-            ["share of the logit", signed(token.share)],
+            [f"share of the {kind}", signed(token.share)],
             ["Frobenius norm", number(token.frobenius_norm)],
             ["stable rank", number(token.stable_rank)],
             ["token id", str(token.id)],

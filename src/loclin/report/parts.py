@@ -6,7 +6,6 @@ import re
 from html import escape
 from typing import Any, Protocol, runtime_checkable
 
-from loclin.analyses.attribution import Attribution
 from loclin.analyses.explain import Explanation, TokenExplanation
 from loclin.decode import Words
 from loclin.report.checks import forward
@@ -14,6 +13,15 @@ from loclin.report.choose import full_colour
 from loclin.report.text import EMPTY, NEWLINE, SPACE, TAB, error, number, percent, signed, visible
 
 _MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
+
+
+@runtime_checkable
+class Warned(Protocol):
+    """What every result has."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader should know first."""
 
 
 @runtime_checkable
@@ -92,7 +100,7 @@ def verdict(explanation: Explanation) -> str:
     )
 
 
-def warnings(found: Predicted | Attribution) -> str:
+def warnings(found: Warned) -> str:
     """Write what a reader should know first."""
     return "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in found.warnings)
 
@@ -107,8 +115,8 @@ def token_table(explanation: Explanation, shown: list[int] | None = None, words:
         rows.append(_sum_row(f"{len(tokens) - len(shown)} others", rest, f"above: the {len(shown)} largest"))
     rows.append(_sum_row("bias", explanation.bias_share, ""))
     total = sum(t.share for t in tokens) + explanation.bias_share
-    logit = number(explanation.target["logit"])
-    note = f"= the logit, {logit}; rounding {error(abs(explanation.share_residual))}"
+    target = explanation.target
+    note = f"= the {target['kind']}, {number(target['value'])}; rounding {error(abs(explanation.share_residual))}"
     rows.append(_sum_row("total", total, note))
     heads = ("", "token", "share", "norm", "stable rank", "writes (σ1)", "reads (σ1)")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)

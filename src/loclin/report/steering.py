@@ -20,8 +20,10 @@ from loclin.analyses.steer import METHODS, Steered, repeats
 from loclin.analyses.steering import Continuation
 from loclin.errors import OutputError
 from loclin.output import write_text
+from loclin.report import parts
 from loclin.report.figures import MISSING, NEUTRAL, PALETTE, plotly_script
 from loclin.report.sheet import embedded
+from loclin.report.terminal import warning
 from loclin.report.text import number, visible
 
 WIDEST = 120
@@ -39,6 +41,8 @@ def render_steered(found: Steered, console: Console) -> None:
     console.print(Columns(panels, padding=(0, 1)))
     console.print(_facts(found))
     console.print(_what(found))
+    for text in found.warnings:
+        console.print(warning(text), width=width)
     if _repeats(found):
         console.print(Text(f"The steered text {REPEATING}", "yellow"))
     if found.sweep is not None:
@@ -99,7 +103,8 @@ def _what(found: Steered) -> Text:
 def _described(found: Steered) -> str:
     how = METHODS.get(found.method, found.method)  # type: ignore[call-overload]
     point = found.settings["point"]
-    return f"{found.model['name']} · {found.method}: {how} · {point} · strength {found.strength:g} ({found.form})"
+    gate = f" · gate {found.settings['gate']}" if found.method in ("operator", "basis", "suffix") else ""
+    return f"{found.model['name']} · {found.method}: {how} · {point} · strength {found.strength:g} ({found.form}){gate}"
 
 
 def _sweep(found: Steered) -> Table:
@@ -152,7 +157,8 @@ def steered_html(found: Steered) -> str:
         toward=", ".join(f"“{escape(text)}”" for text in found.toward),
         normal=_html(found, found.normal),
         steered=_html(found, found.steered),
-        warning=(f'<p class="warning" role="note">The steered text {escape(REPEATING)}</p>' if _repeats(found) else ""),
+        warning=parts.warnings(found)
+        + (f'<p class="warning" role="note">The steered text {escape(REPEATING)}</p>' if _repeats(found) else ""),
         rows="".join(
             f'<tr><th scope="row">{escape(name)}</th><td class="num">{a}</td><td class="num">{b}</td></tr>'
             for name, a, b in _rows(found)
@@ -168,12 +174,12 @@ def steered_html(found: Steered) -> str:
 
 def _html(found: Steered, written: Continuation) -> str:
     said = _plain(written.text)
-    pattern, parts, last = _pattern(found.words), [], 0
+    pattern, marked, last = _pattern(found.words), [], 0
     for hit in pattern.finditer(said) if pattern else ():
-        parts += [escape(said[last : hit.start()]), f"<mark>{escape(hit[0])}</mark>"]
+        marked += [escape(said[last : hit.start()]), f"<mark>{escape(hit[0])}</mark>"]
         last = hit.end()
     end = ' <span class="note">⏹ end of text</span>' if written.ended else " …"
-    return f'<span class="note">{escape(_plain(found.prompt))}</span>{"".join(parts)}{escape(said[last:])}{end}'
+    return f'<span class="note">{escape(_plain(found.prompt))}</span>{"".join(marked)}{escape(said[last:])}{end}'
 
 
 def _html_sweep(found: Steered) -> str:
@@ -190,7 +196,9 @@ def _html_sweep(found: Steered) -> str:
 
 def _settings(found: Steered) -> str:
     facts = {f"model {k}": v for k, v in found.model.items() if v is not None}
-    facts |= {k: v for k, v in found.settings.items() if k != "versions"} | found.settings["versions"]
+    facts |= {k: v for k, v in found.settings.items() if k not in ("versions", "token_ids")} | found.settings[
+        "versions"
+    ]
     return "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items())
 
 

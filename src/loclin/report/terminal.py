@@ -12,6 +12,7 @@ from rich.text import Text
 from loclin.analyses.explain import Explanation
 from loclin.report.checks import checks
 from loclin.report.terminal_tables import block_table, share_table, token_text, unit_table
+from loclin.report.terms import gate_note
 from loclin.report.text import error, percent
 
 PROMPT_HEAD, PROMPT_TAIL = 40, 80
@@ -40,8 +41,9 @@ def render_explanation(explanation: Explanation, console: Console, top: int = 3)
         _prediction(explanation),
         _verdict(explanation),
         Text(),
-        heading("Which tokens drive it", "share of the logit: J_i x_i through the head"),
+        heading("Which tokens drive it", f"shares of the {explanation.target['kind']}: J_i x_i through the head"),
         share_table(explanation, roomy=width >= 100),
+        Text(gate_note(chosen.get("gate")), "dim"),
         Text(),
         heading("What each token's map writes and reads", "its singular vectors"),
         *block_table(explanation, top),

@@ -72,9 +72,9 @@ def share_table(explanation: Explanation, roomy: bool) -> Table:
     bias = explanation.bias_share
     table.add_row("", Text("bias", "italic"), signed(bias), bar(bias, full))
     total = sum(token.share for token in tokens) + bias
-    logit = Text(f"= the logit, {number(explanation.target['logit'])}", "bold")
+    target = Text(f"= {number(explanation.target['value'])}, the {explanation.target['kind']}", "bold")
     rounding = Text(f"rounding {error(abs(explanation.share_residual))}", "dim")
-    table.add_row("", Text("total", "bold"), Text(signed(total), "bold"), "", "", "", logit, rounding)
+    table.add_row("", Text("total", "bold"), Text(signed(total), "bold"), "", "", "", target, rounding)
     return table
 
 

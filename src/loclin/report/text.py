@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-SPACE, NEWLINE, TAB, EMPTY = "·", "↵", "⇥", "∅"
+import unicodedata
+
+SPACE, NEWLINE, TAB, EMPTY, CARRIER = "·", "↵", "⇥", "∅", "◌"
 MARKS = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
 
 
@@ -10,7 +12,7 @@ def visible(text: str, limit: int | None = None) -> str:
     """Draw a token's whitespace, and leave nothing in it that could act on a terminal or reorder a line.
 
     Characters that do not print, and the marks themselves, are written as Python escapes, so that a mark
-    always means what it stands for.
+    always means what it stands for. An accent without its letter stands on a dotted circle.
 
     Parameters
     ----------
@@ -20,11 +22,12 @@ def visible(text: str, limit: int | None = None) -> str:
         The most characters to show; longer tokens end in an ellipsis.
     """
     shown = "".join(MARKS[c] if c in MARKS else c if _plain(c) else _escaped(c) for c in text) or EMPTY
+    shown = CARRIER + shown if unicodedata.category(shown[0]).startswith("M") else shown
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def _plain(character: str) -> bool:
-    return character.isprintable() and character not in (SPACE, NEWLINE, TAB, EMPTY)
+    return character.isprintable() and character not in (SPACE, NEWLINE, TAB, EMPTY, CARRIER)
 
 
 def _escaped(character: str) -> str:

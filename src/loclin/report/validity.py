@@ -16,6 +16,7 @@ from loclin.output import write_text
 from loclin.report import parts
 from loclin.report.figures import NEGATIVE, NEUTRAL, POSITIVE, plotly_script
 from loclin.report.sheet import embedded, facts, section, sheet, shortened
+from loclin.report.terminal import warning
 from loclin.report.terminal_tables import token_text
 from loclin.report.text import error, percent
 
@@ -50,9 +51,11 @@ def render_validity(validity: Validity, console: Console) -> None:
         console.print(table)
     console.print(
         Text(
-            "\nerror: |predicted − true| / |true| of the final hidden state; same: names the same likeliest token",
+            "\nerror: |predicted − true| / |true| of the final hidden state; same: names the same likeliest token\n"
+            f"gate {validity.settings.get('gate')}: another gate is another map",
             "dim",
-        )
+        ),
+        *(warning(text) for text in validity.warnings),
     )
 
 
@@ -98,13 +101,13 @@ def validity_html(validity: Validity) -> str:
     if swaps:
         note = "What is predicted once the token has become the other one." + _cut(len(swaps))
         body += section("Every swap", note, _swap_table(validity, swaps[:_SWAPS]))
-    title = shortened("".join(validity.tokens))
+    title = shortened(validity.prompt)
     chips = "".join(f'<span class="chip" style="--a:0">{parts.token(text)}</span>' for text in validity.tokens)
     return sheet(
         title=title,
         about="how far from its prompt an exact linear map still predicts the model",
         heading=parts.token(title),
-        lead=f'<div class="chips">{chips}</div>',
+        lead=f'<div class="chips">{chips}</div>{parts.warnings(validity)}',
         body=body,
         settings=facts(validity.model, validity.settings),
         scripts=f'<script type="application/json" id="data">{embedded(drawn)}</script>'

@@ -7,7 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from loclin.analyses.watch import Watched
+from loclin.report.terminal import warning
 from loclin.report.terminal_tables import token_text
+from loclin.report.terms import gate_note
 from loclin.report.text import number, percent, signed, visible
 
 HITS = 20
@@ -18,6 +20,8 @@ def render_watched(found: Watched, console: Console) -> None:
     point, words = found.settings["point"], ", ".join(visible(word) for word in found.words)
     count = f"{len(found.hits)} of {found.searched} singular vectors to {point} write one of: {words}"
     console.print(Text(count, "bold"))
+    for text in found.warnings:
+        console.print(warning(text))
     if not found.hits:
         return
     console.print(_hits(found))
@@ -30,9 +34,10 @@ def render_watched(found: Watched, console: Console) -> None:
         if effect is not None:
             line = f"without them, at {name} ({effect.prompts}): log P(watched) {signed(effect.gain)} nats"
             console.print(Text(f"{line}, KL of the next token {number(effect.kl)} nats"))
-    for name, text in (("as it is", found.normal), ("without them", found.without)):
-        if text is not None:
-            console.print(Text.assemble((f"{name}: ", "dim"), visible(text.text).replace("·", " ")))
+    for name, written in (("as it is", found.normal), ("without them", found.without)):
+        if written is not None:
+            console.print(Text.assemble((f"{name}: ", "dim"), visible(written.text).replace("·", " ")))
+    console.print(Text(gate_note(found.settings.get("gate")), "dim"))
 
 
 def _hits(found: Watched) -> Table:

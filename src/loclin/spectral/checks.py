@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from loclin.arguments import whole
 from loclin.errors import OptionError
 
 _LEAST = 50
@@ -18,7 +19,7 @@ def check_rank(k: int, d_out: int, d_in: int) -> None:
     OptionError
         When k is not between 1 and the smaller side.
     """
-    most = min(d_out, d_in)
+    most, k = min(d_out, d_in), whole("k", k)
     if not 1 <= k <= most:
         raise OptionError(f"k={k}: the map has {most} singular values, so k is 1 to {most}")
 

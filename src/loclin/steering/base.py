@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loclin.arguments import real
 from loclin.errors import OptionError, SteeringError
 from loclin.models import Model, wrap
 from loclin.models.layout import anatomy
@@ -114,8 +114,7 @@ class Steering(Result, ABC):
         model = model if isinstance(model, Model) else wrap(model)
         if form not in get_args(Form):
             raise OptionError(f"form={form!r}: choose {' or '.join(get_args(Form))}")
-        if not math.isfinite(strength):
-            raise OptionError(f"strength={strength}: give a finite number")
+        strength = real("strength", strength)
         self.check(model, gate)
         if strength == NEUTRAL[form]:
             yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from loclin.arguments import strings
 from loclin.errors import PromptError
 from loclin.models import Model
 
@@ -102,6 +103,7 @@ def token_ids(model: Model, words: Sequence[str]) -> list[int]:
         When no token does.
     """
     found: dict[int, None] = {}
+    words = strings("words", words)
     for word in words:
         for spelling in dict.fromkeys((word, word.lower(), word.capitalize())):
             for text in (f" {spelling}", spelling):

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from loclin.arguments import real, whole
 from loclin.errors import OptionError, SteeringError
 from loclin.linearization import Linearization
 from loclin.results import Provenance
@@ -134,6 +135,7 @@ class Operator(Steering):
             raise OptionError(f"align={align!r}, signs={signs!r}: choose cycle or nearest, and free or fixed")
         if signs == "fixed" and rank is None:
             raise OptionError("signs='fixed' gives singular vectors their signs; say how many with rank=")
+        rank = None if rank is None else whole("rank", rank)
         where = site(lin.model, f"{'resid_pre' if at == 'input' else 'resid_post'}.{layer}")
         J = lin.jacobian(target=str(where), position=position, normed=normed)
         chosen = _chosen(lin, tokens)
@@ -166,7 +168,7 @@ class Operator(Steering):
         )
 
     def __repr__(self) -> str:
-        texts = ", ".join(repr("".join(source["provenance"]["tokens"])) for source in self.sources)
+        texts = ", ".join(repr(source["provenance"]["text"]) for source in self.sources)
         rank = "all columns" if self.rank is None else f"rank {self.rank}"
         return f"Operator({texts} -> {self.point}, {rank})"
 
@@ -206,6 +208,7 @@ class Operator(Steering):
             start += length
         return total
 
+    @in_plain_torch
     def apply_to(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """S_p of one text with embeddings x, at each of its positions."""
         return self.push(x, torch.arange(len(x), device=x.device)).cumsum(0)
@@ -238,7 +241,7 @@ def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None)
     """
     if not operators:
         raise OptionError("merge needs at least one operator")
-    weights = [1 / len(operators)] * len(operators) if weights is None else list(weights)
+    weights = [1 / len(operators)] * len(operators) if weights is None else [real("weights", w) for w in weights]
     if len(weights) != len(operators):
         raise OptionError(f"{len(operators)} operators and {len(weights)} weights: give one weight for each")
     head = operators[0]

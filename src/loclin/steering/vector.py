@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from loclin.arguments import refuse_broken, strings, whole
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
@@ -68,6 +69,7 @@ class Vector(Steering):
 
 
 def _vector(model: Model, point: Point, direction: Tensor, rule: str, provenance: Provenance | None = None) -> Vector:
+    refuse_broken("the direction", direction)
     return Vector(
         direction=direction.detach(),
         rule=rule,
@@ -109,6 +111,7 @@ def pullback(lin: Linearization, point: str, ids: Sequence[int]) -> Vector:
     OptionError
         When there are no tokens.
     """
+    ids = [whole("ids", token) for token in ids]
     if not ids:
         raise OptionError("pullback needs the ids of at least one token")
     where = site(lin.model, point)
@@ -141,6 +144,7 @@ def mean_difference(
     two batches of texts, each read once.
     """
     where, start = site(model, point), -1 if last else 1
+    texts, others = strings("texts", texts), strings("others", others)
     means = [
         torch.cat([states[start:] for states in hidden_states(model, group, where, bos)]).mean(0)
         for group in (texts, others)
@@ -162,6 +166,8 @@ def contrast(model: Model, pairs: Sequence[tuple[str, str]], point: str, *, bos:
     """
     if not pairs:
         raise PromptError("contrast needs at least one pair of texts")
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise OptionError("contrast takes pairs of texts: [(text, other), ...]")
     where = site(model, point)
     sides = [hidden_states(model, [pair[side] for pair in pairs], where, bos) for side in (0, 1)]
     with_it, without = (torch.stack([states[-1] for states in side]) for side in sides)
@@ -179,6 +185,7 @@ def hidden_states(model: Model, texts: Sequence[str], where: Point, bos: bool | 
     PromptError
         When there are no texts.
     """
+    texts = strings("texts", texts)
     if not texts:
         raise PromptError("give at least one text")
     found = Replay(model, [model.encode(text, bos=bos) for text in texts]).rows(str(where))

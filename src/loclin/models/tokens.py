@@ -1,0 +1,197 @@
+"""From token ids to what is shown, each token by itself, and to text, all of them together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import accumulate
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ESCAPED = re.compile("[\udc80-\udcff]+")
+
+
+def _byte_signs() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's)."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_signs()
+
+
+class Tokens:
+    """What a tokenizer's ids stand for.
+
+    Parameters
+    ----------
+    tokenizer
+        A tokenizer of transformers, fast or slow; None shows ids as numbers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+        self._size = 0
+        self._shown: dict[int, str] = {}
+
+    def shown(self, ids: Sequence[int]) -> list[str]:
+        """Each token by itself, with the space that it stands for, so that no two look the same.
+
+        Bytes that are no whole character are written `⟨F0 9F⟩`, ids without a token `⟨unused 49160⟩`, and tokens
+        without any text `⟨empty 7⟩`. Cost: some microseconds for each new id.
+        """
+        if self._tokenizer is None:
+            return [str(int(token)) for token in ids]
+        if self._size != len(self._tokenizer):  # tokens were added since
+            self._size, self._shown = len(self._tokenizer), {}
+        new = [token for token in dict.fromkeys(map(int, ids)) if token not in self._shown]
+        if new:
+            self._shown.update(zip(new, self._made(self._tokenizer, new), strict=True))
+        return [self._shown[int(token)] for token in ids]
+
+    def text(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """All tokens together, as the tokenizer reads them; with or without its special tokens.
+
+        Ids without a token are written `⟨unused 49160⟩`; without a tokenizer ids are numbers with spaces between.
+        """
+        ids = [int(token) for token in ids]
+        if self._tokenizer is None:
+            return " ".join(map(str, ids))
+        unused = [i for i, token in enumerate(ids) if self._raw(token) is None]
+        pieces, start = [], 0
+        for i in (*unused, len(ids)):
+            if start < i:
+                pieces.append(_decoded(self._tokenizer, ids[start:i], special))
+            pieces += self.shown(ids[i : i + 1]) if special else []
+            start = i + 1
+        return "".join(pieces)
+
+    def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Where each token is in their `text`: `(start, end)`. Tokens that make one character together share its place.
+
+        Cost: a decoding of a few tokens for each; of all before it, where a tokenizer changes text behind itself.
+        """
+        ids, text = [int(token) for token in ids], self.text(ids)
+        groups: list[tuple[int, str]] = []  # how many tokens, and what they add
+        first = read = 0
+        for i in range(len(ids)):
+            before, now = self.text(ids[first:read]), self.text(ids[first : i + 1])
+            if now.endswith(_BROKEN) and i + 1 < len(ids):
+                continue  # the rest of the character follows
+            groups.append((i + 1 - read, now[len(before) :]))
+            first, read = read, i + 1
+        ends = list(accumulate(len(added) for _, added in groups))
+        if "".join(added for _, added in groups) != text:
+            groups = [(1, "")] * len(ids)
+            ends = list(accumulate((len(commonprefix([text, self.text(ids[: i + 1])])) for i in range(len(ids))), max))
+        return [(a, b) for a, b, (n, _) in zip([0, *ends], ends, groups, strict=False) for _ in range(n)]
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int], *, special: bool = True) -> str:
+        """The text of `ids` as it goes on from others: a space at its beginning stays."""
+        if not ids:
+            return ""
+        if self._tokenizer is None:
+            return self.text(ids)
+        context = list(before)[-_CONTEXT:]
+        if not special:
+            ids = [token for token in ids if token not in self.special()]
+            context = [token for token in context if token not in self.special()]
+        both = [*context, *ids]
+        return self.text(both)[self.offsets(both)[len(context)][0] :] if ids else ""
+
+    def alike(self, text: str) -> list[int]:
+        """The ids of the tokens that are shown as this text; of all that are decoded to it, where it says nothing.
+
+        Cost: the whole vocabulary is decoded, some microseconds for each token.
+        """
+        if self._tokenizer is None:
+            return []
+        ids = range(len(self._tokenizer))
+        texts = self.shown(ids) if text.strip(_BROKEN) else [_decoded(self._tokenizer, [token]) for token in ids]
+        return [token for token, own in zip(ids, texts, strict=True) if own == text]
+
+    def knows(self, token: int) -> bool:
+        """Whether an id has a token; models may have more rows than their tokenizer has tokens."""
+        return self._tokenizer is None or self._raw(token) is not None
+
+    def special(self) -> set[int]:
+        """The ids of special tokens: beginnings, ends, padding, the marks of chat templates."""
+        if self._tokenizer is None:
+            return set()
+        added: dict[int, Any] = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return {*self._tokenizer.all_special_ids, *(token for token, held in added.items() if held.special)}
+
+    def _raw(self, token: int) -> Any:
+        """The vocabulary's own entry; None for an id without one."""
+        tokenizer = self._tokenizer
+        try:
+            raw = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token)
+        except (IndexError, KeyError, ValueError, OverflowError):  # tokenizers in Python say it in their own ways
+            return None
+        if tokenizer is not None and raw == tokenizer.unk_token and token != tokenizer.unk_token_id:
+            return None
+        return raw
+
+    def _made(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+        """What is shown for ids: what each one adds to a text that has begun."""
+        raws = [self._raw(token) for token in ids]
+        context = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        known = [token for token, raw in zip(ids, raws, strict=True) if raw is not None]
+        base, added = _decoded(tokenizer, context), {}
+        for token in known:
+            text = _decoded(tokenizer, [*context, token])
+            added[token] = text.removeprefix(base) if text.startswith(base) else _decoded(tokenizer, [token])
+        special, prefix = self.special(), _word_prefix(tokenizer)
+        found = []
+        for token, raw in zip(ids, raws, strict=True):
+            if raw is None:
+                text = f"⟨unused {token}⟩"
+            elif token in special:
+                text = str(raw)
+            elif prefix is not None:  # its decoder takes the spaces of punctuation away
+                text = raw.removeprefix(prefix) if raw.startswith(prefix) else f" {raw}"
+            else:
+                text = self._bytes_shown(raw, added[token])
+            found.append(text or f"⟨empty {token}⟩")
+        return found
+
+    def _bytes_shown(self, raw: Any, text: str) -> str:
+        """A token's text; its bytes where they are no whole character, or where the character is another token's."""
+        byte = _BYTE.fullmatch(raw) if isinstance(raw, str) else None
+        if byte is not None:
+            taken = text == " " or _BROKEN in text or self._has(text)
+            return f"⟨{byte[1].upper()}⟩" if taken else text
+        if _BROKEN not in text:
+            return text
+        if isinstance(raw, bytes):
+            held = raw
+        elif all(sign in _BYTES for sign in raw):
+            held = bytes(_BYTES[sign] for sign in raw)
+        else:
+            return text  # the replacement character itself
+        parts = held.decode("utf-8", "surrogateescape")
+        return _ESCAPED.sub(lambda hit: f"⟨{' '.join(f'{ord(sign) - 0xDC00:02X}' for sign in hit[0])}⟩", parts)
+
+    def _has(self, text: str) -> bool:
+        found = None if self._tokenizer is None else self._tokenizer.convert_tokens_to_ids(text)
+        return isinstance(found, int) and self._raw(found) == text
+
+
+_CONTEXT = 8
+"""How many tokens before a continuation are decoded with it."""
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: bool = True) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+
+def _word_prefix(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What begins a WordPiece token that goes on with a word; None for other tokenizers."""
+    decoder: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    return str(decoder.prefix) if type(decoder).__name__ == "WordPiece" else None
