@@ -117,7 +117,8 @@ def linearize_batch(
 
 def _fill(model: Model) -> int:
     """The token that stands where nothing is; any would do, for no other looks at it."""
-    named = model.hf.config.get_text_config().pad_token_id if model.tokenizer is None else model.tokenizer.pad_token_id
+    holder = model.hf.config.get_text_config() if model.tokenizer is None else model.tokenizer
+    named = getattr(holder, "pad_token_id", None)
     return named if isinstance(named, int) and named >= 0 else 0
 
 

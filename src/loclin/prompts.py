@@ -165,7 +165,8 @@ def _ends(model: Model) -> set[int]:
 
 def _pad(model: Model) -> int | None:
     tokenizer = model.tokenizer
-    named = model.hf.config.get_text_config().pad_token_id if tokenizer is None else tokenizer.pad_token_id
+    holder = model.hf.config.get_text_config() if tokenizer is None else tokenizer
+    named = getattr(holder, "pad_token_id", None)
     return named if isinstance(named, int) else None
 
 

@@ -26,10 +26,10 @@ def test_shares_sum_to_the_logit_over_the_mean(lin, position):
     found = explain(lin, k=3, position=position)
     logits = lin.model.hf(input_ids=lin.input_ids).logits[0, position]
     assert found.target["id"] == logits.argmax().item()
-    assert found.target["logit"] == pytest.approx(logits.max().item(), rel=1e-6)
+    assert found.target["logit"] == pytest.approx(logits.max().item(), rel=tiny.rounding())
     total = sum(token.share for token in found.tokens) + found.bias_share
     assert found.target["kind"] == "logit over the mean"
-    assert found.target["value"] == pytest.approx((logits.max() - logits.mean()).item(), rel=1e-6)
+    assert found.target["value"] == pytest.approx((logits.max() - logits.mean()).item(), rel=tiny.rounding())
     assert total + found.share_residual == pytest.approx(found.target["value"], rel=1e-12)
     assert abs(found.share_residual) < 1e-12 * abs(found.target["logit"])
     weights = lin.model.hf.lm_head.weight.detach()

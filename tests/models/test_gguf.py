@@ -69,7 +69,7 @@ def test_a_qwen2_with_biases_is_affine_and_says_how_much_of_it_is_bias(tmp_path)
     assert model.info.family == "qwen2"
     certificate = linearize(model, "the other the").certify()
     assert certificate.passed
-    assert certificate.reconstruction_error < 1e-6
+    assert certificate.reconstruction_error < 1e-5
     assert certificate.bias_share > 0.01
     named = linearize(model, "the other the").jacobian().bias_by_source()
     assert set(named) == {f"model.layers.{layer}.self_attn.v_proj.bias" for layer in range(2)}

@@ -12,6 +12,8 @@ import loclin
 from loclin.analyses.steer import encoded, steer
 from loclin.analyses.watch import watch
 from loclin.errors import OptionError, PromptError
+from loclin.linearization import linearize
+from loclin.models import tiny as families
 from loclin.models import wrap
 
 from .helpers import tiny_llama, tiny_tokenizer
@@ -256,3 +258,9 @@ def test_random_tokens_of_validity_are_the_tokenizer_s():
     assert drawn
     assert not any(text.startswith("⟨unused") for text in drawn)
     assert not set(drawn) & {"<s>", "</s>", "<unk>"}
+
+
+def test_a_config_may_name_no_padding():
+    model = wrap(families.build("rwkv"))
+    assert not hasattr(model.hf.config, "pad_token_id")
+    assert linearize(model, families.prompt(model.hf, 3), precision="double").certify().passed

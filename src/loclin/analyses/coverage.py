@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import traceback
@@ -376,7 +377,7 @@ def _line(fault: Exception) -> str:
 
 def _place(fault: Exception) -> str:
     """Say where in loclin or transformers a fault came up: whose it is."""
-    homes = [Path(str(found.__file__)).parent for found in (loclin, transformers)]
+    homes = [Path(inspect.getfile(found)).parent for found in (loclin, transformers)]
     frames = [f for f in traceback.extract_tb(fault.__traceback__) if any(Path(f[0]).is_relative_to(h) for h in homes)]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
