@@ -53,9 +53,10 @@ def test_pushed_directions_sharpen_upper_bounds(pushed):
     assert (values[:, : true.shape[1]] <= true + 1e-12).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("rows", "columns"), [(576, 4032), (300, 200), (64, 6000)])
-@pytest.mark.parametrize("exponent", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"), [(576, 4032, torch.float32), (300, 200, torch.float64), (64, 6000, torch.float32)]
+)
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
 def test_schatten_bounds_are_bounds_of_large_matrices_too(rows, columns, exponent, dtype):
     """A norm summed in float32 is 3e-4 too small at 576 x 4032."""
     E = maps(rows, columns, [power_law(min(rows, columns), exponent)], dtype=dtype).transpose(0, 1)
