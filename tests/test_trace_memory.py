@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,7 +26,7 @@ def llama(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
 def held() -> int:
     """The bytes of all tensors that Python can reach."""
     gc.collect()
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    tensors = [item for item in gc.get_objects() if type(item) in (Tensor, Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -6,8 +6,6 @@ import math
 import operator
 from typing import Any
 
-from torch import Tensor
-
 from loclin.errors import OptionError, PromptError
 
 
@@ -85,16 +83,3 @@ def text(name: str, given: str) -> str:
             f"{name} has a lone surrogate, {half}, at character {error.start + 1}: give whole characters"
         ) from None
     return given
-
-
-def refuse_broken(name: str, vector: Tensor) -> None:
-    """Refuse a vector with NaN or infinite numbers, of which every product would be one too.
-
-    Raises
-    ------
-    OptionError
-        Saying how many there are.
-    """
-    bad = int((~vector.isfinite()).sum()) if vector.is_floating_point() else 0
-    if bad:
-        raise OptionError(f"{name} has {bad} of {vector.numel()} numbers that are NaN or infinite")

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from loclin.access import reason, refusal
 from loclin.errors import OutputError
-from loclin.models.access import reason, refusal
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""Sums of squares of large tensors, in float64.
+"""Sums of squares of large tensors, in float64, and a check of what is summed.
 
 PyTorch's own norms add up in the tensor's dtype: of the 2.3 million float32 numbers of a 576 x 4032 matrix they lose
 about 3e-4, and always from the same side, so that nothing built on them is a bound.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from loclin.errors import OptionError
 
 _CHUNK, _CHUNK_ACCELERATOR = 2**15, 2**22
 """How many numbers are widened at a time: on a CPU what its cache holds."""
@@ -31,3 +33,16 @@ def norms(x: Tensor, axis: int = 0) -> Tensor:
 def relative(difference: Tensor, reference: Tensor) -> float:
     """|difference| / |reference|, Euclidean norms over everything; 0 / 0 is 0."""
     return (norms(difference) / norms(reference).clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def refuse_broken(name: str, vector: Tensor) -> None:
+    """Refuse a vector with NaN or infinite numbers, of which every product would be one too.
+
+    Raises
+    ------
+    OptionError
+        Saying how many there are.
+    """
+    bad = int((~vector.isfinite()).sum()) if vector.is_floating_point() else 0
+    if bad:
+        raise OptionError(f"{name} has {bad} of {vector.numel()} numbers that are NaN or infinite")

@@ -264,7 +264,7 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, keep: int = 0
     with torch.no_grad():
         with eager_code():
             route = find_route(model, parts, input_ids)
-        changed = before.changed(own)
+        changed = before.changed_itself(own)
         if changed:
             raise ModelError(
                 f"{model.info.name}: its weights changed while it ran ({changed[0]}): another thread trains it, or its "

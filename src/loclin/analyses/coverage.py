@@ -20,13 +20,13 @@ import transformers
 from tqdm.auto import tqdm
 
 import loclin
+from loclin.access import reason
 from loclin.brief import brief
 from loclin.certify import Certificate
 from loclin.errors import LoclinError, ModelError, OptionError, OutputError
 from loclin.freeze import Gate
 from loclin.linearization import linearize
 from loclin.models import tiny, wrap
-from loclin.models.access import reason
 from loclin.models.describe import Description, describe_parts
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet

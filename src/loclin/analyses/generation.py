@@ -16,7 +16,6 @@ from loclin.arguments import whole
 from loclin.brief import brief
 from loclin.errors import PromptError
 from loclin.linearization import Linearization
-from loclin.models import Model
 from loclin.spectral import SVD
 from loclin.sums import norms
 from loclin.surroundings import in_plain_torch
@@ -120,7 +119,7 @@ def generate(
         steps.append(found)
         before = now
         token = found.target["id"]
-        if number == count or token in _endings(lin.model):
+        if number == count or token in lin.model.stops:
             break
         lin = lin.followed_by(token)
     text = lin.model.tokens.continuation(prompt, [step.target["id"] for step in steps])
@@ -146,10 +145,3 @@ def _angle(old: SVD, new: SVD, token: int) -> float:
 def _turned(found: SVD) -> SVD:
     """The decomposition of the transposes."""
     return replace(found, U=found.Vh.mT, Vh=found.U.mT)
-
-
-def _endings(model: Model) -> set[int]:
-    """The tokens by which the model ends a text."""
-    config = model.hf.generation_config
-    named = None if config is None else config.eos_token_id
-    return set(named) if isinstance(named, list) else {named} if isinstance(named, int) else set()

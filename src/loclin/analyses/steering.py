@@ -261,7 +261,7 @@ def write(
     check_room(model, max(prompt.shape[1] for prompt in prompts), max_new_tokens)
     model = model.replicate()
     ids, mask = padded(list(prompts), "left", 0)
-    ends = _ends(options.get("eos_token_id", getattr(model.hf.generation_config, "eos_token_id", None)))
+    ends = _ends(options["eos_token_id"]) if "eos_token_id" in options else sorted(model.stops)
     settings: dict[str, object] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": seed is not None,

@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.arguments import refuse_broken, whole
+from loclin.arguments import whole
 from loclin.brief import brief
 from loclin.errors import OptionError
 from loclin.inside import Inside
 from loclin.linearization import Linearization
 from loclin.link import HeadLink, behind_attention
 from loclin.points import Point, parse
+from loclin.sums import refuse_broken
 
 Token = str | int
 """A token's text, which must be one token, or its id."""

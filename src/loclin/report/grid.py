@@ -13,6 +13,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from loclin.brief import brief
+
 Kind = Literal["key", "number", "parts", "words", "bar"]
 Cell = str | Text | Sequence[Text]
 """A text, or several pieces of which none may be broken."""
@@ -53,6 +55,8 @@ class Grid:
 
     columns: list[Column]
     rows: list[list[Cell]] = field(default_factory=list)
+
+    __repr__ = brief
 
     @classmethod
     def of(cls, *columns: Column) -> Grid:

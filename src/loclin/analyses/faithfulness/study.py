@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin.access import reason
 from loclin.analyses.faithfulness import methods
 from loclin.analyses.faithfulness.deletion import Removal, ranked, replaced
 from loclin.analyses.faithfulness.planes import Projected, projections
@@ -25,7 +26,6 @@ from loclin.brief import brief
 from loclin.errors import ModelError, OutputError
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model
-from loclin.models.access import reason
 from loclin.output import write_text
 from loclin.results import versions
 
