@@ -41,7 +41,7 @@ def test_steer(directory, tmp_path, capsys):  # noqa: F811
     assert moved == (not any("w9, w12" in warning for warning in read["warnings"]))
     for warning in read["warnings"]:
         assert escape(warning) in html
-        assert warning in " ".join(out.split())
+        assert warning in " ".join(out.replace("│", " ").split())
     again = tmp_path / "again.json"
     fixed = ["--operator", kept, "--strength", read["strength"], "--json", again]
     code, _, err = here(capsys, "steer", PROMPT, *options, *fixed)
