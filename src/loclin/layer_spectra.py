@@ -43,9 +43,10 @@ class LayerSpectra(Result):
         Their C names, in the order of the first axis.
     U, S, Vh, residuals
         Of each token's map: `[C, L, T, d_out, k]`, `[C, L, T, k]`, `[C, L, T, k, d_in]`, `[C, L, T, k]`. Values are
-        Ritz values: never above the true ones, and by about residual^2 / S below, `tolerance` of S at most.
+        Ritz values: never above the true ones, and by about residual^2 / S below, `tolerance` of S at most; the
+        largest by 1e-6 of it, unless another that is not among these is as large.
     frobenius, stable_rank
-        Of each token's map, `[C, L, T]`.
+        Of each token's map, `[C, L, T]`: the norm summed in float64, and so right to 1e-5.
     joint_U, joint_S, joint_residuals, joint_frobenius, joint_stable_rank
         The same of all tokens' maps side by side, `[C, L, d_out, k]`, `[C, L, k]` twice, `[C, L]` twice; None where
         not asked for.

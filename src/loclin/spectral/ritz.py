@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.brief import brief
-from loclin.spectral.checks import check_rank, check_tolerance, least_tolerance
+from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.sums import norms
 
 _OVERSAMPLING = 4
@@ -50,7 +50,7 @@ def ritz(
     """The k largest triples of each matrix by a randomized block Krylov method that keeps every block.
 
     A matrix is done when the square of each value's residual is within `tolerance` of the square of the value, and of
-    the largest within 1e-6 (in float32 6e-6), which stable ranks need: a Ritz value is never above the true one, and
+    the largest within 1e-6, which stable ranks need: a Ritz value is never above the true one, and
     off by about that much. One that a basis of half its smaller side does not serve goes to LAPACK. Left vectors have a
     non-negative product with `towards`. All matrices take a step together: a matrix alone is too small to keep a
     processor busy.
@@ -109,7 +109,7 @@ def _krylov(J: Tensor, start: Tensor, k: int, tolerance: float, found: Ritz) -> 
     block, most = len(start), min(J.shape[1:]) // 2
     left, failed = list(range(len(J))), list[int]()
     allowed = J.new_full((k,), tolerance)
-    allowed[0] = min(tolerance, max(_LARGEST, least_tolerance(J.dtype)))
+    allowed[0] = min(tolerance, max(_LARGEST, (10 * torch.finfo(J.dtype).eps) ** 2))  # what a residual can be
     maps = list(J)  # one thin product after the other is faster than a batch of them, and needs no copies
     # Everything has its vectors in rows, so that blocks are appended and QR's columns are read in place.
     Q, B, pushed = J[:, :, :0].mT, J[:, :0], J[:, :, :0].mT
