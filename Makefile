@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/loclin explain "The bridge out of Marin is the" --json explain.json --html explain.html
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 N ?= 200
 fuzz: $(VENV)/.dev

@@ -34,10 +34,23 @@ from loclin.linearization import Linearization
 from loclin.models import Model
 from loclin.output import write_text
 from loclin.steering.concepts import packaged_concepts
+from loclin.steering.operator import no_words
 from loclin.steering.replay import Replay
 from models import linear_weights
 from steering_figures import LIMITS, STRENGTHS, WRITTEN, Tables, at_limit, mean_curve, strength_at, tables
-from steering_methods import ALL, CHOSEN, GENERATED, INTERPOLATED, MAPPED, METHODS, RANK, SEVERAL, SHARES, Case, point
+from steering_methods import (
+    ALL,
+    CHOSEN,
+    EXPLAINED,
+    GENERATED,
+    INTERPOLATED,
+    MAPPED,
+    METHODS,
+    RANK,
+    SEVERAL,
+    SHARES,
+    Case,
+)
 
 MODELS = ("smollm2-135m", "gemma-3-270m")
 CHOOSING_CONCEPTS = 2
@@ -137,28 +150,32 @@ def measure(record: Record, model: Model, cases: list[Case], layers: dict[str, i
 
                 record.piece("measure", name, case.concept.name, str(layer), make=make)
                 bar.update()
-            record.piece("why", case.concept.name, make=lambda c=case: why(replay, c, layers["operator (published)"]))
+            for name in EXPLAINED:
+                record.piece(
+                    "why", name, case.concept.name, make=lambda n=name, c=case: why(replay, c, METHODS[n](c, layers[n]))
+                )
             case.forget()
 
 
-def why(replay: Replay, case: Case, layer: int) -> dict[str, float]:
-    """What the published operator adds at the last token of new prompts, compared with what it is on its own text."""
-    operator = s.Operator.make(case.own, layer)
-    own = case.own.value(point(layer))[-1]
+def why(replay: Replay, case: Case, operator: s.Operator) -> dict[str, float]:
+    """What an operator adds at the last token of new prompts, compared with what it is on its own text."""
+    J = case.own.jacobian(target=operator.target, normed=operator.normed)
+    own, there = J.value, case.own.value(operator.point)[-1]
     S = replay.sums(operator)[:, -1]
     first = operator.push(case.own.embeddings[:1], torch.zeros(1, dtype=torch.long))[0]
     mean = S.mean(0)
-    low = s.Operator.make(case.own, layer, tokens="words", rank=RANK)
-    assert low.right is not None
+    words = [i for i in range(len(case.own.tokens)) if i not in no_words(case.own)]
     x, index = replay.tokens
-    right, steer = low.right[index % len(low.right)], torch.einsum("nkd,nd->nk", low.right, low.embeddings)
-    new, steer = torch.einsum("mkd,md->mk", right, x), steer[index % len(low.right)]
+    Vh, index = J.svd(RANK).Vh[words], index % len(words)
+    steer = torch.einsum("nkd,nd->nk", Vh, case.own.embeddings[words])[index]
+    new = torch.einsum("mkd,md->mk", Vh[index], x)
     cosine = torch.nn.functional.cosine_similarity
     return {
-        "cosine of S with the text's own hidden state": cosine(S, own[None]).mean().item(),
+        "cosine of S with what it is on its own text": cosine(S, own[None]).mean().item(),
+        "cosine of that with the text's own hidden state where S is added": cosine(own, there, dim=0).item(),
         "share of |S|^2 that is the same for all prompts": (mean.square().sum() / S.square().sum(1).mean()).item(),
         "|J_0 x_0| of the beginning token over |S|": (first.norm() / S.norm(dim=1)).mean().item(),
-        "cosine of J_0 x_0 with the text's own hidden state": cosine(first, own, dim=0).item(),
+        "cosine of J_0 x_0 with what S is on its own text": cosine(first, own, dim=0).item(),
         "share of top-8 coefficients with the text's sign": (new.sign() == steer.sign()).float().mean().item(),
         "size of top-8 coefficients over the text's": (new.abs().mean() / steer.abs().mean()).item(),
     }
@@ -267,7 +284,7 @@ def main() -> None:
             rows += cost(name, 1 if options.quick else 5)
     if shown.text:
         write_text(RESULTS / "steering.md", "\n".join(shown.text))
-    report("steering", rows, options.check)
+    report("steering", rows, options.check, partly=options.quick or set(options.parts) != set(PARTS))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 
 from harness import Row, show
 from loclin.steering.concepts import packaged_concepts
-from steering_methods import ALL, BASELINE, MAPPED, SEVERAL
+from steering_methods import ALL, BASELINE, EXPLAINED, MAPPED, SEVERAL
 
 STRENGTHS = (0.03, 0.08, 0.2, 0.45, 0.9, 1.5)
 LIMITS = (1.0, 2.0)
@@ -96,7 +96,7 @@ def ideal(unsteered: np.ndarray, limit: float) -> float:
 def tables(name: str, held: dict[str, Any], layers: dict[str, int], shown: Tables) -> list[Row]:
     """Print what was found for the concepts that are finished, and give it as rows."""
     rows, lines = [], []
-    names = [c.name for c in packaged_concepts().concepts if f"why/{c.name}" in held]
+    names = [c.name for c in packaged_concepts().concepts if f"why/{EXPLAINED[-1]}/{c.name}" in held]
     unsteered = np.array([held[f"unsteered/{n}"] for n in names])
     values, draws = {}, {}
     for method in ALL:
@@ -122,10 +122,18 @@ def tables(name: str, held: dict[str, Any], layers: dict[str, int], shown: Table
     heads = ["method", "layer", *gains, f"less {BASELINE}'s, KL {LIMITS[0]:g}", "words / 100", "loss", "repetition"]
     shown.add(title, heads, lines)
     maps(name, held, shown)
-    reasons = [held[f"why/{n}"] for n in names]
-    mean = {key: float(np.mean([reason[key] for reason in reasons])) for key in reasons[0]}
-    shown.add(f"{name}: what the published operator adds", ["", "mean"], [[k, f"{v:.2f}"] for k, v in mean.items()])
-    return rows + [Row(f"{name}: {key}", value, "") for key, value in mean.items()]
+    reasons = {method: [held[f"why/{method}/{n}"] for n in names] for method in EXPLAINED}
+    means = {
+        key: [float(np.mean([reason[key] for reason in found])) for found in reasons.values()]
+        for key in reasons[EXPLAINED[0]][0]
+    }
+    lines = [[key, *(f"{value:.2f}" for value in values)] for key, values in means.items()]
+    shown.add(f"{name}: what an operator adds, means over concepts", ["", *EXPLAINED], lines)
+    return rows + [
+        Row(f"{name}: {method}, {key}", value, "")
+        for key, values in means.items()
+        for method, value in zip(EXPLAINED, values, strict=True)
+    ]
 
 
 def written(held: dict[str, Any], method: str) -> list[str]:

@@ -74,7 +74,8 @@ def _suffix_of_others(case: Case, layer: int) -> s.Vector:
 
 
 METHODS: dict[str, Callable[[Case, int], s.Steering]] = {
-    "operator (published)": lambda c, layer: s.Operator.make(c.own, layer),
+    "operator (published)": lambda c, layer: s.Operator.make(c.own, layer, at="published"),
+    "operator": lambda c, layer: s.Operator.make(c.own, layer),
     "operator, first token left alone": lambda c, layer: s.Operator.make(c.own, layer, spare_first=True),
     "operator, final norm on": lambda c, layer: s.Operator.make(c.own, layer, normed=True),
     "operator, shuffled over tokens": lambda c, layer: s.Operator.make(c.own, layer, tokens=c.shuffled()),
@@ -101,6 +102,7 @@ METHODS: dict[str, Callable[[Case, int], s.Steering]] = {
 BASELINE = "mean difference"
 INTERPOLATED, SEVERAL = "operator, interpolated (eq. 16)", "operator, three layers"
 CHOSEN = (
+    "operator",
     "operator (published)",
     "operator, less a neutral text's",
     "output basis, rank 8",
@@ -112,13 +114,15 @@ CHOSEN = (
     "contrast vector",
     "random direction",
 )
-"""Methods that have a layer chosen; the operator's other variants take the operator's."""
-MAPPED = ("operator (published)", BASELINE)
+"""Methods that have a layer chosen; the variants of "operator", the first, take its layer."""
+EXPLAINED = ("operator (published)", "operator")
+"""Those of which is measured what they add."""
+MAPPED = (*EXPLAINED, BASELINE)
 """Those that have a map of strength by layer."""
 SHARES = (0.97, 0.9, 0.8, 0.65, 0.5, 0.3)
 ALL = (*METHODS, INTERPOLATED, SEVERAL)
 GENERATED = (
-    "operator (published)",
+    *EXPLAINED,
     "operator, less a neutral text's",
     "output basis, rank 8",
     "suffix map of 4 neutral texts",

@@ -144,11 +144,11 @@ def test_numpy_s_numbers_are_taken_everywhere_and_saved(tmp_path):
     assert found.stdout.strip() == "all taken", found.stderr
 
 
-def test_the_byte_order_mark_of_a_file_is_no_text(monkeypatch):
-    import io
+def test_the_byte_order_mark_of_a_file_is_no_text():
+    """As the shell puts it into an argument; standard input has a test of its own."""
+    from types import SimpleNamespace
 
     from loclin.commands import options
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffThe bridge"))
-    assert options.checked("-", None, None, None) == "The bridge"
-    assert options.checked("\ufeffThe bridge", None, None, None) == "The bridge"
+    prompt = SimpleNamespace(param_type_name="argument", name="prompt")
+    assert options.plain(None, prompt, "\ufeffThe bridge") == "The bridge"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from html import escape
 
 import pytest
 
-import loclin.report.steering  # noqa: F401 (asks by itself whether a text repeats itself: it must have the real one)
 from loclin.steering import Operator
 from test_cli import directory, here  # noqa: F401 (a fixture)
 
@@ -25,12 +25,23 @@ def test_steer(directory, tmp_path, capsys):  # noqa: F811
     read = json.loads(written.read_text())
     assert read["words"] == ["w9", "w12"]
     assert {trial["layer"] for trial in read["sweep"]["trials"]} == {0, 1}
-    allowed = [trial["gain"] for trial in read["sweep"]["trials"] if trial["kl"] <= read["sweep"]["max_kl"]]
-    assert read["sweep"]["best"]["gain"] == max(allowed)
+    allowed = [trial for trial in read["sweep"]["trials"] if trial["kl"] <= read["sweep"]["max_kl"]]
+    assert [trial for trial in read["sweep"]["trials"] if trial["written"]] == allowed
+    limit, normal = max(0.3, read["normal"]["repetition"]), read["normal"]["frequency"]
+    moved = [trial for trial in allowed if trial["written"]["frequency"] > normal] or allowed
+    fluent = [trial for trial in moved if trial["written"]["repetition"] <= limit]
+    assert fluent
+    best = max(fluent, key=lambda trial: (trial["written"]["frequency"], trial["gain"]))
+    assert read["sweep"]["best"] == best
     assert (read["layer"], read["strength"]) == tuple(read["sweep"]["best"][name] for name in ("layer", "strength"))
     html = page.read_text()
     assert html.lower().startswith("<!doctype html>")
     assert "Plotly" in html
+    moved = read["steered"]["frequency"] > read["normal"]["frequency"]
+    assert moved == (not any("w9, w12" in warning for warning in read["warnings"]))
+    for warning in read["warnings"]:
+        assert escape(warning) in html
+        assert warning in " ".join(out.replace("│", " ").split())
     again = tmp_path / "again.json"
     fixed = ["--operator", kept, "--strength", read["strength"], "--json", again]
     code, _, err = here(capsys, "steer", PROMPT, *options, *fixed)
@@ -41,7 +52,7 @@ def test_steer(directory, tmp_path, capsys):  # noqa: F811
     assert Operator.load(kept).point == f"resid_post.{read['layer']}"
 
 
-@pytest.mark.parametrize("method", ["basis", "suffix", "activation", "mean", "random"])
+@pytest.mark.parametrize("method", ["published", "basis", "suffix", "activation", "mean", "random"])
 def test_unsteered_by_every_method(directory, tmp_path, capsys, method):  # noqa: F811
     written = tmp_path / "out.json"
     code, _, err = here(
@@ -75,8 +86,8 @@ def test_mistakes_of_steer(directory, capsys, arguments, message):  # noqa: F811
 
 def test_another_models_operator(directory, tmp_path, capsys):  # noqa: F811
     kept = tmp_path / "op.safetensors"
-    common = ["--model", directory, "--words", "w9", "--layer", 1, "--strength", 0.5, "--tokens", 2]
-    assert here(capsys, "steer", PROMPT, "--toward", TOWARD, *common, "--save", kept)[0] == 0
+    common = ["--model", directory, "--words", "w9", "--strength", 0.5, "--tokens", 2]
+    assert here(capsys, "steer", PROMPT, "--toward", TOWARD, *common, "--layer", 1, "--save", kept)[0] == 0
     for option in (["--dtype", "float64"], ["--gate", "up"]):
         code, _, err = here(capsys, "steer", PROMPT, "--operator", kept, *common, *option)
         assert code == 2
@@ -103,35 +114,19 @@ def test_watch(directory, tmp_path, capsys):  # noqa: F811
         assert message in err
 
 
-@pytest.mark.parametrize("bad", [0, 2, 99])
-def test_settings_whose_text_repeats_itself_are_passed_over(directory, tmp_path, capsys, monkeypatch, bad):  # noqa: F811
-    seen = []
-
-    def repeats(text, _normal):
-        seen.append(text)
-        return len(seen) <= bad
-
-    monkeypatch.setattr("loclin.analyses.steer.repeats", repeats)
-    written = tmp_path / "out.json"
-    code, _, err = here(
-        capsys,
-        "steer",
-        PROMPT,
-        "--toward",
-        TOWARD,
-        "--model",
-        directory,
-        "--words",
-        "w9",
-        "--tokens",
-        4,
-        "--json",
-        written,
-    )
+def test_the_published_operator_is_found_kept_and_used_again(directory, tmp_path, capsys):  # noqa: F811
+    written, kept = tmp_path / "out.json", tmp_path / "op.safetensors"
+    common = ["--model", directory, "--words", "w9, w12", "--tokens", 4, "--json", written]
+    code, _, err = here(capsys, "steer", PROMPT, "--toward", TOWARD, *common, "--method", "published", "--save", kept)
     assert code == 0, err
-    read = json.loads(written.read_text())
-    gains = sorted((t["gain"] for t in read["sweep"]["trials"] if t["kl"] <= read["sweep"]["max_kl"]), reverse=True)
-    if bad < len(gains):
-        assert read["sweep"]["best"]["gain"] == gains[bad]
-    else:
-        assert read["steered"]["repetition"] == min(text.repetition for text in seen)
+    first = json.loads(written.read_text())
+    assert first["method"] == "published"
+    assert first["settings"]["point"] == f"resid_pre.{first['layer']}"
+    held = Operator.load(kept)
+    assert held.published
+    assert (held.target, held.point) == (f"resid_post.{first['layer']}", f"resid_pre.{first['layer']}")
+    code, out, err = here(capsys, "steer", PROMPT, "--operator", kept, "--strength", first["strength"], *common)
+    assert code == 0, err
+    second = json.loads(written.read_text())
+    assert (second["method"], second["steered"]) == ("published", first["steered"])
+    assert "published" in out

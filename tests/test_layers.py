@@ -19,7 +19,9 @@ from loclin.models import tiny as families
 from loclin.models.layout import EXPLICIT
 from loclin.points import Point
 from loclin.prefix import prefix_maps
-from loclin.spectral import ritz
+from loclin.spectral import ritz, stable_rank
+from spectra import maps as random_maps
+from spectra import power_law
 
 FAMILIES = ["llama", "gemma3_text", "phi3", "olmo2", "qwen2", "gpt2", "gptj", "gpt_neox", "qwen2_moe"]
 
@@ -185,6 +187,22 @@ def test_maps_of_one_batch_are_done_when_they_are_done():
     rebuilt = torch.einsum("mok,mk,mki->moi", found.U, found.S, found.Vh)
     missed = torch.linalg.svdvals(batch)[:, 4:].square().sum(1).sqrt()
     assert torch.allclose((batch - rebuilt).flatten(1).norm(dim=1), missed, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("k", [1, 8])
+@pytest.mark.parametrize("gap", [0.0, 0.02, 0.5])
+def test_stable_ranks_are_right_to_1e_5_at_a_model_s_size(gap, k):
+    """In float32, of 576 x 4032 numbers: the norm is summed in float64, and the largest value found more exactly."""
+    spectrum = power_law(576, 0.5)
+    spectrum[0] *= 1 + gap
+    spectrum[1] = 1.0
+    (matrix,) = random_maps(576, 4032, [spectrum], dtype=torch.float32).unbind(1)
+    found = ritz(matrix[None], k, matrix[:, 0], tolerance=1e-3)
+    exact = torch.linalg.eigvalsh(matrix.double() @ matrix.double().T)
+    rank = (exact.sum() / exact[-1]).item()
+    assert found.frobenius.item() == pytest.approx(exact.sum().sqrt().item(), rel=1e-6)
+    assert found.S[0, 0].item() == pytest.approx(exact[-1].sqrt().item(), rel=5e-6)
+    assert stable_rank(found.frobenius, found.S[:, 0]).item() == pytest.approx(rank, rel=1e-5)
 
 
 def test_float32():

@@ -102,6 +102,7 @@ def test_linearizing_a_model_that_is_being_steered_is_refused(model):
         loclin.linearize(model, IDS)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what peft asks transformers
 def test_adapters_that_are_switched_later_do_not_reach_it():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(

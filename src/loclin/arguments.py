@@ -1,4 +1,4 @@
-"""Arguments as they are given: lists of texts, whole numbers of every library, numbers that are finite."""
+"""Arguments as they are given, checked before any work: texts, lists of texts, whole numbers and finite ones."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 import operator
 from typing import Any
 
-from torch import Tensor
-
-from loclin.errors import OptionError
+from loclin.errors import OptionError, PromptError
 
 
 def strings(name: str, given: Any) -> list[str]:
@@ -31,46 +29,57 @@ def strings(name: str, given: Any) -> list[str]:
     return found
 
 
-def whole(name: str, given: Any) -> int:
-    """A whole number, also NumPy's or a tensor's, as Python's own; True and False are none.
+def whole(name: str, given: Any, least: int | None = None, most: int | None = None) -> int:
+    """A whole number in a range, also NumPy's or a tensor's, as Python's own; True and False are none.
 
     Raises
     ------
     OptionError
-        For anything else.
+        For anything else; the message gives the range.
     """
     try:
-        if not isinstance(given, bool):
-            return operator.index(given)
+        found = None if isinstance(given, bool) else operator.index(given)
     except TypeError:
-        pass
-    raise OptionError(f"{name}={given!r}: give a whole number")
+        found = None
+    if found is None or (least is not None and found < least) or (most is not None and found > most):
+        bounds = "" if least is None else f" from {least}" if most is None else f" from {least} to {most}"
+        raise OptionError(f"{name}={given!r}: give a whole number{bounds}")
+    return found
 
 
-def real(name: str, given: Any) -> float:
-    """A finite number, also NumPy's or a tensor's, as Python's own.
+def real(name: str, given: Any, least: float | None = None, above: float | None = None) -> float:
+    """A finite number of at least `least`, or above `above`, also NumPy's or a tensor's, as Python's own.
 
     Raises
     ------
     OptionError
-        For anything else.
+        For anything else; the message gives the range.
     """
     try:
-        if not isinstance(given, (bool, str)) and math.isfinite(found := float(given)):
-            return found
+        found = math.nan if isinstance(given, bool | str) else float(given)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # of what is no number, or several
-        pass
-    raise OptionError(f"{name}={given!r}: give a finite number")
+        found = math.nan
+    if not math.isfinite(found) or (least is not None and found < least) or (above is not None and found <= above):
+        bounds = f" above {above:g}" if above is not None else "" if least is None else f" of {least:g} or more"
+        raise OptionError(f"{name}={given!r}: give a finite number{bounds}")
+    return found
 
 
-def refuse_broken(name: str, vector: Tensor) -> None:
-    """Refuse a vector with NaN or infinite numbers, of which every product would be one too.
+def text(name: str, given: str) -> str:
+    """A text that every tokenizer and file can take: not empty, and without half characters.
 
     Raises
     ------
-    OptionError
-        Saying how many there are.
+    PromptError
+        For an empty text, or one with lone surrogates.
     """
-    bad = int((~vector.isfinite()).sum()) if vector.is_floating_point() else 0
-    if bad:
-        raise OptionError(f"{name} has {bad} of {vector.numel()} numbers that are NaN or infinite")
+    if not given:
+        raise PromptError(f"{name} is empty: give some text")
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(given[error.start]):04X}"
+        raise PromptError(
+            f"{name} has a lone surrogate, {half}, at character {error.start + 1}: give whole characters"
+        ) from None
+    return given

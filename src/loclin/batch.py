@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loclin.certify import relative
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate, Precision
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model, wrap
 from loclin.padding import Padding, padded, without_padding
 from loclin.prompts import Numbers, Prompt, as_ids, read_prompt
+from loclin.sums import relative
 from loclin.surroundings import eager_code, in_plain_torch
 
 

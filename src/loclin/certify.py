@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loclin.brief import brief
 from loclin.freeze import Hold, Origin, frozen
 from loclin.linear_map import LinearMap
 from loclin.link import LayerLink, at_entry, whole_graph
 from loclin.models.route import first, logits_at
+from loclin.sums import norms, relative
 from loclin.surroundings import in_plain_torch
 from loclin.trace import Trace
 
@@ -44,13 +46,8 @@ def cancelled(pushed: Tensor, y: Tensor) -> float:
 
     `pushed` `[n, d]` is J applied to the input with random signs: its square is on average the sum of all squares.
     """
-    size = pushed.square().sum(-1).mean().sqrt() / y.norm().clamp_min(torch.finfo(y.dtype).tiny)
+    size = norms(pushed).square().mean().sqrt() / norms(y).clamp_min(torch.finfo(y.dtype).tiny)
     return min(max(size.item(), 1.0), _MOST_CANCELLED)
-
-
-def relative(difference: Tensor, reference: Tensor) -> float:
-    """|difference| / |reference|, Euclidean norms over everything."""
-    return (difference.norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)).item()
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,8 @@ class Certificate:
     forward_tolerance: float
     culprits: tuple[Culprit, ...]
 
+    __repr__ = brief
+
     @property
     def same_forward(self) -> bool:
         """Whether the frozen network's values are the model's: every bit, or to the rounding of the model's dtype."""
@@ -162,7 +161,8 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     signs = torch.randint(0, 2, (2, *J.input.shape), generator=random).to(J.input) * 2 - 1
     combination, pushed_v, pushed_w, *signed = J.matmat(torch.cat([torch.stack([3.0 * v + w, v, w]), signs * J.input]))
     reconstruction = J.matvec(J.input) + J.bias
-    adjoint = (u @ pushed_v - (J.rmatvec(u) * v).sum()).abs() / (u.norm() * pushed_v.norm())
+    products = u.double() @ pushed_v.double(), (J.rmatvec(u).double() * v.double()).sum()
+    adjoint = (products[0] - products[1]).abs() / (norms(u) * norms(pushed_v))
     stock = trace.stock_final[0, J.position].to(J.device, J.dtype) if J.target.kind == "final" else y
     error = relative(reconstruction - y, y)
     limit = tolerance(trace) * cancelled(torch.stack(signed), y)
@@ -178,7 +178,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
         std_error=((reconstruction - stock).std() / stock.std()).item(),
         adjoint_error=adjoint.item(),
         linearity_error=(
-            (combination - 3.0 * pushed_v - pushed_w).norm() / (3.0 * pushed_v.norm() + pushed_w.norm())
+            norms(combination - 3.0 * pushed_v - pushed_w) / (3.0 * norms(pushed_v) + norms(pushed_w))
         ).item(),
         second_derivative=second,
         row_error=row_error,

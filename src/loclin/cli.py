@@ -7,23 +7,24 @@ from typing import Annotated, Optional
 import typer
 
 from loclin.commands import attribute, coverage, explain, faithfulness, layers, models, steer, validity, watch
+from loclin.commands.parser import Command, Group
 
 app = typer.Typer(
     name="loclin",
     help="Write a language model, at one prompt, as the linear map that it exactly is there.",
     epilog='Start with:  loclin explain "The bridge out of Marin is the"',
-    no_args_is_help=True,
+    cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command()(explain.explain)
-app.command()(layers.layers)
-app.command()(attribute.attribute)
-app.command()(steer.steer)
-app.command()(watch.watch)
-app.command()(validity.validity)
-app.command()(faithfulness.faithfulness)
-app.command()(coverage.coverage)
+app.command(cls=Command)(explain.explain)
+app.command(cls=Command)(layers.layers)
+app.command(cls=Command)(attribute.attribute)
+app.command(cls=Command)(steer.steer)
+app.command(cls=Command)(watch.watch)
+app.command(cls=Command)(validity.validity)
+app.command(cls=Command)(faithfulness.faithfulness)
+app.command(cls=Command)(coverage.coverage)
 app.add_typer(models.app, name="models")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.brief import brief
 from loclin.freeze import Frozen
 from loclin.freeze.status import Live
 from loclin.models.layout import Weights
@@ -29,6 +30,8 @@ class Coefficients:
     up: Tensor | None
     gate: Tensor | None
     probs: Tensor
+
+    __repr__ = brief
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +97,11 @@ class Reader:
             probs=probs[0].to(self._mode.dtype),
         )
 
+    def forget(self) -> None:
+        """Let go of what the last forward pass held."""
+        self._factors.clear()
+        self._branches.clear()
+
     def _norm(self, name: str, norm: nn.Module) -> Iterator[RemovableHandle]:
         before: dict[str, Any] = {}
 
@@ -101,8 +109,8 @@ class Reader:
             before["status"], before["leaf"] = self._mode.status(args[0]), self._start(args[0])
 
         def leave(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            (self._factors[name],) = self._end(output, [before["leaf"]])
-            self._mode.attach(args[0], before["status"])
+            (self._factors[name],) = self._end(output, [before.pop("leaf")])
+            self._mode.attach(args[0], before.pop("status"))
 
         yield norm.register_forward_pre_hook(enter)
         yield norm.register_forward_hook(leave)

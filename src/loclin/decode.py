@@ -8,8 +8,10 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.freeze.quantised import dense_weight
 from loclin.models import Model
 from loclin.surroundings import in_plain_torch
@@ -25,6 +27,8 @@ class Decoder:
     """Decodes blocks of vectors with one model's head and input embeddings. Memory: one block of scores at a time."""
 
     model: Model
+
+    __repr__ = brief
 
     @property
     def _head(self) -> Tensor:
@@ -117,7 +121,8 @@ def _table(module: nn.Module) -> Tensor:
 def _best(vectors: Tensor, table: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
     """The k largest products (or cosines) of each vector with a table's rows, and which rows they are."""
     values, ids, start = [], [], 0
-    for rows in table.split(_rows_at_once(len(vectors) + table.shape[1])):
+    blocks = table.split(_rows_at_once(len(vectors) + table.shape[1]))
+    for rows in tqdm(blocks, desc="words", unit="block", delay=2, leave=False, disable=None):
         rows = rows.to(vectors)
         scores = vectors @ rows.T
         best = (scores / _lengths(rows) if cosine else scores).topk(min(k, len(rows)))

@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin.access import reason
 from loclin.errors import OptionError, OutputError, ResultError
-from loclin.models.access import reason
 from loclin.models.quiet import status
 from loclin.output import check_writable, write_text
 

@@ -16,10 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.brief import brief
 from loclin.explicit import AGREEMENT
 from loclin.freeze import Frozen
 from loclin.freeze.status import Live
 from loclin.models.route import Parts
+from loclin.sums import square_sums
 
 Constants = list[tuple[str, Tensor]]
 """(name, leaf) of what is added to live tensors."""
@@ -49,6 +51,8 @@ class Projection:
     source: Tensor
     count: int
     behind: Constants
+
+    __repr__ = brief
 
     def alone(self, units: Float[Tensor, "*shape"], index: int) -> Float[Tensor, "*shape"]:
         """Heads or neurons side by side in the last dimension, with all but one put to zero."""
@@ -87,6 +91,8 @@ class Inside:
     _layer: nn.Module = field(default_factory=nn.Identity)
     _name: str = ""
     _mixers: Mapping[str, Tensor] = field(default_factory=dict)
+
+    __repr__ = brief
 
     def keep(self, probs: Float[Tensor, "1 H T S"]) -> Tensor:
         """Take the attention probabilities."""
@@ -177,5 +183,5 @@ def _carries_all(projection: Projection, output: Tensor) -> bool:
     parts = [projection.source, *(leaf for _, leaf in projection.behind)]
     pulled = torch.autograd.grad(output, parts, output.detach(), retain_graph=True, allow_unused=True)
     found = sum((g.double() * p.detach().double()).sum() for g, p in zip(pulled, parts, strict=True) if g is not None)
-    squared = output.detach().double().square().sum()
+    squared = square_sums(output)
     return bool((found - squared).abs() <= AGREEMENT.get(output.dtype, _COARSE) * squared)

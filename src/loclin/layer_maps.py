@@ -16,12 +16,14 @@ from torch import Tensor
 from loclin import cost, memory
 from loclin.arguments import strings
 from loclin.blocks import Workspace
+from loclin.brief import brief
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.linear_map import LinearMap
 from loclin.link import NormLink, batched_jvp, pushed_constants
 from loclin.points import Point
 from loclin.prefix import prefix_maps
+from loclin.sums import relative
 from loclin.surroundings import in_plain_torch
 
 Mode = Literal["cumulative", "layerwise", "suffix"]
@@ -57,6 +59,8 @@ class LayerMap:
     value: Tensor
     bias: Tensor
     reconstruction_error: float
+
+    __repr__ = brief
 
 
 def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[str, ...]:
@@ -185,9 +189,8 @@ def _apply(maps: Tensor, x: Tensor) -> Tensor:
 def _layer_map(point: Point, maps: Tensor, value: Tensor, bias: Tensor, x: Tensor) -> LayerMap:
     side_by_side = maps.transpose(0, 1)
     joint = side_by_side.flatten(1) if side_by_side.is_contiguous() else maps.mT.flatten(0, 1).mT
-    error = (_apply(maps, x) + bias - value).norm() / value.norm().clamp_min(torch.finfo(value.dtype).tiny)
     assert point.layer is not None
-    return LayerMap(point.layer, point.kind, maps, joint, value, bias, error.item())
+    return LayerMap(point.layer, point.kind, maps, joint, value, bias, relative(_apply(maps, x) + bias - value, value))
 
 
 def _on_top(norm: NormLink, maps: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin.arguments import real, whole
+from loclin.brief import brief
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.frames import dataframe
@@ -21,6 +22,7 @@ from loclin.results import Provenance, Result
 from loclin.spectral import SVD, Ritz, ritz, stable_rank
 from loclin.spectral.bounds import rounding
 from loclin.spectral.result import near_equal
+from loclin.sums import relative
 from loclin.surroundings import in_plain_torch
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ class LayerSpectra(Result):
     tolerance: float
     columns: int
     provenance: Provenance | None = None
+
+    __repr__ = brief
 
     @property
     def n_layers(self) -> int:
@@ -194,7 +198,7 @@ def layer_spectra(
             if joint:
                 together[at] = ritz(item.joint[None], k, item.value, tolerance=tolerance)
             errors[at] = item.reconstruction_error
-            shares[at] = (item.bias.norm() / item.value.norm().clamp_min(torch.finfo(item.value.dtype).tiny)).item()
+            shares[at] = relative(item.bias, item.value)
             bar.update()
 
     def stacked(results: dict[tuple[int, int], Ritz], field: str) -> Tensor:

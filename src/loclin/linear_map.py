@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin import memory
-from loclin.arguments import refuse_broken
 from loclin.chain import Chain
 from loclin.dense_file import DenseFile
 from loclin.errors import BudgetError, OptionError
@@ -24,6 +23,7 @@ from loclin.models.hashing import weights_hash
 from loclin.points import Point
 from loclin.results import Provenance, versions
 from loclin.spectra import Spectra
+from loclin.sums import refuse_broken
 from loclin.surroundings import in_plain_torch, usable
 
 if TYPE_CHECKING:

@@ -339,7 +339,9 @@ def linearize(
 
     Notes
     -----
-    Cost: two forward passes. Where layers have no explicit products, the certificate as well.
+    Cost: two forward passes. Where layers have no explicit products, the certificate as well. Memory: 2 L T d numbers
+    that stay (3 L T d where the map has another dtype than the model), coefficients up to a quarter of the budget, and
+    while it runs a few attention matrices `[H, T, T]` of one layer; the budget is for what comes beside these.
     """
     model = model if isinstance(model, Model) else wrap(model)
     ids = read_prompt(model, prompt, attention_mask, bos)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin.blocks import Workspace
+from loclin.brief import brief
 from loclin.coefficients import Coefficients, Reader
 from loclin.errors import ModelError
 from loclin.explicit import ExplicitLayer
@@ -101,6 +102,8 @@ class Graph:
     attn_shift: Tensor
     constants: Constants
     lookups: frozenset[str] = frozenset()
+
+    __repr__ = brief
 
     @property
     def parallel(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from loclin.errors import OptionError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_DIGITS = 30
 _DEFAULT_FRACTION = 0.25
 _DEFAULT_MOST = 4 * 2**30
 
@@ -37,11 +38,11 @@ def parse(memory: int | float | str) -> int | float:
     """
     if isinstance(memory, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
-        if not found or found[2] not in _UNITS:
+        if not found or found[2] not in _UNITS or len(found[1]) > _DIGITS:
             raise OptionError(f"memory={memory!r}: write bytes, or a size such as 2GB or 512MiB")
         number = float(found[1])
         memory = number if found[2] == "" and "." in found[1] else int(number * _UNITS[found[2]])
-    if memory <= 0 or (isinstance(memory, float) and memory > 1):
+    if isinstance(memory, bool) or not memory > 0 or (isinstance(memory, float) and memory > 1):
         raise OptionError(f"memory={memory!r}: a budget is a whole number of bytes, or a fraction up to 1.0")
     return memory
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from loclin.access import reason, refusal
 from loclin.errors import OutputError
-from loclin.models.access import reason, refusal
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Refuse a path that cannot be written, before any work is done for it.
+
+    It is tried: a file is made beside the place, and taken away again.
 
     Raises
     ------
@@ -19,19 +23,27 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         When the directory is missing or not writable, or the path is a directory or a protected file.
     """
     target = Path(path)
-    folder = target.parent
     try:
-        if target.is_dir():
+        real = Path(os.path.realpath(target))  # a link is written through
+        folder = real.parent
+        if real.is_dir():
             raise OutputError(f"cannot write {target}: it is a directory; name a file in it")
         if not folder.exists():
             raise OutputError(f"cannot write {target}: there is no directory {folder}; make it first")
         if not folder.is_dir():
             raise OutputError(f"cannot write {target}: {folder} is not a directory")
+        with suppress(FileNotFoundError):
+            real.stat()  # a loop of links, or a name that is too long
         for needed in _written(target):
             if not os.access(needed, os.W_OK):
                 raise OutputError(f"cannot write {target}: {refusal(needed)}; chmod it or choose another path")
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {reason(error, target)}; choose another path") from error
+        if not real.exists() or real.is_file():  # what is neither, a pipe or a device, is written in its place
+            partial = _partial(real)
+            partial.touch()
+            partial.unlink()
+    except (OSError, ValueError) as error:
+        why = reason(error, target) if isinstance(error, OSError) else str(error)
+        raise OutputError(f"cannot write {target}: {why}; choose another path") from error
 
 
 def _written(target: Path) -> list[Path]:
@@ -66,8 +78,63 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         raise OutputError(f"cannot write {target}: {reason(error, target)}") from error
 
 
+def check_apart(
+    outputs: Mapping[str, str | os.PathLike[str]], inputs: Mapping[str, str | os.PathLike[str]] | None = None
+) -> None:
+    """Refuse two results in one file, and a result in the place of what is read or printed.
+
+    Files are told apart by what they are: links, other spellings and hard links of one file are that file.
+
+    Parameters
+    ----------
+    outputs
+        Paths that will be written, by what a person calls them.
+    inputs
+        Files, and directories of models, that are read.
+
+    Raises
+    ------
+    OutputError
+        Naming the two.
+    """
+    written = list(outputs.items())
+    for i, (name, path) in enumerate(written):
+        for other, second in written[:i]:
+            if _same(path, second):
+                raise OutputError(f"{other} and {name} are the same file, {path}; name two")
+        for other, second in (inputs or {}).items():
+            if _same(path, second) or (Path(second).is_dir() and Path(path).exists() and _within(path, second)):
+                raise OutputError(f"{name} would write over what {other} reads, {path}; name another file")
+        for stream in (1, 2):
+            if _is_stream(path, stream):
+                raise OutputError(f"{name} would write over what is printed, {path}; name another file")
+
+
+def _same(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    one, two = (Path(os.path.normcase(os.path.realpath(p))) for p in (path, other))
+    if one.exists() and two.exists():
+        return one.samefile(two) and (one.is_file() or one.is_dir())  # a device takes many
+    return one == two
+
+
+def _within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    return Path(os.path.realpath(path)).parent.samefile(folder)
+
+
+def _is_stream(path: str | os.PathLike[str], stream: int) -> bool:
+    """Whether a file is what standard output or error is redirected to."""
+    try:
+        return Path(path).is_file() and os.path.samestat(Path(path).stat(), os.fstat(stream))
+    except OSError:
+        return False
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+
+
 def _replace(target: Path, data: bytes) -> None:
-    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+    partial = _partial(target)
     try:
         partial.write_bytes(data)
         if target.exists():  # who may read it stays as its owner chose

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, cast, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.chain import Chain
 from loclin.cost import Cost, products, sweep
 from loclin.errors import OptionError
@@ -98,6 +99,8 @@ class Plan:
     routes: tuple[Route, ...]
     chosen: Way
     max_columns: int
+
+    __repr__ = brief
 
     def __str__(self) -> str:
         rows = [f"{'route':8} {'columns':>8} {'Gflop':>9} {'seconds':>9} {'holds':>10}   {self.task}"]

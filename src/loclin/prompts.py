@@ -155,12 +155,9 @@ def _row(ids: Tensor) -> Tensor:
 
 def _ends(model: Model) -> set[int]:
     """The tokens that end a text: the tokenizer's end and separator, and those at which generation stops."""
-    tokenizer, config = model.tokenizer, model.hf.generation_config
-    stops = None if config is None else config.eos_token_id
-    named = [*stops] if isinstance(stops, list) else [stops]
-    if tokenizer is not None:
-        named += [tokenizer.eos_token_id, tokenizer.sep_token_id]
-    return {token for token in named if isinstance(token, int)}
+    tokenizer = model.tokenizer
+    named = [] if tokenizer is None else [tokenizer.eos_token_id, tokenizer.sep_token_id]
+    return model.stops | {token for token in named if isinstance(token, int)}
 
 
 def _pad(model: Model) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.errors import OptionError, ResultError
 from loclin.models.model import ModelInfo
 from loclin.surroundings import in_plain_torch
@@ -60,6 +61,8 @@ class Provenance:
     versions: dict[str, str]
     certificate: dict[str, Any] | None
     date: str
+
+    __repr__ = brief
 
     def key(self) -> dict[str, Any]:
         """What fixes the numbers: everything but versions, certificate and date."""
@@ -135,6 +138,8 @@ class Comparison:
 
     provenance: dict[str, tuple[Any, Any]]
     errors: dict[str, float]
+
+    __repr__ = brief
 
 
 @in_plain_torch

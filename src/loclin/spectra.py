@@ -32,6 +32,7 @@ from loclin.spectral import (
     top,
     values,
 )
+from loclin.sums import square_sums
 from loclin.surroundings import in_plain_torch
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ class Spectra(ABC):
             return self.norms(tolerance).frobenius
         if self.fits:
             self.dense()
-        return sum((part.square().sum(dim=(0, 2)) for _, part in self.rows()), torch.zeros(())).sqrt()
+        squares = [square_sums(part.transpose(0, 1), 1) for _, part in self.rows()]
+        return torch.stack(squares).sum(0).sqrt().to(self.dtype)
 
     @in_plain_torch
     def stable_rank(self, tolerance: float | None = None) -> Float[Tensor, " T"]:

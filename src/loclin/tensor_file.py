@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from loclin.access import reason
 from loclin.errors import OutputError, ResultError
-from loclin.models.access import reason
 from loclin.models.hashing import tensor_bytes
 from loclin.output import check_writable, write_bytes, write_text
 

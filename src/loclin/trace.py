@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from loclin import explicit
 from loclin.arguments import whole
 from loclin.blocks import Workspace
+from loclin.brief import brief
 from loclin.coefficients import Coefficients, Reader
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Frozen, Hold, Misuse, frozen
@@ -23,9 +24,10 @@ from loclin.models.model import Model
 from loclin.models.route import Block, Parts, Route, as_whole, find_route, first, hidden_state, logits_at
 from loclin.models.snapshot import Snapshot
 from loclin.points import Point
+from loclin.sums import relative
 from loclin.surroundings import eager_code, in_plain_torch
 
-_ROUNDINGS = 32
+_ROUNDINGS, _SINGLE = 32, torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Call:
     value: Tensor
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    __repr__ = brief
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Call the block again as it was called, with another hidden state."""
@@ -59,6 +63,8 @@ class Head:
     stock: Float[Tensor, " V"]
     value: Float[Tensor, " V"]
     constants: list[tuple[str, Tensor]]
+
+    __repr__ = brief
 
 
 @dataclass
@@ -106,6 +112,8 @@ class Trace:
     biased: tuple[bool, ...]
     causal: bool
     _heads: dict[int, Head] = field(default_factory=dict)
+
+    __repr__ = brief
 
     @property
     def n_layers(self) -> int:
@@ -228,8 +236,7 @@ def agrees(again: Tensor, before: Tensor, widened: bool = False) -> bool:
     if not torch.equal(again.isfinite(), finite):
         return False
     again, before = (value.masked_fill(~finite, 0) for value in (again, before))  # tokens may be ruled out by -inf
-    off = (again - before).norm() / before.norm().clamp_min(scale.tiny)
-    return off.item() <= _ROUNDINGS * max(scale.eps, torch.finfo(torch.float32).eps if widened else 0.0)
+    return relative(again - before, before) <= _ROUNDINGS * max(scale.eps, _SINGLE if widened else 0.0)
 
 
 class _NotAChain(Exception):
@@ -241,7 +248,8 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, keep: int = 0
     """Run the model twice, stock and frozen, and remember the frozen pass.
 
     Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks,
-    and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T) numbers are all of them.
+    L T d more where the linear path has another dtype, and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T)
+    numbers are all of them. While it runs, one layer's activations twice, and about four times `[H, T, T]`.
 
     Raises
     ------
@@ -256,7 +264,7 @@ def trace(model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, keep: int = 0
     with torch.no_grad():
         with eager_code():
             route = find_route(model, parts, input_ids)
-        changed = before.changed(own)
+        changed = before.changed_itself(own)
         if changed:
             raise ModelError(
                 f"{model.info.name}: its weights changed while it ran ({changed[0]}): another thread trains it, or its "
@@ -300,7 +308,13 @@ def _record(
         layers = _Explicit(mode, route, parts, keep)
 
         def value(tensor: Tensor) -> Tensor:
-            return (tensor if keeps else mode.live(tensor)).detach().to(dtype)
+            with mode.paused():  # what is remembered has no twin of its own
+                return (tensor if keeps else mode.live(tensor)).detach().to(dtype)
+
+        def remembered(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            with mode.paused():
+                stock = hidden.detach().clone()
+            return stock, stock if keeps and stock.dtype == dtype else value(hidden).clone()
 
         def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = hidden_state(args, kwargs)
@@ -310,7 +324,7 @@ def _record(
             block = route.blocks[len(calls)]
             if mode.depends((*args[1:], *rest.values())):
                 raise _NotAChain(f"{block.name} takes more from the embeddings than its hidden state")
-            calls.append(Call(block, hidden.detach().clone(), value(hidden).clone(), args[1:], rest))
+            calls.append(Call(block, *remembered(hidden), args[1:], rest))
             attn_out.append(None)
             last["entered"] = mode.live(hidden).detach()
 
@@ -325,7 +339,7 @@ def _record(
         def embedded(_module: nn.Module, _args: Any, output: Tensor) -> None:
             if not calls:
                 mode.enter(output)
-                calls.append(Call(Block(model.hf, "model", Parts()), output.detach().clone(), value(output).clone()))
+                calls.append(Call(Block(model.hf, "model", Parts()), *remembered(output)))
                 attn_out.append(None)
 
         for module in model.hf.modules():
@@ -401,11 +415,13 @@ class _Explicit:
         """Take a layer's coefficients after it ran from x to y `[1, T, d]`, if they rebuild y."""
         reader = self._readers[index]
         held = None if reader is None or probs is None else reader.found(probs)
+        if reader is not None:
+            reader.forget()
         if held is None or reader is None or self._weights is None:
             return
         layer = explicit.ExplicitLayer(reader.layer, self._weights, held, self._mode.dtype, self._workspace)
-        error = (layer.value(x[0]).to(y.device) - y[0]).norm() / y.norm()
-        self.exact[index] = error.item() <= explicit.AGREEMENT[self._mode.dtype]
+        error = relative(layer.value(x[0]).to(y.device) - y[0], y)
+        self.exact[index] = error <= explicit.AGREEMENT[self._mode.dtype]
         self.biased[index] = layer.biased or not self.exact[index]
         if self.exact[index] and held.nbytes <= self._room:
             self._room -= held.nbytes

@@ -100,6 +100,33 @@ def test_words_and_ranks_are_those_of_an_argsort():
                 assert block.gain == pytest.approx((v @ lin.embeddings[2]).item())
 
 
+@pytest.mark.parametrize("name", BUILDS)
+def test_signs_towards_the_final_prediction(name):
+    """As the author shows layers: every left vector points towards the final hidden state; the maps are the same."""
+    lin, own = built(name)
+    found = explain_layers(lin, k=4, signs="final")
+    y = lin.value("final")[-1]
+    for U, before in ((found.spectra.U, own.spectra.U), (found.spectra.joint_U, own.spectra.joint_U)):
+        assert (torch.einsum("d,...dk->...k", y, U) >= 0).all()
+        assert torch.equal(U.abs(), before.abs())
+    turned = (found.spectra.joint_U != own.spectra.joint_U).any(-2)
+    assert 0 < turned.sum() < turned.numel()
+    product = torch.einsum("...dk,...k,...ki->...di", found.spectra.U, found.spectra.S, found.spectra.Vh)
+    same = torch.einsum("...dk,...k,...ki->...di", own.spectra.U, own.spectra.S, own.spectra.Vh)
+    torch.testing.assert_close(product, same, rtol=1e-12, atol=1e-12)
+    assert found.main.path == own.main.path
+    decoder = Decoder(lin.model)
+    for layer in range(found.n_layers):
+        blocks = found.main.joint_vectors[layer]
+        alone = [block for block in blocks if len(block.indices) == 1]
+        vectors = torch.stack([found.spectra.joint_U[2, layer, :, block.indices[0]] for block in alone])
+        written = [[word for word, _ in words] for words in decoder.writes(vectors, 5)]
+        assert [[word for word, _ in block.writes] for block in alone] == written
+    assert (found.settings["signs"], own.settings["signs"]) == ("final", "layer")
+    with pytest.raises((OptionError, TypeError)):
+        explain_layers(lin, k=4, signs="free")
+
+
 def test_near_equal_vectors_are_one_space():
     lin, _ = built("llama")
     spectra = lin.layers(k=4)

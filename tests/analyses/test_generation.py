@@ -66,7 +66,7 @@ def test_it_ends_where_the_model_ends(lin):
 
 
 def test_mistakes_are_refused_before_the_work(lin):
-    with pytest.raises(OptionError, match="at least one"):
+    with pytest.raises(OptionError, match="whole number from 1"):
         generate(lin, 0)
     with pytest.raises(PromptError, match="takes at most 64"):
         generate(lin, 61)

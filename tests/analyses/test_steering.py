@@ -32,7 +32,9 @@ def last(model, ids):
     return model.hf(ids, use_cache=False).logits[0, -1].float().log_softmax(-1).detach()
 
 
-@pytest.mark.parametrize(("layer", "at"), [(0, "input"), (0, "output"), (1, "output"), (2, "output")])
+@pytest.mark.parametrize(
+    ("layer", "at"), [(0, "input"), (0, "output"), (0, "published"), (1, "output"), (2, "published"), (2, "output")]
+)
 @pytest.mark.parametrize(("form", "strength"), [("add", 0.8), ("interpolate", 0.6)])
 def test_a_replay_is_the_steered_model(model, replay, layer, at, form, strength):
     lin = linearize(model, tiny.prompt(5, seed=4), precision="double")

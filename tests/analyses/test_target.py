@@ -72,7 +72,7 @@ def test_neurons(lin):
     last = {"llama": "mlp.down_proj", "gemma2": "mlp.down_proj", "gpt2": "mlp.c_proj", "phi": "mlp.fc2"}
     module = block.module.get_submodule(last[lin.model.info.family])
     handle = module.register_forward_pre_hook(lambda _m, args: seen.update(act=args[0]))
-    lin.model.hf(input_ids=lin.input_ids)
+    lin.trace.model.hf(input_ids=lin.input_ids)
     handle.remove()
     for by in ("token", "layer", "head", "neuron", "token×layer", "bias"):
         found = lin.attribute(Neuron(7, layer=1), by, position=4)

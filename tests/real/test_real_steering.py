@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import loclin
 from loclin.analyses.steer import steer
 from loclin.analyses.steering import write
+from loclin.commands.steer import steer as steer_command
 from loclin.errors import ModelError
 from loclin.steering import Operator
 from loclin.steering.concepts import packaged_concepts, token_ids
@@ -72,6 +74,16 @@ def test_chat_templates(model):
     else:
         found, _ = steer(model, PROMPT, [TOWARD], **options)
         assert len(found.steered.ids) <= 3
+
+
+def test_the_documented_example_steers(model):
+    """The command of docs/steering.md and of `loclin steer --help`, with its defaults, on both packaged models."""
+    page = (Path(__file__).parents[2] / "docs" / "steering.md").read_text()
+    command = re.search(r'loclin steer "(.*?)" --toward "(.*?)"', page)
+    assert command[0] in inspect.getdoc(steer_command)
+    found, _ = steer(model, command[1], [command[2]])
+    assert found.steered.frequency > found.normal.frequency
+    assert found.warnings == []
 
 
 def test_the_blocks_of_the_page(tmp_path, monkeypatch):

@@ -36,3 +36,14 @@ def test_near_equal_values_share_a_name() -> None:
     assert sigmas([0]) == "σ1"
     assert sigmas([2, 3]) == "σ3≈σ4"
     assert sigmas([2, 3, 4, 5]) == "σ3≈…≈σ6"
+
+
+def test_names_of_bytes_and_of_ids_stay_whole():
+    assert visible(" ⟨F0 9F⟩") == "·⟨F0 9F⟩"
+    assert visible("⟨unused 7⟩⟨empty 8⟩ ⟨F0 x⟩") == "⟨unused 7⟩⟨empty 8⟩·⟨F0·x⟩"
+
+
+def test_an_accent_alone_stands_on_a_circle():
+    assert visible("\u0301") == "◌\u0301"
+    assert visible("e\u0301") == "e\u0301"
+    assert visible("◌") == "\\u25cc"

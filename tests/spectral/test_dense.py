@@ -103,3 +103,20 @@ def test_bounds_are_never_violated(seed, d_out, d_in, tokens, exponent, scale, r
     found = route(dense, k, towards=torch.ones(d_out), joint=joint)
     true = true_values(dense, joint)[..., :k]
     assert ((found.lower <= true) & (true <= found.upper)).all()
+
+
+@pytest.mark.parametrize("design", [[0.0], [0.3, 0.9]], ids=["flat", "falling"])
+@pytest.mark.parametrize("joint", [False, True])
+def test_norms_and_bounds_hold_at_a_model_s_size(design, joint):
+    """576 rows, seven tokens: sums of millions of float32 numbers, whose own error is 3e-4 of them."""
+    spectra = [power_law(576, exponent) for exponent in (design * 7)[:7]]
+    dense = maps(576, 576, spectra, dtype=torch.float32)
+    matrices = (dense.flatten(1)[None] if joint else dense.transpose(0, 1)).double()
+    true = torch.linalg.eigvalsh(matrices @ matrices.mT).flip(-1).clamp(min=0).sqrt()
+    norm = matrices.square().sum(dim=(1, 2)).sqrt()
+    for route in (full, top):
+        found = route(dense, 3, towards=torch.ones(576), joint=joint)
+        below, above, S = (part.reshape(-1, 3) for part in (found.lower, found.upper, found.S))
+        assert ((below <= true[:, :3]) & (true[:, :3] <= above)).all()
+        assert torch.allclose(found.frobenius.double().reshape(-1), norm, rtol=2 * torch.finfo(torch.float32).eps)
+        assert ((S - true[:, :3]).abs() <= 1e-3 * true[:, :1]).all()

@@ -33,22 +33,24 @@ def lin(model):
     return linearize(model, tiny.prompt(5, seed=4), precision="double")
 
 
-def steer_maps(build, ids, layer):
+def steer_maps(build, ids, layer, normed=False):
     """J_q [T, d, d] of embed -> resid_post.layer at the last token, by brute force on a model cut off behind it."""
     cut = build(attn="eager")
     cut.model.layers = cut.model.layers[: layer + 1]
     cut.config.num_hidden_layers = layer + 1
-    cut.model.norm = torch.nn.Identity()
+    if not normed:
+        cut.model.norm = torch.nn.Identity()
     J, _, _ = oracle.jacobian(cut, ids, -1)
     return J.transpose(0, 1)
 
 
-def author(build, maps, layer, ids, strength, form):
+def author(build, maps, layer, ids, strength, form, at="output"):
     """The steered logits of a whole text, from the definition, position by position; no cache, no hooks of loclin."""
     stock = build()
     x = stock.get_input_embeddings()(ids)[0].detach()
 
-    def change(_module, _args, output):
+    def change(_module, args, output=None):
+        output = args if output is None else output
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         new = hidden.clone()
         for p in range(hidden.shape[1]):
@@ -60,14 +62,15 @@ def author(build, maps, layer, ids, strength, form):
                 new[0, p] = strength * h + (1 - strength) * S
         return new if isinstance(output, torch.Tensor) else (new, *output[1:])
 
-    stock.model.layers[layer].register_forward_hook(change)
+    steered = stock.model.layers[layer]
+    steered.register_forward_pre_hook(change) if at == "input" else steered.register_forward_hook(change)
     with torch.no_grad():
         return stock(ids, use_cache=False).logits[0]
 
 
 @pytest.mark.parametrize(("form", "strength"), [("add", 0.8), ("add", -0.5), ("interpolate", 0.7)])
 def test_the_authors_form_step_by_step(build, model, lin, form, strength):
-    """golden.md's h + lambda |h| / (2 |S|) S and equation 16: an independent loop gives the same logits and tokens."""
+    """h + lambda |h| / (2 |S|) S and equation 16: an independent loop gives the same logits and tokens."""
     layer = 1
     maps = steer_maps(build, lin.input_ids, layer)
     operator = Operator.make(lin, layer)
@@ -82,6 +85,48 @@ def test_the_authors_form_step_by_step(build, model, lin, form, strength):
         told = torch.cat([told, author(build, maps, layer, told, strength, form)[-1].argmax()[None, None]], dim=1)
     assert torch.equal(generated, told)
     assert (ours - model.hf(ids).logits[0]).norm() > 0.05 * ours.norm()
+
+
+@pytest.mark.parametrize(("form", "strength"), [("add", 0.8), ("add", -0.5), ("interpolate", 0.7)])
+def test_the_published_form_is_a_normed_map_of_a_layers_output_added_at_its_input(build, model, lin, form, strength):
+    """The code of the paper's author, step by step: not the map's own end, and not without the final norm."""
+    layer, ids = 1, tiny.prompt(6, seed=9)
+    operator = Operator.make(lin, layer, at="published")
+    assert (operator.target, operator.normed, operator.point) == ("resid_post.1", True, "resid_pre.1")
+    maps = steer_maps(build, lin.input_ids, layer, normed=True)
+    theirs = author(build, maps, layer, ids, strength, form, at="input")
+    with operator.apply(model, strength, form), torch.no_grad():
+        ours = model.hf(ids).logits[0]
+        generated = model.hf.generate(ids, **NEW)
+    assert (ours - theirs).norm() <= 1e-11 * theirs.norm()
+    told = ids
+    for _ in range(NEW["max_new_tokens"]):
+        logits = author(build, maps, layer, told, strength, form, at="input")
+        told = torch.cat([told, logits[-1].argmax()[None, None]], dim=1)
+    assert torch.equal(generated, told)
+    for other in (Operator.make(lin, layer), Operator.make(lin, layer, at="input", normed=True)):
+        with other.apply(model, strength, form), torch.no_grad():
+            assert (model.hf(ids).logits[0] - theirs).norm() > 1e-3 * theirs.norm()
+
+
+def test_published_or_not_is_told_merged_and_saved(lin, tmp_path):
+    made = {at: Operator.make(lin, 1, at=at, normed=True) for at in ("output", "input", "published")}
+    assert [at for at, operator in made.items() if operator.published] == ["published"]
+    assert [at for at, operator in made.items() if "added at resid_pre.1" in repr(operator)] == ["published"]
+    assert "-> resid_post.1.normed, added at" in repr(made["published"])
+    assert merge([made["published"]] * 2).published
+    with pytest.raises(SteeringError, match=r"target \('resid_post.1' and 'resid_pre.1'\)"):  # both act at resid_pre.1
+        merge([made["published"], made["input"]])
+    path = tmp_path / "published.safetensors"
+    made["published"].save(path)
+    again = Operator.load(path)
+    assert again.published
+    assert (again.target, again.point) == ("resid_post.1", "resid_pre.1")
+    ranked = Operator.make(lin, 1, at="published", rank=2, signs="fixed")
+    svd = lin.jacobian(target="resid_post.1", normed=True).svd(2)
+    torch.testing.assert_close(ranked.left, svd.U * svd.S.unsqueeze(1), rtol=1e-10, atol=1e-10)
+    with pytest.raises((OptionError, TypeError)):
+        Operator.make(lin, 1, at="author")
 
 
 @pytest.mark.parametrize(("form", "strength"), [("add", 0.0), ("interpolate", 1.0)])
@@ -127,6 +172,28 @@ def test_left_padding_and_batches_change_nothing(model, lin):
         alone = [model.hf.generate(p, **NEW)[0, p.shape[1] :] for p in prompts]
         together = model.hf.generate(ids, attention_mask=mask, **NEW)[:, longest:]
     assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize(("form", "neutral"), [("add", 0.0), ("interpolate", 1.0)])
+def test_a_batch_may_have_a_strength_for_each_text(model, lin, form, neutral):
+    """Each text gives what it gives alone with its strength; beams and samples have their own text's."""
+    operator, ids = Operator.make(lin, 1, at="published"), tiny.prompt(6, seed=9)
+    strengths = [4.0, neutral, -3.0]
+    more = {"num_beams": 2, "num_return_sequences": 2}
+    alone = []
+    for strength in strengths:
+        with operator.apply(model, strength, form):
+            alone.append([model.hf.generate(ids, **NEW), model.hf.generate(ids, **NEW, **more)])
+    with operator.apply(model, strengths, form):
+        together = [model.hf.generate(ids.expand(3, -1), **NEW), model.hf.generate(ids.expand(3, -1), **NEW, **more)]
+        with pytest.raises(SteeringError, match="3 strengths for a batch of 4"):
+            model.hf(ids.expand(4, -1))
+    for found, wanted in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(wanted))
+    assert not torch.equal(alone[0][0], alone[1][0])
+    for wrong in ([], [0.5, float("inf")]):
+        with pytest.raises(OptionError, match="finite"), operator.apply(model, wrong, form):
+            pass
 
 
 def test_beams_and_cut_caches(model, lin):

@@ -77,7 +77,7 @@ def attribute(
     the budget, for as many of 2 L columns at a time as it holds (each time with graphs of its own). Where float32
     rounds the sum by more than 5e-7, all is done again in float64.
     """
-    chosen, words = level(by), whole("words", words)
+    chosen, words = level(by), whole("words", words, 0)
     reading = read(lin, target, position)
     if chosen not in ("token", "bias") and lin.trace.route.whole is not None:
         raise OptionError(

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.decode import Words
 from loclin.frames import dataframe
 from loclin.results import Provenance, Result
@@ -61,6 +62,8 @@ class Share:
     writes: Words | None
     attends: list[float] | None
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Attribution(Result):
@@ -105,6 +108,8 @@ class Attribution(Result):
     sinks: list[int]
     warnings: list[str]
     provenance: Provenance | None = None
+
+    __repr__ = brief
 
     def __len__(self) -> int:
         return len(self.shares)

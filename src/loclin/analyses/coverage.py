@@ -20,12 +20,13 @@ import transformers
 from tqdm.auto import tqdm
 
 import loclin
+from loclin.access import reason
+from loclin.brief import brief
 from loclin.certify import Certificate
 from loclin.errors import LoclinError, ModelError, OptionError, OutputError
 from loclin.freeze import Gate
 from loclin.linearization import linearize
 from loclin.models import tiny, wrap
-from loclin.models.access import reason
 from loclin.models.describe import Description, describe_parts
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
@@ -94,6 +95,8 @@ class FamilyResult:
     parts: Description | None = None
     runs: list[Run] = field(default_factory=list)
     not_built: str = ""
+
+    __repr__ = brief
 
     @property
     def status(self) -> Status:
@@ -175,6 +178,8 @@ class Coverage:
     versions: dict[str, str]
     code: str
     results: list[FamilyResult]
+
+    __repr__ = brief
 
     @property
     def counts(self) -> dict[Status, int]:

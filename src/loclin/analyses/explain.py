@@ -17,6 +17,7 @@ from loclin.analyses.attribution import KINDS
 from loclin.analyses.shares import by_source, swept
 from loclin.analyses.target import described, read
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.certify import Certificate
 from loclin.decode import Decoder, Words
 from loclin.linearization import Linearization
@@ -51,6 +52,8 @@ class SingularBlock:
     reads: Words
     gain: float | None
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -59,6 +62,8 @@ class Unit:
     index: int
     norm: float
     words: Words
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class TokenExplanation:
     blocks: list[SingularBlock]
     rows: list[Unit]
     columns: list[Unit]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ class Explanation:
     reconstruction: list[float]
     ordinary: list[float]
     warnings: list[str]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -183,11 +192,13 @@ def explain(
     progress("singular vectors")
     svd = J.svd(k, tolerance=1e-5)
     spectra, norms, ranks = J.singular_values().tolist(), J.frobenius_norm().tolist(), J.stable_rank().tolist()
-    progress("words")
+    progress("words of singular vectors")
     decoder = Decoder(lin.model)
     blocks = _blocks(svd, J.input, decoder)
+    progress("words of rows and columns")
     rows = _units(dense.transpose(0, 1), decoder.reads)
     columns = _units(dense.permute(1, 2, 0), decoder.writes)
+    progress("shares")
     reading = read(lin, None, at)
     found = swept(lin.chain, reading, lambda chain: by_source(chain, reading, together=False))
     shares, bias_share = [0.0] * len(lin.tokens), 0.0

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from loclin.analyses.explain import Explanation, explain
 from loclin.arguments import whole
-from loclin.errors import OptionError, PromptError
+from loclin.brief import brief
+from loclin.errors import PromptError
 from loclin.linearization import Linearization
-from loclin.models import Model
 from loclin.spectral import SVD
+from loclin.sums import norms
 from loclin.surroundings import in_plain_torch
 
 _TRIPLES = 4
@@ -61,6 +62,8 @@ class Generation:
     steps: list[Explanation]
     drift: list[list[Drift]]
 
+    __repr__ = brief
+
     def to_json(self) -> str:
         """All steps as JSON text; floats that are not finite do not occur."""
         drift = [[asdict(token) for token in step] for step in self.drift]
@@ -91,7 +94,7 @@ def generate(
     Raises
     ------
     OptionError
-        When `count` is below 1.
+        When `count` is no whole number from 1.
     PromptError
         When the text would be longer than the model's context.
 
@@ -99,9 +102,7 @@ def generate(
     -----
     Cost: that of `explain` for each step, and a few singular vectors more. Memory: two dense maps.
     """
-    count, k = whole("count", count), whole("k", k)
-    if count < 1:
-        raise OptionError(f"{count} tokens: generate at least one")
+    count, k = whole("count", count, 1), whole("k", k)
     limit = lin.model.context_length
     if limit is not None and len(lin.tokens) + count - 1 > limit:
         raise PromptError(f"{len(lin.tokens)} tokens and {count} more: {lin.model.info.name} takes at most {limit}")
@@ -118,7 +119,7 @@ def generate(
         steps.append(found)
         before = now
         token = found.target["id"]
-        if number == count or token in _endings(lin.model):
+        if number == count or token in lin.model.stops:
             break
         lin = lin.followed_by(token)
     text = lin.model.tokens.continuation(prompt, [step.target["id"] for step in steps])
@@ -127,13 +128,13 @@ def generate(
 
 def _drift(token: int, old: Float[Tensor, "o T i"], old_svd: SVD, new: Float[Tensor, "o T2 i"], new_svd: SVD) -> Drift:
     a, b = old[:, token], new[:, token]
-    size, other = a.norm().item(), b.norm().item()
+    size, other = norms(a).item(), norms(b).item()
     if not size or not other:  # a map that is zero: no part of the one has a likeness in the other
         same = size == other
         return Drift(0.0 if same else 1.0, 1.0 if same else 0.0, 0.0 if same else 90.0, 0.0 if same else 90.0)
     cosine = ((a * b).sum() / (size * other)).item()
     reads = _angle(_turned(old_svd), _turned(new_svd), token)
-    return Drift((b - a).norm().item() / size, cosine, _angle(old_svd, new_svd, token), reads)
+    return Drift(norms(b - a).item() / size, cosine, _angle(old_svd, new_svd, token), reads)
 
 
 def _angle(old: SVD, new: SVD, token: int) -> float:
@@ -144,10 +145,3 @@ def _angle(old: SVD, new: SVD, token: int) -> float:
 def _turned(found: SVD) -> SVD:
     """The decomposition of the transposes."""
     return replace(found, U=found.Vh.mT, Vh=found.U.mT)
-
-
-def _endings(model: Model) -> set[int]:
-    """The tokens by which the model ends a text."""
-    config = model.hf.generation_config
-    named = None if config is None else config.eos_token_id
-    return set(named) if isinstance(named, list) else {named} if isinstance(named, int) else set()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loclin.analyses.target import Reading, Target, read
 from loclin.arguments import strings, whole
+from loclin.brief import brief
 from loclin.decode import Decoder, Words
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
@@ -43,6 +44,8 @@ class HeadTriple:
     writes: Words
     reads: Words
     gains: list[float]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,8 @@ class Head:
     triples: list[HeadTriple]
     warnings: list[str]
 
+    __repr__ = brief
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the map, for JSON."""
         plain = {name: value for name, value in vars(self).items() if name not in ("map", "triples")}
@@ -114,6 +119,8 @@ class Path:
     shares: Float[Tensor, " T"]
     source: int | None
     warnings: list[str]
+
+    __repr__ = brief
 
     @property
     def share(self) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from loclin.analyses.explain import SingularBlock
 from loclin.analyses.logit_lens import LensLayer, logit_lens
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.certify import tolerance
 from loclin.decode import Decoder, Words
 from loclin.errors import OptionError
@@ -25,11 +26,13 @@ SHOWN = 3
 """Singular vectors that are put into words."""
 _CANCELLED = 10.0
 """How much larger what an inner map sums may be than its sum: attention takes a sink's large values apart."""
-_WORDS = 5
+WORDS = 5
+"""Words of each vector, a side."""
 APPEARS = 10
 """A word has appeared once it is among this many."""
 _LAYERWISE_TRIPLES = 1  # a stable rank needs the largest value alone
 
+Signs = Literal["layer", "final"]
 Place = tuple[int, int, int | None]
 """Component, layer, and token; None: all tokens' maps side by side."""
 
@@ -78,6 +81,8 @@ class ComponentLayers:
     token_word_rank: list[int | None]
     reconstruction_error: list[float]
     own_reconstruction_error: list[float]
+
+    __repr__ = brief
 
     @property
     def largest_error(self) -> float:
@@ -129,6 +134,8 @@ class LayerExplanation:
     warnings: list[str]
     spectra: LayerSpectra = field(repr=False, compare=False)
 
+    __repr__ = brief
+
     @property
     def n_layers(self) -> int:
         """L."""
@@ -172,6 +179,7 @@ def explain_layers(
     k: int = 8,
     position: int = -1,
     components: Sequence[str] | None = None,
+    signs: Signs = "layer",
     progress: Callable[[str], None] = lambda _step: None,
 ) -> LayerExplanation:
     """Explain how a prediction takes shape with depth (paper, section 3.4, Figure 6, Tables 1 to 3 and 5 to 7).
@@ -186,6 +194,9 @@ def explain_layers(
         Which prediction: the one after this token.
     components
         Some of `resid_post`, `attn_out` and `mlp_out`; all that every layer has, unless given.
+    signs
+        Singular vectors have no sign of their own, and what they write depends on it. "layer" turns each towards its
+        own layer's output, "final" towards the final prediction, behind the final norm, as the paper's author does.
     progress
         Told the name of each step as it begins.
 
@@ -194,8 +205,8 @@ def explain_layers(
     PromptError
         For a position outside the prompt.
     OptionError
-        For a k below 2 (the path needs two vectors) or beyond the number of singular values, or a component that there
-        is not.
+        For a k below 2 (the path needs two vectors) or beyond the number of singular values, or a component or signs
+        that there are not.
 
     Notes
     -----
@@ -206,9 +217,13 @@ def explain_layers(
     k = whole("k", k)
     if k < 2:
         raise OptionError(f"k={k}: the path with depth needs the first two singular vectors; ask for two or more")
+    if signs not in get_args(Signs):
+        raise OptionError(f"signs={signs!r}: choose layer or final")
     at = lin.trace.position(position)
     progress("maps from the embeddings")
     cumulative = lin.layers(components, "cumulative", k, at)
+    if signs == "final":
+        cumulative = _signed(cumulative, lin.value("final")[at])
     progress("each layer's own map")
     own = lin.layers(components, "layerwise", _LAYERWISE_TRIPLES, at)
     progress("words")
@@ -229,6 +244,7 @@ def explain_layers(
             "position": at,
             "k": k,
             "components": cumulative.components,
+            "signs": signs,
             "gate": lin.gate,
             "precision": lin.precision,
             "source": "embed (what enters layer 0, after any embedding scale); own maps: the layer's input",
@@ -251,6 +267,20 @@ def explain_layers(
         tolerance=_CANCELLED * tolerance(lin.trace),
         warnings=lin.warnings,
         spectra=cumulative,
+    )
+
+
+def _signed(spectra: LayerSpectra, towards: Tensor) -> LayerSpectra:
+    """The same triples, turned so that every left vector has a non-negative product with a vector `[d]`."""
+    assert spectra.joint_U is not None
+    sign, joint = (
+        torch.where(towards.to(U) @ U < 0, -1.0, 1.0).to(U).unsqueeze(-2) for U in (spectra.U, spectra.joint_U)
+    )
+    return replace(
+        spectra,
+        U=spectra.U * sign,
+        Vh=spectra.Vh * sign.transpose(-1, -2),
+        joint_U=spectra.joint_U * joint,
     )
 
 
@@ -319,11 +349,11 @@ def _in_words(spectra: LayerSpectra, x: Tensor, decoder: Decoder) -> dict[Place,
     }
     alone = [(place, group[0]) for place, found in groups.items() for group in found if len(group) == 1]
     left = [_left(spectra, place)[0][:, j] for place, j in alone]
-    writes = dict(zip(alone, decoder.writes(torch.stack(left), _WORDS) if left else [], strict=True))
+    writes = dict(zip(alone, decoder.writes(torch.stack(left), WORDS) if left else [], strict=True))
     right: dict[tuple[Place, int], Tensor] = {
         ((c, layer, t), j): spectra.Vh[c, layer, t, j] for (c, layer, t), j in alone if t is not None
     }
-    read = decoder.reads(torch.stack(list(right.values())), _WORDS) if right else []
+    read = decoder.reads(torch.stack(list(right.values())), WORDS) if right else []
     reads = dict(zip(right, read, strict=True))
 
     def block(place: Place, indices: list[int]) -> SingularBlock:
@@ -333,8 +363,8 @@ def _in_words(spectra: LayerSpectra, x: Tensor, decoder: Decoder) -> dict[Place,
         if len(indices) == 1:
             gain = None if token is None else (right[key] @ x[token].to(right[key])).item()
             return SingularBlock(indices, values, writes[key], reads.get(key, []), gain)
-        spanned = [] if token is None else decoder.reads_subspace(spectra.Vh[c, layer, token, indices].T, _WORDS)
-        return SingularBlock(indices, values, decoder.writes_subspace(U[:, indices], _WORDS), spanned, None)
+        spanned = [] if token is None else decoder.reads_subspace(spectra.Vh[c, layer, token, indices].T, WORDS)
+        return SingularBlock(indices, values, decoder.writes_subspace(U[:, indices], WORDS), spanned, None)
 
     return {place: [block(place, group) for group in found] for place, found in groups.items()}
 

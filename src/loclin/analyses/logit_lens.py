@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.decode import Words
 from loclin.linearization import Linearization
 from loclin.models.replica import exclusive
@@ -29,6 +30,8 @@ class LensLayer:
     words: Words
     probability: float
     rank: int
+
+    __repr__ = brief
 
 
 @in_plain_torch
@@ -75,23 +78,25 @@ def logit_lens(lin: Linearization, token: int, position: int = -1, k: int = 5) -
 def layer_logits(lin: Linearization, position: int = -1) -> Float[Tensor, "L V"]:
     """The model's logits, were each layer the last: its own final norm, head, scales and soft caps, nothing frozen.
 
-    The last layer's are the model's. Cost: two forward passes, and L products with the head.
+    The last layer's are the model's. Cost: two forward passes over the first L tokens at most, and L products with the
+    head. Memory: L V numbers, or 2 L V where there are fewer tokens than layers.
     """
     trace, hf = lin.trace, lin.trace.model.hf
     trace.check_weights(hf)
     at, end = trace.position(position), trace.end
     streams = [*(call.hidden[0, at] for call in trace.layers[1:]), end.hidden[0, at]]
-    options: dict[str, Any] = {"input_ids": trace.input_ids, "use_cache": False}
+    ids = trace.input_ids[:, : len(streams)]  # what is in them is replaced; more of them would be rows for the head
+    options: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if "logits_to_keep" in inspect.signature(hf.forward).parameters:
         options["logits_to_keep"] = 0  # all of them
     with exclusive(hf), eager_code(), torch.no_grad():
         final = end(torch.stack([stream.to(end.hidden) for stream in streams])[None])[0]
-        rows = -(-len(final) // trace.length)  # some decoders give their output the prompt's length again
-        final = torch.cat([final, final.new_zeros(rows * trace.length - len(final), final.shape[1])])
-        calls = _Calls(final.reshape(rows, trace.length, -1))
+        rows = -(-len(final) // ids.shape[1])  # some decoders give their output the prompt's length again
+        final = torch.cat([final, final.new_zeros(rows * ids.shape[1] - len(final), final.shape[1])])
+        calls = _Calls(final.reshape(rows, ids.shape[1], -1))
         handle = trace.route.exit.register_forward_hook(calls)
         try:
-            logits_at(trace.model, trace.input_ids, at)
+            logits_at(trace.model, ids, ids.shape[1] - 1)
             calls.begin()
             return hf(**options).logits.flatten(0, 1)[: len(streams)]
         finally:

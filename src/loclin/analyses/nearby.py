@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loclin.brief import brief
 from loclin.linearization import Linearization
 from loclin.models.replica import exclusive
 from loclin.models.route import first, hidden_state
@@ -31,6 +32,8 @@ class Outputs:
     embeddings: Float[Tensor, "n T d"]
     final: Float[Tensor, "n d"]
     logits: Float[Tensor, "n V"]
+
+    __repr__ = brief
 
     @property
     def log_probabilities(self) -> Float[Tensor, "n V"]:

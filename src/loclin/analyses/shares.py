@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from loclin.analyses.attribution import KINDS, NONE, Kind
 from loclin.analyses.target import Reading
 from loclin.blocks import Workspace
+from loclin.brief import brief
 from loclin.chain import Chain
 from loclin.errors import OptionError
 from loclin.inside import Inside, Projection
@@ -37,6 +38,8 @@ class Shares:
     rows: list[Row] = field(default_factory=list)
     biases: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    __repr__ = brief
 
     def add(
         self,

@@ -9,8 +9,21 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from loclin.analyses.steering import MAX_KL, STRENGTHS, Continuation, Sweep, Trial, depths, score, sweep, write
+from loclin.analyses.steering import (
+    MAX_KL,
+    STRENGTHS,
+    Continuation,
+    Sweep,
+    Trial,
+    check_room,
+    check_writing,
+    depths,
+    score,
+    sweep,
+    write,
+)
 from loclin.arguments import real, strings, whole
+from loclin.brief import brief
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate
 from loclin.linearization import Linearization, linearize
@@ -22,14 +35,15 @@ from loclin.results import versions
 from loclin.steering.base import NEUTRAL, Steering
 from loclin.steering.concepts import packaged_concepts, token_ids, words_of
 from loclin.steering.hooks import Form
-from loclin.steering.operator import Operator, merge
+from loclin.steering.operator import At, Operator, merge
 from loclin.steering.replay import Replay
 from loclin.steering.vector import activation_addition, mean_difference, output_basis, pullback, random_direction
 from loclin.surroundings import in_plain_torch
 
-Method = Literal["operator", "basis", "suffix", "activation", "mean", "random"]
+Method = Literal["operator", "published", "basis", "suffix", "activation", "mean", "random"]
 METHODS: dict[Method, str] = {
-    "operator": "the text's map, applied to the new tokens (the paper's)",
+    "operator": "the text's map to a layer's output, applied to the new tokens, and added there",
+    "published": "that map with the final norm on top, added at the layer's input, as the paper's author does",
     "basis": "the text's hidden state in the largest output directions of its map",
     "suffix": "the map from the layer to the logits, transposed, at the words",
     "activation": "the text's hidden state at its last token",
@@ -39,8 +53,10 @@ METHODS: dict[Method, str] = {
 """What `steer` can steer with."""
 REPEATS = 0.3
 """A text of which more three-token sequences than this were said before repeats itself."""
-_WRITTEN = 16
-"""How many settings of a sweep are tried in writing."""
+_PUBLISHED = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+"""The strengths that a sweep tries with the published operator, which is not along the hidden states it is added to."""
+_TRIED = 30
+"""How many tokens each setting of a sweep writes at most, to be chosen by."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,8 @@ class Steered:
     model, settings
         Where the model came from, and every option.
     warnings
-        What a reader should know of the prompt's and the texts' tokens.
+        What a reader should know of the prompt's and the texts' tokens; and what the steered text is not: nearer to the
+        words than the normal one, free of repetition, within the limit.
     """
 
     prompt: str
@@ -83,6 +100,8 @@ class Steered:
     model: dict[str, Any]
     settings: dict[str, Any]
     warnings: list[str]
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -135,10 +154,13 @@ def steer(
     method
         One of `METHODS`.
     layer
-        The layer whose output is steered; None tries some (see `loclin.analyses.steering.depths`).
+        The layer whose output ("published": input) is steered; None tries some (see
+        `loclin.analyses.steering.depths`).
     strength
-        Lambda; None tries some, over this prompt and packaged neutral ones. The largest gain is taken within `max_kl`
-        whose text does not repeat itself.
+        Lambda; None tries some, over this prompt and packaged neutral ones. Every setting within `max_kl` goes on from
+        the prompt; of the texts that say more of the words than the normal one and do not repeat themselves, the one
+        that says most is taken, and of equal ones the one with the largest gain. `Steered.warnings` says when there is
+        none.
     form
         See `Steering.apply`.
     rank, normed
@@ -168,25 +190,29 @@ def steer(
 
     Notes
     -----
-    Cost: for each layer tried, the map up to it, d columns; two generations, and up to sixteen more where the settings
-    that gain most make a text that repeats itself.
+    Cost: for each layer tried, the map up to it, d columns, the layers above it for each strength, and one generation
+    of its strengths in a batch, of at most 30 tokens; and two generations.
     """
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose {', '.join(get_args(Method))}")
+    check_writing(max_new_tokens, seed, options)
     model = model.replicate()
     if operator is not None:
         operator.check(model, gate)
         toward = [model.decode(source["provenance"]["token_ids"], special=False) for source in operator.sources]
-        layer, method = parse(operator.point, len(anatomy(model.hf).layers)).layer, "operator"
+        layer = parse(operator.point, len(anatomy(model.hf).layers)).layer
+        method = "published" if operator.published else "operator"
     toward, words = strings("toward", toward), None if words is None else strings("words", words)
     layer = None if layer is None else whole("layer", layer)
     strength = None if strength is None else real("strength", strength)
-    rank, seed = (None if one is None else whole(name, one) for name, one in (("rank", rank), ("seed", seed)))
-    max_new_tokens, max_kl = whole("max_new_tokens", max_new_tokens), real("max_kl", max_kl)
+    rank = None if rank is None else whole("rank", rank, 1)
+    seed = None if seed is None else whole("seed", seed)
+    max_new_tokens, max_kl = whole("max_new_tokens", max_new_tokens, 1), real("max_kl", max_kl, 0.0)
     if not toward:
         raise PromptError("nothing to steer towards: give a text, or a saved operator")
     ids = encoded(model, prompt, chat, bos)
     odd = prompt_warnings(model, ids, appends=bos is None and not chat)
+    check_room(model, ids.shape[1], max_new_tokens)
     progress("reading the texts")
     lins = [] if operator else [linearize(model, text, gate=gate, bos=bos, memory=memory) for text in toward]
     chosen = list(words or concept_words(toward, lins))
@@ -201,45 +227,50 @@ def steer(
 
     found, replay = None, None
     if layer is None or strength is None:
+        progress("the unsteered model at the prompt and at neutral ones")
         replay = Replay(model, [ids, *others])
+        strengths = _PUBLISHED if (method, form) == ("published", "add") else STRENGTHS[form]
         found = sweep(
             replay,
             targets,
             at,
             depths(len(anatomy(model.hf).layers)) if layer is None else [layer],
-            strengths=STRENGTHS[form] if strength is None else [strength],
+            strengths=strengths if strength is None else [strength],
             form=form,
             max_kl=max_kl,
             progress=progress,
         )
-    progress("writing")
+    progress("writing the normal text")
     options |= {"max_new_tokens": max_new_tokens, "seed": seed}
     (normal,) = write(model, [ids], chosen, **options)
 
-    def written(where: int, how: float) -> Continuation:
-        return write(model, [ids], chosen, steering=at(where), strength=how, form=form, **options)[0]
+    def written(where: int, strengths: Sequence[float], most: int) -> list[Continuation]:
+        short = options | {"max_new_tokens": min(max_new_tokens, most)}
+        prompts = [ids] * len(strengths)
+        return write(model, prompts, chosen, steering=at(where), strength=strengths, form=form, **short)
 
-    steered = None
     if found is not None:
-        # Next tokens do not tell whether a whole text breaks down.
-        tried: list[tuple[Trial, Continuation]] = []
-        for trial in found.ranked()[:_WRITTEN]:
-            tried.append((trial, written(trial.layer, trial.strength)))
-            if not repeats(tried[-1][1], normal):
-                break
-        else:
-            tried.sort(key=lambda pair: pair[1].repetition)
-            tried.append(tried[0])
-        fluent, steered = tried[-1]
-        found = replace(found, best=fluent)
-        layer, strength = fluent.layer, fluent.strength
+        # Next tokens do not tell what a whole text says, nor whether it breaks down.
+        texts: dict[Trial, Continuation] = {}
+        for where in dict.fromkeys(trial.layer for trial in found.within):
+            progress(f"writing with layer {where}")
+            own = [trial for trial in found.within if trial.layer == where]
+            texts |= zip(own, written(where, [trial.strength for trial in own], _TRIED), strict=True)
+        trials = [replace(trial, written=texts.get(trial)) for trial in found.trials]
+        best = max((trial for trial in trials if trial.written is not None), key=lambda trial: _merit(trial, normal))
+        found = replace(found, trials=trials, best=best)
+        layer, strength = best.layer, best.strength
     assert layer is not None
     assert strength is not None
-    steering, steered = at(layer), steered or written(layer, strength)
+    progress(f"writing the steered text: layer {layer}, strength {strength:g}")
+    steering = at(layer)
+    (steered,) = written(layer, [strength], max_new_tokens)
+    progress("the next token, normal and steered")
     alone = Replay(model, [ids])
     # what leaves the model as it is has no arithmetic to be judged by
     moved = alone.unsteered if strength == NEUTRAL[form] else alone.log_probs(steering, strength, form)
     judged = score(alone, targets, moved)
+    notes = [] if strength == NEUTRAL[form] else _warnings(normal, steered, chosen, found)
     report = Steered(
         prompt=prompt,
         toward=toward,
@@ -258,7 +289,7 @@ def steer(
             "point": steering.point, "rank": rank, "normed": normed, "gate": gate, "bos": bos, "chat": chat,
             "max_kl": max_kl, "token_ids": ids[0].tolist(), "versions": versions(), **options,
         },
-        warnings=list(dict.fromkeys([*odd, *(text for lin in lins for text in lin.prompt_warnings)])),
+        warnings=list(dict.fromkeys([*odd, *(text for lin in lins for text in lin.prompt_warnings), *notes])),
     )  # fmt: skip
     return report, steering
 
@@ -266,6 +297,38 @@ def steer(
 def repeats(text: Continuation, normal: Continuation) -> bool:
     """Whether a text says the same again and again, and more than the unsteered one does."""
     return text.repetition > max(REPEATS, normal.repetition)
+
+
+def _merit(trial: Trial, normal: Continuation) -> tuple[bool, bool, float, float]:
+    """What cells are chosen by: the text says more of the words, does not repeat itself, says most of them; gain."""
+    text = trial.written
+    assert text is not None
+    bad = repeats(text, normal)
+    return text.frequency > normal.frequency, not bad, -text.repetition if bad else text.frequency, trial.gain
+
+
+def _warnings(normal: Continuation, steered: Continuation, words: Sequence[str], sweep: Sweep | None) -> list[str]:
+    """What a reader of two texts should know."""
+    named, found = ", ".join(words), []
+    if sweep is not None and sweep.best.kl > sweep.max_kl:
+        found.append(
+            f"No setting that was tried keeps within --max-kl {sweep.max_kl:g}; the one with the least KL, "
+            f"{sweep.best.kl:.2g}, was taken."
+        )
+    if steered.frequency <= normal.frequency:
+        found.append(
+            f"The steered text says the words {named} no more often than the normal one: try another --strength, "
+            "--layer, --toward or --method."
+            if sweep is None
+            else f"No setting within --max-kl {sweep.max_kl:g} moved the text towards the words {named}: try "
+            f"--max-kl {2 * sweep.max_kl:g}, or another --layer, --toward or --method."
+        )
+    if repeats(steered, normal):
+        found.append(
+            "The steered text repeats itself: a smaller --max-kl, sampling (--seed) or another --method keeps it "
+            "fluent."
+        )
+    return found
 
 
 def _made(
@@ -281,14 +344,15 @@ def _made(
 ) -> Steering:
     """What a method steers with at one layer."""
     point = f"resid_post.{layer}"
-    if method == "operator":
-        return merge([Operator.make(lin, layer, rank=rank, normed=normed) for lin in lins])
+    if method in ("operator", "published"):
+        at: At = "published" if method == "published" else "output"
+        return merge([Operator.make(lin, layer, at=at, rank=rank, normed=normed) for lin in lins])
     if method == "mean":
         return mean_difference(model, toward, packaged_concepts().neutral, point, bos=bos)
     if method == "random":
         return random_direction(model, point)
     if len(lins) > 1:
-        raise OptionError(f"method={method!r} takes one text; 'operator' and 'mean' take several")
+        raise OptionError(f"method={method!r} takes one text; 'operator', 'published' and 'mean' take several")
     if method == "basis":
         return output_basis(lins[0], point, rank or 8)
     return pullback(lins[0], point, ids) if method == "suffix" else activation_addition(lins[0], point)

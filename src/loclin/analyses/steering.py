@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from loclin.errors import OptionError
+from loclin.arguments import real, whole
+from loclin.brief import brief
+from loclin.errors import OptionError, PromptError
 from loclin.models import Model
 from loclin.padding import padded
 from loclin.steering.base import Steering
@@ -48,15 +52,18 @@ class Score:
     gain: Float[Tensor, " B"]
     kl: Float[Tensor, " B"]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One cell of a sweep: the means over its prompts."""
+    """One cell of a sweep: the means over its prompts, and the text at the first of them where one was written."""
 
     layer: int
     strength: float
     gain: float
     kl: float
+    written: Continuation | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Sweep:
         Every cell.
     best
         The one with the largest gain among those with `kl <= max_kl`; the one with the least kl where there is none.
-        `loclin.analyses.steer.steer` takes the first whose text does not repeat itself.
+        `loclin.analyses.steer.steer` chooses by the texts that are written.
     max_kl
         The limit.
     unsteered
@@ -84,10 +91,12 @@ class Sweep:
     max_kl: float
     unsteered: float
 
-    def ranked(self) -> list[Trial]:
-        """The cells within the limit, the largest gain first; the best alone where there is none."""
-        within = [trial for trial in self.trials if trial.kl <= self.max_kl]
-        return sorted(within, key=lambda t: -t.gain) or [self.best]
+    __repr__ = brief
+
+    @property
+    def within(self) -> list[Trial]:
+        """The cells within the limit; the best alone where there is none."""
+        return [trial for trial in self.trials if trial.kl <= self.max_kl] or [self.best]
 
     def to_dict(self) -> dict[str, object]:
         """Everything, for JSON."""
@@ -146,6 +155,9 @@ def sweep(
     Cost: for each layer, what makes the steering, and for each strength the layers above.
     """
     strengths = STRENGTHS[form] if strengths is None else strengths
+    real("max_kl", max_kl, 0.0)
+    for strength in strengths:
+        real("strength", strength)
     if not layers or not strengths:
         raise OptionError("a sweep needs at least one layer and one strength")
     trials = []
@@ -153,7 +165,7 @@ def sweep(
         progress(f"trying layer {layer}")
         made = steering(layer)
         S = replay.sums(made)
-        for strength in strengths:
+        for strength in tqdm(strengths, desc=f"layer {layer}", unit="strength", delay=2, leave=False, disable=None):
             found = score(replay, ids, replay.log_probs(made, strength, form, S))
             if not found.kl.isfinite().all():
                 continue
@@ -198,6 +210,8 @@ class Continuation:
     repetition: float
     frequency: float
 
+    __repr__ = brief
+
 
 @in_plain_torch
 @torch.no_grad()
@@ -207,7 +221,7 @@ def write(
     words: Sequence[str],
     *,
     steering: Steering | None = None,
-    strength: float = 0.0,
+    strength: float | Sequence[float] = 0.0,
     form: Form = "add",
     max_new_tokens: int = 30,
     seed: int | None = None,
@@ -224,7 +238,7 @@ def write(
     words
         The concept's words.
     steering, strength, form
-        See `Steering.apply`; None writes unsteered.
+        See `Steering.apply`; one strength, or one for each prompt. None writes unsteered.
     max_new_tokens
         The most tokens.
     seed
@@ -232,13 +246,22 @@ def write(
     options
         Further options of `generate`.
 
+    Raises
+    ------
+    OptionError
+        See `check_writing`.
+    PromptError
+        Where the text would be longer than the model's context.
+
     Notes
     -----
     Cost: a generation of the whole batch, and one unsteered forward pass over what it gave.
     """
+    check_writing(max_new_tokens, seed, options)
+    check_room(model, max(prompt.shape[1] for prompt in prompts), max_new_tokens)
     model = model.replicate()
     ids, mask = padded(list(prompts), "left", 0)
-    ends = _ends(options.get("eos_token_id", getattr(model.hf.generation_config, "eos_token_id", None)))
+    ends = _ends(options["eos_token_id"]) if "eos_token_id" in options else sorted(model.stops)
     settings: dict[str, object] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": seed is not None,
@@ -261,6 +284,36 @@ def write(
         _measured(model, prompt[0].tolist(), row[keep].tolist(), bool((~keep).any()), loss, words)
         for prompt, row, keep, loss in zip(prompts, new, own, losses.tolist(), strict=True)
     ]
+
+
+def check_writing(max_new_tokens: int, seed: int | None, options: Mapping[str, object]) -> None:
+    """Refuse what no text can be written with, before any work.
+
+    Raises
+    ------
+    OptionError
+        For fewer than one token, a seed or a temperature that is none, or a temperature without sampling.
+    """
+    whole("max_new_tokens", max_new_tokens, 1)
+    if seed is not None:
+        whole("seed", seed, 0, 2**63 - 1)
+    if options.get("temperature") is not None:
+        real("temperature", options["temperature"], above=0.0)
+        if seed is None and not options.get("do_sample"):
+            raise OptionError("temperature is for sampling: give a seed, or do_sample=True")
+
+
+def check_room(model: Model, length: int, max_new_tokens: int) -> None:
+    """Refuse a text that would be longer than the model's context: what it writes there is not its own.
+
+    Raises
+    ------
+    PromptError
+        Naming how many tokens it takes.
+    """
+    limit = model.context_length
+    if limit is not None and length + max_new_tokens - 1 > limit:
+        raise PromptError(f"{length} tokens and {max_new_tokens} more: {model.info.name} takes at most {limit}")
 
 
 def _measured(
@@ -291,6 +344,8 @@ def _ends(end: Any) -> list[int]:
 def _losses(model: Model, written: Tensor, mask: Tensor, n: int, own: Tensor) -> Float[Tensor, " B"]:
     """The unsteered model's mean loss on the last n tokens of each row, where they are the row's own."""
     position = (mask.cumsum(1) - 1).clamp_min(0)
-    logits = model.hf(written, attention_mask=mask, position_ids=position, use_cache=False).logits[:, -n - 1 : -1]
+    keep = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(model.hf.forward).parameters else {}
+    output = model.hf(written, attention_mask=mask, position_ids=position, use_cache=False, **keep)
+    logits = output.logits[:, -n - 1 : -1]
     lost = -torch.log_softmax(logits.float(), -1).gather(2, written[:, -n:, None])[..., 0]
     return (lost * own).sum(1) / own.sum(1).clamp_min(1)

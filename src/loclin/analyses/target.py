@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.arguments import refuse_broken, whole
+from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.errors import OptionError
 from loclin.inside import Inside
 from loclin.linearization import Linearization
 from loclin.link import HeadLink, behind_attention
 from loclin.points import Point, parse
+from loclin.sums import refuse_broken
 
 Token = str | int
 """A token's text, which must be one token, or its id."""
@@ -60,6 +62,8 @@ class Direction:
 
     vector: Float[Tensor, " n"]
     at: str = "final"
+
+    __repr__ = brief
 
 
 Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | np.ndarray | None
@@ -107,6 +111,8 @@ class Reading:
     cotangent: Float[Tensor, "T d"]
     constants: dict[str, float]
     warnings: tuple[str, ...] = ()
+
+    __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
         """What it is, as plain values for JSON."""

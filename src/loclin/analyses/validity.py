@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 
 from loclin.analyses.nearby import Nearby, Outputs
 from loclin.arguments import real, whole
+from loclin.brief import brief
 from loclin.decode import Decoder
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
 from loclin.link import HeadLink
 from loclin.results import versions
+from loclin.sums import relative
 from loclin.surroundings import in_plain_torch
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -70,6 +72,8 @@ class Step:
     moved: float
     errors: dict[str, Error]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Ray:
@@ -91,6 +95,8 @@ class Ray:
     token: str | None
     steps: list[Step]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Validity:
@@ -102,6 +108,8 @@ class Validity:
     tokens: list[str]
     rays: list[Ray]
     warnings: list[str]
+
+    __repr__ = brief
 
     def curve(self, kind: str) -> list[Step]:
         """The mean over all rays of one kind at each size; none where there are no such rays."""
@@ -157,10 +165,10 @@ def validity(
     Cost: `len(sizes) * draws + 12 * T * swaps` forward passes, and a column of the frozen and of the ordinary map for
     each ray.
     """
-    draws, swaps, seed = whole("draws", draws), whole("swaps", swaps), whole("seed", seed)
-    sizes = [real("sizes", size) for size in sizes]
-    if draws < 0 or swaps < 0 or draws + swaps < 1 or not sizes or min(sizes) <= 0:
-        raise OptionError("give at least one random direction or one swap, and sizes above 0")
+    draws, swaps, seed = (whole(*given, 0) for given in (("draws", draws), ("swaps", swaps), ("seed", seed)))
+    sizes = [real("sizes", size, above=0.0) for size in sizes]
+    if draws + swaps < 1 or not sizes:
+        raise OptionError("give at least one random direction or one swap, and at least one size")
     at = lin.trace.position(position)
     nearby, x = Nearby(lin, at), lin.embeddings
     generator = torch.Generator().manual_seed(seed)
@@ -231,7 +239,7 @@ def _along(nearby: Nearby, predictor: _Predictor, x: Tensor, ray: int, places: S
     move, sizes = predictor.moves[ray], torch.tensor(places, dtype=x.dtype, device=x.device)
     true = nearby.embeddings(x + sizes[:, None, None] * move)
     errors = {name: _errors(true, predictor.value, *predictor.at(name, ray, sizes)) for name in PREDICTORS}
-    length = (move.norm() / x.norm()).item()
+    length = relative(move, x)
     return [
         Step(size, size * length, {name: found[i] for name, found in errors.items()}) for i, size in enumerate(places)
     ]

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from loclin.analyses.steering import Continuation, write
 from loclin.arguments import strings, whole
+from loclin.brief import brief
 from loclin.decode import Decoder
 from loclin.errors import OptionError
 from loclin.linearization import Linearization
 from loclin.link import HeadLink
 from loclin.models import Model
+from loclin.models.route import logits_at
 from loclin.points import parse
 from loclin.results import versions
 from loclin.steering.concepts import packaged_concepts, token_ids
@@ -56,6 +58,8 @@ class Hit:
     gain: float
     writes: list[str]
     watched: list[str]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ class Watched:
     settings: dict[str, Any]
     warnings: list[str]
 
+    __repr__ = brief
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return asdict(self)
@@ -180,7 +186,7 @@ def watch(
     n_tokens
         How many next tokens to share out.
     max_new_tokens
-        How much to write, with and without.
+        How much to write, with and without; less where the model's context ends.
     progress
         Is told each step.
 
@@ -201,16 +207,20 @@ def watch(
     Cost: the dense map, its singular vectors, and some forward passes. A vector that near-equal singular values leave
     undefined is taken as it was found.
     """
-    words, k, top, n_tokens = strings("words", words), whole("k", k), whole("top", top), whole("n_tokens", n_tokens)
+    words, k = strings("words", words), whole("k", k)
     layer = None if layer is None else whole("layer", layer)
-    if not words or top < 1:
-        raise OptionError("watch needs at least one word, and top of at least 1")
+    if not words:
+        raise OptionError("watch needs at least one word")
+    vocabulary = Decoder(lin.model).vocabulary
+    top, n_tokens = (whole(*given, 1, vocabulary) for given in (("top", top), ("n_tokens", n_tokens)))
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     model, watched = lin.trace.model.replicate(), set(token_ids(lin.model, words))
     point = "final" if layer is None else f"resid_post.{layer}"
     J = lin.jacobian(target=point, normed=layer is not None)
     progress("singular vectors")
     svd = J.svd(k)
     gains = torch.einsum("tkd,td->tk", svd.Vh, J.input)
+    progress("words")
     skipped = set() if sinks else no_words(lin)
     found = [hit for hit in _hits(lin, svd.U, svd.S, gains, watched, top) if hit.token not in skipped]
     head = HeadLink(lin.trace, lin.trace.length - 1)
@@ -240,9 +250,12 @@ def watch(
         },
         warnings=lin.warnings,
     )  # fmt: skip
+    room = max_new_tokens if model.context_length is None else model.context_length - lin.input_ids.shape[1] + 1
+    max_new_tokens = min(max_new_tokens, room)
     if found:
-        progress("writing")
+        progress("writing with them")
         (normal,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
+        progress("writing without them")
         with projection.apply(model):
             (without,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
         report = Watched(**{**report.__dict__, "normal": normal, "without": without})
@@ -293,7 +306,7 @@ def _projection(lin: Linearization, directions: list[Tensor], point: str, proven
 @torch.no_grad()
 def _log_probs(model: Model, ids: Tensor, projection: Projection | None) -> Float[Tensor, " V"]:
     with nullcontext() if projection is None else projection.apply(model):
-        return torch.log_softmax(model.hf(input_ids=ids, use_cache=False).logits[0, -1].float(), dim=-1)
+        return torch.log_softmax(logits_at(model, ids, ids.shape[1] - 1).float(), dim=-1)
 
 
 def _elsewhere(model: Model, projection: Projection) -> list[tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from loclin.commands.options import GateOption, PrecisionOption
 from loclin.errors import OptionError
 
 if TYPE_CHECKING:
+    from loclin.analyses.attribution import Attribution
     from loclin.analyses.target import Target
 
 
@@ -32,16 +33,17 @@ def attribute(
     target: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all."
+            help="Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all.",
+            callback=options.plain,
         ),
     ] = None,
     target_id: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="The same by the token's id, for tokens that cannot be typed."),
+        typer.Option(help="The same by the token's id, for tokens that cannot be typed.", min=0),
     ] = None,
     against: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Share out the difference to this token's logit."),
+        typer.Option(help="Share out the difference to this token's logit.", callback=options.plain),
     ] = None,
     margin: Annotated[
         Optional[MarginOption],  # noqa: UP045
@@ -51,13 +53,14 @@ def attribute(
     ] = None,
     neuron: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Share out an MLP neuron's activation instead, such as L17N80."),
+        typer.Option(help="Share out an MLP neuron's activation instead, such as L17N80.", callback=options.plain),
     ] = None,
     by: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             help="Share it among: token, layer, head, neuron, bias, tokenxlayer; give it again for more. "
-            "'all' is every level that the model has. Default: token."
+            "'all' is every level that the model has. Default: token.",
+            callback=options.plain,
         ),
     ] = None,
     model: options.ModelName = options.DEFAULT_MODEL,
@@ -79,7 +82,10 @@ def attribute(
     loclin attribute "The Golden Gate" --target " Bridge" --by head --model smollm2-135m --html heads.html
     """
     with one_clear_line():
-        text = options.checked(prompt, memory, json, html)
+        options.exclude("target", "target_id", why="both name the token")
+        if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
+            raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
+        text = options.read(prompt)
         wanted = by or ["token"]
         with importing():
             from loclin.analyses.attribute import LEVELS, level
@@ -110,15 +116,17 @@ def attribute(
                 if not everything or name in ("token", "bias"):
                     raise
                 stderr.print(f"no shares by {name}: {escape(str(missing))}", soft_wrap=True)
-        if json is not None:
-            levelled = {one.by: one.to_dict() for one in found}
-            write_text(json, jsonlib.dumps(levelled, indent=2, ensure_ascii=False, allow_nan=False))
-        if html is not None:
-            write_attribution(found, html)
+        options.write(json, lambda path: write_text(path, _levels_json(found)))
+        options.write(html, lambda path: write_attribution(found, path))
         for one in found:
             render_attribution(one, stdout, top, first=one is found[0])
         render_attribution_settings(found[0], stdout)
         options.wrote(json, html)
+
+
+def _levels_json(found: list[Attribution]) -> str:
+    levels = {one.by: one.to_dict() for one in found}
+    return jsonlib.dumps(levels, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _target(token: str | int | None, against: str | None, margin: MarginOption | None, neuron: str | None) -> Target:
@@ -129,8 +137,6 @@ def _target(token: str | int | None, against: str | None, margin: MarginOption |
         named = re.fullmatch(r"L(-?\d+)N(\d+)", neuron)
         if named is None:
             raise OptionError(f"--neuron {neuron}: write L17N80 for neuron 80 of layer 17")
-        if token is not None or against is not None or margin is not None:
-            raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
         return Neuron(int(named[2]), int(named[1]))
     if margin is not None:
         if against is not None:

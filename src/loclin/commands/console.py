@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +19,28 @@ stdout = Console()
 stderr = Console(stderr=True)
 
 
+def say(error: BaseException | str) -> None:
+    """Say what is wrong: one line, however long it is, whatever is in it."""
+    stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """Say what a person should know beside the result, on standard error."""
+    stderr.print(escape(text), soft_wrap=True, highlight=False)
+
+
 @contextmanager
 def one_clear_line(interrupted: str = "nothing was written") -> Iterator[None]:
     """A user's mistake is one line and exit code 2; Ctrl-C is exit code 130."""
     try:
         yield
     except LoclinError as error:
-        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        say(error)
         raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        stderr.print("[bold red]error:[/] out of memory; try a smaller --memory, a shorter prompt or --dtype bfloat16")
+        say("out of memory; try a smaller --memory, a shorter prompt or --dtype bfloat16")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         stderr.print(f"interrupted; {escape(interrupted)}", soft_wrap=True)
@@ -38,7 +49,12 @@ def one_clear_line(interrupted: str = "nothing was written") -> Iterator[None]:
 
 @contextmanager
 def importing(interrupted: str = "nothing was written") -> Iterator[None]:
-    """While modules are imported, Ctrl-C ends the process at once: libraries catch it there, and go on."""
+    """While modules are imported, Ctrl-C ends the process at once: libraries catch it there, and go on.
+
+    A terminal is told first, since PyTorch and transformers take seconds.
+    """
+    if "torch" not in sys.modules:
+        Steps()("loading PyTorch and transformers")
 
     def stop(_signal: int, _frame: object) -> None:
         stderr.print(f"interrupted; {escape(interrupted)}", soft_wrap=True)

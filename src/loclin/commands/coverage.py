@@ -8,13 +8,15 @@ from typing import Annotated, Optional
 import typer
 
 from loclin.commands.console import Steps, importing, one_clear_line, stdout
-from loclin.commands.options import GateOption, wrote
+from loclin.commands.options import GateOption, place, plain, wrote
 
 
 def coverage(
     family: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Try this family; give it again for more. Default: all that transformers has."),
+        typer.Option(
+            help="Try this family; give it again for more. Default: all that transformers has.", callback=plain
+        ),
     ] = None,
     gate: Annotated[
         Optional[list[GateOption]],  # noqa: UP045
@@ -22,11 +24,13 @@ def coverage(
     ] = None,
     json: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write each family to this JSON file as it is finished, and go on from what it holds."),
+        typer.Option(
+            help="Write each family to this JSON file as it is finished, and go on from what it holds.", callback=place
+        ),
     ] = None,
     markdown: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write the table to this Markdown file."),
+        typer.Option(help="Write the table to this Markdown file.", callback=place),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")] = False,
 ) -> None:
@@ -37,11 +41,7 @@ def coverage(
     kept = "nothing was written" if json is None else f"what is finished is kept: the same command goes on ({json})"
     with one_clear_line(kept):
         with importing(kept):
-            from loclin.report import check_writable, coverage_markdown, render_coverage, write_text
-
-        for path in (json, markdown):
-            if path is not None:
-                check_writable(path)
+            from loclin.report import coverage_markdown, render_coverage, write_text
 
         with importing(kept):
             from loclin.analyses.coverage import GATES

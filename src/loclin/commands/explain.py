@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def explain(
     prompt: options.Prompt,
     model: options.ModelName = options.DEFAULT_MODEL,
-    k: Annotated[int, typer.Option(help="How many singular vectors of each token to put into words.")] = 8,
+    k: Annotated[int, typer.Option(help="How many singular vectors of each token to put into words.", min=1)] = 8,
     position: options.Position = -1,
     gate: options.Gate = GateOption.activation,
     precision: options.Precision = PrecisionOption.auto,
@@ -29,7 +29,10 @@ def explain(
     revision: options.Revision = None,
     bos: options.Bos = None,
     memory: options.Memory = None,
-    top: Annotated[int, typer.Option(help="How many singular vectors of each token to print.", min=1)] = 3,
+    top: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="How many of them to print. Default: 3.", min=1),
+    ] = None,
     generate: Annotated[
         int,
         typer.Option(help="Generate this many tokens greedily, and explain every step and how the maps move.", min=0),
@@ -42,13 +45,17 @@ def explain(
     loclin explain "The Golden Gate" --model smollm2-135m --bos --json out.json --html out.html
     """
     with one_clear_line():
-        text = options.checked(prompt, memory, json, html)
+        if generate and position != -1:
+            raise OptionError("--generate goes on from the end of the prompt; leave --position out")
+        if generate and top is not None:
+            raise OptionError("--generate prints a row for each token; leave --top out")
+        if top is not None and top > k:
+            raise OptionError(f"--top {top} is more than --k {k}: there are no more vectors to print")
+        text = options.read(prompt)
         with importing():
             from loclin.analyses.explain import explain as run
             from loclin.report import render_explanation, write_html, write_text
 
-        if generate and position != -1:
-            raise OptionError("--generate goes on from the end of the prompt; leave --position out")
         lin = options.linearized(
             text,
             model,
@@ -65,11 +72,9 @@ def explain(
             _explain_steps(lin, generate, k, json, html)
             return
         explanation = run(lin, k=k, position=position, progress=Steps())
-        if json is not None:
-            write_text(json, explanation.to_json())
-        if html is not None:
-            write_html(explanation, html)
-        render_explanation(explanation, stdout, top=top)
+        options.write(json, lambda path: write_text(path, explanation.to_json()))
+        options.write(html, lambda path: write_html(explanation, path))
+        render_explanation(explanation, stdout, top=3 if top is None else top)
         options.wrote(json, html)
         if not explanation.certificate.passed:
             raise typer.Exit(1)
@@ -82,10 +87,8 @@ def _explain_steps(lin: Linearization, count: int, k: int, json: Path | None, ht
         from loclin.report import render_generation, write_generation, write_text
 
     generation = generate(lin, count, k=k, progress=Steps())
-    if json is not None:
-        write_text(json, generation.to_json())
-    if html is not None:
-        write_generation(generation, html)
+    options.write(json, lambda path: write_text(path, generation.to_json()))
+    options.write(html, lambda path: write_generation(generation, path))
     render_generation(generation, stdout)
     options.wrote(json, html)
     if not all(step.certificate.passed for step in generation.steps):

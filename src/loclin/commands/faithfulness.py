@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from loclin.commands import options
-from loclin.commands.console import importing, one_clear_line, stderr, stdout, step
+from loclin.commands.console import importing, note, one_clear_line, stdout, step
 
 
 def faithfulness(
@@ -16,12 +16,20 @@ def faithfulness(
     bos: options.Bos = None,
     prompts: Annotated[Optional[int], typer.Option(help="How many prompts; all by default.", min=1)] = None,  # noqa: UP045
     planes: Annotated[int, typer.Option(help="On how many to project the input off singular planes.", min=0)] = 16,
-    seed: Annotated[int, typer.Option(help="Of the prompts' order, random orders and random planes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the prompts' order, random orders and random planes.", min=0, max=options.SEEDS)
+    ] = 0,
     json: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write every number to this JSON file as it goes, and go on from what it holds."),
+        typer.Option(
+            help="Write every number to this JSON file as it goes, and go on from what it holds.",
+            callback=options.place,
+        ),
     ] = None,
-    markdown: Annotated[Optional[Path], typer.Option(help="Write the tables to this Markdown file.")] = None,  # noqa: UP045
+    markdown: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write the tables to this Markdown file.", callback=options.place),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")] = False,
 ) -> None:
     """Compare shares with what removing tokens does to the model, on prompts that come with loclin.
@@ -35,17 +43,14 @@ def faithfulness(
             from loclin.analyses.faithfulness.statistics import check_scipy
             from loclin.analyses.faithfulness.study import study
             from loclin.models import load
-            from loclin.report import check_writable, write_text
+            from loclin.report import write_text
             from loclin.report.faithfulness import faithfulness_markdown, render_faithfulness
 
             check_scipy()
         chosen = load_prompts(prompts, seed)
-        for path in (json, markdown):
-            if path is not None:
-                check_writable(path)
         with step(f"loading {model}"):
             loaded = load(model)
-        found = study(loaded, chosen, bos=bos, seed=seed, path=json, fresh=fresh, planes=planes, progress=stderr.print)
+        found = study(loaded, chosen, bos=bos, seed=seed, path=json, fresh=fresh, planes=planes, progress=note)
         if markdown is not None:
             write_text(markdown, faithfulness_markdown(found))
         render_faithfulness(found, stdout)

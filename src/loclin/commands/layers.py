@@ -9,7 +9,7 @@ import typer
 
 from loclin.commands import options
 from loclin.commands.console import Steps, importing, one_clear_line, stdout
-from loclin.commands.options import ComponentOption, GateOption, PrecisionOption
+from loclin.commands.options import ComponentOption, GateOption, PrecisionOption, SignsOption
 
 
 def layers(
@@ -21,6 +21,10 @@ def layers(
     ] = None,
     k: Annotated[int, typer.Option("--k", "-k", help="How many singular values of each map.", min=2)] = 8,
     position: options.Position = -1,
+    signs: Annotated[
+        SignsOption,
+        typer.Option(help="Turn vectors towards their layer's output, or the final prediction (as the author does)."),
+    ] = SignsOption.layer,
     gate: options.Gate = GateOption.activation,
     precision: options.Precision = PrecisionOption.auto,
     dtype: options.Dtype = "float32",
@@ -33,7 +37,10 @@ def layers(
     html: options.Html = None,
     save: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write the singular triples of all maps from the embeddings to this .safetensors file."),
+        typer.Option(
+            help="Write the singular triples of all maps from the embeddings to this .safetensors file.",
+            callback=options.place,
+        ),
     ] = None,
 ) -> None:
     """Show every layer as an exact linear map: how dimension falls and the prediction appears with depth.
@@ -41,14 +48,11 @@ def layers(
     loclin layers "The bridge out of Marin is the" --model smollm2-135m --html layers.html --json layers.json
     """
     with one_clear_line():
-        text = options.checked(prompt, memory, json, html)
+        text = options.read(prompt)
         with importing():
             from loclin.analyses.layers import explain_layers
             from loclin.report import render_layers, write_layers, write_text
-            from loclin.tensor_file import check_path
 
-        if save is not None:
-            check_path(save)
         lin = options.linearized(
             text,
             model,
@@ -62,13 +66,10 @@ def layers(
             memory=memory,
         )
         chosen = None if component is None else [option.value for option in component]
-        found = explain_layers(lin, k, position, chosen, progress=Steps())
-        if json is not None:
-            write_text(json, found.to_json())
-        if html is not None:
-            write_layers(found, html)
-        if save is not None:
-            found.spectra.save(save)
+        found = explain_layers(lin, k, position, chosen, signs.value, progress=Steps())
+        options.write(json, lambda path: write_text(path, found.to_json()))
+        options.write(html, lambda path: write_layers(found, path))
+        options.write(save, found.spectra.save)
         render_layers(found, stdout)
         options.wrote(json, html, save)
         if not found.passed:

@@ -9,6 +9,7 @@ import typer
 from loclin.commands import options
 from loclin.commands.console import importing, one_clear_line, stdout
 from loclin.commands.options import GateOption, PrecisionOption
+from loclin.errors import OptionError
 
 
 def validity(
@@ -19,7 +20,7 @@ def validity(
     swaps: Annotated[
         int, typer.Option(help="How many nearest and how many random tokens to move each token to.", min=0)
     ] = 2,
-    seed: Annotated[int, typer.Option(help="Of random directions and tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random directions and tokens.", min=0, max=options.SEEDS)] = 0,
     gate: options.Gate = GateOption.activation,
     precision: options.Precision = PrecisionOption.auto,
     dtype: options.Dtype = "float32",
@@ -36,7 +37,9 @@ def validity(
     loclin validity "The Golden Gate" --model smollm2-135m --bos --json out.json --html out.html
     """
     with one_clear_line():
-        text = options.checked(prompt, memory, json, html)
+        if draws + swaps < 1:
+            raise OptionError("give at least one random direction (--draws) or one swap (--swaps)")
+        text = options.read(prompt)
         with importing():
             from loclin.analyses.validity import validity as run
             from loclin.report import render_validity, write_text, write_validity
@@ -54,9 +57,7 @@ def validity(
             memory=memory,
         )
         found = run(lin, position, draws=draws, swaps=swaps, seed=seed)
-        if json is not None:
-            write_text(json, found.to_json())
-        if html is not None:
-            write_validity(found, html)
+        options.write(json, lambda path: write_text(path, found.to_json()))
+        options.write(html, lambda path: write_validity(found, path))
         render_validity(found, stdout)
         options.wrote(json, html)

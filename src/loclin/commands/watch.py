@@ -15,15 +15,21 @@ from loclin.commands.options import GateOption, PrecisionOption
 
 def watch(
     prompt: options.Prompt,
-    words: Annotated[Path, typer.Option(help="A text file with the words to watch for, one a line.")],
+    words: Annotated[
+        Path, typer.Option(help="A text file with the words to watch for, one a line.", callback=options.place)
+    ],
     model: options.ModelName = options.DEFAULT_MODEL,
     k: Annotated[int, typer.Option(help="How many singular vectors of each token's map to look at.", min=1)] = 8,
-    top: Annotated[int, typer.Option(help="A vector is hit when a watched word is among so many of its words.")] = 5,
+    top: Annotated[
+        int, typer.Option(help="A vector is hit when a watched word is among so many of its words.", min=1)
+    ] = 5,
     layer: Annotated[Optional[int], typer.Option(help="Look at this layer's output, not at the final state.")] = None,
     sinks: Annotated[
         bool, typer.Option("--sinks", help="Look at attention sinks too, whose vectors write whatever is likely.")
     ] = False,
-    save: Annotated[Optional[Path], typer.Option(help="Write the projection to this .safetensors file.")] = None,
+    save: Annotated[
+        Optional[Path], typer.Option(help="Write the projection to this .safetensors file.", callback=options.place)
+    ] = None,
     gate: options.Gate = GateOption.activation,
     precision: options.Precision = PrecisionOption.auto,
     dtype: options.Dtype = "float32",
@@ -41,7 +47,7 @@ def watch(
     with one_clear_line():
         from loclin.errors import PromptError
 
-        text = options.checked(prompt, memory, json, None)
+        text = options.read(prompt)
         try:
             listed = [line.strip() for line in words.read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
@@ -50,11 +56,9 @@ def watch(
             raise PromptError(f"the watch list {words} is empty; write one word a line")
         with importing():
             from loclin.analyses.watch import watch as run
-            from loclin.report import check_writable, write_text
+            from loclin.report import write_text
             from loclin.report.watch import render_watched
 
-        if save is not None:
-            check_writable(save)
         lin = options.linearized(
             text,
             model,
@@ -68,9 +72,7 @@ def watch(
             memory=memory,
         )
         found, projection = run(lin, listed, k=k, top=top, layer=layer, sinks=sinks, progress=Steps())
-        if save is not None:
-            projection.save(save)
-        if json is not None:
-            write_text(json, found.to_json())
+        options.write(save, projection.save)
+        options.write(json, lambda path: write_text(path, found.to_json()))
         render_watched(found, stdout)
         options.wrote(save, json)

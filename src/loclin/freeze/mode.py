@@ -23,6 +23,7 @@ from loclin.freeze.operation import Operation, Result
 from loclin.freeze.status import Held, Live, Misuse, Origin, Status
 from loclin.freeze.table import HANDLERS, is_in_place, plain_name
 from loclin.freeze.widen import without_lowering
+from loclin.sums import relative
 
 UNSEEN = "an operation that loclin cannot see"
 
@@ -311,4 +312,4 @@ def _has_floats(out: Any) -> bool:
 
 def _apart(linear: Tensor, stock: Tensor) -> float:
     wide = stock.detach().to(linear.dtype)
-    return ((linear.detach() - wide).norm() / wide.norm().clamp_min(torch.finfo(linear.dtype).tiny)).item()
+    return relative(linear.detach() - wide, wide)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.freeze.hold import Hold
 from loclin.freeze.status import Held, Live, Misuse, Origin, Status
 
@@ -77,6 +78,8 @@ class Operation:
     in_place: bool
     before: Tensor | None
     out: Any
+
+    __repr__ = brief
 
     def get(self, position: int, name: str, default: Any = None) -> Any:
         """An argument, given by position or by name."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.brief import brief
 from loclin.errors import NotExactError
 from loclin.freeze import quantised
 from loclin.freeze.mode import Frozen, HeldParts
@@ -47,6 +48,8 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     _mode: Frozen
+
+    __repr__ = brief
 
     def live(self, tensor: Tensor) -> Tensor:
         """A tensor's twin on the linear path; a constant's own value there."""

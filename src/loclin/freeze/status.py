@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from loclin.brief import brief
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -43,6 +45,8 @@ class Live:
     root: object = field(default_factory=object)
     active: bool = False
     broken: Misuse | None = None
+
+    __repr__ = brief
 
     def then(self, linear: Tensor, root: object = None, active: bool = False) -> Live:
         """What a linear operation makes of this tensor."""

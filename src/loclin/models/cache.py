@@ -14,8 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from loclin import access
 from loclin.errors import ModelError
-from loclin.models import access, manifest
+from loclin.models import manifest
 from loclin.models.gguf_header import read_header
 from loclin.models.gguf_source import GgufSource, convert, sync
 from loclin.models.quiet import quiet, status

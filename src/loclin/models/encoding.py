@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loclin.arguments import text
 from loclin.errors import PromptError
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def encode(
     PromptError
         When the prompt has no tokens, or there is no such beginning token.
     """
-    if not prompt:
-        raise PromptError("The prompt is empty.")
+    text("The prompt", prompt)
     plain: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not plain:
         raise PromptError(f"The prompt {prompt!r} has no tokens.")

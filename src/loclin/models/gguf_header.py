@@ -9,8 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from loclin import access
 from loclin.errors import ModelError
-from loclin.models import access
 from loclin.models.options import require
 
 # value type -> struct code; 8 is a string, 9 an array

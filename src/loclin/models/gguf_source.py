@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from loclin.brief import brief
 from loclin.errors import ModelError
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
 from loclin.models.gguf_header import GgufHeader, read_header
@@ -41,6 +42,8 @@ class GgufSource:
     sha256: str
     find: Callable[[], list[Path]]
     mend: str
+
+    __repr__ = brief
 
     def place(self, scratch: Path) -> Path:
         """Put the file, whole and verified, into a scratch directory of its own.

@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loclin.brief import brief
 from loclin.errors import ModelError
 
 
@@ -78,6 +79,8 @@ class Anatomy:
     layers: tuple[nn.Module, ...]
     head: nn.Module
     weights: Weights | None
+
+    __repr__ = brief
 
     @property
     def head_weight(self) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from loclin import access
 from loclin.errors import ModelError
-from loclin.models import access, converted, hub, pretrained
+from loclin.models import converted, hub, pretrained
 from loclin.models.gguf_source import gguf_file
 from loclin.models.model import Model
 from loclin.models.options import parse_device, parse_dtype, require

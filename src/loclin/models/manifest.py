@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from loclin.brief import brief
 from loclin.models.hashing import sha256
 
 FILE = "manifest.json"
@@ -27,6 +28,8 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
     format: int = FORMAT
+
+    __repr__ = brief
 
     def faults(self, directory: Path, *, content: bool = True) -> list[str]:
         """List the files that are not as they were written: missing, added, of another size or content.

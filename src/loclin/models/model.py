@@ -142,6 +142,13 @@ class Model:
         """From ids to what is shown and to text."""
         return Tokens(self.tokenizer)
 
+    @property
+    def stops(self) -> set[int]:
+        """The tokens at which generation stops by itself; none where the model does not say."""
+        config: Any = getattr(self.hf, "generation_config", None)
+        named = None if config is None else config.eos_token_id
+        return {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
+
     def decode_each(self, ids: Sequence[int]) -> list[str]:
         """What is shown of each token: its own text, with the space it stands for; no two look the same.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from loclin.brief import brief
 from loclin.errors import ModelError
 from loclin.models.gguf_source import GgufSource
 
@@ -43,6 +44,8 @@ class PackagedModel:
     bos: str
     description: str
     extra: str | None = None
+
+    __repr__ = brief
 
     def find(self) -> list[Path]:
         """Find the files.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.brief import brief
 from loclin.errors import ModelError
 from loclin.models.layout import Anatomy
 from loclin.models.model import Model
@@ -43,6 +44,8 @@ class Block:
     module: nn.Module
     name: str
     parts: Parts
+
+    __repr__ = brief
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Route:
     whole: str | None = None
     exit: nn.Module = field(default_factory=nn.Identity)
     decoded: Tensor | None = None
+
+    __repr__ = brief
 
 
 def first(output: Any) -> Any:

@@ -31,6 +31,7 @@ class Snapshot:
 
     def __init__(self, root: nn.Module) -> None:
         self._known = {id(weight): (name, weight, _marks(weight)) for name, weight in root.named_parameters()}
+        self._dtypes = {name: weight.dtype for name, weight in root.named_parameters()}
 
     def changed(self, module: nn.Module) -> list[str]:
         """The names of those parameters of a part of the model that are not what they were."""
@@ -40,6 +41,10 @@ class Snapshot:
             if marks is not None and not weight.is_meta and marks != _marks(weight):
                 found.append(name)
         return found
+
+    def changed_itself(self, root: nn.Module) -> list[str]:
+        """The same for the whole model, but for what its own layers converted: some take a bias to their dtype."""
+        return [name for name in self.changed(root) if root.get_parameter(name).dtype == self._dtypes[name]]
 
     def check(self, module: nn.Module, model: str) -> None:
         """Refuse to compute with weights that have changed.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from loclin.analyses.attribution import Attribution, Share
+from loclin.report.grid import Cell, Column, Grid, show
 from loclin.report.labels import LEVELS, by_layer, full_size, marks, others, quantity, reads, target_tokens, verdict
-from loclin.report.terminal import PROMPT_HEAD, PROMPT_TAIL, WIDEST, heading, settings, warning
+from loclin.report.terminal import PROMPT_HEAD, PROMPT_TAIL, heading, settings, warning
 from loclin.report.terminal_tables import TABLE_TOKENS, bar, token_text, words_text
 from loclin.report.terms import gate_note
 from loclin.report.text import number, percent, signed
@@ -32,13 +32,12 @@ def render_attribution(found: Attribution, console: Console, top: int = 20, *, f
     first
         Begin with the prompt and the target: for the first of several attributions of one target.
     """
-    width = min(console.width, WIDEST)
     parts: list[Any] = [_prompt(found), _target(found)] if first else []
     parts += [*(warning(text) for text in found.warnings)] if first or found.by in ("head", "neuron") else []
     title, note = LEVELS[found.by]
     table = {"token": _tokens, "layer": _layers}.get(found.by, _parts)(found, top)
     parts += [Text(), heading(title, note), table, Text(verdict(found), "bold")]
-    console.print(Group(*parts), width=width)
+    show(console, *parts)
 
 
 def render_attribution_settings(found: Attribution, console: Console) -> None:
@@ -47,7 +46,7 @@ def render_attribution_settings(found: Attribution, console: Console) -> None:
     if known is not None:
         console.print(Text(gate_note(known.gate), "dim"))
         facts = {"gate": known.gate, "precision": known.precision, "position": found.target["position"]}
-        console.print(settings(known.model.to_dict(), facts, known.versions), width=min(console.width, WIDEST))
+        show(console, settings(known.model.to_dict(), facts, known.versions))
 
 
 def _prompt(found: Attribution) -> Text:
@@ -67,57 +66,58 @@ def _target(found: Attribution) -> Text:
     return line if probability is None else line.append(f"   probability {percent(probability)}", "dim")
 
 
-def _table(*names: str, expand: bool = True) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=expand, pad_edge=False)
-    for name in names:
-        numeric = name in ("", "layer", "share", "attention", "MLP", "through")
-        words = name in ("writes", "reads", "token") and expand
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True, ratio=1 if words else None)
-    return table
-
-
-def _rest(table: Table, rest: list[tuple[str, float]], full: float, *before: str) -> None:
+def _rest(table: Grid, rest: list[tuple[str, float]], full: float, *before: str) -> None:
     for name, share in rest:
-        table.add_row(*before, Text(name, "italic"), signed(share), bar(share, full))
+        table.add(*before, Text(name, "italic"), signed(share), bar(share, full))
 
 
-def _tokens(found: Attribution, _top: int) -> Table:
+def _tokens(found: Attribution, _top: int) -> Grid:
     chosen = sorted(found.top(TABLE_TOKENS, "token"), key=lambda part: part.token or 0)
     full = full_size(found, chosen)
-    table = _table("", "token", "share", "", expand=False)
+    table = Grid.of(Column("", "key"), Column("token", "key"), Column("share"), Column("", "bar"))
     for part in chosen:
         name = token_text(part.name, "bold")
         for mark in marks(found, part.token or 0):
             name.append(f"◂{mark}", "yellow not bold")
-        table.add_row(Text(str(part.token), "dim"), name, signed(part.share), bar(part.share, full))
+        table.add(Text(str(part.token), "dim"), name, signed(part.share), bar(part.share, full))
     _rest(table, others(found, chosen), full, "")
     return table
 
 
-def _layers(found: Attribution, _top: int) -> Table:
+def _layers(found: Attribution, _top: int) -> Grid:
     """A row for each layer: its attention, its MLP, and what the larger of them writes."""
-    table = _table("layer", "attention", "", "MLP", "", "through", "writes")
+    table = Grid.of(
+        Column("layer", "key"),
+        Column("attention"),
+        Column("", "bar"),
+        Column("MLP"),
+        Column("", "bar"),
+        Column("through"),
+        Column("writes", "words"),
+    )
     full = full_size(found, found.parts)
     for layer, here in by_layer(found).items():
-        cells: list[Any] = [Text(str(layer), "dim")]
+        cells: list[Cell] = [Text(str(layer), "dim")]
         for kind in ("attn_out", "mlp_out"):
             cells += [signed(here[kind].share), bar(here[kind].share, full)] if kind in here else ["", ""]
         through = " ".join(signed(part.through or 0.0) for part in here.values())
         writes = max(here.values(), key=lambda part: abs(part.share)).writes or []
-        table.add_row(*cells, Text(through, "dim"), words_text(writes[:_WORDS]))
+        table.add(*cells, Text(through, "dim"), words_text(writes[:_WORDS]))
     for name, share in others(found, [part for part in found.parts if part.layer is not None]):
-        table.add_row("", signed(share), bar(share, full), Text(name, "italic"))
+        table.add(Text(name, "italic"), signed(share), bar(share, full))
     return table
 
 
-def _parts(found: Attribution, top: int) -> Table:
+def _parts(found: Attribution, top: int) -> Grid:
     """The largest shares, whatever they are of."""
     chosen = found.top(top, found.unit)
     full = full_size(found, chosen)
     more = {"token×layer": ["token"], "head": ["reads", "writes"], "neuron": ["writes"]}.get(found.by, [])
-    table = _table("part", "share", "", *(["through"] if found.through is not None else []), *more)
+    through = [Column("through")] if found.through is not None else []
+    names = [Column(name, "key" if name == "token" else "words") for name in more]
+    table = Grid.of(Column("part", "key"), Column("share"), Column("", "bar"), *through, *names)
     for part in chosen:
-        cells: list[Any] = [Text(part.name, "bold"), signed(part.share), bar(part.share, full)]
+        cells: list[Cell] = [Text(part.name, "bold"), signed(part.share), bar(part.share, full)]
         cells += [] if part.through is None else [Text(signed(part.through), "dim")]
         for column in more:
             cells.append(
@@ -129,11 +129,11 @@ def _parts(found: Attribution, top: int) -> Table:
                 if part.token is None
                 else token_text(found.texts[part.token], "")
             )
-        table.add_row(*cells)
+        table.add(*cells)
     _rest(table, others(found, chosen), full)
     return table
 
 
-def _reads(found: Attribution, part: Share) -> Text:
+def _reads(found: Attribution, part: Share) -> list[Text]:
     """The tokens that a head reads most at, each with its part of the share."""
-    return Text(" ").join(token_text(text, "").append(f" {signed(share)}", "dim") for text, share in reads(found, part))
+    return [token_text(text, "").append(f" {signed(share)}", "dim") for text, share in reads(found, part)]

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from loclin.analyses.coverage import Coverage, FamilyResult, Status
 from loclin.models.describe import NONE
+from loclin.report.grid import Column, Grid, show
 from loclin.report.text import error
 
 _STYLES: dict[Status, str] = {
@@ -49,15 +49,14 @@ runs through, named by its classes and its config; the number of experts is the 
 
 def render_coverage(coverage: Coverage, console: Console) -> None:
     """Print the families as a table, then why some are not exact, then how many there are of each status."""
-    table = Table("family", "parts", box=None, padding=(0, 1), header_style="dim")
-    for name in _NUMBERS:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
+    table = Grid.of(
+        Column("family", "key"), Column("parts", "words"), *map(Column, _NUMBERS), Column("status", "parts")
+    )
     for result in coverage.results:
         parts = Text(" · ".join(part for part in _parts(result) if part != NONE), "dim")
         numbers = (Text(number) for number in _numbers(result))
-        table.add_row(Text(result.family, "bold"), parts, *numbers, Text(result.status, _STYLES[result.status]))
-    console.print(table)
+        table.add(Text(result.family, "bold"), parts, *numbers, Text(result.status, _STYLES[result.status]))
+    show(console, table)
     failed = [result for result in coverage.results if result.reason]
     if failed:
         console.print()
@@ -65,8 +64,7 @@ def render_coverage(coverage: Coverage, console: Console) -> None:
         line = Text.assemble((result.family, "bold"), " ", (result.status, _STYLES[result.status]), ": ")
         console.print(line.append(_why(result)), soft_wrap=True)
     console.print()
-    console.print(Text(_counted(coverage), "bold"))
-    console.print(Text(_versions(coverage), "dim"))
+    show(console, Text(_counted(coverage), "bold"), Text(_versions(coverage), "dim"))
 
 
 def coverage_markdown(coverage: Coverage) -> str:

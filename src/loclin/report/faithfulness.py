@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from loclin.analyses.faithfulness import summary
 from loclin.analyses.faithfulness.prompts import HALVES, Half
 from loclin.analyses.faithfulness.statistics import Interval
 from loclin.analyses.faithfulness.study import Study
+from loclin.report.grid import Column, Grid, show
 
 PAPER, BEST = "frozen/activation/logit/zero", "frozen/half/centred/zero"
 """The shares as the paper's map gives them, and as they agree best with what tokens do."""
@@ -30,12 +31,11 @@ class _Sheet:
 def render_faithfulness(study: Study, console: Console) -> None:
     """Print the study's tables."""
     for sheet in _sheets(study):
-        table = Table(title=sheet.title, caption=sheet.note, title_justify="left", caption_justify="left")
-        for i, name in enumerate(sheet.header):
-            table.add_column(name, justify="right" if i else "left")
+        first, *others = sheet.header
+        table = Grid.of(Column(first, "key"), *map(Column, others))
         for row in sheet.rows:
-            table.add_row(*row)
-        console.print(table)
+            table.add(*row)
+        show(console, Text(sheet.title, "bold"), Text(sheet.note, "dim"), table, Text())
 
 
 def faithfulness_markdown(study: Study) -> str:

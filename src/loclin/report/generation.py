@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from statistics import median
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from loclin.analyses.explain import Explanation, TokenExplanation
@@ -15,6 +14,7 @@ from loclin.analyses.generation import Drift, Generation
 from loclin.output import write_text
 from loclin.report import parts
 from loclin.report.choose import full_colour, largest
+from loclin.report.grid import Cell, Column, Grid, show
 from loclin.report.sheet import facts, section, sheet, shortened
 from loclin.report.terminal import warning
 from loclin.report.terminal_tables import token_text, words_text
@@ -34,34 +34,34 @@ _DRIFT = (
 def render_generation(generation: Generation, console: Console) -> None:
     """Print a row for each step: what was predicted, whether the map is exact, what drove it, how the maps moved."""
     first = generation.steps[0]
-    console.print(Text.assemble(Text(" ").join(token_text(t.text, "bold", t.is_sink) for t in first.tokens)))
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in (
-        "",
-        "next",
-        "",
-        "map",
-        f"largest shares of the {first.target['kind']}",
-        "writes (σ1 of the first of them)",
-        "change",
-        "cos",
-    ):
-        table.add_column(name, justify="right" if name in ("", "change", "cos") else "left", no_wrap=True)
+    table = Grid.of(
+        Column("", "key"),
+        Column("next", "key"),
+        Column(""),
+        Column("map", "parts"),
+        Column(f"largest shares of the {first.target['kind']}", "parts"),
+        Column("writes (σ1 of the first of them)", "words"),
+        Column("change"),
+        Column("cos"),
+    )
     for i, step in enumerate(generation.steps):
         drift = generation.drift[i - 1] if i else []
-        table.add_row(str(i + 1), *_row(step), *_medians(drift))
-    console.print(table)
-    console.print(Text("change, cos: median over tokens of |J′ − J| / |J| and of ⟨J′, J⟩ / (|J′| |J|)", "dim"))
-    console.print(Text(gate_note(first.settings.get("gate")), "dim"))
-    for text in first.warnings:
-        console.print(warning(text))
-
-
-def _row(step: Explanation) -> list[Text]:
-    words = sorted(_drivers(step), key=lambda i: -abs(step.tokens[i].share))
-    shares = Text("  ").join(
-        Text.assemble(token_text(step.tokens[i].text, ""), " ", (signed(step.tokens[i].share), "dim")) for i in words
+        table.add(str(i + 1), *_row(step), *_medians(drift))
+    show(
+        console,
+        Text(" ").join(token_text(t.text, "bold", t.is_sink) for t in first.tokens),
+        table,
+        Text("change, cos: median over tokens of |J′ − J| / |J| and of ⟨J′, J⟩ / (|J′| |J|)", "dim"),
+        Text(gate_note(first.settings.get("gate")), "dim"),
+        *(warning(text) for text in first.warnings),
     )
+
+
+def _row(step: Explanation) -> list[Cell]:
+    words = sorted(_drivers(step), key=lambda i: -abs(step.tokens[i].share))
+    shares = [
+        Text.assemble(token_text(step.tokens[i].text, ""), " ", (signed(step.tokens[i].share), "dim")) for i in words
+    ]
     blocks = step.tokens[words[0]].blocks if words else []
     passed = step.certificate.passed
     verdict = Text("exact " if passed else "NOT EXACT ", "green" if passed else "bold red")

@@ -3,20 +3,24 @@
   const plots = ["depth", "spectra", "path", "ranks", "own"];
   let component = data.components.length - 1, token = data.position;
 
-  function hits(side, list) {
-    const line = words(side, list);
+  // Words come as numbers, each with its score behind it where there are scores.
+  function hits(side, list, scored = true) {
+    const step = scored ? 2 : 1, texts = [];
+    for (let i = 0; i < list.length; i += step) texts.push([data.words[list[i]], scored ? list[i + 1] : undefined]);
+    const line = words(side, texts);
     const made = element("div", side, ...line.childNodes);
     for (const hit of made.children)
       if (hit.firstChild.textContent === data.target) hit.classList.add("target");
     return made;
   }
 
-  function vector(block) {
+  function vector(block, scored) {
     if (!block) return element("td");
-    const sigma = element("div", "sigma", element("b", "", block.name), " " + block.values + " ");
-    sigma.append(block.near ? element("small", "near", "near-equal: one space")
-      : element("small", "", block.gain === null ? "" : "v·x " + block.gain));
-    return element("td", "", sigma, ...(block.reads.length ? [hits("reads", block.reads)] : []), hits("writes", block.writes));
+    const [name, values, gain, writes, reads] = block;
+    const sigma = element("div", "sigma", element("b", "", name), " " + values + " ");
+    sigma.append(name.includes("≈") ? element("small", "near", "near-equal: one space")
+      : element("small", "", gain === null ? "" : "v·x " + gain));
+    return element("td", "", sigma, ...(reads.length ? [hits("reads", reads, scored)] : []), hits("writes", writes, scored));
   }
 
   function lens(layer) {
@@ -24,19 +28,23 @@
       hits("writes", layer.words));
   }
 
-  function row(map, layer) {
-    const name = element("th", "", element("b", "", layer), element("small", "", "stable rank " + map.rank));
+  function row(layer) {
+    const chosen = data.components[component];
+    const blocks = token < 0 ? chosen.joint[layer] : chosen.tokens[token] && chosen.tokens[token][layer];
+    const rank = token < 0 ? chosen.rank[layer] : Number((chosen.ranks[token][layer] || 0).toPrecision(4));
+    const name = element("th", "", element("b", "", layer), element("small", "", "stable rank " + rank));
     name.scope = "row";
-    const cells = map.blocks.length ? [0, 1, 2].map((i) => vector(map.blocks[i]))
-      : [element("td", "note", "The map of this token is zero: nothing it holds reaches this position.")];
-    if (!map.blocks.length) cells[0].colSpan = 3;
-    return element("tr", "", name, ...cells, lens(data.lens[layer]));
+    if (blocks && blocks.length)
+      return element("tr", "", name, ...[0, 1, 2].map((i) => vector(blocks[i], token < 0 || data.scored)), lens(data.lens[layer]));
+    const note = element("td", "note", blocks ? "The map of this token is zero: nothing it holds reaches this position."
+      : "Left out of this page; the JSON has it.");
+    note.colSpan = 3;
+    return element("tr", "", name, note, lens(data.lens[layer]));
   }
 
   function table() {
-    const chosen = data.components[component];
     byId("name").replaceChildren(...(token < 0 ? ["all tokens"] : tokenText(data.tokens[token])));
-    byId("layers").replaceChildren(...(token < 0 ? chosen.joint : chosen.tokens[token]).map(row));
+    byId("layers").replaceChildren(...data.lens.map((_, layer) => row(layer)));
   }
 
   function chooseComponent(index) {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
 
 from loclin.analyses.explain import SingularBlock
-from loclin.analyses.layers import APPEARS, ComponentLayers, LayerExplanation
+from loclin.analyses.layers import APPEARS, SHOWN, WORDS, ComponentLayers, LayerExplanation
 from loclin.decode import Words
 from loclin.output import write_text
 from loclin.report import parts
@@ -22,6 +23,8 @@ from loclin.report.text import error, number, percent, sigmas, signed, visible
 
 _WORD = 24
 _PREDICTIONS = 7
+_MOST = 300_000
+"""Words of single tokens' maps that a page holds; a browser takes a few megabytes well."""
 
 
 def layers_html(found: LayerExplanation) -> str:
@@ -32,17 +35,19 @@ def layers_html(found: LayerExplanation) -> str:
     OutputError
         When plotly is not installed.
     """
-    here = files("loclin.report")
+    here, cut, vocabulary = files("loclin.report"), _cut(found), _Vocabulary({})
     data = {
         "figures": {name: json.loads(figure.to_json()) for name, figure in layers_figures(found).items()},
         "tokens": [visible(text) for text in found.tokens],
         "position": found.settings["position"],
         "target": visible(found.target["text"], _WORD),
-        "components": [_component(component) for component in found.components],
+        "components": [_component(component, cut, vocabulary) for component in found.components],
         "lens": [
-            {"words": _words(layer.words), "probability": percent(layer.probability), "rank": layer.rank}
+            {"words": vocabulary.of(layer.words), "probability": percent(layer.probability), "rank": layer.rank}
             for layer in found.lens
         ],
+        "words": list(vocabulary.numbers),
+        "scored": cut.scored,
     }
     script = "".join(here.joinpath(name).read_text("utf-8") for name in ("shared.js", "layers.js"))
     title = shortened(found.prompt)
@@ -65,6 +70,7 @@ def layers_html(found: LayerExplanation) -> str:
             verdict=verdict(found),
             components=_options([COMPONENTS[c.name] for c in found.components], len(found.components) - 1),
             tokens=_options([f"{i} {visible(text, _WORD)}" for i, text in enumerate(found.tokens)]),
+            left_out=_left_out(cut, found),
         ),
         settings=facts(found.model, found.settings),
         scripts=f'<script type="application/json" id="data">{embedded(data)}</script>'
@@ -156,15 +162,60 @@ def _appearances(found: LayerExplanation) -> str:
     )
 
 
-def _component(component: ComponentLayers) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Cut:
+    """What a page holds of single tokens' maps: tokens from `first` on, so many vectors and words, scores or none."""
+
+    first: int = 0
+    vectors: int = SHOWN
+    words: int = WORDS
+    scored: bool = True
+
+
+def _cut(found: LayerExplanation) -> _Cut:
+    """All, if that is not too much; else a word or three of the first vectors, of the last tokens."""
+    maps = len(found.components) * found.n_layers
+    if 2 * maps * len(found.tokens) * SHOWN * WORDS <= _MOST:
+        return _Cut()
+    vectors, words = 1, 3
+    most = _MOST // (2 * maps * vectors * words)
+    return _Cut(max(0, found.settings["position"] + 1 - most), vectors, words, scored=False)
+
+
+def _left_out(cut: _Cut, found: LayerExplanation) -> str:
+    """Say what the page leaves out, and where it is."""
+    if cut == _Cut():
+        return ""
+    earlier = f", and tokens 0 to {cut.first - 1} nothing" if cut.first else ""
+    return (
+        f'<p class="warning" role="note">This prompt has {len(found.tokens)} tokens. To keep the page small, a single '
+        f"token's map shows its first vector and {cut.words} words a side, without scores{earlier}. All of it is in "
+        "the JSON: <code>loclin layers --json</code>, or <code>to_json()</code>.</p>"
+    )
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The page's words, each written once; elsewhere they are numbers."""
+
+    numbers: dict[str, int]
+
+    def of(self, words: Words, scored: bool = True) -> list[int | float]:
+        """Words as numbers, each with its score behind it, or without."""
+        pairs = [(self.numbers.setdefault(visible(text, _WORD), len(self.numbers)), score) for text, score in words]
+        return [part for index, score in pairs for part in ((index, float(f"{score:.3g}")) if scored else (index,))]
+
+
+def _component(component: ComponentLayers, cut: _Cut, vocabulary: _Vocabulary) -> dict[str, Any]:
     """Give what the page shows of a component: its maps in words, numbers ready to be shown."""
     tokens = list(zip(*component.token_vectors, strict=True))
     return {
         "name": component.name,
         "title": COMPONENTS[component.name],
-        "joint": [_map(*row) for row in zip(component.joint_vectors, component.joint_stable_rank, strict=True)],
+        "joint": [_map(blocks, _Cut(), vocabulary) for blocks in component.joint_vectors],
+        "rank": [number(rank) for rank in component.joint_stable_rank],
         "tokens": [
-            [_map(blocks, ranks[i]) for blocks, ranks in zip(layers, component.token_stable_rank, strict=True)]
+            None if i < cut.first else [_map(blocks, cut, vocabulary) for blocks in layers]
             for i, layers in enumerate(tokens)
         ],
         "ranks": _by_token(component.token_stable_rank),
@@ -177,22 +228,15 @@ def _by_token(ranks: list[list[float]]) -> list[list[float | None]]:
     return [[float(f"{rank:.5g}") or None for rank in token] for token in zip(*ranks, strict=True)]
 
 
-def _map(blocks: list[SingularBlock], stable_rank: float) -> dict[str, Any]:
-    return {
-        "rank": number(stable_rank),
-        "blocks": [
-            {
-                "name": sigmas(block.indices),
-                "values": ", ".join(number(value) for value in block.values),
-                "gain": None if block.gain is None else signed(block.gain),
-                "near": len(block.indices) > 1,
-                "writes": _words(block.writes),
-                "reads": _words(block.reads),
-            }
-            for block in blocks
-        ],
-    }
-
-
-def _words(words: Words) -> list[list[Any]]:
-    return [[visible(text, _WORD), float(f"{score:.3g}")] for text, score in words]
+def _map(blocks: list[SingularBlock], cut: _Cut, vocabulary: _Vocabulary) -> list[list[Any]]:
+    """Give a map's blocks: name, values, gain, and what it writes and reads; lists are shorter than names."""
+    return [
+        [
+            sigmas(block.indices),
+            ", ".join(number(value) for value in block.values),
+            None if block.gain is None else signed(block.gain),
+            vocabulary.of(block.writes[: cut.words], cut.scored),
+            vocabulary.of(block.reads[: cut.words], cut.scored),
+        ]
+        for block in blocks[: cut.vectors]
+    ]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.panel import Panel
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from loclin.analyses.explain import SingularBlock
 from loclin.analyses.layers import APPEARS, ComponentLayers, LayerExplanation
 from loclin.decode import Words
-from loclin.report.terminal import WIDEST
+from loclin.report.grid import Column, Grid, show
 from loclin.report.terminal_tables import token_text, words_text
 from loclin.report.terms import COMPONENTS
 from loclin.report.text import error, percent
@@ -23,7 +22,6 @@ _SHORT = {"resid_post": "stream", "attn_out": "attn", "mlp_out": "MLP"}
 
 def render_layers(found: LayerExplanation, console: Console) -> None:
     """Print every layer in a row: stable ranks, the words of its maps, and the logit lens."""
-    width = min(console.width, WIDEST)
     shown = found.main
     parts: list[Any] = [
         Text(" ").join(token_text(text, "bold", i in found.sinks) for i, text in enumerate(found.tokens)),
@@ -35,7 +33,7 @@ def render_layers(found: LayerExplanation, console: Console) -> None:
             align="left",
             style="dim",
         ),
-        _table(found, shown, roomy=width >= 100),
+        _table(found, shown),
         Text(
             "stable rank: of all tokens' maps from the embeddings side by side, and of the layer's own map; "
             f"rank: of {found.target['text']!r} among all words",
@@ -46,7 +44,7 @@ def render_layers(found: LayerExplanation, console: Console) -> None:
         *(Panel(Text(text), title="warning", title_align="left", border_style="yellow") for text in found.warnings),
         _settings(found),
     ]
-    console.print(Group(*parts), width=width)
+    show(console, *parts)
 
 
 def _prediction(found: LayerExplanation) -> Text:
@@ -66,26 +64,25 @@ def _verdict(found: LayerExplanation) -> Text:
     )
 
 
-def _table(found: LayerExplanation, shown: ComponentLayers, roomy: bool) -> Table:
+def _table(found: LayerExplanation, shown: ComponentLayers) -> Grid:
     position = found.settings["position"]
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=True, pad_edge=False)
-    table.add_column("", justify="right", style="dim", no_wrap=True)
-    for component in found.components if roomy else [shown]:
-        table.add_column(f"{_SHORT[component.name]}", justify="right", no_wrap=True)
-    table.add_column("own", justify="right", no_wrap=True)
-    table.add_column("all tokens, σ1", no_wrap=True, ratio=4)
-    table.add_column("rank", justify="right", no_wrap=True)
     here = token_text(found.tokens[position], "")
-    table.add_column(Text.assemble(here, ", σ1"), no_wrap=True, ratio=4)
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("logit lens", no_wrap=True, ratio=3)
-    table.add_column("p", justify="right", no_wrap=True)
-    table.add_column("rank", justify="right", no_wrap=True)
+    table = Grid.of(
+        Column("", "key"),
+        *(Column(_SHORT[component.name]) for component in found.components),
+        Column("own"),
+        Column("all tokens, σ1", "words"),
+        Column("rank", alone="all: rank"),
+        Column(Text.assemble(here, ", σ1"), "words"),
+        Column("rank", alone=f"{here}: rank"),
+        Column("logit lens", "words"),
+        Column("p", alone="lens: p"),
+        Column("rank", alone="lens: rank"),
+    )
     for layer, lens in enumerate(found.lens):
-        ranks = [f"{c.joint_stable_rank[layer]:.2f}" for c in (found.components if roomy else [shown])]
-        table.add_row(
+        table.add(
             str(layer),
-            *ranks,
+            *(f"{component.joint_stable_rank[layer]:.2f}" for component in found.components),
             f"{shown.joint_own_rank[layer]:.0f}",
             words_text(_writes(shown.joint_vectors[layer])),
             _rank(shown.joint_word_rank[layer]),
@@ -135,6 +132,7 @@ def _settings(found: LayerExplanation) -> Text:
         f"gate {settings['gate']}",
         f"precision {settings['precision']}",
         f"position {settings['position']}",
+        f"signs {settings['signs']}",
         f"{settings['columns']:,} columns, {settings['route']}",
         " ".join(f"{name} {version}" for name, version in versions.items()),
     ]

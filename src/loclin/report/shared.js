@@ -18,9 +18,12 @@ function words(side, list) {
   const cell = element("td", side);
   const top = Math.max(...list.map(([, score]) => Math.abs(score))) || 1;
   for (const [text, score] of list) {
-    const hit = element("span", "hit", element("span", "word", ...tokenText(text)), element("span", "score", score));
-    hit.style.setProperty("--s", Math.max(score, 0) / top);
-    hit.title = "score " + score;
+    const hit = element("span", "hit", element("span", "word", ...tokenText(text)));
+    if (score !== undefined) { // there are pages that have no room for scores
+      hit.append(element("span", "score", score));
+      hit.title = "score " + score;
+    }
+    hit.style.setProperty("--s", score === undefined ? 0.5 : Math.max(score, 0) / top);
     cell.append(hit);
   }
   return cell;

@@ -11,23 +11,20 @@ from string import Template
 from typing import Any
 
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
-from loclin.analyses.steer import METHODS, Steered, repeats
-from loclin.analyses.steering import Continuation
+from loclin.analyses.steer import METHODS, Steered
+from loclin.analyses.steering import Continuation, Trial
 from loclin.errors import OutputError
 from loclin.output import write_text
 from loclin.report import parts
 from loclin.report.figures import MISSING, NEUTRAL, PALETTE, plotly_script
+from loclin.report.grid import WIDEST, Cell, Column, Grid, show
 from loclin.report.sheet import embedded
 from loclin.report.terminal import warning
 from loclin.report.text import number, visible
-
-WIDEST = 120
-REPEATING = "repeats itself: a smaller --max-kl, sampling (--seed) or another --method keeps it fluent."
 
 
 def render_steered(found: Steered, console: Console) -> None:
@@ -38,20 +35,16 @@ def render_steered(found: Steered, console: Console) -> None:
         Panel(_text(found, text), title=f"[bold]{name}[/]", title_align="left", width=half, border_style=style)
         for name, text, style in (("normal", found.normal, "dim"), ("steered", found.steered, "green"))
     ]
-    console.print(Columns(panels, padding=(0, 1)))
-    console.print(_facts(found))
-    console.print(_what(found))
-    for text in found.warnings:
-        console.print(warning(text), width=width)
-    if _repeats(found):
-        console.print(Text(f"The steered text {REPEATING}", "yellow"))
+    printed: list[RenderableType] = [
+        Columns(panels, padding=(0, 1)),
+        _facts(found),
+        _what(found),
+        *(warning(text) for text in found.warnings),
+    ]
     if found.sweep is not None:
-        console.print()
-        console.print(_sweep(found))
-
-
-def _repeats(found: Steered) -> bool:
-    return repeats(found.steered, found.normal)
+        limit = f"gain / KL, mean over prompts; at most KL {found.sweep.max_kl:g}"
+        printed += [Text(), Text(limit, "italic"), _sweep(found)]
+    show(console, *printed)
 
 
 def _text(found: Steered, written: Continuation) -> Text:
@@ -74,12 +67,10 @@ def _pattern(words: list[str]) -> re.Pattern[str] | None:
     return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
 
 
-def _facts(found: Steered) -> Table:
-    table = Table("", "normal", "steered", box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in table.columns[1:]:
-        column.justify = "right"
+def _facts(found: Steered) -> Grid:
+    table = Grid.of(Column("text", "key"), Column("normal"), Column("steered"))
     for name, normal, steered in _rows(found):
-        table.add_row(name, normal, steered)
+        table.add(name, normal, steered)
     return table
 
 
@@ -107,24 +98,19 @@ def _described(found: Steered) -> str:
     return f"{found.model['name']} · {found.method}: {how} · {point} · strength {found.strength:g} ({found.form}){gate}"
 
 
-def _sweep(found: Steered) -> Table:
+def _sweep(found: Steered) -> Grid:
     sweep = found.sweep
     assert sweep is not None
     strengths = sorted({trial.strength for trial in sweep.trials}, reverse=found.form == "interpolate")
-    title = f"gain / KL, mean over prompts; at most KL {sweep.max_kl:g}"
-    table = Table(
-        "layer", *(f"{s:g}" for s in strengths), title=title, title_justify="left", box=None, header_style="dim"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Grid.of(Column("layer", "key"), *(Column(f"{strength:g}") for strength in strengths))
     cells = {(trial.layer, trial.strength): trial for trial in sweep.trials}
     for layer in sorted({trial.layer for trial in sweep.trials}):
-        row = []
+        row: list[Cell] = []
         for strength in strengths:
             trial = cells.get((layer, strength))
             style = "bold green" if trial == sweep.best else "" if trial and trial.kl <= sweep.max_kl else "dim"
             row.append(Text("not finite" if trial is None else f"{trial.gain:+.2f} / {trial.kl:.2f}", style))
-        table.add_row(str(layer), *row)
+        table.add(str(layer), *row)
     return table
 
 
@@ -157,8 +143,7 @@ def steered_html(found: Steered) -> str:
         toward=", ".join(f"“{escape(text)}”" for text in found.toward),
         normal=_html(found, found.normal),
         steered=_html(found, found.steered),
-        warning=parts.warnings(found)
-        + (f'<p class="warning" role="note">The steered text {escape(REPEATING)}</p>' if _repeats(found) else ""),
+        warnings=parts.warnings(found),
         rows="".join(
             f'<tr><th scope="row">{escape(name)}</th><td class="num">{a}</td><td class="num">{b}</td></tr>'
             for name, a, b in _rows(found)
@@ -186,12 +171,23 @@ def _html_sweep(found: Steered) -> str:
     if found.sweep is None:
         return ""
     rows = (
-        f'<tr{" class=current" if t == found.sweep.best else ""}><td class="num">{t.layer}</td>'
-        f'<td class="num">{t.strength:g}</td><td class="num">{t.gain:+.2f}</td><td class="num">{t.kl:.2f}</td></tr>'
-        for t in found.sweep.trials
+        f"<tr{' class=current' if trial == found.sweep.best else ''}>"
+        + "".join(f'<td class="num">{cell}</td>' for cell in _cells(trial))
+        + "</tr>"
+        for trial in found.sweep.trials
     )
-    heads = "".join(f'<th scope="col" class="num">{name}</th>' for name in ("layer", "strength", "gain", "KL"))
+    heads = "".join(
+        f'<th scope="col" class="num">{name}</th>'
+        for name in ("layer", "strength", "gain", "KL", "words per hundred", "repeated")
+    )
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _cells(trial: Trial) -> list[str]:
+    """One setting's numbers; those of its text only where it wrote one."""
+    text = trial.written
+    said = ["", ""] if text is None else [f"{text.frequency:.1f}", f"{text.repetition:.0%}"]
+    return [str(trial.layer), f"{trial.strength:g}", f"{trial.gain:+.2f}", f"{trial.kl:.2f}", *said]
 
 
 def _settings(found: Steered) -> str:

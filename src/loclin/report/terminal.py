@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
 from loclin.analyses.explain import Explanation
 from loclin.report.checks import checks
+from loclin.report.grid import show
 from loclin.report.terminal_tables import block_table, share_table, token_text, unit_table
 from loclin.report.terms import gate_note
 from loclin.report.text import error, percent
@@ -18,7 +19,6 @@ from loclin.report.text import error, percent
 PROMPT_HEAD, PROMPT_TAIL = 40, 80
 """How much of a prompt is shown when it is longer than both together: its beginning and its end."""
 RUNNERS_UP = 4
-WIDEST = 120
 
 
 def render_explanation(explanation: Explanation, console: Console, top: int = 3) -> None:
@@ -33,7 +33,7 @@ def render_explanation(explanation: Explanation, console: Console, top: int = 3)
     top
         How many singular blocks of each token to show.
     """
-    width, chosen = min(console.width, WIDEST), explanation.settings
+    chosen = explanation.settings
     options = {name: chosen.get(name) for name in ("gate", "precision", "position")}
     options[""] = f"{chosen.get('source')} → {chosen.get('target')}"
     parts: list[Any] = [
@@ -42,7 +42,7 @@ def render_explanation(explanation: Explanation, console: Console, top: int = 3)
         _verdict(explanation),
         Text(),
         heading("Which tokens drive it", f"shares of the {explanation.target['kind']}: J_i x_i through the head"),
-        share_table(explanation, roomy=width >= 100),
+        *share_table(explanation),
         Text(gate_note(chosen.get("gate")), "dim"),
         Text(),
         heading("What each token's map writes and reads", "its singular vectors"),
@@ -54,7 +54,7 @@ def render_explanation(explanation: Explanation, console: Console, top: int = 3)
         *(warning(text) for text in explanation.warnings),
         settings(explanation.model, options, chosen.get("versions", {})),
     ]
-    console.print(Group(*parts), width=width)
+    show(console, *parts)
 
 
 def warning(text: str) -> Panel:

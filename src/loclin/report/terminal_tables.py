@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from loclin.analyses.explain import Explanation, SingularBlock, TokenExplanation
 from loclin.decode import Words
 from loclin.report.choose import full_colour, largest
+from loclin.report.grid import Column, Grid
 from loclin.report.text import EMPTY, NEWLINE, SPACE, TAB, error, number, sigmas, signed, visible
 
 TABLE_TOKENS = 40
@@ -18,6 +18,7 @@ DETAIL_TOKENS = 12
 BAR = 5
 """Cells of a share's bar on either side of zero; a cell is drawn in halves."""
 _TOKEN_LIMIT = 20
+_READS, _WRITES = Text("reads", "dim"), Text("writes", "dim")
 _ZERO = Text("the map is zero", "dim italic")
 _MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]")
 
@@ -48,34 +49,35 @@ def bar(value: float, full: float) -> Text:
     return Text.assemble((left.rjust(BAR), "red"), ("│", "dim"), (right.ljust(BAR), "green"))
 
 
-def share_table(explanation: Explanation, roomy: bool) -> Table:
+def share_table(explanation: Explanation) -> Iterator[Grid | Text]:
     """Give a row to each token, one to the biases, and the total; the largest word's bar is full."""
     tokens = explanation.tokens
     shown = list(range(len(tokens))) if len(tokens) <= TABLE_TOKENS else largest(tokens, TABLE_TOKENS)
     full = full_colour(tokens)
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", expand=True, pad_edge=False)
-    table.add_column("", justify="right", style="dim", no_wrap=True)
-    table.add_column("token", no_wrap=True, max_width=18)
-    table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, width=2 * BAR + 1)
-    table.add_column("‖J‖F", justify="right", no_wrap=True)
-    table.add_column("stable rank" if roomy else "s.rank", justify="right", no_wrap=True)
-    table.add_column("writes (σ1)", no_wrap=True, ratio=1)
-    table.add_column("reads (σ1)", no_wrap=True, ratio=1)
+    table = Grid.of(
+        Column("", "key"),
+        Column("token", "key"),
+        Column("share"),
+        Column("", "bar"),
+        Column("‖J‖F"),
+        Column("stable rank"),
+        Column("writes (σ1)", "words"),
+        Column("reads (σ1)", "words"),
+    )
     for i in shown:
-        table.add_row(str(i), *_share_row(tokens[i], full))
+        table.add(str(i), *_share_row(tokens[i], full))
     if len(shown) < len(tokens):
         rest = sum(token.share for token in tokens) - sum(tokens[i].share for i in shown)
-        others = Text(f"{len(tokens) - len(shown)} others", "italic")
-        note = Text(f"above: the {len(shown)} largest", "dim italic")
-        table.add_row("", others, signed(rest), "", "", "", note)
+        table.add("", Text(f"{len(tokens) - len(shown)} others", "italic"), signed(rest))
     bias = explanation.bias_share
-    table.add_row("", Text("bias", "italic"), signed(bias), bar(bias, full))
+    table.add("", Text("bias", "italic"), signed(bias), bar(bias, full))
     total = sum(token.share for token in tokens) + bias
-    target = Text(f"= {number(explanation.target['value'])}, the {explanation.target['kind']}", "bold")
-    rounding = Text(f"rounding {error(abs(explanation.share_residual))}", "dim")
-    table.add_row("", Text("total", "bold"), Text(signed(total), "bold"), "", "", "", target, rounding)
-    return table
+    table.add("", Text("total", "bold"), Text(signed(total), "bold"))
+    yield table
+    sums = Text(f"the total is the {explanation.target['kind']}, {number(explanation.target['value'])}", "bold")
+    yield sums.append(f"   rounding {error(abs(explanation.share_residual))}", "not bold dim")
+    if len(shown) < len(tokens):
+        yield Text(f"above: the {len(shown)} largest", "dim italic")
 
 
 def _share_row(token: TokenExplanation, full: float) -> list[Text]:
@@ -91,46 +93,41 @@ def _share_row(token: TokenExplanation, full: float) -> list[Text]:
     ]
 
 
-def block_table(explanation: Explanation, top: int) -> Iterator[Table | Text]:
+def block_table(explanation: Explanation, top: int) -> Iterator[Grid | Text]:
     """Put the `top` singular blocks of each token into words; of a long prompt, the tokens that matter."""
     table = _detail_table()
     for i, token in _detailed(explanation.tokens):
-        place, name = Text(str(i)), token_text(token.text, "bold", token.is_sink)
+        place, name = str(i), token_text(token.text, "bold", token.is_sink)
         for block in token.blocks[:top]:
             label = f"{sigmas(block.indices)} {_values(block)}"
-            table.add_row(place, name, label, "writes", words_text(block.writes))
-            table.add_row("", "", _gain(block), "reads", words_text(block.reads))
-            place, name = Text(), Text()
+            table.add(place, name, label, _WRITES, words_text(block.writes))
+            table.add("", "", _gain(block), _READS, words_text(block.reads))
+            place, name = "", Text()
         if not token.blocks:
-            table.add_row(place, name, "", "", _ZERO)
+            table.add(place, name, "", "", _ZERO)
     yield from _collapsed(explanation.tokens)
     yield table
 
 
-def unit_table(explanation: Explanation) -> Iterator[Table | Text]:
+def unit_table(explanation: Explanation) -> Iterator[Grid | Text]:
     """Put the largest row and column of each token's map into words (paper, Figure 4A)."""
     table = _detail_table()
     for i, token in _detailed(explanation.tokens):
         name = token_text(token.text, "bold", token.is_sink)
         if not token.rows:
-            table.add_row(str(i), name, "", "", _ZERO)
+            table.add(str(i), name, "", "", _ZERO)
             continue
         row, column = token.rows[0], token.columns[0]
-        table.add_row(str(i), name, f"row {row.index} {number(row.norm)}", "reads", words_text(row.words))
+        table.add(str(i), name, f"row {row.index} {number(row.norm)}", _READS, words_text(row.words))
         label = f"column {column.index} {number(column.norm)}"
-        table.add_row("", "", label, "writes", words_text(column.words))
+        table.add("", "", label, _WRITES, words_text(column.words))
     yield from _collapsed(explanation.tokens)
     yield table
 
 
-def _detail_table() -> Table:
-    table = Table.grid(padding=(0, 1), expand=True)
-    table.add_column(justify="right", style="dim", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(no_wrap=True, ratio=1, overflow="ellipsis")
-    return table
+def _detail_table() -> Grid:
+    """Tables without headings: a token, a number, which way its words go, and the words."""
+    return Grid.of(Column("", "key"), Column("", "key"), Column(""), Column("", "parts"), Column("", "words"))
 
 
 def _detailed(tokens: Sequence[TokenExplanation]) -> list[tuple[int, TokenExplanation]]:

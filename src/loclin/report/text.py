@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 SPACE, NEWLINE, TAB, EMPTY, CARRIER = "·", "↵", "⇥", "∅", "◌"
+_NAMED = re.compile(r"(⟨(?:[0-9A-F]{2}(?: [0-9A-F]{2})*|(?:unused|empty) \d+)⟩)")
+"""Bytes, and ids without a text, as `loclin.models.tokens` writes them: no space in them is the token's."""
 MARKS = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
 
 
@@ -21,9 +24,14 @@ def visible(text: str, limit: int | None = None) -> str:
     limit
         The most characters to show; longer tokens end in an ellipsis.
     """
-    shown = "".join(MARKS[c] if c in MARKS else c if _plain(c) else _escaped(c) for c in text) or EMPTY
+    parts = _NAMED.split(text)  # every second one is such a name
+    shown = "".join(part if i % 2 else "".join(map(_drawn, part)) for i, part in enumerate(parts)) or EMPTY
     shown = CARRIER + shown if unicodedata.category(shown[0]).startswith("M") else shown
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _drawn(character: str) -> str:
+    return MARKS.get(character) or (character if _plain(character) else _escaped(character))
 
 
 def _plain(character: str) -> bool:

@@ -7,14 +7,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from loclin.analyses.validity import PREDICTORS, Ray, Step, Validity
 from loclin.output import write_text
 from loclin.report import parts
 from loclin.report.figures import NEGATIVE, NEUTRAL, POSITIVE, plotly_script
+from loclin.report.grid import Column, Grid, show
 from loclin.report.sheet import embedded, facts, section, sheet, shortened
 from loclin.report.terminal import warning
 from loclin.report.terminal_tables import token_text
@@ -36,26 +36,21 @@ _SWAPS = 200
 
 def render_validity(validity: Validity, console: Console) -> None:
     """Print the mean curves: a table for each way of moving the input."""
-    console.print(Text(" ").join(token_text(text, "bold") for text in validity.tokens))
+    printed: list[RenderableType] = [Text(" ").join(token_text(text, "bold") for text in validity.tokens)]
     for kind, (name, note) in KINDS.items():
         curve = validity.curve(kind)
         if not curve:
             continue
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left")
-        table.title = Text.assemble((name, "bold"), (f"  {note}", "dim"))
-        for head in ("size", *(f"{predictor} error" for predictor in PREDICTORS), *_more()):
-            table.add_column(head, justify="right", no_wrap=True)
+        table = Grid.of(
+            Column("size", "key"), *(Column(head) for head in [*(f"{p} error" for p in PREDICTORS), *_more()])
+        )
         for step in curve:
-            table.add_row(*_numbers(step))
-        console.print()
-        console.print(table)
-    console.print(
-        Text(
-            "\nerror: |predicted − true| / |true| of the final hidden state; same: names the same likeliest token\n"
-            f"gate {validity.settings.get('gate')}: another gate is another map",
-            "dim",
-        ),
-        *(warning(text) for text in validity.warnings),
+            table.add(*_numbers(step))
+        printed += [Text(), Text.assemble((name, "bold"), (f"  {note}", "dim")), table]
+    note = "error: |predicted − true| / |true| of the final hidden state; same: names the same likeliest token"
+    gate = f"gate {validity.settings.get('gate')}: another gate is another map"
+    show(
+        console, *printed, Text(), Text(note, "dim"), Text(gate, "dim"), *(warning(text) for text in validity.warnings)
     )
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.spectral.threads import single_thread
+from loclin.sums import norms
 
 
 def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:
@@ -99,18 +100,24 @@ def upper_values(
 
 
 def schatten(E: Float[Tensor, "M d_out n"]) -> Iterator[Float[Tensor, " M"]]:
-    """Ever sharper bounds on ||E||_2: the Schatten norms of order 2, 4, 8 and 16.
+    """Ever sharper bounds on ||E||_2, in float64: the Schatten norms of order 2, 4, 8 and 16, and what rounding hides.
 
     Cost: each after the first one product of the smaller side's squares.
     """
-    scale = torch.linalg.matrix_norm(E).clamp(min=torch.finfo(E.dtype).tiny)
+    scale = norms(E, 1).clamp(min=torch.finfo(E.dtype).tiny)
     yield scale
-    E = E / scale[:, None, None]
+    E, limit = E / scale[:, None, None].to(E), rounding(E.shape[-2], E.shape[-1], E.dtype)
     power = E @ E.mT if E.shape[-2] <= E.shape[-1] else E.mT @ E
+    # ||A||_2^2 = ||A A^T||_2, and that product is computed but for rounding: a share of ||A||_F^2.
+    lost = [torch.full_like(scale, limit)]
     for order in (4, 8, 16):
-        yield scale * torch.linalg.matrix_norm(power) ** (2 / order)
+        bound = size = norms(power, 1)
+        for part in reversed(lost):
+            bound = (bound + part).sqrt()
+        yield scale * bound
         if order < 16:
-            power = power @ power
+            lost.append(limit * size.square())
+            power = power @ power.mT
 
 
 def norm_from_below(E: Float[Tensor, "M d_out n"], steps: int = 4) -> Float[Tensor, " M"]:

@@ -10,6 +10,7 @@ from loclin.spectral.bounds import left_svd, norm_from_below, outside, rounding,
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.result import SVD, aligned
 from loclin.spectral.threads import each
+from loclin.sums import norms
 from loclin.surroundings import in_plain_torch
 
 _OVERSAMPLING = 8
@@ -36,7 +37,7 @@ def full(dense: Float[Tensor, "d_out T d_in"], k: int, *, towards: Float[Tensor,
     matrices = _matrices(dense, k, joint)
     parts = each(lambda matrix: _one(matrix, k, towards), matrices)
     U, S, Vh, residuals, error, spectrum = (torch.stack(part) for part in zip(*parts, strict=True))
-    frobenius = torch.linalg.matrix_norm(matrices)
+    frobenius = norms(matrices, 1).to(S)
     found = SVD(U, S, Vh, residuals, (S - error).clamp(min=0), S + error, 0.0, frobenius, "full", spectrum=spectrum)
     return shaped(found, dense.shape[1]) if joint else found
 
@@ -68,7 +69,7 @@ def top(
     matrices = _matrices(dense, k, joint)
     parts = each(lambda matrix: _top_of(matrix, k, towards, tolerance, seed), matrices)
     U, S, Vh, residuals, lower, upper = (torch.stack(part) for part in zip(*parts, strict=True))
-    found = SVD(U, S, Vh, residuals, lower, upper, 0.0, torch.linalg.matrix_norm(matrices), "top")
+    found = SVD(U, S, Vh, residuals, lower, upper, 0.0, norms(matrices, 1).to(S), "top")
     return shaped(found, dense.shape[1]) if joint else found
 
 
@@ -99,7 +100,7 @@ def _matrices(dense: Tensor, k: int, joint: bool) -> Tensor:
 def _one(matrix: Tensor, k: int, towards: Tensor) -> tuple[Tensor, ...]:
     U, spectrum, Vh = torch.linalg.svd(matrix, full_matrices=False)
     slack = rounding(matrix.shape[0], matrix.shape[1], matrix.dtype) * spectrum[0]
-    error = torch.linalg.matrix_norm(matrix - (U * spectrum) @ Vh) + slack
+    error = norms(matrix - (U * spectrum) @ Vh).to(spectrum) + slack
     U, Vh = (part[0] for part in aligned(U[None, :, :k], Vh[None, :k], towards))
     S = spectrum[:k]
     residuals = _residuals(matrix, U, S, Vh)
@@ -153,7 +154,7 @@ def _certified(J: Tensor, Q: Tensor, B: Tensor, k: int, block: int, tolerance: f
     floor = rounding(J.shape[1], J.shape[2], J.dtype)
     # Vanished directions may leave columns that are less than orthonormal; what they lack counts as rounding.
     gram = Q.mT @ Q
-    overlap = torch.linalg.matrix_norm(gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)))
+    overlap = norms(gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1)), 1).to(S)
     slack = (floor + overlap).unsqueeze(-1) * S[:, :1]
     enough = torch.maximum(tolerance * S, 2 * slack)
     # A value is off by about its residual's square; bounds are not worth their price before.
@@ -169,7 +170,7 @@ def _certified(J: Tensor, Q: Tensor, B: Tensor, k: int, block: int, tolerance: f
         return None
     upper = torch.full_like(S, torch.inf)
     for eta in schatten(E):
-        bound = upper_values(all_values, missed, eta.double())[:, :k]
+        bound = upper_values(all_values, missed, eta)[:, :k]
         upper = torch.minimum(upper, torch.maximum(bound.to(S), S) + slack)
         if (upper - S <= enough).all():
             return U, S, Vh, residuals, (S - slack).clamp(min=0), upper

@@ -16,6 +16,7 @@ from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import SVD, aligned
 from loclin.spectral.sketch import Ritz, Sketch
 from loclin.spectral.threads import single_thread
+from loclin.sums import square_sums
 from loclin.surroundings import in_plain_torch
 
 FAILURE = 1e-3
@@ -211,6 +212,6 @@ def frobenius_estimate(sketch: Sketch, missing: Float[Tensor, "M s"]) -> tuple[T
     """||J_i||_F and its relative standard error, both `[M]`: deflated Hutchinson (Meyer et al. 2021, Hutch++)."""
     if sketch.complete:
         missing = torch.zeros_like(missing)
-    square = sketch.B.double().square().sum(dim=(1, 2)) + missing.mean(dim=1)
+    square = square_sums(sketch.B, 1) + missing.mean(dim=1)
     deviation = missing.std(dim=1) / missing.shape[1] ** 0.5
     return square.sqrt(), torch.where(square > 0, deviation / (2 * square), 0.0)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.spectral.checks import check_tolerance
 from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
 from loclin.spectral.operator import TokenMaps
@@ -41,6 +42,8 @@ class Norms:
     failure: float
     columns: int
 
+    __repr__ = brief
+
     @property
     def stable_rank_error(self) -> Tensor:
         """The relative error of the stable rank that the two others leave open."""
@@ -54,6 +57,8 @@ class Estimate:
     value: Tensor
     error: Tensor
     columns: int
+
+    __repr__ = brief
 
 
 def frobenius(op: TokenMaps, *, tolerance: float = 0.01, seed: int = 0) -> Estimate:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.frames import by_rank
 from loclin.results import Provenance, Result
 from loclin.surroundings import in_plain_torch
@@ -62,6 +63,8 @@ class SVD(Result):
     columns: int = 0
     spectrum: Tensor | None = None
     provenance: Provenance | None = None
+
+    __repr__ = brief
 
     def to_dataframe(self) -> DataFrame:
         """One row per token and rank (of a joint decomposition: per rank); needs pandas."""

@@ -12,9 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.spectral.checks import check_rank, check_tolerance
+from loclin.brief import brief
+from loclin.spectral.checks import check_rank, check_tolerance, least_tolerance
+from loclin.sums import norms
 
 _OVERSAMPLING = 4
+_LARGEST = 1e-6
+"""The tolerance of the largest value, which stable ranks are made of."""
 _FIRST = 3
 """Steps before it is worth looking at the values: fewer are hardly ever enough."""
 
@@ -32,6 +36,8 @@ class Ritz:
     residuals: Tensor
     frobenius: Tensor
 
+    __repr__ = brief
+
 
 def ritz(
     matrices: Float[Tensor, "M d_out n"],
@@ -43,10 +49,11 @@ def ritz(
 ) -> Ritz:
     """The k largest triples of each matrix by a randomized block Krylov method that keeps every block.
 
-    A matrix is done when the square of each value's residual is within `tolerance` of the square of the value: a Ritz
-    value is never above the true one, and off by about that much. One that a basis of half its smaller side does not
-    serve goes to LAPACK. Left vectors have a non-negative product with `towards`. All matrices take a step together:
-    a matrix alone is too small to keep a processor busy.
+    A matrix is done when the square of each value's residual is within `tolerance` of the square of the value, and of
+    the largest within 1e-6 (in float32 6e-6), which stable ranks need: a Ritz value is never above the true one, and
+    off by about that much. One that a basis of half its smaller side does not serve goes to LAPACK. Left vectors have a
+    non-negative product with `towards`. All matrices take a step together: a matrix alone is too small to keep a
+    processor busy.
 
     Parameters
     ----------
@@ -76,7 +83,7 @@ def ritz(
         S=matrices.new_zeros(count, k),
         Vh=matrices.new_zeros(count, k, n),
         residuals=matrices.new_zeros(count, k),
-        frobenius=torch.linalg.matrix_norm(matrices),
+        frobenius=norms(matrices, 1).to(matrices),
     )
     left = _krylov(matrices, start, k, tolerance, found)
     for i in left:
@@ -101,6 +108,8 @@ def _krylov(J: Tensor, start: Tensor, k: int, tolerance: float, found: Ritz) -> 
     """
     block, most = len(start), min(J.shape[1:]) // 2
     left, failed = list(range(len(J))), list[int]()
+    allowed = J.new_full((k,), tolerance)
+    allowed[0] = min(tolerance, max(_LARGEST, least_tolerance(J.dtype)))
     maps = list(J)  # one thin product after the other is faster than a batch of them, and needs no copies
     # Everything has its vectors in rows, so that blocks are appended and QR's columns are read in place.
     Q, B, pushed = J[:, :, :0].mT, J[:, :0], J[:, :, :0].mT
@@ -120,7 +129,7 @@ def _krylov(J: Tensor, start: Tensor, k: int, tolerance: float, found: Ritz) -> 
         combined = W / S.unsqueeze(2).clamp(min=torch.finfo(S.dtype).tiny)
         U = W @ Q
         residuals = (combined @ pushed - S.unsqueeze(2) * U).norm(dim=2)
-        done = full & (residuals.square() <= tolerance * S.square()).all(dim=1)
+        done = full & (residuals.square() <= allowed * S.square()).all(dim=1)
         if done.any():
             at = [i for i, ready in zip(left, done.tolist(), strict=True) if ready]
             _put(found, at, U[done].mT, S[done], combined[done] @ B[done], residuals[done])

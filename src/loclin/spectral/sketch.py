@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.brief import brief
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.threads import single_thread
+from loclin.sums import square_sums
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Ritz:
     W: Tensor
     values: Tensor
     missed: Tensor
+
+    __repr__ = brief
 
 
 class Sketch:
@@ -57,7 +61,7 @@ class Sketch:
         self._pushed = [self.Q.new_zeros(0, 0, dtype=torch.float64) for _ in range(self.maps)]
         self._block = block
         self.newest = self.grow(self.random(block))
-        squares = self.B.double().square().sum(dim=(1, 2))
+        squares = square_sums(self.B, 1)
         # Scaled to equal norm, tokens with small maps are not lost in the shared basis; zero maps take no part.
         self._weights = torch.where(squares > 0, 1 / squares.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -79,7 +79,12 @@ class Steering(Result, ABC):
 
     @contextmanager
     def apply(
-        self, model: Model | nn.Module, strength: float, form: Form = "add", *, gate: str | None = None
+        self,
+        model: Model | nn.Module,
+        strength: float | Sequence[float],
+        form: Form = "add",
+        *,
+        gate: str | None = None,
     ) -> Iterator[None]:
         """Steer a model inside a `with`: whatever runs it there, `model.hf.generate` above all, is steered.
 
@@ -91,8 +96,8 @@ class Steering(Result, ABC):
         model
             The model that this was made with.
         strength
-            Lambda. For "add" 0 is unsteered, for "interpolate" 1 is; then nothing is touched, and the model gives
-            the very same bits.
+            Lambda; or one for each text of a batch. For "add" 0 is unsteered, for "interpolate" 1 is; then nothing is
+            touched, and the model gives the very same bits.
         form
             "add": h + lambda |h| / (2 |S|) S, the norm-matched addition of the paper's author.
             "interpolate": lambda h + (1 - lambda) S, the paper's equation 16.
@@ -103,7 +108,7 @@ class Steering(Result, ABC):
         ------
         SteeringError
             When this was made with another model, revision, dtype or gate; inside, when values are no longer finite,
-            or a cache holds tokens that were not seen here.
+            a cache holds tokens that were not seen here, or a batch has not as many texts as there are strengths.
         OptionError
             For a form that does not exist or a strength that is not a number.
 
@@ -114,12 +119,15 @@ class Steering(Result, ABC):
         model = model if isinstance(model, Model) else wrap(model)
         if form not in get_args(Form):
             raise OptionError(f"form={form!r}: choose {' or '.join(get_args(Form))}")
-        strength = real("strength", strength)
+        given = strength if isinstance(strength, Sequence) else [strength]
+        strengths = [real("strength", one) for one in given]
+        if not strengths:
+            raise OptionError("strength=[]: give a finite number, or one for each text")
         self.check(model, gate)
-        if strength == NEUTRAL[form]:
+        if set(strengths) == {NEUTRAL[form]}:
             yield
             return
-        with Hooks(self, model, strength, form).installed(site(model, self.point)):
+        with Hooks(self, model, strengths, form).installed(site(model, self.point)):
             yield
 
     def check(self, model: Model, gate: str | None = None) -> None:

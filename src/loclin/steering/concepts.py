@@ -9,6 +9,7 @@ from functools import cache
 from importlib.resources import files
 
 from loclin.arguments import strings
+from loclin.brief import brief
 from loclin.errors import PromptError
 from loclin.models import Model
 
@@ -41,6 +42,8 @@ class Concept:
     words: list[str]
     texts: list[str]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Concepts:
@@ -63,6 +66,8 @@ class Concepts:
     measuring: list[str]
     neutral: list[str]
     other_phrases: list[str]
+
+    __repr__ = brief
 
     def pairs(self, phrase: str) -> list[tuple[str, str]]:
         """Pairs of texts that differ in what they are said to be about."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -30,8 +30,13 @@ _REORDERED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"
 """The methods by which generation moves a cache's rows, its sequences."""
 
 
-def steered(h: Float[Tensor, "*b d"], S: Float[Tensor, "*b d"], strength: float, form: Form) -> Float[Tensor, "*b d"]:
-    """The hidden state h `[..., d]` moved towards S, in h's dtype; computed in the wider of the two."""
+def steered(
+    h: Float[Tensor, "*b d"], S: Float[Tensor, "*b d"], strength: float | Tensor, form: Form
+) -> Float[Tensor, "*b d"]:
+    """The hidden state h `[..., d]` moved towards S, in h's dtype; computed in the wider of the two.
+
+    A strength is one for all, or has the shape of h but for ones.
+    """
     wide = h.to(torch.promote_types(h.dtype, S.dtype))
     if form == "interpolate":
         return (strength * wide + (1 - strength) * S).to(h.dtype)
@@ -60,10 +65,10 @@ class Hooks:
 
     why_not_linearized = "is being steered; linearize it outside the 'with steering.apply(...)'"
 
-    def __init__(self, steering: Steering, model: Model, strength: float, form: Form) -> None:
+    def __init__(self, steering: Steering, model: Model, strengths: Sequence[float], form: Form) -> None:
         self._steering = steering.to(model.device)
         self._hf, self._parts = model.hf, anatomy(model.hf)
-        self._strength, self._form = strength, form
+        self._strengths, self._form = list(strengths), form
         self._signature = inspect.signature(model.hf.forward)
         self._call: _Call | None = None
         self._kept: WeakKeyDictionary[Cache, Running] = WeakKeyDictionary()
@@ -135,10 +140,22 @@ class Hooks:
         assert call.S is not None
         assert call.moved is not None
         moved = call.moved.to(h.device).unsqueeze(-1)
-        new = torch.where(moved, steered(h, call.S.to(h.device), self._strength, self._form), h)
+        S = call.S.to(h.device)
+        new = torch.where(moved, steered(h, S, self._strength(S), self._form), h)
         if not torch.isfinite(new).all() and not torch.isfinite(new.masked_fill(~moved, 0)).all():
             raise self._out_of_numbers()
         return new
+
+    def _strength(self, S: Float[Tensor, "B n d"]) -> float | Float[Tensor, "B 1 1"]:
+        """The strength, or each sequence's; beams and samples of one text stand next to each other."""
+        if len(self._strengths) == 1:
+            return self._strengths[0]
+        each, left = divmod(len(S), len(self._strengths))
+        if left:
+            raise SteeringError(
+                f"{len(self._strengths)} strengths for a batch of {len(S)}: give one for all, or one for each text"
+            )
+        return S.new_tensor(self._strengths).view(-1, 1, 1).repeat_interleave(each, dim=0)
 
     def _end(self, _module: nn.Module, _args: Any, output: Any) -> None:
         values = tuple(output.values()) if hasattr(output, "values") else output
@@ -151,8 +168,9 @@ class Hooks:
             self._keep(cache, call.running)
 
     def _out_of_numbers(self) -> SteeringError:
+        strength = ", ".join(f"{strength:g}" for strength in self._strengths)
         return SteeringError(
-            f"strength {self._strength:g} ({self._form}) drives the model's values out of the numbers of its dtype; "
+            f"strength {strength} ({self._form}) drives the model's values out of the numbers of its dtype; "
             "take a smaller one. The model is as it was"
         )
 

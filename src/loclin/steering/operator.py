@@ -20,8 +20,9 @@ from loclin.steering.match import fingerprint
 from loclin.surroundings import in_plain_torch
 
 Align = Literal["cycle", "nearest"]
+At = Literal["output", "input", "published"]
 Signs = Literal["free", "fixed"]
-_SAME = ("weights", "point", "normed", "align", "gate", "rank", "spare_first")
+_SAME = ("weights", "target", "point", "normed", "align", "gate", "rank", "spare_first")
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -81,7 +82,7 @@ class Operator(Steering):
         lin: Linearization,
         layer: int,
         *,
-        at: Literal["input", "output"] = "output",
+        at: At = "output",
         rank: int | None = None,
         normed: bool = False,
         tokens: Sequence[int] | Literal["all", "words"] = "all",
@@ -99,11 +100,14 @@ class Operator(Steering):
         layer
             The layer whose output (or input) is steered; negative ones count from the end.
         at
-            The layer's "output" or its "input".
+            "output" or "input": the maps lead to the layer's output or its input, and are added there. "published":
+            as in the code of the paper's author, the maps lead to the layer's output, with the final norm on top
+            (`normed`), and are added at the layer's input.
         rank
             Keep this many singular triples of each token's map; None keeps all of it.
         normed
-            Put the final norm, frozen at the text's own hidden state, on top, as the author reads intermediate layers.
+            Put the final norm, frozen at the text's own hidden state, on top, as the author reads intermediate layers;
+            "published" always does.
         tokens
             The steering text's tokens whose maps are kept, in this order: "all", "words" (without attention sinks and
             without the beginning token), or positions.
@@ -129,15 +133,17 @@ class Operator(Steering):
         Cost: d columns through the layers up to this one; with a rank, also the SVDs. Memory: T d^2 numbers, or
         2 T k d.
         """
-        if at not in ("input", "output"):
-            raise OptionError(f"at={at!r}: steer a layer's input or its output")
+        if at not in get_args(At):
+            raise OptionError(f"at={at!r}: choose output, input or published")
         if align not in get_args(Align) or signs not in get_args(Signs):
             raise OptionError(f"align={align!r}, signs={signs!r}: choose cycle or nearest, and free or fixed")
         if signs == "fixed" and rank is None:
             raise OptionError("signs='fixed' gives singular vectors their signs; say how many with rank=")
         rank = None if rank is None else whole("rank", rank)
-        where = site(lin.model, f"{'resid_pre' if at == 'input' else 'resid_post'}.{layer}")
-        J = lin.jacobian(target=str(where), position=position, normed=normed)
+        normed = normed or at == "published"
+        where = site(lin.model, f"{'resid_post' if at == 'output' else 'resid_pre'}.{layer}")
+        target = site(lin.model, f"{'resid_pre' if at == 'input' else 'resid_post'}.{layer}")
+        J = lin.jacobian(target=str(target), position=position, normed=normed)
         chosen = _chosen(lin, tokens)
         x = lin.embeddings[chosen].to(J.device, J.dtype)
         right = fixed = None
@@ -170,7 +176,8 @@ class Operator(Steering):
     def __repr__(self) -> str:
         texts = ", ".join(repr(source["provenance"]["text"]) for source in self.sources)
         rank = "all columns" if self.rank is None else f"rank {self.rank}"
-        return f"Operator({texts} -> {self.point}, {rank})"
+        added = "" if self.point == self.target else f"added at {self.point}, "
+        return f"Operator({texts} -> {self.target}{'.normed' * self.normed}, {added}{rank})"
 
     @property
     def accumulates(self) -> bool:
@@ -181,6 +188,16 @@ class Operator(Steering):
     def gates(self) -> set[str]:
         """The gate split of its maps."""
         return {self.gate}
+
+    @property
+    def target(self) -> str:
+        """Where its maps end, before the final norm of `normed`: `point`, unless it is published."""
+        return str(self.sources[0]["provenance"]["target"])
+
+    @property
+    def published(self) -> bool:
+        """Whether it is the form in the code of the paper's author (see `make`)."""
+        return self.normed and self.point == self.target.replace("resid_post", "resid_pre") != self.target
 
     @property
     def width(self) -> int:
@@ -237,7 +254,8 @@ def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None)
     OptionError
         When there is none, or not as many weights as operators.
     SteeringError
-        When they differ in model, point, norm, alignment, gate split, rank or signs; the message says in which.
+        When they differ in model, where they end or act, norm, alignment, gate split, rank or signs; the message says
+        in which.
     """
     if not operators:
         raise OptionError("merge needs at least one operator")

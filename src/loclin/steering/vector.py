@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from loclin.arguments import refuse_broken, strings, whole
+from loclin.arguments import strings, whole
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization
 from loclin.models import Model
@@ -20,6 +20,7 @@ from loclin.results import Provenance
 from loclin.steering.base import Steering, site
 from loclin.steering.match import fingerprint
 from loclin.steering.replay import Replay
+from loclin.sums import refuse_broken
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -70,7 +70,7 @@ def test_the_packaged_prompts():
     assert len({(prompt.kind, prompt.half) for prompt in few[:16]}) == 16
     assert load(seed=1) != prompts
     assert set(load(seed=1)) == set(prompts)
-    with pytest.raises(OptionError, match="give 1 to"):
+    with pytest.raises(OptionError, match="from 1 to"):
         load(len(prompts) + 1)
 
 

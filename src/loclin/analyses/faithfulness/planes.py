@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loclin.analyses.nearby import Nearby
 from loclin.linearization import Linearization
+from loclin.sums import norms
 
 RANKS = (1, 2, 4, 8)
 SEEDS = 4
@@ -66,9 +67,9 @@ def projections(lin: Linearization, nearby: Nearby, target: int, seed: int = 0) 
                 names += [(f"{plane} random", rank), (f"{plane} moved", rank)]
     stacked = torch.stack(inputs)
     outputs = nearby.embeddings(stacked)
-    moved = (stacked - x).flatten(1).norm(dim=1) / x.norm()
+    moved = norms(stacked - x, 1) / norms(x)
     logs = outputs.log_probabilities[:, target]
-    changed = (outputs.final - outputs.final[0]).norm(dim=1) / outputs.final[0].norm()
+    changed = norms(outputs.final - outputs.final[0], 1) / norms(outputs.final[0])
     results = []
     for name in dict.fromkeys(names[1:]):
         rows = [row for row, other in enumerate(names) if other == name]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from loclin.errors import OptionError
+from loclin.arguments import whole
 
 Half = Literal["development", "held-out"]
 HALVES: tuple[Half, ...] = ("development", "held-out")
@@ -34,8 +34,9 @@ def load(count: int | None = None, seed: int = 0) -> list[Prompt]:
     """
     kinds: dict[str, list[str]] = json.loads(files(__package__).joinpath("prompts.json").read_text("utf-8"))
     total = sum(map(len, kinds.values()))
-    if count is not None and not 1 <= count <= total:
-        raise OptionError(f"{count} prompts: there are {total}; give 1 to {total}")
+    if count is not None:
+        whole("prompts", count, 1, total)
+    whole("seed", seed, 0)
     random = np.random.default_rng(seed)
     turns: list[tuple[int, Prompt]] = []
     for kind, texts in kinds.items():

@@ -15,15 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin.access import reason
 from loclin.analyses.faithfulness import methods
 from loclin.analyses.faithfulness.deletion import Removal, ranked, replaced
 from loclin.analyses.faithfulness.planes import Projected, projections
 from loclin.analyses.faithfulness.prompts import Half, Prompt
 from loclin.analyses.nearby import Nearby
+from loclin.arguments import whole
+from loclin.brief import brief
 from loclin.errors import ModelError, OutputError
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model
-from loclin.models.access import reason
 from loclin.output import write_text
 from loclin.results import versions
 
@@ -78,6 +80,8 @@ class PromptResult:
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     planes: list[Projected] = field(default_factory=list)
 
+    __repr__ = brief
+
     @classmethod
     def from_dict(cls, read: dict[str, Any]) -> PromptResult:
         """Take back what `dataclasses.asdict` gave."""
@@ -91,6 +95,8 @@ class Study:
     settings: dict[str, Any]
     versions: dict[str, str]
     prompts: list[PromptResult]
+
+    __repr__ = brief
 
     def to_json(self) -> str:
         """The study as JSON text; floats that are not finite do not occur."""
@@ -180,6 +186,8 @@ def study(
     Cost of a prompt of T tokens: twelve columns, about 2 T + 10 forward passes and 4 backward; on the held-out half
     16 of both more, and about 18 T forward passes of half the length; with planes the dense map and 109 more.
     """
+    whole("planes", planes, 0)
+    whole("seed", seed, 0)
     captum = find_spec("captum") is not None
     if not captum:
         progress('no integrated gradients: captum is not installed (pip install "loclin[faithfulness]")')

@@ -1,0 +1,48 @@
+"""Sums of squares of large tensors, in float64, and a check of what is summed.
+
+PyTorch's own norms add up in the tensor's dtype: of the 2.3 million float32 numbers of a 576 x 4032 matrix they lose
+about 3e-4, and always from the same side, so that nothing built on them is a bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loclin.errors import OptionError
+
+_CHUNK, _CHUNK_ACCELERATOR = 2**15, 2**22
+"""How many numbers are widened at a time: on a CPU what its cache holds."""
+
+
+def square_sums(x: Tensor, axis: int = 0) -> Tensor:
+    """Sums of squares over `axis` and all that follow it, in float64. No copy of all of `x` is made."""
+    chunk = _CHUNK if x.device.type == "cpu" else _CHUNK_ACCELERATOR
+    total = x.new_zeros(x.shape[:axis], dtype=torch.float64)
+    summed = tuple(range(axis, x.dim()))
+    for part in x.detach().split(max(1, chunk * x.shape[axis] // max(1, x.numel())), dim=axis):
+        total += part.to(torch.float64, copy=True).square_().sum(dim=summed)
+    return total
+
+
+def norms(x: Tensor, axis: int = 0) -> Tensor:
+    """Euclidean (Frobenius) norms over `axis` and all that follow it, in float64."""
+    return square_sums(x, axis).sqrt()
+
+
+def relative(difference: Tensor, reference: Tensor) -> float:
+    """|difference| / |reference|, Euclidean norms over everything; 0 / 0 is 0."""
+    return (norms(difference) / norms(reference).clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def refuse_broken(name: str, vector: Tensor) -> None:
+    """Refuse a vector with NaN or infinite numbers, of which every product would be one too.
+
+    Raises
+    ------
+    OptionError
+        Saying how many there are.
+    """
+    bad = int((~vector.isfinite()).sum()) if vector.is_floating_point() else 0
+    if bad:
+        raise OptionError(f"{name} has {bad} of {vector.numel()} numbers that are NaN or infinite")
