@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 PARTS = 2
 """Tests that share the examples, for two processes."""
-FEW = 24
+FEW = 16
 
 
 @pytest.mark.parametrize("part", range(PARTS))
