@@ -10,7 +10,7 @@ from rich.text import Text
 from loclin.analyses.attribution import Attribution, Share
 from loclin.report.grid import Cell, Column, Grid, show
 from loclin.report.labels import LEVELS, by_layer, full_size, marks, others, quantity, reads, target_tokens, verdict
-from loclin.report.terminal import PROMPT_HEAD, PROMPT_TAIL, heading, settings, warning
+from loclin.report.terminal import PROMPT_HEAD, PROMPT_TAIL, Heading, settings, warning
 from loclin.report.terminal_tables import TABLE_TOKENS, bar, token_text, words_text
 from loclin.report.terms import gate_note
 from loclin.report.text import number, percent, signed
@@ -36,7 +36,7 @@ def render_attribution(found: Attribution, console: Console, top: int = 20, *, f
     parts += [*(warning(text) for text in found.warnings)] if first or found.by in ("head", "neuron") else []
     title, note = LEVELS[found.by]
     table = {"token": _tokens, "layer": _layers}.get(found.by, _parts)(found, top)
-    parts += [Text(), heading(title, note), table, Text(verdict(found), "bold")]
+    parts += [Text(), Heading(title, note), table, Text(verdict(found), "bold")]
     show(console, *parts)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
@@ -41,14 +43,14 @@ def render_explanation(explanation: Explanation, console: Console, top: int = 3)
         _prediction(explanation),
         _verdict(explanation),
         Text(),
-        heading("Which tokens drive it", f"shares of the {explanation.target['kind']}: J_i x_i through the head"),
+        Heading("Which tokens drive it", f"shares of the {explanation.target['kind']}: J_i x_i through the head"),
         *share_table(explanation),
         Text(gate_note(chosen.get("gate")), "dim"),
         Text(),
-        heading("What each token's map writes and reads", "its singular vectors"),
+        Heading("What each token's map writes and reads", "its singular vectors"),
         *block_table(explanation, top),
         Text(),
-        heading("Rows and columns of largest norm", "the largest of each"),
+        Heading("Rows and columns of largest norm", "the largest of each"),
         *unit_table(explanation),
         Text(),
         *(warning(text) for text in explanation.warnings),
@@ -62,9 +64,16 @@ def warning(text: str) -> Panel:
     return Panel(Text(text), title="warning", title_align="left", border_style="yellow")
 
 
-def heading(title: str, note: str) -> Rule:
-    """Write a title, and what stands below it."""
-    return Rule(Text.assemble((title, "bold"), (f"  {note}", "dim")), align="left", style="dim")
+@dataclass(frozen=True)
+class Heading:
+    """Write a title, and what stands below it; without its line where both would not fit."""
+
+    title: str
+    note: str
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        text = Text.assemble((self.title, "bold"), (f"  {self.note}", "dim"))
+        yield text if text.cell_len + 2 > options.max_width else Rule(text, align="left", style="dim")
 
 
 def _prompt(explanation: Explanation) -> Text:
