@@ -37,7 +37,7 @@ def tolerance(trace: Trace) -> float:
     networks missed by 4 on any of them, measured in the size of what is summed (see `cancelled`).
     """
     if trace.dtype == torch.float64:
-        return 1e-6 if trace.hold.keeps_stock(trace.stock_final.dtype) else 1e-12
+        return 1e-6 if trace.hold.keeps_stock(trace.route.dtype) else 1e-12
     return {torch.float32: 3e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}[trace.dtype]
 
 
@@ -170,7 +170,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     row_error = _row_error(J, random)
     exact = max(error, second, row_error) <= limit and not trace.misuses and not trace.random
     model_final = trace.stock_final.to(J.dtype)
-    keeps = trace.hold.keeps_stock(trace.stock_final.dtype)
+    keeps = trace.hold.keeps_stock(trace.route.dtype)
     certificate = Certificate(
         reconstruction_error=error,
         forward_error=relative(trace.final - model_final, model_final),
@@ -184,7 +184,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
         row_error=row_error,
         bias_share=relative(J.bias, y),
         tolerance=limit,
-        forward_tolerance=0.0 if keeps else _FORWARD_TOLERANCE[trace.stock_final.dtype],
+        forward_tolerance=0.0 if keeps else _FORWARD_TOLERANCE[trace.route.dtype],
         culprits=() if exact else tuple(culprits(trace, J.chain.hold, limit)),
     )
     J.certificate = certificate.to_dict()
@@ -229,8 +229,8 @@ def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
     kinds = {name or "model": type(module).__name__ for name, module in hf.named_modules()}
 
     with torch.no_grad(), frozen(hf, hold, trace.dtype) as mode:
-        mode.graph, mode.audit = False, max(10 * limit, 1e-6 if trace.stock_final.dtype == torch.float64 else 1e-4)
-        if trace.stock_final.dtype in (torch.float16, torch.bfloat16):
+        mode.graph, mode.audit = False, max(10 * limit, 1e-6 if trace.route.dtype == torch.float64 else 1e-4)
+        if trace.route.dtype in (torch.float16, torch.bfloat16):
             mode.audit = 0.1
 
         def entered(hidden: Tensor) -> None:

@@ -23,6 +23,7 @@ from loclin.models.hashing import weights_hash
 from loclin.points import Point
 from loclin.results import Provenance, versions
 from loclin.spectra import Spectra
+from loclin.spectral import wide
 from loclin.sums import refuse_broken
 from loclin.surroundings import in_plain_torch, usable
 
@@ -325,17 +326,19 @@ class LinearMap(Spectra):
         except ImportError as error:
             raise ImportError('to_scipy() needs SciPy: pip install "loclin[scipy]"') from error
         d_out, length, d_in = self.shape
+        kept = wide(self.dtype)  # NumPy has no bfloat16
 
         def matmat(columns: np.ndarray) -> np.ndarray:
             block = torch.as_tensor(columns).T.reshape(-1, length, d_in)
-            return self.matmat(block).T.cpu().numpy()
+            return self.matmat(block).T.to("cpu", kept).numpy()
 
         def rmatmat(columns: np.ndarray) -> np.ndarray:
-            return self.rmatmat(torch.as_tensor(columns).T.contiguous()).reshape(-1, length * d_in).T.cpu().numpy()
+            pulled = self.rmatmat(torch.as_tensor(columns).T.contiguous())
+            return pulled.reshape(-1, length * d_in).T.to("cpu", kept).numpy()
 
         return LinearOperator(
             shape=(d_out, length * d_in),
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=str(kept).removeprefix("torch."),
             matvec=lambda x: matmat(x.reshape(-1, 1)).reshape(-1),
             rmatvec=lambda u: rmatmat(u.reshape(-1, 1)).reshape(-1),
             matmat=matmat,
@@ -364,7 +367,7 @@ class LinearMap(Spectra):
             tokens=trace.model.decode_each(ids),
             text=trace.model.decode(ids),
             gate="ordinary" if hold.ordinary else hold.gate,
-            precision=trace.hold.resolved(trace.model.hf.dtype),
+            precision=trace.hold.resolved(trace.route.dtype),
             dtype=str(self.dtype).removeprefix("torch."),
             source=str(self.source),
             target=str(self.target),

@@ -62,7 +62,7 @@ class Linearization:
         self.model = model
         self.trace = trace(model, input_ids, hold, keep=budget(memory, model.device) // 4)
         self.input_ids = self.trace.input_ids
-        self.gate, self.precision = hold.gate, hold.resolved(model.hf.dtype)
+        self.gate, self.precision = hold.gate, hold.resolved(self.trace.route.dtype)
         self.padded_error: float | None = None
         self.prompt_warnings: list[str] = []
         self.memory = memory

@@ -14,7 +14,7 @@ from loclin.chain import Chain
 from loclin.cost import Cost, products, sweep
 from loclin.errors import OptionError
 from loclin.points import Point
-from loclin.spectral import check_rank
+from loclin.spectral import check_rank, least_tolerance, wide
 from loclin.spectral.krylov import CERTIFICATE, PROBES
 
 Way = Literal["auto", "full", "top", "krylov"]
@@ -128,7 +128,7 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
     check_rank(k, d_out, rows)
     short = min(d_out, rows)
     dense = Cost() if J.known is not None else sweep(J.chain, J.source, J.target, d_out)
-    held = Cost(nbytes=d_out * length * d_in * J.dtype.itemsize)
+    held = Cost(nbytes=d_out * length * d_in * (J.dtype.itemsize + (wide(J.dtype) != J.dtype) * wide(J.dtype).itemsize))
     steps = min(short, 4 * (k + 8))
     lapack = products(20.0 * maps * short * short * max(short, rows / 4), J.chain, _LAPACK)
     krylov = products(maps * 4.0 * d_out * rows * steps, J.chain, _STEP[joint]) + Cost(seconds=maps * _MAP_SECONDS)
@@ -145,7 +145,8 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
         chosen, most = "krylov", 4 * d_out
     elif way == "auto":
         best = min((route for route in routes if route.name != "krylov"), key=lambda route: route.cost.seconds)
-        certain = J.known is None and alone.seconds < _MARGIN[joint] * best.cost.seconds
+        fine = tolerance >= least_tolerance(J.dtype)  # half-precision products are too coarse to be decomposed alone
+        certain = fine and J.known is None and alone.seconds < _MARGIN[joint] * best.cost.seconds
         chosen = "krylov" if certain else best.name
     what = f"{k} largest triples of {'all tokens together' if joint else f'each of {length} tokens'} to {tolerance:g}"
     return Plan(what, tuple(routes), chosen, most)
@@ -165,8 +166,10 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 
-def cheaper_alone(J: Map) -> bool:
+def cheaper_alone(J: Map, tolerance: float) -> bool:
     """Whether norms to a few percent cost less by products alone than by the dense map and its singular values."""
+    if tolerance / 4 < least_tolerance(J.dtype) and J.fits:
+        return False
     if J.known is not None or not J.fits:
         return J.known is None
     d_out, length, d_in = J.shape

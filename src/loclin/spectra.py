@@ -31,6 +31,7 @@ from loclin.spectral import (
     stable_rank_and_norm,
     top,
     values,
+    wide,
 )
 from loclin.sums import square_sums
 from loclin.surroundings import in_plain_torch
@@ -140,7 +141,7 @@ class Spectra(ABC):
         Cost: the dense map and T (or one) dense decompositions, or the columns that `plan` counts.
         """
         k, seed, tolerance = whole("k", k), whole("seed", seed), real("tolerance", tolerance)
-        check_tolerance(tolerance, self.dtype)
+        check_tolerance(tolerance, wide(self.dtype))
         choice = make_plan(self, k, joint=joint, tolerance=tolerance, way=plan)
         found = None
         if choice.chosen == "krylov":
@@ -178,7 +179,7 @@ class Spectra(ABC):
         Cost: products alone (see `loclin.spectral.stable_rank_and_norm`) where they are expected to be cheaper than the
         dense map, from which everything is exact. The errors are in the result.
         """
-        if cheaper_alone(self):
+        if cheaper_alone(self, tolerance):
             return stable_rank_and_norm(self, tolerance=tolerance, certify=False, seed=seed)
         return self._exact
 
@@ -195,7 +196,7 @@ class Spectra(ABC):
         if self._spectrum is not None:
             return self._spectrum[:, 0]
         if self._tops is None:
-            exact = max(1e-7, least_tolerance(self.dtype))
+            exact = max(1e-7, least_tolerance(wide(self.dtype)))
             self._tops = top(self.dense(), 1, towards=self.value, tolerance=exact).S[:, 0]
         return self._tops
 
@@ -210,7 +211,7 @@ class Spectra(ABC):
         if self.fits:
             self.dense()
         squares = [square_sums(part.transpose(0, 1), 1) for _, part in self.rows()]
-        return torch.stack(squares).sum(0).sqrt().to(self.dtype)
+        return torch.stack(squares).sum(0).sqrt().to(wide(self.dtype))
 
     @in_plain_torch
     def stable_rank(self, tolerance: float | None = None) -> Float[Tensor, " T"]:

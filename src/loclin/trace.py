@@ -292,8 +292,8 @@ def _refuse_hooks(model: Model) -> None:
 def _record(
     model: Model, weights: Snapshot, parts: Anatomy, route: Route, input_ids: Tensor, hold: Hold, keep: int
 ) -> Trace:
-    dtype = hold.dtype(route.final.dtype)
-    keeps = hold.keeps_stock(route.final.dtype)
+    dtype = hold.dtype(route.dtype)
+    keeps = hold.keeps_stock(route.dtype)
     calls: list[Call] = []
     attn_out: list[Tensor | None] = []
     last: dict[str, Tensor] = {}
@@ -437,7 +437,7 @@ def _leave(
     model's.
     """
     seen: dict[str, Tensor] = {}
-    keeps = mode.hold.keeps_stock(route.final.dtype)
+    keeps = mode.hold.keeps_stock(route.dtype)
     mode.graph = False
 
     def left(_module: nn.Module, _args: Any, output: Any) -> None:

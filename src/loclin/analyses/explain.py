@@ -252,7 +252,7 @@ def _blocks(svd: SVD, x: Tensor, decoder: Decoder) -> list[list[SingularBlock]]:
     length, k = svd.S.shape
     writes = decoder.writes(svd.U.transpose(1, 2).reshape(length * k, -1), _WORDS)
     reads = decoder.reads(svd.Vh.reshape(length * k, -1), _WORDS)
-    gains = torch.einsum("tkd,td->tk", svd.Vh, x).tolist()
+    gains = torch.einsum("tkd,td->tk", svd.Vh, x.to(svd.Vh)).tolist()
 
     def block(t: int, indices: list[int]) -> SingularBlock:
         values, first = svd.S[t, indices].tolist(), indices[0]

@@ -178,7 +178,7 @@ def head(lin: Linearization, layer: int, head: int, target: Target = None, *, k:
     writes = decoder.writes(norm.jvp(svd.U.T), _WORDS)
     strongest = svd.Vh.norm(dim=2).argmax(1)
     reads = decoder.reads(svd.Vh[range(k), strongest], _WORDS)
-    gains = torch.einsum("k,ktd,td->kt", svd.S, svd.Vh, J.input).tolist()
+    gains = torch.einsum("k,ktd,td->kt", svd.S, svd.Vh, J.input.to(svd.Vh)).tolist()
     return Head(
         name=str(link.part),
         map=J,

@@ -23,6 +23,7 @@ from loclin.models import Model
 from loclin.models.route import logits_at
 from loclin.points import parse
 from loclin.results import versions
+from loclin.spectral import widened
 from loclin.steering.concepts import packaged_concepts, token_ids
 from loclin.steering.match import fingerprint
 from loclin.steering.operator import no_words
@@ -219,7 +220,7 @@ def watch(
     J = lin.jacobian(target=point, normed=layer is not None)
     progress("singular vectors")
     svd = J.svd(k)
-    gains = torch.einsum("tkd,td->tk", svd.Vh, J.input)
+    gains = torch.einsum("tkd,td->tk", svd.Vh, J.input.to(svd.Vh))
     progress("words")
     skipped = set() if sinks else no_words(lin)
     found = [hit for hit in _hits(lin, svd.U, svd.S, gains, watched, top) if hit.token not in skipped]
@@ -291,7 +292,7 @@ def _projection(lin: Linearization, directions: list[Tensor], point: str, proven
     rows = torch.stack(directions) if directions else trace.final.new_zeros(0, width)
     if where.layer is not None and directions:
         rows = lin.chain.norm(where, trace.length - 1).vjp(rows)
-    U, S, _ = torch.linalg.svd(rows.T, full_matrices=False)
+    U, S, _ = torch.linalg.svd(widened(rows.T), full_matrices=False)
     least = _DEPENDENT * S.max().item() if len(S) else 0.0
     basis = U[:, least < S]
     return Projection(

@@ -51,7 +51,7 @@ class Hold:
         return "single" if stock in _HALF else "stock"
 
     def dtype(self, stock: torch.dtype) -> torch.dtype:
-        """The dtype of the linear path in a model whose residual stream has the dtype `stock`."""
+        """The dtype of the linear path in a model that rounds to `stock`."""
         return {"stock": stock, "single": torch.float32, "double": torch.float64}[self.resolved(stock)]
 
     def keeps_stock(self, stock: torch.dtype) -> bool:

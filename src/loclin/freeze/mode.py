@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from loclin.freeze.hold import Hold
+from loclin.freeze.linear import CASTS
 from loclin.freeze.operation import Operation, Result
 from loclin.freeze.status import Held, Live, Misuse, Origin, Status
 from loclin.freeze.table import HANDLERS, is_in_place, plain_name
@@ -36,6 +37,8 @@ HeldParts = Callable[[tuple[int, ...]], tuple[int, ...]]
 _NOT_THE_MODEL = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 """Folders whose code is not the model's; with the separator, for torchao's is beside torch's."""
 _MARK = "_loclin_status"
+_ORDINARY = CASTS | {"scaled_dot_product_attention"}
+"""What is done as ever where nothing is held: the path keeps its own dtype, and attention knows of it."""
 
 
 class Frozen(TorchFunctionMode):
@@ -142,7 +145,7 @@ class Frozen(TorchFunctionMode):
 
     def _derive(self, op: Operation) -> Result:
         handler = HANDLERS.get(op.name)
-        if self.hold.ordinary and op.name != "scaled_dot_product_attention":
+        if self.hold.ordinary and op.name not in _ORDINARY:
             return self._ordinary(op)
         result = op.held() if handler is None else handler(op)
         if self._held_parts and op.name == "split" and isinstance(result, list):

@@ -68,6 +68,8 @@ class Route:
         The module whose output `final` is.
     decoded
         The decoder's output, where it is one vector per token: `final` once the blocks are taken as one.
+    dtype
+        The dtype that the model rounds to: the coarsest of its weights' and its final hidden state's.
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -77,6 +79,7 @@ class Route:
     whole: str | None = None
     exit: nn.Module = field(default_factory=nn.Identity)
     decoded: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
     __repr__ = brief
 
@@ -114,13 +117,23 @@ def find_route(model: Model, parts: Anatomy, input_ids: Tensor) -> Route:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
             what = str(fault).partition("\n")[0]
             raise ModelError(f"{model.info.name}: the model's own forward pass fails: {what}", "forward") from fault
-    _refuse_overflow(model, watch, logits)
-    route = Route(watch.blocks, watch.tail, watch.current, logits, watch.why_not(), decoded=watch.decoded)
+    dtype = _coarsest(model, logits, *(value for value in (watch.current, watch.decoded) if isinstance(value, Tensor)))
+    _refuse_overflow(model, watch, logits, dtype)
+    route = Route(watch.blocks, watch.tail, watch.current, logits, watch.why_not(), decoded=watch.decoded, dtype=dtype)
     route.exit = route.tail[-1] if route.tail else (watch.blocks[-1].module if watch.blocks else parts.decoder)
     return route if route.whole is None else as_whole(route, model, parts, route.whole)
 
 
-def _refuse_overflow(model: Model, watch: _Watch, logits: Tensor) -> None:
+def _coarsest(model: Model, *values: Tensor) -> torch.dtype:
+    """The dtype with the coarsest rounding among the weights and some values.
+
+    A half-precision model may keep its residual stream in float32. In stored formats of 8 bits nothing is computed.
+    """
+    dtypes = {tensor.dtype for tensor in (*model.hf.parameters(), *values) if tensor.is_floating_point()}
+    return max((dtype for dtype in dtypes if dtype.itemsize > 1), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _refuse_overflow(model: Model, watch: _Watch, logits: Tensor, dtype: torch.dtype) -> None:
     """Say where the model's own values stop being numbers: no coefficient can be made of what follows.
 
     A logit of minus infinity is how some models rule a token out.
@@ -129,8 +142,8 @@ def _refuse_overflow(model: Model, watch: _Watch, logits: Tensor) -> None:
         return
     place, module = watch.overflowed or ("behind the last layer", model.hf)
     path = next(path for path, known in model.hf.named_modules() if known is module)
-    kind = str(logits.dtype).removeprefix("torch.")
-    if logits.dtype == torch.float16:
+    kind = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16:
         fault = f"overflows {kind} {place} (its first value that is not finite); use dtype bfloat16 or float32"
     else:
         fault = f"is not finite in {kind}, first {place}, by its own forward pass; use a wider dtype, or other weights"
@@ -150,7 +163,7 @@ def as_whole(route: Route, model: Model, parts: Anatomy, why: str) -> Route:
             f"{model.info.name}: loclin cannot follow the hidden state through {type(parts.decoder).__name__}: {why}",
             type(parts.decoder).__name__,
         )
-    return Route([], [], route.decoded, route.logits, why, parts.decoder)
+    return Route([], [], route.decoded, route.logits, why, parts.decoder, dtype=route.dtype)
 
 
 class _Watch:

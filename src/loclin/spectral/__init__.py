@@ -1,6 +1,6 @@
 """Spectra: singular values and vectors, norms, stable rank, and how far to trust them."""
 
-from loclin.spectral.checks import check_rank, check_tolerance, least_tolerance
+from loclin.spectral.checks import check_rank, check_tolerance, least_tolerance, wide, widened
 from loclin.spectral.dense import full, top, values
 from loclin.spectral.krylov import krylov_svd
 from loclin.spectral.norms import Estimate, Norms, effective_rank, frobenius, stable_rank, stable_rank_and_norm
@@ -28,4 +28,6 @@ __all__ = [
     "stable_rank_and_norm",
     "top",
     "values",
+    "wide",
+    "widened",
 ]

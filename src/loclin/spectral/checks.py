@@ -1,8 +1,9 @@
-"""What may be asked of a spectrum: how many triples, and how exactly."""
+"""What may be asked of a spectrum: how many triples, how exactly, and in which dtype."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from loclin.arguments import whole
 from loclin.errors import OptionError
@@ -36,6 +37,16 @@ def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
     if not tolerance >= least:
         name = str(dtype).removeprefix("torch.")
         raise OptionError(f"tolerance={tolerance:g}: {name} holds no less than {least:.1e}; use that or a wider dtype")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a spectrum is computed: no decomposition takes float16 or bfloat16."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widened(maps: Tensor) -> Tensor:
+    """The same maps in the dtype in which their spectrum is computed."""
+    return maps.to(wide(maps.dtype))
 
 
 def least_tolerance(dtype: torch.dtype) -> float:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.spectral.bounds import left_svd, norm_from_below, outside, rounding, schatten, upper_values
-from loclin.spectral.checks import check_rank, check_tolerance
+from loclin.spectral.checks import check_rank, check_tolerance, wide, widened
 from loclin.spectral.result import SVD, aligned
 from loclin.spectral.threads import each
 from loclin.sums import norms
@@ -19,7 +19,7 @@ _OVERSAMPLING = 8
 @in_plain_torch
 def values(dense: Float[Tensor, "d_out T d_in"]) -> Float[Tensor, "T r"]:
     """All singular values of each token's map, descending. Cost: T SVDs without vectors."""
-    return torch.stack(each(torch.linalg.svdvals, dense.transpose(0, 1)))
+    return torch.stack(each(torch.linalg.svdvals, widened(dense).transpose(0, 1)))
 
 
 @in_plain_torch
@@ -65,7 +65,7 @@ def top(
     OptionError
         For a k that the map does not have, or a tolerance that its dtype does not hold.
     """
-    check_tolerance(tolerance, dense.dtype)
+    check_tolerance(tolerance, wide(dense.dtype))
     matrices = _matrices(dense, k, joint)
     parts = each(lambda matrix: _top_of(matrix, k, towards, tolerance, seed), matrices)
     U, S, Vh, residuals, lower, upper = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -94,6 +94,7 @@ def shaped(found: SVD, length: int) -> SVD:
 def _matrices(dense: Tensor, k: int, joint: bool) -> Tensor:
     d_out, length, d_in = dense.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
+    dense = widened(dense)
     return dense.reshape(1, d_out, length * d_in) if joint else dense.transpose(0, 1)
 
 

@@ -71,7 +71,7 @@ def frobenius(op: TokenMaps, *, tolerance: float = 0.01, seed: int = 0) -> Estim
     probes = sketch.random(PROBES)
     images = sketch.pull(probes)
     value, error = _refined(sketch, probes, images, tolerance)
-    return Estimate(value.to(op.dtype), error.to(op.dtype), sketch.columns)
+    return Estimate(value.to(sketch.B), error.to(sketch.B), sketch.columns)
 
 
 def _refined(sketch: Sketch, probes: Tensor, images: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: boo
     slack = sketch.floor * largest
     above = torch.where(largest > 0, (upper[:, 0] + slack - largest) / largest, 0.0)
     rank = stable_rank(norm, largest)
-    largest, norm, rank, above, norm_error = (part.to(op.dtype) for part in (largest, norm, rank, above, norm_error))
+    largest, norm, rank, above, norm_error = (part.to(sketch.B) for part in (largest, norm, rank, above, norm_error))
     failure = 0.0 if sketch.complete else FAILURE if certify else 1.0
     return Norms(largest, norm, rank, above, norm_error, failure, sketch.columns)
 

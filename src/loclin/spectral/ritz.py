@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.brief import brief
-from loclin.spectral.checks import check_rank, check_tolerance
+from loclin.spectral.checks import check_rank, check_tolerance, widened
 from loclin.sums import norms
 
 _OVERSAMPLING = 4
@@ -73,6 +73,7 @@ def ritz(
     OptionError
         When k is not between 1 and the smaller side, or the tolerance is below what the dtype holds.
     """
+    matrices = widened(matrices)
     count, d_out, n = matrices.shape
     check_rank(k, d_out, n)
     check_tolerance(tolerance, matrices.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loclin.brief import brief
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
+from loclin.spectral.checks import wide
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.threads import single_thread
 from loclin.sums import square_sums
@@ -56,8 +57,8 @@ class Sketch:
         self.maps, width = (1, length * d_in) if joint else (length, d_in)
         self.floor = rounding(d_out, width, op.dtype)
         self._generator = torch.Generator().manual_seed(seed)
-        self.Q = torch.zeros(d_out, 0, dtype=op.dtype, device=op.device)
-        self.B = torch.zeros(self.maps, 0, width, dtype=op.dtype, device=op.device)
+        self.Q = torch.zeros(d_out, 0, dtype=wide(op.dtype), device=op.device)
+        self.B = torch.zeros(self.maps, 0, width, dtype=self.Q.dtype, device=op.device)
         self._pushed = [self.Q.new_zeros(0, 0, dtype=torch.float64) for _ in range(self.maps)]
         self._block = block
         self.newest = self.grow(self.random(block))
@@ -73,7 +74,7 @@ class Sketch:
     def random(self, count: int) -> Float[Tensor, "d_out count"]:
         """Gaussian output vectors. Drawn on the CPU, so that a seed means the same on every device."""
         draw = torch.randn(self.op.shape[0], count, generator=self._generator, dtype=torch.float64)
-        return draw.to(self.op.device, self.op.dtype)
+        return draw.to(self.Q)
 
     def grow(self, images: Float[Tensor, "d_out c"]) -> int:
         """Take images into the basis and pull them. Cost: a column for each that is new; returns their number."""
@@ -150,7 +151,7 @@ class Sketch:
     def pull(self, directions: Float[Tensor, "d_out c"]) -> Float[Tensor, "M c n"]:
         """Rows of every map for output directions. Cost: c columns."""
         self.columns += directions.shape[1]
-        rows = self.op.rmatmat(directions.T.contiguous())
+        rows = self.op.rmatmat(directions.T.contiguous().to(self.op.dtype)).to(self.Q)
         return rows.flatten(1)[None] if self.joint else rows.transpose(0, 1)
 
     def push(self, rows: Float[Tensor, "M c n"], weights: Float[Tensor, " M"]) -> Float[Tensor, "d_out c"]:
@@ -173,7 +174,7 @@ class Sketch:
 
     def _push(self, tangents: Tensor) -> Tensor:
         self.columns += len(tangents)
-        return self.op.matmat(tangents).T
+        return self.op.matmat(tangents.to(self.op.dtype)).T.to(self.Q)
 
     def _tangents(self, rows: Tensor) -> Tensor:
         """`[c, T, d_in]` of vectors `[M, c, n]`."""
