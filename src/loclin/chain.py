@@ -46,11 +46,14 @@ class Chain:
         self.explicit = explicit
         self.layers = [LayerLink(trace, index, self.hold) for index in range(trace.n_layers)]
 
-    def width(self, point: Point) -> int:
-        """How many numbers a point has at one position: d, or the vocabulary's size for the logits."""
+    def width(self, point: Point, normed: bool = False) -> int:
+        """How many numbers a point has at one position, or `normed` the final norm on top of it.
+
+        d, that of `final`, or the vocabulary's size for the logits.
+        """
         if point.kind == "logits":
             return self.trace.stock_logits.shape[0]
-        return self.trace.final.shape[-1] if point.kind == "final" else self.trace.width
+        return self.trace.final.shape[-1] if normed or point.kind == "final" else self.trace.width
 
     def chunk(self, columns: int, most: int) -> int:
         """How many columns go through a layer at a time: equal parts of at most `most`, that fill a product's rows."""
@@ -217,7 +220,7 @@ class Chain:
         if by_source:
             return found
         device = block.device
-        zero = torch.zeros(self.width(target), dtype=trace.dtype, device=device)
+        zero = torch.zeros(self.width(target, normed), dtype=trace.dtype, device=device)
         return {"sum": sum((value.to(device) for value in found.values()), start=zero)}
 
     def norm(self, target: Point, position: int) -> NormLink:

@@ -56,8 +56,11 @@ class Decoder:
     def reads(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
         """The k tokens whose input embeddings lie nearest to each vector by cosine, over the whole vocabulary.
 
-        Scores are cosines. Cost: n V d.
+        Scores are cosines. Cost: n V d. No words where the embeddings have another width than the vectors: they enter
+        the network through a projection, or several streams.
         """
+        if vectors.shape[-1] != self._embeddings.shape[-1]:
+            return [[] for _ in vectors]
         return self._top(torch.nn.functional.normalize(vectors, dim=-1), self._embeddings, k, cosine=True)
 
     @in_plain_torch
@@ -79,7 +82,9 @@ class Decoder:
 
     @in_plain_torch
     def reads_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
-        """The k tokens whose input embeddings lie nearest to a subspace; scores are cosines with it."""
+        """The k tokens whose input embeddings lie nearest to a subspace; scores are cosines with it. See `reads`."""
+        if len(basis) != self._embeddings.shape[-1]:
+            return []
         return self._nearest(basis, self._embeddings, k)
 
     @in_plain_torch

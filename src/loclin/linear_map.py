@@ -80,7 +80,7 @@ class LinearMap(Spectra):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(d_out, T, d_in)."""
-        return self.chain.width(self.target), len(self.tokens), self.chain.trace.width
+        return self.chain.width(self.target, self.normed), len(self.tokens), self.chain.trace.width
 
     @property
     def dtype(self) -> torch.dtype:

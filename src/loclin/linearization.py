@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -105,11 +105,18 @@ class Linearization:
     @cached_property
     def warnings(self) -> list[str]:
         """What a reader should know before trusting what is said of this prompt; every analysis passes it on."""
+        warnings = [*self.prompt_warnings]
+        width = cast("Tensor", self.model.hf.get_input_embeddings().weight).shape[-1]
+        if width != self.trace.width:
+            warnings.append(
+                f"The input embeddings are {width} wide and the residual stream is {self.trace.width}: there are no "
+                "words for what singular vectors read."
+            )
         first_is_word = self.model.bos is None or int(self.input_ids[0, 0]) != self.model.bos
         if 0 not in self.sinks or not first_is_word:
-            return self.prompt_warnings
+            return warnings
         return [
-            *self.prompt_warnings,
+            *warnings,
             f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
             "the sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True.",
         ]

@@ -321,7 +321,10 @@ def whole_graph(trace: Trace, hold: Hold, collect: bool = False) -> Graph:
 
 
 class NormLink:
-    """The final norm, frozen at a given hidden state. Position-wise: it takes blocks `[n, d]` at one position."""
+    """The final norm, frozen at a given hidden state. Position-wise: it takes blocks `[n, d]` at one position.
+
+    d_final is d but where the tail merges several streams.
+    """
 
     def __init__(self, trace: Trace, hidden: Float[Tensor, " d"], value: Tensor, hold: Hold | None = None) -> None:
         self.module = trace.end.block.module
@@ -337,25 +340,25 @@ class NormLink:
             x = mode.enter(hidden, self._value[None, None].to(self._dtype).clone().requires_grad_())
             return x, mode.live(self.module(hidden)), mode.constants
 
-    def value(self) -> Float[Tensor, " d"]:
+    def value(self) -> Float[Tensor, " d_final"]:
         """The frozen norm's output at the given hidden state."""
         return self._graph()[1][0, 0].detach()
 
-    def vjp(self, cotangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def vjp(self, cotangents: Float[Tensor, "n d_final"]) -> Float[Tensor, "n d"]:
         """Pull a block of cotangents back through the norm."""
         if not len(cotangents):
-            return cotangents
+            return cotangents.new_zeros(0, len(self._hidden))
         x, y, _ = self._graph()
         return batched_vjp(y, x, cotangents.to(self.device)[:, None, None])[:, 0, 0]
 
-    def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d_final"]:
         """Push a block of tangents through the norm."""
         if not len(tangents):
-            return tangents
+            return tangents.new_zeros(0, len(self.value()))
         x, y, _ = self._graph()
         return batched_jvp(y, x)(tangents.to(self.device)[:, None, None])[:, 0, 0]
 
-    def constants(self) -> dict[str, Float[Tensor, " d"]]:
+    def constants(self) -> dict[str, Float[Tensor, " d_final"]]:
         """What each of the norm's biases adds to its output."""
         _, y, constants = self._graph(collect=True)
         return {name: pushed[0] for name, pushed in pushed_constants(y, constants).items()}

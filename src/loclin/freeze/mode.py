@@ -89,7 +89,7 @@ class Frozen(TorchFunctionMode):
         self.noise: list[Origin] | None = None
         self.unseen = False
         self._wide = hold.precision == "double" and not hold.ordinary
-        self._keep, self._paused = keep, False
+        self._keep, self._paused, self._entered = keep, False, False
         self._held_parts: dict[str, HeldParts] = {}
         self._paths = {id(module): path for module, path in paths.items()}
         self._modules = {path: module for module, path in paths.items()}
@@ -113,7 +113,7 @@ class Frozen(TorchFunctionMode):
         return out
 
     def _do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._wide and not self._paused and not self.unseen and args and self._is_model_s(args[0]):
+        if self._wide and self._entered and not self._paused and not self.unseen and args and self._is_model_s(args[0]):
             func, args, kwargs = without_lowering(func, plain_name(func), args, kwargs)
         if self._paused or self.unseen or not (self.depends(args) or self.depends(kwargs.values())):
             return func(*args, **kwargs)
@@ -180,6 +180,7 @@ class Frozen(TorchFunctionMode):
 
     def enter(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
         """Make `x` an input: returns its twin on the linear path, a leaf (or `linear`, if it is given)."""
+        self._entered = True  # what runs before has no linear path, and is as the model has it
         if linear is None:
             linear = x.detach().to(self.dtype).clone().requires_grad_(self.graph)
         with torch.set_grad_enabled(self.graph):

@@ -117,9 +117,10 @@ def find_route(model: Model, parts: Anatomy, input_ids: Tensor) -> Route:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
             what = str(fault).partition("\n")[0]
             raise ModelError(f"{model.info.name}: the model's own forward pass fails: {what}", "forward") from fault
-    dtype = _coarsest(model, logits, *(value for value in (watch.current, watch.decoded) if isinstance(value, Tensor)))
+    final = watch.current if isinstance(watch.current, Tensor) else logits
+    dtype = _coarsest(model, logits, final)
     _refuse_overflow(model, watch, logits, dtype)
-    route = Route(watch.blocks, watch.tail, watch.current, logits, watch.why_not(), decoded=watch.decoded, dtype=dtype)
+    route = Route(watch.blocks, watch.tail, final, logits, watch.why_not(), decoded=watch.decoded, dtype=dtype)
     route.exit = route.tail[-1] if route.tail else (watch.blocks[-1].module if watch.blocks else parts.decoder)
     return route if route.whole is None else as_whole(route, model, parts, route.whole)
 
