@@ -110,7 +110,7 @@ class Linearization:
         if width != self.trace.width:
             warnings.append(
                 f"The input embeddings are {width} wide and the residual stream is {self.trace.width}: there are no "
-                "words for what singular vectors read."
+                "words for what maps read."
             )
         first_is_word = self.model.bos is None or int(self.input_ids[0, 0]) != self.model.bos
         if 0 not in self.sinks or not first_is_word:
