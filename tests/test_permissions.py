@@ -27,6 +27,13 @@ from users import stranger, umask
 OWNED = r"permission denied: \S*{name}, owned by \w+ \(mode \d{{4}}\)"
 
 
+@pytest.fixture(autouse=True)
+def ordinary() -> Iterator[None]:
+    """What most users have: others may read."""
+    with umask(0o022):
+        yield
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder that others may look into; pytest's own are private."""
@@ -108,6 +115,17 @@ def test_a_copy_that_may_not_be_read_is_no_damaged_one(place, gguf, monkeypatch,
         assert seen.readable == (hidden in ("model.safetensors", "tokenizer.json"))  # sizes are there for all
     private.chmod(0o755)
     assert load(gguf).info.stored_dtype == "Q8_0 gguf"
+
+
+def test_a_cache_that_may_not_be_looked_into_is_no_empty_one(place, gguf, monkeypatch):
+    monkeypatch.setenv("LOCLIN_CACHE", str(place / "cache"))
+    assert cache.entries() == []
+    with umask(0o077):
+        load(gguf)
+    with stranger():
+        for look in (cache.entries, lambda: cache.remove("tiny.gguf")):
+            with pytest.raises(ModelError, match=f"{OWNED.format(name='cache')}.*LOCLIN_CACHE"):
+                look()
 
 
 @pytest.mark.parametrize("mode", [0o555, 0])

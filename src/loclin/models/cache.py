@@ -94,9 +94,19 @@ def entries(*, content: bool = False) -> list[CacheEntry]:
     ----------
     content
         Also hash every file. Cost: one read of all of them; without it, sizes only.
+
+    Raises
+    ------
+    ModelError
+        When the cache may not be looked into.
     """
     try:
         found = sorted(path for path in _models().iterdir() if path.is_dir() and not path.name.startswith("."))
+    except PermissionError as fault:
+        raise ModelError(
+            f"Cannot read the model cache {directory()}: {access.reason(fault, _models())}. "
+            "Set LOCLIN_CACHE to a directory that you can read."
+        ) from fault
     except OSError:
         return []
     return sorted((_entry(path, content) for path in found), key=lambda entry: (entry.name, entry.key))
