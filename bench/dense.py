@@ -16,9 +16,9 @@ from torch import Tensor
 
 import loclin
 from harness import Row, arguments, extra_peak_bytes, in_new_process, matmul_rate, report, timed
-from loclin.chain import Chain
-from loclin.linear_map import LinearMap
 from loclin.linearization import Linearization
+from loclin.maps.linear_map import LinearMap
+from loclin.network.chain import Chain
 from models import BUDGET, PARAGRAPH, fresh, linear_weights, packaged, whole_graph
 
 DEMAND, DEMAND_LONG, LONG = 0.75, 0.9, 128

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import loclin
 from harness import Row, arguments, extra_peak_bytes, in_new_process, report, say, timed
 from loclin.freeze import frozen
-from loclin.layer_maps import COMPONENTS, layer_maps
-from loclin.layer_spectra import LayerSpectra
 from loclin.linearization import Linearization
-from loclin.models.route import first
+from loclin.maps.layer_maps import COMPONENTS, layer_maps
+from loclin.maps.layer_spectra import LayerSpectra
+from loclin.network.route import first
 from models import BUDGET, PROMPT, fresh, packaged
 
 K = 8

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loclin
 from loclin.freeze import frozen
-from loclin.linear_map import LinearMap
 from loclin.linearization import Linearization
+from loclin.maps.linear_map import LinearMap
 
 PROMPT = "The bridge out of Marin is the"
 BUDGET = 2**30

@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 import loclin
 from harness import RESULTS, Row, interleaved, matmul_rate, report, say, timed
 from loclin import steering as s
-from loclin.analyses.steering import depths, score, write
 from loclin.linearization import Linearization
 from loclin.models import Model
-from loclin.output import write_text
+from loclin.results.files import write_text
 from loclin.steering.concepts import packaged_concepts
 from loclin.steering.operator import no_words
 from loclin.steering.replay import Replay
+from loclin.steering.search import depths, score, write
 from models import linear_weights
 from steering_figures import LIMITS, STRENGTHS, WRITTEN, Tables, at_limit, mean_curve, strength_at, tables
 from steering_methods import (

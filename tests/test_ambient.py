@@ -11,13 +11,13 @@ import torch
 
 import loclin
 import tiny
+from loclin.analyses.decode import Decoder
 from loclin.analyses.layers import explain_layers
 from loclin.analyses.logit_lens import logit_lens
-from loclin.decode import Decoder
+from loclin.common.surroundings import plain_torch
 from loclin.errors import ModelError, OptionError
 from loclin.models import tiny as families
 from loclin.steering import Operator
-from loclin.surroundings import plain_torch
 
 
 @contextmanager

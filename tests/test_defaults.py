@@ -8,16 +8,19 @@ from enum import Enum
 import pytest
 
 import loclin
-from loclin.analyses import attribute, coverage, explain, generation, layers, steer, validity, watch
+from loclin.analyses import explain, generation, layers, validity
+from loclin.analyses.attribution import attribute
+from loclin.analyses.coverage import run as coverage
 from loclin.analyses.faithfulness import prompts, study
-from loclin.commands.attribute import attribute as attribute_command
-from loclin.commands.coverage import coverage as coverage_command
-from loclin.commands.explain import explain as explain_command
-from loclin.commands.faithfulness import faithfulness as faithfulness_command
-from loclin.commands.layers import layers as layers_command
-from loclin.commands.steer import steer as steer_command
-from loclin.commands.validity import validity as validity_command
-from loclin.commands.watch import watch as watch_command
+from loclin.cli.attribute import attribute as attribute_command
+from loclin.cli.coverage import coverage as coverage_command
+from loclin.cli.explain import explain as explain_command
+from loclin.cli.faithfulness import faithfulness as faithfulness_command
+from loclin.cli.layers import layers as layers_command
+from loclin.cli.steer import steer as steer_command
+from loclin.cli.validity import validity as validity_command
+from loclin.cli.watch import watch as watch_command
+from loclin.steering import steer, watch
 
 COMMANDS = {
     attribute_command: (attribute.attribute, loclin.linearize, loclin.load),

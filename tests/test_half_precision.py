@@ -11,12 +11,12 @@ from torch import nn
 
 import loclin
 import tiny
+from loclin.common.sums import relative
 from loclin.errors import OptionError
 from loclin.freeze import Hold, frozen
 from loclin.linearization import linearize
 from loclin.models import tiny as families
 from loclin.models import wrap
-from loclin.sums import relative
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import tiny
-from loclin.analyses import coverage
+from loclin.analyses.coverage import run as coverage
 from loclin.analyses.faithfulness import study
-from loclin.dense_file import DenseFile
 from loclin.errors import LoclinError, ModelError, OutputError, ResultError
 from loclin.linearization import linearize
-from loclin.models import cache, load
-from loclin.output import check_writable, write_text
-from loclin.tensor_file import load_tensors, save_tensors
+from loclin.models import load
+from loclin.models.gguf import cache
+from loclin.results.dense_file import DenseFile
+from loclin.results.files import check_writable, write_text
+from loclin.results.tensor_file import load_tensors, save_tensors
 from models.helpers import tiny_gguf
 from users import stranger, umask
 

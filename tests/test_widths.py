@@ -11,11 +11,11 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import loclin
 from loclin.analyses.layers import explain_layers
+from loclin.common.sums import relative
 from loclin.linearization import linearize
 from loclin.models import tiny as families
 from loclin.models import wrap
 from loclin.report import explanation_html, render_explanation
-from loclin.sums import relative
 
 
 def projected():

@@ -1,4 +1,12 @@
-"""A language model, at one prompt, as the linear map that it exactly is there."""
+"""A language model, at one prompt, as the linear map that it exactly is there.
+
+>>> model = loclin.load("smollm2-135m")
+>>> lin = loclin.linearize(model, "The bridge out of Marin is the")
+>>> lin.explain()
+>>> J = lin.jacobian()  # J @ lin.embeddings + J.bias is the final hidden state
+>>> J.svd(8)
+>>> lin.attribute(" only", by="head")
+"""
 
 from __future__ import annotations
 
@@ -7,84 +15,136 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loclin import freeze, steering
-    from loclin.analyses.attribute import attribute
-    from loclin.analyses.attribution import Attribution
+    from loclin.analyses.attribution.attribute import attribute
+    from loclin.analyses.attribution.heads import Head, Path
+    from loclin.analyses.attribution.result import Attribution
+    from loclin.analyses.attribution.target import Direction, Margin, Neuron
+    from loclin.analyses.decode import Decoder
     from loclin.analyses.explain import Explanation, explain
     from loclin.analyses.generation import Generation, generate
-    from loclin.analyses.target import Direction, Margin, Neuron
+    from loclin.analyses.layers import LayerExplanation, explain_layers
+    from loclin.analyses.logit_lens import logit_lens
     from loclin.analyses.validity import Validity, validity
-    from loclin.batch import linearize_batch
-    from loclin.certify import Certificate
-    from loclin.errors import LoclinError
-    from loclin.linear_map import LinearMap
-    from loclin.linearization import Linearization, linearize
+    from loclin.errors import (
+        BudgetError,
+        LoclinError,
+        MissingExtraError,
+        ModelError,
+        NotExactError,
+        OptionError,
+        OutputError,
+        PromptError,
+        ResultError,
+        SteeringError,
+    )
+    from loclin.linearization import Linearization, linearize, linearize_batch
+    from loclin.maps.certificate import Certificate
+    from loclin.maps.layer_spectra import LayerSpectra
+    from loclin.maps.linear_map import LinearMap
+    from loclin.maps.plan import Plan
     from loclin.models import Model, load, wrap
-    from loclin.results import Provenance, compare
-    from loclin.spectral import SVD
+    from loclin.results.result import Comparison, Provenance, compare
+    from loclin.spectral import SVD, Norms
+    from loclin.steering.steer import Steered, steer
+    from loclin.steering.watch import Watched, watch
 
 __version__ = "0.1.0"
 __all__ = [
-    "SVD",
     "Attribution",
+    "BudgetError",
     "Certificate",
+    "Comparison",
+    "Decoder",
     "Direction",
     "Explanation",
     "Generation",
+    "Head",
+    "LayerExplanation",
+    "LayerSpectra",
     "LinearMap",
     "Linearization",
     "LoclinError",
     "Margin",
+    "MissingExtraError",
     "Model",
+    "ModelError",
     "Neuron",
+    "Norms",
+    "NotExactError",
+    "OptionError",
+    "OutputError",
+    "Path",
+    "Plan",
+    "PromptError",
     "Provenance",
-    "attribute",
+    "ResultError",
+    "SVD",
+    "Steered",
+    "SteeringError",
     "Validity",
+    "Watched",
+    "attribute",
     "compare",
     "explain",
+    "explain_layers",
     "freeze",
     "generate",
     "linearize",
     "linearize_batch",
     "load",
-    "validity",
+    "logit_lens",
+    "steer",
     "steering",
+    "validity",
+    "watch",
     "wrap",
 ]
 
-_ROOMS = {
-    "SVD": "spectral",
-    "Attribution": "analyses.attribution",
-    "Certificate": "certify",
-    "Direction": "analyses.target",
-    "Explanation": "analyses.explain",
-    "Generation": "analyses.generation",
-    "LinearMap": "linear_map",
-    "Linearization": "linearization",
-    "LoclinError": "errors",
-    "Margin": "analyses.target",
-    "Model": "models",
-    "Neuron": "analyses.target",
-    "Provenance": "results",
-    "attribute": "analyses.attribute",
-    "Validity": "analyses.validity",
-    "compare": "results",
-    "explain": "analyses.explain",
-    "generate": "analyses.generation",
-    "load": "models",
-    "linearize": "linearization",
-    "linearize_batch": "batch",
-    "validity": "analyses.validity",
-    "wrap": "models",
+_MODULES = {
+    "analyses.attribution.attribute": ("attribute",),
+    "analyses.attribution.heads": ("Head", "Path"),
+    "analyses.attribution.result": ("Attribution",),
+    "analyses.attribution.target": ("Direction", "Margin", "Neuron"),
+    "analyses.decode": ("Decoder",),
+    "analyses.explain": ("Explanation", "explain"),
+    "analyses.generation": ("Generation", "generate"),
+    "analyses.layers": ("LayerExplanation", "explain_layers"),
+    "analyses.logit_lens": ("logit_lens",),
+    "analyses.validity": ("Validity", "validity"),
+    "errors": (
+        "BudgetError",
+        "LoclinError",
+        "MissingExtraError",
+        "ModelError",
+        "NotExactError",
+        "OptionError",
+        "OutputError",
+        "PromptError",
+        "ResultError",
+        "SteeringError",
+    ),
+    "linearization": ("Linearization", "linearize", "linearize_batch"),
+    "maps.certificate": ("Certificate",),
+    "maps.layer_spectra": ("LayerSpectra",),
+    "maps.linear_map": ("LinearMap",),
+    "maps.plan": ("Plan",),
+    "models": ("Model", "load", "wrap"),
+    "results.result": ("Comparison", "Provenance", "compare"),
+    "spectral": ("SVD", "Norms"),
+    "steering.steer": ("Steered", "steer"),
+    "steering.watch": ("Watched", "watch"),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `loclin --help` need not wait for torch."""
     if name in ("freeze", "steering"):
         return import_module(f"loclin.{name}")
-    if name not in _ROOMS:
+    if name not in _HOMES:
         raise AttributeError(f"module 'loclin' has no attribute {name!r}")
-    return getattr(import_module(f"loclin.{_ROOMS[name]}"), name)
+    import_module("loclin.report")  # results show themselves in a notebook
+    return getattr(import_module(f"loclin.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

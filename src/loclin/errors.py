@@ -32,6 +32,13 @@ class BudgetError(LoclinError):
     """The work asked for does not fit the memory budget; the message says the least that works."""
 
 
+class MissingExtraError(LoclinError, ImportError):
+    """An optional package is not installed; the message says what needs it, and the pip command."""
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        super().__init__(f'{purpose} needs {package}: pip install "loclin[{extra}]"')
+
+
 class OutputError(LoclinError):
     """A result cannot be written where it was asked for."""
 
@@ -42,3 +49,9 @@ class ResultError(LoclinError):
 
 class SteeringError(LoclinError):
     """Steering does not fit the model, or has driven its values out of the numbers; the message says which."""
+
+
+def first_line(fault: BaseException) -> str:
+    """Shorten a library's error to its first line."""
+    lines = str(fault).strip().splitlines()
+    return lines[0] if lines else type(fault).__name__

@@ -1,308 +1,100 @@
-"""A model at one prompt: what it predicts, and the linear maps that it exactly is there."""
+"""The way in: a model at one prompt, or at several, and the questions that one can ask of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, cast
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from loclin.arguments import whole
-from loclin.certify import Certificate, certify, random_operations
-from loclin.chain import Chain
-from loclin.errors import NotExactError
-from loclin.freeze import Gate, Hold, Precision
-from loclin.layer_spectra import LayerSpectra, layer_spectra
-from loclin.linear_map import LinearMap
-from loclin.memory import budget
+from loclin.analyses.attribution import heads
+from loclin.analyses.attribution.attribute import attribute
+from loclin.analyses.attribution.heads import Head, Path
+from loclin.analyses.attribution.result import Attribution
+from loclin.analyses.attribution.target import Target
+from loclin.analyses.explain import Explanation, explain
+from loclin.analyses.generation import Generation, generate
+from loclin.analyses.layers import LayerExplanation, Signs, explain_layers
+from loclin.analyses.logit_lens import LensLayer, logit_lens
+from loclin.analyses.validity import SIZES, Validity, validity
+from loclin.common.sums import relative
+from loclin.common.surroundings import eager_code, in_plain_torch
+from loclin.errors import ModelError, OptionError, PromptError
+from loclin.freeze import Gate, Precision
+from loclin.maps.linearized import Linearized
 from loclin.models import Model, wrap
-from loclin.plan import Plan
-from loclin.points import parse
-from loclin.prompts import Numbers, Prompt, prompt_warnings, read_prompt
-from loclin.surroundings import in_plain_torch
-from loclin.trace import Trace, trace
+from loclin.models.padding import Padding, padded, without_padding
+from loclin.models.prompts import Numbers, Prompt, as_ids, read_prompt
+from loclin.steering.projection import Projection
+from loclin.steering.watch import Watched, watch
 
-if TYPE_CHECKING:
-    from loclin.analyses.attribution import Attribution
-    from loclin.analyses.heads import Head, Path
-    from loclin.analyses.target import Target
-
-SINK_SHARE, SINK_RATIO = 0.3, 4.0
-"""An attention sink gets this share of later tokens' attention, and this many times what the median token gets."""
+Progress = Callable[[str], None]
+"""Told of each step as it begins."""
 
 
-class Linearization:
-    """A model frozen at one prompt. Made by `linearize`.
+def silent(_step: str) -> None:
+    """Tell nobody of a step."""
 
-    Attributes
-    ----------
-    model
-        The model, as it was.
-    input_ids
-        The prompt's token ids `[1, T]`.
-    gate, precision
-        What was held (see `loclin.freeze.Hold`).
-    trace, chain
-        The remembered forward pass, and its links.
-    memory
-        The budget of sweeps beside their results, as it was given.
-    prompt_warnings
-        What is odd about the prompt's tokens; see `warnings`.
-    padded_error
-        |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when no batch
-        was run (see `loclin.linearize_batch`).
+
+class Linearization(Linearized):
+    """A model frozen at one prompt: its maps, and the questions that it answers. Made by `linearize`.
+
+    Everything of `loclin.maps.linearized.Linearized` is there, too.
     """
-
-    def __init__(
-        self, model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, memory: int | float | str | None
-    ) -> None:
-        self.model = model
-        self.trace = trace(model, input_ids, hold, keep=budget(memory, model.device) // 4)
-        self.input_ids = self.trace.input_ids
-        self.gate, self.precision = hold.gate, hold.resolved(self.trace.route.dtype)
-        self.padded_error: float | None = None
-        self.prompt_warnings: list[str] = []
-        self.memory = memory
-        self.chain = Chain(self.trace)
-        self._maps: dict[tuple, LinearMap] = {}
-        self._certificates: dict[int, Certificate] = {}
-
-    def __repr__(self) -> str:
-        """Name the model, the length and what was held."""
-        return f"Linearization({self.model.info.name}, {len(self.tokens)} tokens, gate={self.gate!r})"
-
-    @property
-    def embeddings(self) -> Float[Tensor, "T d"]:
-        """x, what enters layer 0 and what J acts on; any scale that the family puts on its embeddings included."""
-        return self.trace.layers[0].value[0]
-
-    @cached_property
-    def tokens(self) -> list[str]:
-        """The T input tokens, each as it is shown (see `Model.decode_each`); their ids without a tokenizer."""
-        return self.model.decode_each(self.input_ids[0].tolist())
-
-    @cached_property
-    def text(self) -> str:
-        """The prompt as the tokenizer reads it, special tokens included; `model.tokens.offsets` finds tokens in it."""
-        return self.model.decode(self.input_ids[0].tolist())
-
-    @cached_property
-    @in_plain_torch
-    def sinks(self) -> list[int]:
-        """Positions that are attention sinks: most layers and heads look at them, whatever they mean."""
-        received = self.trace.attention_received[:-1]
-        return [
-            i
-            for i, share in enumerate(received.tolist())
-            if len(received) > 1
-            and share >= SINK_SHARE
-            and share >= SINK_RATIO * torch.cat([received[:i], received[i + 1 :]]).median().item()
-        ]
-
-    @cached_property
-    def warnings(self) -> list[str]:
-        """What a reader should know before trusting what is said of this prompt; every analysis passes it on."""
-        warnings = [*self.prompt_warnings]
-        width = cast("Tensor", self.model.hf.get_input_embeddings().weight).shape[-1]
-        if width != self.trace.width:
-            warnings.append(
-                f"The input embeddings are {width} wide and the residual stream is {self.trace.width}: there are no "
-                "words for what maps read."
-            )
-        first_is_word = self.model.bos is None or int(self.input_ids[0, 0]) != self.model.bos
-        if 0 not in self.sinks or not first_is_word:
-            return warnings
-        return [
-            *warnings,
-            f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
-            "the sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True.",
-        ]
-
-    @in_plain_torch
-    def value(self, point: str) -> Float[Tensor, "T n"]:
-        """The frozen network's value at a point (see `loclin.points`), `[T, d]`; `[T, V]` for the logits."""
-        return self.trace.value(parse(point, self.trace.n_layers))
-
-    @in_plain_torch
-    def next_tokens(self, k: int = 5, position: int = -1) -> list[tuple[str, float]]:
-        """The model's k most probable next tokens, as (text, probability)."""
-        return [(text, probability) for _, text, probability in self.next_token_ids(k, position)]
-
-    @in_plain_torch
-    def next_token_ids(self, k: int = 5, position: int = -1) -> list[tuple[int, str, float]]:
-        """The model's k most probable next tokens, as (id, text, probability)."""
-        logits = self.trace.logits(self.trace.position(position))
-        top = torch.softmax(logits.double(), dim=-1).topk(min(whole("k", k), logits.shape[0]))
-        ids = top.indices.tolist()
-        return list(zip(ids, self.model.decode_each(ids), top.values.tolist(), strict=True))
-
-    def jacobian(
-        self, source: str = "embed", target: str = "final", position: int = -1, *, normed: bool = False
-    ) -> LinearMap:
-        """The exact map from all tokens at `source` to one position at `target` (paper, equation 2).
-
-        Parameters
-        ----------
-        source, target
-            Points along the network: `embed`, `resid_pre.L`, `attn_out.L`, `resid_mid.L`, `mlp_out.L`,
-            `resid_post.L`, `final`, `logits`. Negative layers count from the end.
-        position
-            The target's position in the prompt.
-        normed
-            Put the final norm, frozen at the target's own value, on top of a target before it.
-
-        Returns
-        -------
-        LinearMap
-            An operator; nothing is computed yet. The same arguments give the same object.
-
-        Raises
-        ------
-        OptionError
-            For a point that does not exist or is not downstream.
-        PromptError
-            For a position outside the prompt.
-        """
-        n = self.trace.n_layers
-        start, end, at = parse(source, n), parse(target, n), self.trace.position(position)
-        key = (start, end, at, normed)
-        if key not in self._maps:
-            self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self.memory)
-        return self._maps[key]
-
-    def cost(
-        self,
-        source: str = "embed",
-        target: str = "final",
-        position: int = -1,
-        *,
-        k: int = 8,
-        joint: bool = False,
-        tolerance: float = 1e-3,
-    ) -> Plan:
-        """What `jacobian(source, target, position).svd(k, joint)` costs by each way; `print` it before running.
-
-        Columns, flops, bytes that are held, and seconds on this machine by the speed of one large product.
-        """
-        return self.jacobian(source, target, position).plan(k, joint, tolerance)
-
-    def ordinary_jacobian(self, position: int = -1) -> LinearMap:
-        """The ordinary Jacobian embed -> final, nothing held: the derivative, which does not rebuild the output."""
-        chain = Chain(self.trace, Hold(ordinary=True))
-        return LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self.memory)
-
-    @in_plain_torch
-    def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:
-        """J_ordinary x: the output as the ordinary Jacobian, nothing held, would rebuild it (the paper's Figure 3).
-
-        Cost: one column with live coefficients.
-        """
-        J = self.ordinary_jacobian(position)
-        return J.matvec(J.input)
-
-    @in_plain_torch
-    def layers(
-        self,
-        components: Sequence[str] | None = None,
-        mode: str = "cumulative",
-        k: int = 8,
-        position: int = -1,
-        *,
-        normed: bool | None = None,
-        joint: bool = True,
-        tolerance: float = 1e-3,
-        route: str | None = None,
-    ) -> LayerSpectra:
-        """Spectra of every layer's exact maps to one position, from one sweep (paper, section 3.4 and Figure 6).
-
-        Parameters
-        ----------
-        components
-            Some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; all that every layer has, unless given. In a parallel
-            block, attention and MLP both read the layer's input, and their maps are from there as ever.
-        mode
-            `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
-            from each layer to `final`, where attention's and the MLP's output reach it through the residual stream.
-        k
-            How many singular triples of each map.
-        position
-            Where the maps end.
-        normed
-            Put the final norm, frozen at the point's own value, on top of maps that end at a layer: what a vector
-            writes is then read as the output head would read it. The default, but for `"suffix"`.
-        joint
-            Also decompose all tokens' maps side by side.
-        tolerance
-            How far singular values may be off, as a share of each.
-        route
-            For `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); the cheaper
-            one, unless given.
-
-        Raises
-        ------
-        OptionError
-            For a component, mode or k that there is not; the message names a layer that has no such component.
-        PromptError
-            For a position outside the prompt.
-
-        Notes
-        -----
-        Cost: about two and a half dense maps for `"cumulative"` with explicit products and a short prompt (see
-        `loclin.cost.prefix_sweep`), one at most for each component of `"layerwise"`, one for `"suffix"`; and the
-        triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's maps; and
-        the triples of all of them.
-        """
-        return layer_spectra(
-            self.chain,
-            self.trace.position(position),
-            components=components,
-            mode=mode,
-            k=k,
-            normed=normed,
-            joint=joint,
-            tolerance=tolerance,
-            route=route,
-            budget=self.memory,
-        )
 
     def attribute(
         self, target: Target = None, by: str = "token", *, position: int = -1, words: int = 12
     ) -> Attribution:
         """Exact shares of a target by token, layer, head, neuron, bias, or token×layer; see `loclin.attribute`."""
-        from loclin.analyses.attribute import attribute  # a later room: when it is asked for, not before
-
         return attribute(self, target, by, position=position, words=words)
 
     def head(self, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
-        """One query head: its map, what it reads and writes in words, its share; see `loclin.analyses.heads.head`."""
-        from loclin.analyses import heads
-
+        """One query head: its map, what it reads and writes in words, its share; see `attribution.heads.head`."""
         return heads.head(self, layer, head, target, k=k, position=position)
 
     def path(self, source: int | None, parts: Sequence[str], target: Target = None, *, position: int = -1) -> Path:
-        """The way from a token through named heads, such as `["L3H5", "L10H2"]`; see `loclin.analyses.heads.path`."""
-        from loclin.analyses import heads
-
+        """The way from a token through named heads, such as `["L3H5", "L10H2"]`; see `attribution.heads.path`."""
         return heads.path(self, source, parts, target, position=position)
 
-    def followed_by(self, token: int) -> Linearization:
-        """The same prompt with one more token, frozen there in the same way."""
-        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", token)]])], dim=1)
-        return linearize(self.model, ids, gate=self.gate, precision=self.precision, memory=self.memory, strict=False)
+    def explain(self, k: int = 8, position: int = -1, progress: Progress = silent) -> Explanation:
+        """Predictions, every token's share, singular vectors in words, certificate; see `loclin.explain`."""
+        return explain(self, k, position, progress)
 
-    @in_plain_torch
-    def certify(self, position: int = -1) -> Certificate:
-        """How exact the map embed -> final is at a position. Cost: see `loclin.certify.certify`."""
-        J = self.jacobian(position=position)
-        if J.position not in self._certificates:
-            self._certificates[J.position] = certify(J)
-        return self._certificates[J.position]
+    def explain_layers(
+        self,
+        k: int = 8,
+        position: int = -1,
+        components: Sequence[str] | None = None,
+        signs: Signs = "layer",
+        progress: Progress = silent,
+    ) -> LayerExplanation:
+        """How the prediction takes shape with depth; see `loclin.explain_layers`."""
+        return explain_layers(self, k, position, components, signs, progress)
+
+    def logit_lens(self, token: int, position: int = -1, k: int = 5) -> list[LensLayer]:
+        """Every layer's residual stream, read as the model reads its last; see `loclin.logit_lens`."""
+        return logit_lens(self, token, position, k)
+
+    def generate(self, count: int, k: int = 8, progress: Progress = silent) -> Generation:
+        """Generate tokens greedily, and explain every one; see `loclin.generate`."""
+        return generate(self, count, k, progress)
+
+    def validity(
+        self, position: int = -1, *, sizes: Sequence[float] = SIZES, draws: int = 4, swaps: int = 2, seed: int = 0
+    ) -> Validity:
+        """How far from the prompt the map still says what the model does; see `loclin.validity`."""
+        return validity(self, position, sizes=sizes, draws=draws, swaps=swaps, seed=seed)
+
+    def watch(self, words: Sequence[str], **options: Any) -> tuple[Watched, Projection]:
+        """Look for watched words in what singular vectors write, and take those out; see `loclin.watch`."""
+        return watch(self, words, **options)
 
 
-@in_plain_torch
 def linearize(
     model: Model | nn.Module,
     prompt: Prompt,
@@ -350,39 +142,135 @@ def linearize(
     that stay (3 L T d where the map has another dtype than the model), coefficients up to a quarter of the budget, and
     while it runs a few attention matrices `[H, T, T]` of one layer; the budget is for what comes beside these.
     """
+    return Linearization.at(
+        model,
+        prompt,
+        attention_mask=attention_mask,
+        gate=gate,
+        precision=precision,
+        bos=bos,
+        memory=memory,
+        strict=strict,
+    )
+
+
+@in_plain_torch
+def linearize_batch(
+    model: Model | nn.Module,
+    prompts: Prompt,
+    *,
+    attention_mask: Numbers | None = None,
+    padding: Padding = "left",
+    gate: Gate = "activation",
+    precision: Precision = "auto",
+    bos: bool | str | None = None,
+    memory: int | float | str | None = None,
+    strict: bool = True,
+) -> list[Linearization]:
+    """Freeze a model at each of several prompts. Padding is no part of any map.
+
+    Each prompt is traced alone: its maps, values and certificate are those that `linearize` gives. One frozen pass
+    through the whole batch would not do, for a model's own rounding depends on the shape of its tensors: coefficients
+    rebuilt for one prompt are then not, to the last bit, those of the batch, and where the linear path is wider than
+    the model (bfloat16, or `precision="double"`) no map would be exact.
+
+    The padded batch goes through the untouched model once. How far its predictions there are from those at the prompt
+    alone is each result's `padded_error`: rounding where the maps describe the batch too. It is large where a family's
+    padded tokens move the others (positions that are counted from the row's beginning; states that padding enters), and
+    infinite where the padded batch is not a number.
+
+    Parameters
+    ----------
+    model
+        From `loclin.load` or `loclin.wrap`; a transformers model is wrapped.
+    prompts
+        Texts; or token ids, `[1, T_b]` each; or a padded tensor of them `[B, T]`; or what a tokenizer gave for several
+        texts, with its `attention_mask`.
+    attention_mask
+        For a padded tensor: zero at padding `[B, T]`. By default nothing is padding.
+    padding
+        The side on which shorter prompts are padded for the batch; a padded tensor is taken as it is.
+    gate, precision, bos, memory, strict
+        As for `linearize`.
+
+    Returns
+    -------
+    list[Linearization]
+        One for each prompt, in order; its T is the prompt's own length.
+
+    Raises
+    ------
+    PromptError, NotExactError
+        As for `linearize`; also without prompts, or for a mask with padding between tokens.
+    OptionError
+        For one text, which is no list of texts.
+
+    Notes
+    -----
+    Cost: two forward passes for each prompt, and one of the padded batch. Memory: 2 L T_b d numbers for each prompt.
+    """
     model = model if isinstance(model, Model) else wrap(model)
-    ids = read_prompt(model, prompt, attention_mask, bos)
-    result = Linearization(model, ids, Hold(gate, precision), memory)
-    result.prompt_warnings = prompt_warnings(model, ids, appends=isinstance(prompt, str) and bos is None)
-    if strict and result.trace.random:
-        raise _random(result.trace)
-    if strict and (result.trace.misuses or not all(result.trace.explicit)):
-        certificate = result.certify()
-        if not certificate.passed:
-            blamed = certificate.culprits[0].module if certificate.culprits else ""
-            raise NotExactError(_refusal(model, certificate), blamed)
-    return result
+    batch: tuple[Tensor, Tensor] | None = None
+    if isinstance(prompts, str):
+        raise OptionError(f"prompts={prompts!r} is one text where a list is meant: [{prompts!r}]")
+    if isinstance(prompts, Mapping):
+        mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
+        prompts, attention_mask = as_ids(prompts.get("input_ids", ())), mask
+    rows: list[Any]
+    if isinstance(prompts, (Tensor, np.ndarray)):
+        prompts = as_ids(prompts)
+        if prompts.dim() != 2:
+            raise PromptError(f"padded token ids must have the shape [B, T], not {list(prompts.shape)}")
+        mask = torch.ones_like(prompts) if attention_mask is None else as_ids(attention_mask, bools=True)
+        batch = prompts, mask.bool()
+        rows = without_padding(*batch)
+    elif attention_mask is not None:
+        raise PromptError("an attention mask belongs to a padded tensor of token ids; these prompts have no padding")
+    else:
+        rows = list(prompts)
+        for row in rows:
+            read_prompt(model, row, bos=bos)  # all of them before the first is traced
+    if not rows:
+        raise PromptError("there are no prompts")
+    found = [
+        linearize(model, row, gate=gate, precision=precision, bos=bos, memory=memory, strict=strict) for row in rows
+    ]
+    if batch is None:
+        batch = padded([one.input_ids for one in found], padding, _fill(model))
+    predicted = _predicted(model, *(part.to(model.device) for part in batch))
+    if predicted is not None:
+        for one, logits in zip(found, predicted, strict=True):
+            alone = one.trace.stock_logits.double()
+            error = relative(logits.to(alone) - alone, alone)
+            one.padded_error = math.inf if math.isnan(error) else error
+    return found
 
 
-def _random(trace: Trace) -> NotExactError:
-    """Why a model is refused that gives another output each time it runs."""
-    found = random_operations(trace)
-    where = "; ".join(f"{origin.operation} in {origin.module} at {origin.line}" for origin in found[:3])
-    return NotExactError(
-        f"{trace.model.info.name} gives another output each time it runs, so no map is its map: "
-        f"{where or 'it keeps a state, or draws random numbers elsewhere than in torch'}. It is in evaluation mode "
-        "already: set the dropout or noise to 0 in its code or config",
-        found[0].module if found else "",
-    )
+def _fill(model: Model) -> int:
+    """The token that stands where nothing is; any would do, for no other looks at it."""
+    holder = model.hf.config.get_text_config() if model.tokenizer is None else model.tokenizer
+    named = getattr(holder, "pad_token_id", None)
+    return named if isinstance(named, int) and named >= 0 else 0
 
 
-def _refusal(model: Model, certificate: Certificate) -> str:
-    """Why a model is refused, which module is to blame, and what can be done."""
-    found = "; ".join(str(culprit) for culprit in certificate.culprits[:3])
-    more = f" and {len(certificate.culprits) - 3} more" if len(certificate.culprits) > 3 else ""
-    kind = certificate.culprits[0].kind if certificate.culprits else "ItsClass"
-    return (
-        f"{model.info.name} ({model.info.family}) is not exact. Not linear although its coefficients are held: "
-        f"{found or f'no single operation (error {certificate.reconstruction_error:.1e})'}{more}. "
-        f'Say what to hold there with loclin.freeze.register("{kind}", form), or pass strict=False to look at it'
-    )
+def _predicted(model: Model, input_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B V"] | None:
+    """The untouched model's logits at the last token of each row; None where it takes no mask. Cost: one pass."""
+    hf = model.replicate().hf
+    takes = inspect.signature(hf.forward).parameters
+    if "attention_mask" not in takes:
+        return None
+    more: dict[str, Tensor] = {"attention_mask": mask.long()}
+    if "position_ids" in takes:
+        more["position_ids"] = (more["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
+    if "logits_to_keep" in takes:
+        more["logits_to_keep"], last = torch.unique(last, return_inverse=True)
+    with eager_code(), torch.no_grad():
+        try:
+            logits = hf(input_ids=input_ids, use_cache=False, **more).logits
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
+            what = str(fault).partition("\n")[0]
+            raise ModelError(
+                f"{model.info.name}: the model's own pass through the padded batch fails: {what}"
+            ) from fault
+    return logits[range(len(last)), last]

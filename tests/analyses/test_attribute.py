@@ -9,14 +9,14 @@ import torch
 
 import shares_oracle
 import tiny
-from loclin.analyses.attribution import KINDS, Attribution
+from loclin.analyses.attribution.result import KINDS, Attribution
+from loclin.analyses.attribution.target import Margin
 from loclin.analyses.explain import explain
-from loclin.analyses.target import Margin
 from loclin.errors import OptionError
 from loclin.freeze import frozen
 from loclin.linearization import linearize
-from loclin.link import HeadLink, batched_jvp
 from loclin.models import tiny as families
+from loclin.network.link import HeadLink, batched_jvp
 
 LEVELS = ("token", "bias", "layer", "head", "neuron", "token×layer")
 BUILDS = {"llama": tiny.llama, "llama-biases": partial(tiny.llama, biases=True), "gemma3": tiny.gemma3}
@@ -179,7 +179,7 @@ def test_a_budget_changes_nothing():
 
 def test_what_float32_rounds_too_much_is_swept_again(monkeypatch):
     """As if every sum were off: the float64 sweep has float32's coefficients, and float64's rounding."""
-    monkeypatch.setattr("loclin.analyses.shares._ROUNDING", 0.0)
+    monkeypatch.setattr("loclin.analyses.attribution.shares._ROUNDING", 0.0)
     for model in (tiny.llama(dtype=torch.float32), families.build("gpt2", dtype=torch.float32)):
         ids = tiny.prompt(7)
         single, double = linearize(model, ids), linearize(model, ids, precision="double")

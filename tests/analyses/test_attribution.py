@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from loclin import compare
-from loclin.analyses.attribution import Attribution
+from loclin.analyses.attribution.result import Attribution
 from loclin.errors import OptionError
 from loclin.linearization import linearize
 from loclin.models import wrap

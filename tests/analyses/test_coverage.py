@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from loclin.analyses import coverage as room
-from loclin.analyses.coverage import Coverage, FamilyResult, Run, certify_family, coverage
-from loclin.certify import Culprit
+from loclin.analyses.coverage import run as room
+from loclin.analyses.coverage.describe import Description, describe_parts
+from loclin.analyses.coverage.run import Coverage, FamilyResult, Run, certify_family, coverage
 from loclin.errors import NotExactError, OptionError, OutputError
 from loclin.linearization import linearize
+from loclin.maps.certificate import Culprit
 from loclin.models import tiny, wrap
-from loclin.models.describe import Description, describe_parts
 from loclin.report import coverage_markdown, render_coverage
 
 
@@ -42,7 +42,7 @@ def certificates(monkeypatch, passed):
             raise outcome
         return SimpleNamespace(certify=lambda: dataclasses.replace(passed, **outcome))
 
-    monkeypatch.setattr(room, "linearize", linearize)
+    monkeypatch.setattr(room.Linearized, "at", linearize)
     return outcomes
 
 
@@ -110,7 +110,7 @@ def test_a_family_is_exact_affine_or_neither(certificates):
     certificates["float64", "up"] = TypeError("no kernel\nfor this")
     fault = certify_family("llama")
     assert fault.status == "error"
-    assert re.fullmatch(r"float64 up: TypeError: no kernel \(coverage\.py:\d+\)", fault.reason)
+    assert re.fullmatch(r"float64 up: TypeError: no kernel \(run\.py:\d+\)", fault.reason)
 
 
 @pytest.mark.parametrize("folder", ["loclin", "transformers", "a b", "ü"])
@@ -120,8 +120,8 @@ def test_a_fault_is_placed_by_where_the_packages_are_and_not_by_names(monkeypatc
         "def linearize(*_args, **_kwargs):\n    raise TypeError('mine')", str(tmp_path / folder / "my.py"), "exec"
     )
     exec(code, namespace := {})
-    monkeypatch.setattr(room, "linearize", namespace["linearize"])
-    assert re.search(r"mine \(coverage\.py:\d+\)$", certify_family("llama", ["up"]).reason)
+    monkeypatch.setattr(room.Linearized, "at", namespace["linearize"])
+    assert re.search(r"mine \(run\.py:\d+\)$", certify_family("llama", ["up"]).reason)
 
 
 def test_clear_errors_are_refusals_and_all_runs_need_no_names(certificates):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from loclin.analyses.attribute import attribute
+from loclin.analyses.attribution.attribute import attribute
 from loclin.analyses.explain import explain
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import tiny
+from loclin.analyses.decode import Decoder
 from loclin.analyses.layers import SHOWN, explain_layers
 from loclin.analyses.logit_lens import layer_logits, logit_lens
-from loclin.decode import Decoder
 from loclin.errors import OptionError, PromptError
-from loclin.layer_maps import layer_maps
 from loclin.linearization import linearize
+from loclin.maps.layer_maps import layer_maps
 from loclin.models import tiny as families
 from loclin.models import wrap
 
@@ -196,7 +196,7 @@ def test_ranks_do_not_depend_on_how_the_head_is_cut(monkeypatch):
     scores = vectors @ decoder.model.hf.lm_head.weight.detach().T
     expected = [row.argsort(descending=True).tolist().index(17) + 1 for row in scores]
     assert decoder.ranks(vectors, 17) == expected
-    monkeypatch.setattr("loclin.decode._BLOCK_BYTES", 4 * 29 * 4)
+    monkeypatch.setattr("loclin.analyses.decode._BLOCK_BYTES", 4 * 29 * 4)
     assert decoder.ranks(vectors, 17) == expected
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from loclin.analyses.target import Direction
+from loclin.analyses.attribution.target import Direction
 from loclin.errors import OptionError
 from loclin.linearization import linearize
 

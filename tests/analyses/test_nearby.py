@@ -11,7 +11,7 @@ from loclin.freeze import Hold
 from loclin.linearization import linearize
 from loclin.models import tiny as families
 from loclin.models import wrap
-from loclin.models.route import logits_at
+from loclin.network.route import logits_at
 
 BUILDS = {
     "llama": tiny.llama,

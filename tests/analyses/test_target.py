@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tiny
-from loclin.analyses.attribution import KINDS
-from loclin.analyses.target import Direction, Margin, Neuron
+from loclin.analyses.attribution.result import KINDS
+from loclin.analyses.attribution.target import Direction, Margin, Neuron
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization, linearize
 from loclin.models import tiny as families

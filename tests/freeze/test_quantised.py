@@ -13,13 +13,13 @@ from transformers import BitsAndBytesConfig
 
 import loclin
 import tiny
-from loclin.chain import Chain
 from loclin.errors import NotExactError
 from loclin.freeze import quantised, register
-from loclin.linear_map import LinearMap
 from loclin.linearization import linearize
+from loclin.maps.linear_map import LinearMap
 from loclin.models import tiny as families
 from loclin.models.four_bit import PACKING
+from loclin.network.chain import Chain
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ from combinations import SURROUNDINGS, Combination, torch_state
 from torch import Tensor
 
 import loclin
-from loclin.analyses.attribution import KINDS
+from loclin.analyses.attribution.result import KINDS
 from loclin.errors import LoclinError, ModelError, OptionError
 from loclin.linearization import Linearization, linearize
 from loclin.models import Model

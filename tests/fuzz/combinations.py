@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loclin.models import Model, tiny, wrap
-from loclin.points import ENDS, KINDS
+from loclin.network.points import ENDS, KINDS
 
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text"),

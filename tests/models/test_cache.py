@@ -18,7 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loclin.errors import ModelError
-from loclin.models import cache, gguf_source, load
+from loclin.models import load
+from loclin.models.gguf import cache
+from loclin.models.gguf import source as gguf_source
 
 from .helpers import start, tiny_gguf
 
@@ -146,7 +148,7 @@ def test_conversion_says_what_it_does_on_a_terminal(home, tmp_path):
 LOAD = "from loclin.models import load; print(load({path!r}).hf.lm_head.weight.double().sum().item())"
 SLOW = """
 import time
-from loclin.models import cache
+from loclin.models.gguf import cache
 convert = cache.convert
 def slow(*arguments):
     print("converting", flush=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from loclin.errors import ModelError
-from loclin.models import cache, load
-from loclin.models.gguf_header import read_header
+from loclin.errors import MissingExtraError, ModelError
+from loclin.models import load
+from loclin.models.gguf import cache
+from loclin.models.gguf.header import read_header
 
 from .helpers import VOCABULARY, tiny_gguf
 
@@ -58,7 +59,7 @@ def test_an_architecture_transformers_does_not_read_is_one_line(home, tmp_path):
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, module, extra):
     path = tiny_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModelError, match=rf'pip install "loclin\[{extra}\]"'):
+    with pytest.raises(MissingExtraError, match=rf'pip install "loclin\[{extra}\]"'):
         load(path)
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from loclin.errors import ModelError
+from loclin.errors import MissingExtraError, ModelError
 from loclin.models import load
 
 from .helpers import saved, tiny_llama
@@ -109,7 +109,7 @@ def test_device_and_device_map_exclude_each_other(directory):
 
 def test_device_map_without_accelerate_names_the_extra(directory, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ModelError, match=r'pip install "loclin\[accelerate\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "loclin\[accelerate\]"'):
         load(directory, device_map="auto")
 
 

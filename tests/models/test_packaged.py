@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from loclin.errors import ModelError
-from loclin.models import cache, load
-from loclin.models.packaged import DEFAULT, PACKAGED, PackagedModel
+from loclin.models import load
+from loclin.models.gguf import cache
+from loclin.models.gguf.packaged import DEFAULT, PACKAGED, PackagedModel
 
 from .helpers import SRC, tiny_gguf
 
@@ -157,8 +158,9 @@ def test_a_real_copy_is_bitwise_the_file(name, tmp_path):
 TIMED = """
 import time
 start = time.perf_counter()
-from loclin.models import cache, load, manifest
-from loclin.models.packaged import PACKAGED
+from loclin.models.gguf import cache, manifest
+from loclin.models import load
+from loclin.models.gguf.packaged import PACKAGED
 imported = time.perf_counter()
 model = load({name!r})
 loaded = time.perf_counter()

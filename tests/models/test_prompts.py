@@ -9,12 +9,12 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, BatchEncoding
 
 import loclin
-from loclin.analyses.steer import encoded, steer
-from loclin.analyses.watch import watch
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
 from loclin.models import tiny as families
 from loclin.models import wrap
+from loclin.steering.steer import encoded, steer
+from loclin.steering.watch import watch
 
 from .helpers import tiny_llama, tiny_tokenizer
 from .tokenizers import ending

@@ -47,8 +47,8 @@ def close(written: str, found: str) -> bool:
 
 def run(command: str, monkeypatch) -> str:
     for room in ("attribute", "explain"):
-        monkeypatch.setattr(f"loclin.commands.{room}.stdout", console := Console(width=120, record=True))
-        monkeypatch.setattr("loclin.commands.options.stderr", Console(stderr=True, quiet=True))
+        monkeypatch.setattr(f"loclin.cli.{room}.stdout", console := Console(width=120, record=True))
+        monkeypatch.setattr("loclin.cli.options.stderr", Console(stderr=True, quiet=True))
         if f" {room} " in command:
             result = CliRunner().invoke(app, shlex.split(command)[1:])
             assert result.exit_code == 0, result.output

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import loclin
-from loclin.analyses.steer import steer
-from loclin.analyses.steering import write
-from loclin.commands.steer import steer as steer_command
+from loclin.cli.steer import steer as steer_command
 from loclin.errors import ModelError
 from loclin.steering import Operator
 from loclin.steering.concepts import packaged_concepts, token_ids
+from loclin.steering.search import write
+from loclin.steering.steer import steer
 
 pytestmark = pytest.mark.real
 TOWARD, PROMPT = "The bridge out of Marin is the Golden", "Here is a painting of the"

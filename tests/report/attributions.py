@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from loclin.analyses.attribution import KINDS, Attribution, Kind
+from loclin.analyses.attribution.result import KINDS, Attribution, Kind
 from loclin.models.model import ModelInfo
-from loclin.results import Provenance
+from loclin.results.result import Provenance
 
 from .examples import HOSTILE
 

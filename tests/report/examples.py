@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from loclin.analyses.explain import Explanation, SingularBlock, TokenExplanation, Unit
-from loclin.certify import Certificate, Culprit
+from loclin.maps.certificate import Certificate, Culprit
 
 HOSTILE = '</script><b onmouseover="x()">&[red]%{x}$a$'
 

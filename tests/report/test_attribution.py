@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from loclin.analyses.attribution import Attribution
+from loclin.analyses.attribution.result import Attribution
 from loclin.report import (
     attribution_fragment,
     attribution_html,

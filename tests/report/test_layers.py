@@ -12,7 +12,7 @@ from loclin.analyses.explain import SingularBlock
 from loclin.analyses.layers import ComponentLayers, LayerExplanation, explain_layers
 from loclin.linearization import linearize
 from loclin.report import layers_fragment, layers_html, render_layers
-from loclin.report.layers_figures import depth_colour
+from loclin.report.layers.figures import depth_colour
 from loclin.report.text import number, sigmas, signed, visible
 
 from .examples import HOSTILE
@@ -31,7 +31,7 @@ def found() -> LayerExplanation:
 @pytest.fixture(scope="module")
 def page(found: LayerExplanation) -> Page:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loclin.report.layers_page.plotly_script", lambda: "/* plotly */")
+        patch.setattr("loclin.report.layers.page.plotly_script", lambda: "/* plotly */")
         return Page(layers_html(found))
 
 
@@ -105,7 +105,7 @@ def many_tokens(found: LayerExplanation, length: int, layers: int) -> LayerExpla
 def test_a_page_of_many_tokens_stays_small_and_says_what_it_leaves_out(
     found: LayerExplanation, monkeypatch: pytest.MonkeyPatch, length: int, first: int
 ) -> None:
-    monkeypatch.setattr("loclin.report.layers_page.plotly_script", lambda: "/* plotly */")
+    monkeypatch.setattr("loclin.report.layers.page.plotly_script", lambda: "/* plotly */")
     large = many_tokens(found, length, 30)
     html = layers_html(large)
     assert len(html.encode()) < 6e6  # 34 MB when all of 500 tokens is written out

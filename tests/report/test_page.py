@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from loclin.analyses.explain import Explanation
-from loclin.errors import OutputError
+from loclin.errors import MissingExtraError
 from loclin.report import explanation_fragment, explanation_html, write_html
-from loclin.report.figures import NEGATIVE, POSITIVE, SPECTRUM_POINTS, plotly_script
+from loclin.report.explanation.figures import SPECTRUM_POINTS
+from loclin.report.plot import NEGATIVE, POSITIVE, plotly_script
 from loclin.report.sheet import embedded
 from loclin.report.text import visible
 
@@ -69,7 +70,7 @@ def numbers(field: Any) -> list[float]:
 def light() -> Iterator[None]:
     """Leave plotly's own five megabytes out of the pages, to take them apart quickly."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loclin.report.page.plotly_script", lambda: "/* plotly */")
+        patch.setattr("loclin.report.explanation.page.plotly_script", lambda: "/* plotly */")
         yield
 
 
@@ -137,7 +138,7 @@ def test_loads_nothing_from_anywhere(page: Page) -> None:
     (policy,) = page.having("http-equiv", "Content-Security-Policy")
     assert (policy["content"] or "").startswith("default-src 'none'")
     assert "@import" not in page.text
-    assert "url(" not in Path(sys.modules["loclin.report"].__path__[0], "page.css").read_text()
+    assert "url(" not in Path(sys.modules["loclin.report"].__path__[0], "assets", "page.css").read_text()
 
 
 def test_chips_choose_tokens_and_mark_the_sink(page: Page) -> None:
@@ -190,7 +191,7 @@ def test_a_long_prompt_has_few_visible_curves_and_thin_ones() -> None:
 
 def test_without_plotly_the_fix_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(OutputError, match=r'pip install "loclin\[html\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "loclin\[html\]"'):
         write_html(explanation(), tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from loclin.analyses.explain import Explanation
 from loclin.report import render_explanation
-from loclin.report.terminal_tables import bar
+from loclin.report.explanation.tables import bar
 
 from .examples import certificate, explanation, failed, long, token
 

@@ -13,7 +13,7 @@ import tiny
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
 from loclin.models import wrap
-from loclin.points import parse
+from loclin.network.points import parse
 from loclin.steering import Vector, activation_addition, output_basis, pullback, random_direction
 from loclin.steering.vector import contrast, hidden_states, mean_difference
 

@@ -13,16 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.attribution import KINDS
-from loclin.analyses.shares import by_source, swept
-from loclin.analyses.target import described, read
-from loclin.arguments import whole
-from loclin.brief import brief
-from loclin.certify import Certificate
-from loclin.decode import Decoder, Words
-from loclin.linearization import Linearization
+from loclin.analyses.attribution.result import KINDS
+from loclin.analyses.attribution.shares import by_source, swept
+from loclin.analyses.attribution.target import described, read
+from loclin.analyses.decode import Decoder, Words
+from loclin.common.arguments import whole
+from loclin.common.brief import brief
+from loclin.common.surroundings import in_plain_torch
+from loclin.maps.certificate import Certificate
+from loclin.maps.linearized import Linearized
+from loclin.results.display import Shown
 from loclin.spectral import SVD, check_rank
-from loclin.surroundings import in_plain_torch
 
 _WORDS = 8
 _UNITS = 5
@@ -90,7 +91,7 @@ class TokenExplanation:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """A prompt explained; made by `explain`.
 
     Attributes
@@ -139,11 +140,6 @@ class Explanation:
         """Everything, for JSON."""
         return asdict(self) | {"certificate": self.certificate.to_dict()}
 
-    def _repr_html_(self) -> str:
-        from loclin.report import explanation_fragment  # a later room: when a notebook asks, not before
-
-        return explanation_fragment(self)
-
     def to_json(self) -> str:
         """The explanation as JSON text; floats that are not finite do not occur."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -151,7 +147,7 @@ class Explanation:
 
 @in_plain_torch
 def explain(
-    lin: Linearization,
+    lin: Linearized,
     k: int = 8,
     position: int = -1,
     progress: Callable[[str], None] = lambda _step: None,
@@ -277,7 +273,7 @@ def _units(vectors: Float[Tensor, "T n d"], decode: Callable[[Tensor, int], list
     return [found[t * per_token : (t + 1) * per_token] if top.values[t, 0] > 0 else [] for t in range(len(vectors))]
 
 
-def _settings(lin: Linearization, k: int, position: int) -> dict[str, Any]:
+def _settings(lin: Linearized, k: int, position: int) -> dict[str, Any]:
     return {
         "position": position,
         "k": k,

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.explain import Explanation, explain
-from loclin.arguments import whole
-from loclin.brief import brief
+from loclin.common.arguments import whole
+from loclin.common.brief import brief
+from loclin.common.sums import norms
+from loclin.common.surroundings import in_plain_torch
 from loclin.errors import PromptError
-from loclin.linearization import Linearization
+from loclin.maps.linearized import Linearized
 from loclin.spectral import SVD
-from loclin.sums import norms
-from loclin.surroundings import in_plain_torch
 
 _TRIPLES = 4
 
@@ -73,7 +73,7 @@ class Generation:
 
 @in_plain_torch
 def generate(
-    lin: Linearization, count: int, k: int = 8, progress: Callable[[str], None] = lambda _step: None
+    lin: Linearized, count: int, k: int = 8, progress: Callable[[str], None] = lambda _step: None
 ) -> Generation:
     """Generate tokens greedily and explain every one of them (paper, Figure 2, for every step).
 

@@ -10,17 +10,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from loclin.analyses.decode import Decoder, Words
 from loclin.analyses.explain import SingularBlock
 from loclin.analyses.logit_lens import LensLayer, logit_lens
-from loclin.arguments import whole
-from loclin.brief import brief
-from loclin.certify import tolerance
-from loclin.decode import Decoder, Words
+from loclin.common.arguments import whole
+from loclin.common.brief import brief
+from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
-from loclin.layer_spectra import LayerSpectra
-from loclin.linearization import Linearization
-from loclin.results import versions
-from loclin.surroundings import in_plain_torch
+from loclin.maps.certificate import tolerance
+from loclin.maps.layer_spectra import LayerSpectra
+from loclin.maps.linearized import Linearized
+from loclin.results.display import Shown
+from loclin.results.result import versions
 
 SHOWN = 3
 """Singular vectors that are put into words."""
@@ -91,7 +92,7 @@ class ComponentLayers:
 
 
 @dataclass(frozen=True)
-class LayerExplanation:
+class LayerExplanation(Shown):
     """Every layer of a prompt explained; made by `explain_layers`.
 
     Attributes
@@ -167,15 +168,10 @@ class LayerExplanation:
         """The explanation as JSON text; floats that are not finite do not occur."""
         return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
 
-    def _repr_html_(self) -> str:
-        from loclin.report import layers_fragment  # a later room: when a notebook asks, not before
-
-        return layers_fragment(self)
-
 
 @in_plain_torch
 def explain_layers(
-    lin: Linearization,
+    lin: Linearized,
     k: int = 8,
     position: int = -1,
     components: Sequence[str] | None = None,

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.arguments import whole
-from loclin.brief import brief
-from loclin.decode import Words
-from loclin.linearization import Linearization
+from loclin.analyses.decode import Words
+from loclin.common.arguments import whole
+from loclin.common.brief import brief
+from loclin.common.surroundings import eager_code, in_plain_torch
+from loclin.maps.linearized import Linearized
 from loclin.models.replica import exclusive
-from loclin.models.route import first, logits_at
-from loclin.surroundings import eager_code, in_plain_torch
+from loclin.network.route import first, logits_at
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LensLayer:
 
 
 @in_plain_torch
-def logit_lens(lin: Linearization, token: int, position: int = -1, k: int = 5) -> list[LensLayer]:
+def logit_lens(lin: Linearized, token: int, position: int = -1, k: int = 5) -> list[LensLayer]:
     """Read every layer's residual stream as the model reads its last (nostalgebraist, 2020).
 
     Parameters
@@ -75,7 +75,7 @@ def logit_lens(lin: Linearization, token: int, position: int = -1, k: int = 5) -
 
 
 @in_plain_torch
-def layer_logits(lin: Linearization, position: int = -1) -> Float[Tensor, "L V"]:
+def layer_logits(lin: Linearized, position: int = -1) -> Float[Tensor, "L V"]:
     """The model's logits, were each layer the last: its own final norm, head, scales and soft caps, nothing frozen.
 
     The last layer's are the model's. Cost: two forward passes over the first L tokens at most, and L products with the

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loclin.brief import brief
-from loclin.linearization import Linearization
+from loclin.common.brief import brief
+from loclin.common.surroundings import eager_code, exact_arithmetic, in_plain_torch
+from loclin.maps.linearized import Linearized
 from loclin.models.replica import exclusive
-from loclin.models.route import first, hidden_state
-from loclin.surroundings import eager_code, exact_arithmetic, in_plain_torch
+from loclin.network.route import first, hidden_state
 
 _TOKENS = 2048
 """Tokens of one forward pass: enough for the full speed of its products."""
@@ -52,7 +52,7 @@ class Nearby:
         Where the outputs are taken. Negative ones count from the end of each input.
     """
 
-    def __init__(self, lin: Linearization, position: int = -1) -> None:
+    def __init__(self, lin: Linearized, position: int = -1) -> None:
         self._trace, self._hf, self._ids = lin.trace, lin.trace.model.hf, lin.input_ids
         self._position = position
         route, call = lin.trace.route, lin.trace.layers[0]

@@ -13,16 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin.analyses.decode import Decoder
 from loclin.analyses.nearby import Nearby, Outputs
-from loclin.arguments import real, whole
-from loclin.brief import brief
-from loclin.decode import Decoder
+from loclin.common.arguments import real, whole
+from loclin.common.brief import brief
+from loclin.common.sums import relative
+from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
-from loclin.linearization import Linearization
-from loclin.link import HeadLink
-from loclin.results import versions
-from loclin.sums import relative
-from loclin.surroundings import in_plain_torch
+from loclin.maps.linearized import Linearized
+from loclin.network.link import HeadLink
+from loclin.results.result import versions
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Lengths of random moves, as a share of each token's embedding."""
@@ -125,7 +125,7 @@ class Validity:
 
 @in_plain_torch
 def validity(
-    lin: Linearization,
+    lin: Linearized,
     position: int = -1,
     *,
     sizes: Sequence[float] = SIZES,
@@ -217,7 +217,7 @@ class _Predictor:
     Both are affine, so that one column for each ray gives every place on it.
     """
 
-    def __init__(self, lin: Linearization, position: int, moves: Float[Tensor, "n T d"]) -> None:
+    def __init__(self, lin: Linearized, position: int, moves: Float[Tensor, "n T d"]) -> None:
         J = lin.jacobian(position=position)
         self.moves = moves
         self.value, self.logits = J.value, lin.jacobian(target="logits", position=position).value
@@ -257,7 +257,7 @@ def _errors(true: Outputs, start: Tensor, final: Tensor, logits: Tensor) -> list
 
 
 def _swaps(
-    lin: Linearization, position: int, count: int, generator: torch.Generator
+    lin: Linearized, position: int, count: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, "n T"], list[tuple[str, int]]]:
     """The prompt with one token swapped, in every way asked for; each one's kind and position."""
     ids = lin.input_ids[0]

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from loclin.common.surroundings import eager_code, exact_arithmetic
 from loclin.freeze.hold import Hold
 from loclin.freeze.mode import Frozen, Keep
 from loclin.freeze.rules import rules_installed
 from loclin.models.replica import exclusive
-from loclin.surroundings import eager_code, exact_arithmetic
 
 
 @contextmanager

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from loclin.common.sums import relative
 from loclin.freeze.hold import Hold
 from loclin.freeze.linear import CASTS
 from loclin.freeze.operation import Operation, Result
 from loclin.freeze.status import Held, Live, Misuse, Origin, Status
 from loclin.freeze.table import HANDLERS, is_in_place, plain_name
 from loclin.freeze.widen import without_lowering
-from loclin.sums import relative
 
 UNSEEN = "an operation that loclin cannot see"
 

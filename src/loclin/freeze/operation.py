@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from loclin.brief import brief
+from loclin.common.brief import brief
 from loclin.freeze.hold import Hold
 from loclin.freeze.status import Held, Live, Misuse, Origin, Status
 

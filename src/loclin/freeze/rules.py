@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from loclin.brief import brief
+from loclin.common.brief import brief
 from loclin.errors import NotExactError
 from loclin.freeze import quantised
 from loclin.freeze.mode import Frozen, HeldParts

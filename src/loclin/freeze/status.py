@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from loclin.brief import brief
+from loclin.common.brief import brief
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loclin.arguments import text
+from loclin.common.arguments import text
 from loclin.errors import PromptError
 
 if TYPE_CHECKING:

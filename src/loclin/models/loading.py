@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from loclin import access
+from loclin.common import access
+from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError
-from loclin.models import converted, hub, pretrained
-from loclin.models.gguf_source import gguf_file
+from loclin.models import hub, pretrained
+from loclin.models.gguf import converted
+from loclin.models.gguf.packaged import DEFAULT, PACKAGED
+from loclin.models.gguf.source import gguf_file
 from loclin.models.model import Model
 from loclin.models.options import parse_device, parse_dtype, require
-from loclin.models.packaged import DEFAULT, PACKAGED
-from loclin.surroundings import in_plain_torch
 
 
 @in_plain_torch

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError, PromptError
 from loclin.models import encoding
 from loclin.models.checks import refuse_model
 from loclin.models.replica import replicate
 from loclin.models.tokens import Tokens
 from loclin.models.unwrap import unwrapped
-from loclin.surroundings import in_plain_torch
 
 Source = Literal["package", "hub", "directory", "gguf", "wrapped"]
 

@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from loclin.errors import ModelError
+from loclin.errors import MissingExtraError, ModelError
 
 DTYPES = {
     "float32": torch.float32,
@@ -72,8 +72,8 @@ def require(module: str, purpose: str, extra: str) -> None:
 
     Raises
     ------
-    ModelError
+    MissingExtraError
         Naming the command that installs it.
     """
     if not installed(module):
-        raise ModelError(f'{purpose} needs the package {module}: pip install "loclin[{extra}]"')
+        raise MissingExtraError(purpose, module, extra)

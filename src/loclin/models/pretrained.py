@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loclin.errors import ModelError
+from loclin.errors import ModelError, first_line
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
 from loclin.models.four_bit import keep_from_packing
-from loclin.models.gguf_source import first_line
 from loclin.models.hub import gated
 from loclin.models.model import Model, describe
 from loclin.models.quiet import quiet

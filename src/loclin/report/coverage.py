@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from loclin.analyses.coverage import Coverage, FamilyResult, Status
-from loclin.models.describe import NONE
+from loclin.analyses.coverage.describe import NONE
+from loclin.analyses.coverage.run import Coverage, FamilyResult, Status
 from loclin.report.grid import Column, Grid, show
 from loclin.report.text import error
 

@@ -11,15 +11,14 @@ from rich.text import Text
 
 from loclin.analyses.explain import Explanation, TokenExplanation
 from loclin.analyses.generation import Drift, Generation
-from loclin.output import write_text
-from loclin.report import parts
+from loclin.report import html as parts
 from loclin.report.choose import full_colour, largest
+from loclin.report.explanation.tables import token_text, words_text
 from loclin.report.grid import Cell, Column, Grid, show
 from loclin.report.sheet import facts, section, sheet, shortened
 from loclin.report.terminal import warning
-from loclin.report.terminal_tables import token_text, words_text
-from loclin.report.terms import gate_note
-from loclin.report.text import error, number, percent, signed
+from loclin.report.text import error, gate_note, number, percent, signed
+from loclin.results.files import write_text
 
 _DRIVERS = 3
 _COLUMN = 14

@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from loclin.brief import brief
+from loclin.common.brief import brief
 
 Kind = Literal["key", "number", "parts", "words", "bar"]
 Cell = str | Text | Sequence[Text]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from loclin.analyses.attribution import Attribution, Kind, Share
+from loclin.analyses.attribution.result import Attribution, Kind, Share
 from loclin.report.text import error
 
 LEVELS = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from string import Template
 from typing import Any
 
+from loclin.report.assets import asset
 from loclin.report.text import SPACE, visible
 
 _SHORT = 60
@@ -18,9 +18,8 @@ def sheet(
     *, title: str, about: str, heading: str, lead: str, body: str, settings: Mapping[str, Any], scripts: str = ""
 ) -> str:
     """Write a page; `title`, `about` and `settings` are text, the other parts are HTML already."""
-    here = files("loclin.report")
-    return Template(here.joinpath("sheet.html").read_text("utf-8")).substitute(
-        css="".join(here.joinpath(name).read_text("utf-8") for name in ("page.css", "sheet.css")),
+    return Template(asset("sheet.html")).substitute(
+        css=asset("page.css", "sheet.css"),
         title=escape(title),
         about=escape(about),
         heading=heading,

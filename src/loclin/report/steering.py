@@ -6,7 +6,6 @@ import json
 import os
 import re
 from html import escape
-from importlib.resources import files
 from string import Template
 from typing import Any
 
@@ -15,16 +14,16 @@ from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from loclin.analyses.steer import METHODS, Steered
-from loclin.analyses.steering import Continuation, Trial
-from loclin.errors import OutputError
-from loclin.output import write_text
-from loclin.report import parts
-from loclin.report.figures import MISSING, NEUTRAL, PALETTE, plotly_script
+from loclin.report import html as parts
+from loclin.report.assets import asset
 from loclin.report.grid import WIDEST, Cell, Column, Grid, show
+from loclin.report.plot import NEUTRAL, PALETTE, graph_objects, plotly_script
 from loclin.report.sheet import embedded
 from loclin.report.terminal import warning
 from loclin.report.text import number, visible
+from loclin.results.files import write_text
+from loclin.steering.search import Continuation, Trial
+from loclin.steering.steer import METHODS, Steered
 
 
 def render_steered(found: Steered, console: Console) -> None:
@@ -130,13 +129,12 @@ def steered_html(found: Steered) -> str:
 
     Raises
     ------
-    OutputError
+    MissingExtraError
         When plotly is not installed.
     """
-    here = files("loclin.report")
     figure = _figure(found)
-    return Template(here.joinpath("steer.html").read_text("utf-8")).substitute(
-        css=here.joinpath("page.css").read_text("utf-8"),
+    return Template(asset("steer.html")).substitute(
+        css=asset("page.css"),
         plotly="" if figure is None else plotly_script(),
         figure=embedded(figure),
         title=escape(visible(found.prompt, 60).replace("·", " ")),
@@ -202,10 +200,7 @@ def _figure(found: Steered) -> Any:
     """Gain against KL: a line for each layer, a marker for each strength."""
     if found.sweep is None:
         return None
-    try:
-        import plotly.graph_objects as go
-    except ImportError as missing:
-        raise OutputError(MISSING) from missing
+    go = graph_objects()
     sweep, figure = found.sweep, go.Figure()
     for n, layer in enumerate(sorted({trial.layer for trial in sweep.trials})):
         own = [trial for trial in sweep.trials if trial.layer == layer]

@@ -12,11 +12,9 @@ from rich.rule import Rule
 from rich.text import Text
 
 from loclin.analyses.explain import Explanation
-from loclin.report.checks import checks
+from loclin.report.explanation.tables import block_table, share_table, token_text, unit_table
 from loclin.report.grid import show
-from loclin.report.terminal_tables import block_table, share_table, token_text, unit_table
-from loclin.report.terms import gate_note
-from loclin.report.text import error, percent
+from loclin.report.text import error, gate_note, outcome, percent
 
 PROMPT_HEAD, PROMPT_TAIL = 40, 80
 """How much of a prompt is shown when it is longer than both together: its beginning and its end."""
@@ -102,17 +100,17 @@ def _prediction(explanation: Explanation) -> Text:
 
 def _verdict(explanation: Explanation) -> Text:
     certificate = explanation.certificate
-    reconstruction, forward, *_ = found = checks(certificate)
+    reconstruction, forward, *_ = found = certificate.checks()
     name, style = ("EXACT", "bold green") if certificate.passed else ("NOT EXACT", "bold red")
     line = Text.assemble(
         (name, style),
-        f" reconstruction {reconstruction.value}, forward {forward.value}",
+        f" reconstruction {outcome(reconstruction)}, forward {outcome(forward)}",
         f", std {error(certificate.std_error)}",
         (f" (ordinary {error(explanation.ordinary_error)})", "dim"),
     )
     for check in found:
         if not check.passed:
-            line.append(f"\n  {check.name} error {check.value} is beyond {check.limit}", "red")
+            line.append(f"\n  {check.name} error {outcome(check)} is beyond {error(check.limit)}", "red")
     for culprit in certificate.culprits:
         text = f"{culprit.module} ({culprit.kind}) is not linear: error {error(culprit.error)}"
         line.append(f"\n  {text}", "red")

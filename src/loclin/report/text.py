@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loclin.maps.certificate import Check
 
 SPACE, NEWLINE, TAB, EMPTY, CARRIER = "·", "↵", "⇥", "∅", "◌"
 _NAMED = re.compile(r"(⟨(?:[0-9A-F]{2}(?: [0-9A-F]{2})*|(?:unused|empty) \d+)⟩)")
 """Bytes, and ids without a text, as `loclin.models.tokens` writes them: no space in them is the token's."""
 MARKS = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
+COMPONENTS = {"resid_post": "residual stream", "attn_out": "attention", "mlp_out": "MLP"}
 
 
 def visible(text: str, limit: int | None = None) -> str:
@@ -58,6 +63,11 @@ def error(value: float) -> str:
     return "0" if value == 0 else f"{value:.2g}" if value >= 0.01 else f"{value:.1e}"
 
 
+def outcome(check: Check) -> str:
+    """Give a check's error, or say that nothing differs."""
+    return "bit-identical" if check.identical else error(check.value)
+
+
 def percent(probability: float) -> str:
     """Give a probability in per cent."""
     return f"{100 * probability:.1f} %"
@@ -67,3 +77,11 @@ def sigmas(indices: list[int]) -> str:
     """Name a singular block, counted from 1: σ3, or σ3≈σ4 where the values are near-equal."""
     names = [f"σ{i + 1}" for i in indices]
     return "≈".join(names) if len(names) <= 3 else f"{names[0]}≈…≈{names[-1]}"
+
+
+def gate_note(gate: object) -> str:
+    """Say which of several exact sets of shares is shown."""
+    agrees = "half agrees best with removing tokens (docs/faithfulness.md)"
+    if gate == "half":
+        return f"Gate {agrees}; another gate gives other shares."
+    return f"Gate {gate}. Another gate gives other shares; {agrees}."

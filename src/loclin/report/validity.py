@@ -11,14 +11,14 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from loclin.analyses.validity import PREDICTORS, Ray, Step, Validity
-from loclin.output import write_text
-from loclin.report import parts
-from loclin.report.figures import NEGATIVE, NEUTRAL, POSITIVE, plotly_script
+from loclin.report import html as parts
+from loclin.report.explanation.tables import token_text
 from loclin.report.grid import Column, Grid, show
+from loclin.report.plot import NEGATIVE, NEUTRAL, POSITIVE, graph_objects, plotly_script
 from loclin.report.sheet import embedded, facts, section, sheet, shortened
 from loclin.report.terminal import warning
-from loclin.report.terminal_tables import token_text
 from loclin.report.text import error, percent
+from loclin.results.files import write_text
 
 KINDS = {
     "noise": ("Random directions", "every token moved at once; the size is a share of each token's own length"),
@@ -73,7 +73,7 @@ def validity_html(validity: Validity) -> str:
 
     Raises
     ------
-    OutputError
+    MissingExtraError
         When plotly is not installed.
     """
     curves = {kind: validity.curve(kind) for kind in KINDS}
@@ -138,7 +138,7 @@ def _places(kind: str) -> str:
 
 
 def _figure(curve: Sequence[Step], measure: str) -> Any:
-    import plotly.graph_objects as go
+    go = graph_objects()
 
     figure = go.Figure()
     for predictor in PREDICTORS:

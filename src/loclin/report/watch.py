@@ -5,12 +5,11 @@ from __future__ import annotations
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from loclin.analyses.watch import Watched
+from loclin.report.explanation.tables import token_text
 from loclin.report.grid import Column, Grid, show
 from loclin.report.terminal import warning
-from loclin.report.terminal_tables import token_text
-from loclin.report.terms import gate_note
-from loclin.report.text import number, percent, signed, visible
+from loclin.report.text import gate_note, number, percent, signed, visible
+from loclin.steering.watch import Watched
 
 HITS = 20
 

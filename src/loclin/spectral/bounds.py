@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.common.sums import norms
 from loclin.spectral.threads import single_thread
-from loclin.sums import norms
 
 
 def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loclin.arguments import whole
+from loclin.common.arguments import whole
 from loclin.errors import OptionError
 
 _LEAST = 50

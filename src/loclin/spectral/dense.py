@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.common.sums import norms
+from loclin.common.surroundings import in_plain_torch
 from loclin.spectral.bounds import left_svd, norm_from_below, outside, rounding, schatten, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance, wide, widened
 from loclin.spectral.result import SVD, aligned
 from loclin.spectral.threads import each
-from loclin.sums import norms
-from loclin.surroundings import in_plain_torch
 
 _OVERSAMPLING = 8
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.common.sums import square_sums
+from loclin.common.surroundings import in_plain_torch
 from loclin.spectral.bounds import bound_matrix, chi2_quantile, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.dense import shaped
@@ -16,8 +18,6 @@ from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import SVD, aligned
 from loclin.spectral.sketch import Ritz, Sketch
 from loclin.spectral.threads import single_thread
-from loclin.sums import square_sums
-from loclin.surroundings import in_plain_torch
 
 FAILURE = 1e-3
 """The probability with which the bounds of one result may not hold."""

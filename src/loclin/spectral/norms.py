@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.brief import brief
+from loclin.common.brief import brief
+from loclin.common.surroundings import in_plain_torch
 from loclin.spectral.checks import check_tolerance
 from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.sketch import Sketch
-from loclin.surroundings import in_plain_torch
 
 _BLOCK = 16
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.brief import brief
-from loclin.frames import by_rank
-from loclin.results import Provenance, Result
-from loclin.surroundings import in_plain_torch
+from loclin.common.brief import brief
+from loclin.common.surroundings import in_plain_torch
+from loclin.results.result import Provenance, Result
+from loclin.results.table import by_rank
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.brief import brief
+from loclin.common.brief import brief
+from loclin.common.sums import norms
 from loclin.spectral.checks import check_rank, check_tolerance, widened
-from loclin.sums import norms
 
 _OVERSAMPLING = 4
 _LARGEST = 1e-6

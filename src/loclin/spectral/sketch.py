@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.brief import brief
+from loclin.common.brief import brief
+from loclin.common.sums import square_sums
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
 from loclin.spectral.checks import wide
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.threads import single_thread
-from loclin.sums import square_sums
 
 
 @dataclass(frozen=True)

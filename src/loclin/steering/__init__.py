@@ -6,7 +6,7 @@
 """
 
 from loclin.steering.base import Steering
-from loclin.steering.hooks import Form, steered
+from loclin.steering.form import Form, steered
 from loclin.steering.operator import Operator, merge
 from loclin.steering.vector import (
     Vector,

@@ -11,17 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loclin.arguments import real
+from loclin.common.arguments import real
 from loclin.errors import OptionError, SteeringError
 from loclin.models import Model, wrap
-from loclin.models.layout import anatomy
-from loclin.points import Point, parse
-from loclin.results import Result
-from loclin.steering.hooks import Form, Hooks
+from loclin.network.anatomy import anatomy
+from loclin.network.points import Point, parse
+from loclin.results.result import Result
+from loclin.steering.form import NEUTRAL, Form
+from loclin.steering.hooks import Hooks
 from loclin.steering.match import check_model
-
-NEUTRAL: dict[Form, float] = {"add": 0.0, "interpolate": 1.0}
-"""The strength of each form that leaves the model as it is."""
 
 
 def site(model: Model, point: str | Point) -> Point:
@@ -127,7 +125,7 @@ class Steering(Result, ABC):
         if set(strengths) == {NEUTRAL[form]}:
             yield
             return
-        with Hooks(self, model, strengths, form).installed(site(model, self.point)):
+        with Hooks(self.to(model.device), model, strengths, form).installed(site(model, self.point)):
             yield
 
     def check(self, model: Model, gate: str | None = None) -> None:

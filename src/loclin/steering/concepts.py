@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from loclin.arguments import strings
-from loclin.brief import brief
+from loclin.common.arguments import strings
+from loclin.common.brief import brief
 from loclin.errors import PromptError
 from loclin.models import Model
 

@@ -7,41 +7,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
 from loclin.errors import SteeringError
 from loclin.models import Model
-from loclin.models.layout import anatomy
-from loclin.models.route import first, hidden_state
-from loclin.points import Point
+from loclin.network.anatomy import anatomy
+from loclin.network.points import Point
+from loclin.network.route import first, hidden_state
+from loclin.steering.form import Form, steered
 from loclin.steering.running import Running
 
-if TYPE_CHECKING:
-    from loclin.steering.base import Steering
-
-Form = Literal["add", "interpolate"]
 _REORDERED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 """The methods by which generation moves a cache's rows, its sequences."""
 
 
-def steered(
-    h: Float[Tensor, "*b d"], S: Float[Tensor, "*b d"], strength: float | Tensor, form: Form
-) -> Float[Tensor, "*b d"]:
-    """The hidden state h `[..., d]` moved towards S, in h's dtype; computed in the wider of the two.
+@runtime_checkable
+class Direction(Protocol):
+    """What hooks need of a steering; see `loclin.steering.base.Steering`."""
 
-    A strength is one for all, or has the shape of h but for ones.
-    """
-    wide = h.to(torch.promote_types(h.dtype, S.dtype))
-    if form == "interpolate":
-        return (strength * wide + (1 - strength) * S).to(h.dtype)
-    unit = S / S.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)  # zero where S is
-    return (wide + strength / 2 * wide.norm(dim=-1, keepdim=True) * unit).to(h.dtype)
+    spare_first: bool
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether S_p is a sum over the tokens up to p; otherwise it is the same everywhere."""
+
+    def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """What tokens with embeddings x, at positions `index` of their texts, add to S."""
 
 
 @dataclass
@@ -65,8 +62,8 @@ class Hooks:
 
     why_not_linearized = "is being steered; linearize it outside the 'with steering.apply(...)'"
 
-    def __init__(self, steering: Steering, model: Model, strengths: Sequence[float], form: Form) -> None:
-        self._steering = steering.to(model.device)
+    def __init__(self, steering: Direction, model: Model, strengths: Sequence[float], form: Form) -> None:
+        self._steering = steering
         self._hf, self._parts = model.hf, anatomy(model.hf)
         self._strengths, self._form = list(strengths), form
         self._signature = inspect.signature(model.hf.forward)

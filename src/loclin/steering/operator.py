@@ -11,13 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from loclin.arguments import real, whole
+from loclin.common.arguments import real, whole
+from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError, SteeringError
-from loclin.linearization import Linearization
-from loclin.results import Provenance
+from loclin.maps.linearized import Linearized
+from loclin.results.result import Provenance
 from loclin.steering.base import Steering, site
 from loclin.steering.match import fingerprint
-from loclin.surroundings import in_plain_torch
 
 Align = Literal["cycle", "nearest"]
 At = Literal["output", "input", "published"]
@@ -79,7 +79,7 @@ class Operator(Steering):
     @in_plain_torch
     def make(
         cls,
-        lin: Linearization,
+        lin: Linearized,
         layer: int,
         *,
         at: At = "output",
@@ -290,13 +290,13 @@ def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None)
     )
 
 
-def no_words(lin: Linearization) -> set[int]:
+def no_words(lin: Linearized) -> set[int]:
     """The positions of a text's attention sinks, and of its beginning token."""
     begins = int(lin.input_ids[0, 0]) == lin.model.bos
     return {*lin.sinks, *([0] if begins else [])}
 
 
-def _chosen(lin: Linearization, tokens: Sequence[int] | str) -> list[int]:
+def _chosen(lin: Linearized, tokens: Sequence[int] | str) -> list[int]:
     length = len(lin.tokens)
     if tokens == "all":
         return list(range(length))

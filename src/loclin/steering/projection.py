@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.models import Model, wrap
-from loclin.models.route import first
-from loclin.results import Provenance, Result
+from loclin.network.route import first
+from loclin.results.result import Provenance, Result
 from loclin.steering.match import check_model
 
 

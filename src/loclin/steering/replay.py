@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loclin.common.surroundings import in_plain_torch
 from loclin.models import Model
-from loclin.models.layout import anatomy
-from loclin.models.route import first, hidden_state
-from loclin.padding import padded
+from loclin.models.padding import padded
+from loclin.network.anatomy import anatomy
+from loclin.network.route import first, hidden_state
 from loclin.steering.base import Steering, site
-from loclin.steering.hooks import Form, steered
-from loclin.surroundings import in_plain_torch
+from loclin.steering.form import Form, steered
 
 
 class Replay:

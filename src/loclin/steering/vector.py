@@ -11,16 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from loclin.arguments import strings, whole
+from loclin.common.arguments import strings, whole
+from loclin.common.sums import refuse_broken
 from loclin.errors import OptionError, PromptError
-from loclin.linearization import Linearization
+from loclin.maps.linearized import Linearized
 from loclin.models import Model
-from loclin.points import Point
-from loclin.results import Provenance
+from loclin.network.points import Point
+from loclin.results.result import Provenance
 from loclin.steering.base import Steering, site
 from loclin.steering.match import fingerprint
 from loclin.steering.replay import Replay
-from loclin.sums import refuse_broken
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -81,7 +81,7 @@ def _vector(model: Model, point: Point, direction: Tensor, rule: str, provenance
     )
 
 
-def activation_addition(lin: Linearization, point: str) -> Vector:
+def activation_addition(lin: Linearized, point: str) -> Vector:
     """The steering text's own hidden state at its last token (Turner et al. 2023). Cost: none.
 
     It is what the text's whole operator, with its bias, gives for the text itself: S = J x + b.
@@ -90,7 +90,7 @@ def activation_addition(lin: Linearization, point: str) -> Vector:
     return _vector(lin.model, where, lin.value(str(where))[-1], "activation addition")
 
 
-def output_basis(lin: Linearization, point: str, k: int = 8) -> Vector:
+def output_basis(lin: Linearized, point: str, k: int = 8) -> Vector:
     """That hidden state's part in the k largest output directions of the joint map [J_0 ... J_{T-1}].
 
     Cost: the joint SVD (see `LinearMap.svd`).
@@ -101,7 +101,7 @@ def output_basis(lin: Linearization, point: str, k: int = 8) -> Vector:
     return _vector(lin.model, where, U @ (U.T @ J.value), f"output basis, rank {k}", J.provenance())
 
 
-def pullback(lin: Linearization, point: str, ids: Sequence[int]) -> Vector:
+def pullback(lin: Linearized, point: str, ids: Sequence[int]) -> Vector:
     """The suffix map's answer: the direction at a point along which the log-probability of some next tokens rises.
 
     The frozen map from the point to the logits, transposed, at the steering text's last token; applied to the gradient

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.nearby import Nearby
-from loclin.chain import Chain
 from loclin.freeze import Gate, Hold
-from loclin.linear_map import LinearMap
-from loclin.linearization import Linearization
-from loclin.points import Point
+from loclin.maps.linear_map import LinearMap
+from loclin.maps.linearized import Linearized
+from loclin.network.chain import Chain
+from loclin.network.points import Point
 
 GATES: tuple[Gate, ...] = ("activation", "up", "half")
 STEPS = 16
@@ -48,7 +48,7 @@ def cotangents(logits: Float[Tensor, " V"]) -> Float[Tensor, "n V"]:
         return torch.stack([torch.autograd.grad(objective(leaf), leaf)[0] for objective in objectives(leaf).values()])
 
 
-def frozen(lin: Linearization, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
+def frozen(lin: Linearized, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
     """Shares of the frozen maps: J_i x_i, or J_i (x_i - mean embedding), through an objective's gradient.
 
     Named `frozen/GATE/OBJECTIVE/BASELINE`. Cost: one column for each objective and gate.
@@ -63,7 +63,7 @@ def frozen(lin: Linearization, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
     return found
 
 
-def _map(lin: Linearization, gate: Gate) -> LinearMap:
+def _map(lin: Linearized, gate: Gate) -> LinearMap:
     """The map to the logits with any gate split, of the one trace that there is."""
     if gate == lin.gate:
         return lin.jacobian(target="logits")
@@ -71,7 +71,7 @@ def _map(lin: Linearization, gate: Gate) -> LinearMap:
     return LinearMap(chain, Point("embed"), Point("logits"), lin.trace.length - 1)
 
 
-def gradient(lin: Linearization, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
+def gradient(lin: Linearized, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
     """Gradient times input, of the model as it is: `gradient/OBJECTIVE/BASELINE`.
 
     Cost: a forward and a backward pass for each objective.
@@ -89,7 +89,7 @@ def gradient(lin: Linearization, nearby: Nearby, mean: Float[Tensor, " d"]) -> d
 
 
 def integrated_gradients(
-    lin: Linearization, nearby: Nearby, mean: Float[Tensor, " d"], fixed: Sequence[int]
+    lin: Linearized, nearby: Nearby, mean: Float[Tensor, " d"], fixed: Sequence[int]
 ) -> dict[str, Tensor]:
     """Integrated gradients of the log-probability, by captum: `integrated/log-probability/mean`; none without it.
 
@@ -110,6 +110,6 @@ def integrated_gradients(
     return {"integrated/log-probability/mean": method.attribute(x, baseline, n_steps=STEPS)[0].sum(-1)}
 
 
-def simple(lin: Linearization) -> dict[str, Tensor]:
+def simple(lin: Linearized) -> dict[str, Tensor]:
     """What costs nothing: how late a token is, and how much attention later tokens give it (none to the last)."""
     return {"last first": torch.arange(len(lin.tokens)), "attention received": lin.trace.attention_received}

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.nearby import Nearby
-from loclin.linearization import Linearization
-from loclin.sums import norms
+from loclin.common.sums import norms
+from loclin.maps.linearized import Linearized
 
 RANKS = (1, 2, 4, 8)
 SEEDS = 4
@@ -43,7 +43,7 @@ class Projected:
     output: float
 
 
-def projections(lin: Linearization, nearby: Nearby, target: int, seed: int = 0) -> list[Projected]:
+def projections(lin: Linearized, nearby: Nearby, target: int, seed: int = 0) -> list[Projected]:
     """Project a prompt's embeddings off singular and off random planes. Cost: the dense map, 109 forward passes."""
     x, J = lin.embeddings, lin.jacobian()
     J.dense()

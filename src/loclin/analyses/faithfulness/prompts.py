@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from loclin.arguments import whole
+from loclin.common.arguments import whole
 
 Half = Literal["development", "held-out"]
 HALVES: tuple[Half, ...] = ("development", "held-out")

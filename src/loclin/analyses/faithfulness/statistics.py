@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from loclin.errors import OptionError
+from loclin.errors import MissingExtraError
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -29,13 +29,13 @@ def check_scipy() -> None:
 
     Raises
     ------
-    OptionError
+    MissingExtraError
         When it is not installed.
     """
     try:
         import scipy.stats  # noqa: F401 (what the figures will ask for)
     except ImportError:
-        raise OptionError('the study needs SciPy: pip install "loclin[faithfulness]"') from None
+        raise MissingExtraError("the study", "SciPy", "faithfulness") from None
 
 
 def rank_correlations(scores: ArrayLike, effects: ArrayLike) -> list[float]:

@@ -15,19 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loclin.access import reason
 from loclin.analyses.faithfulness import methods
 from loclin.analyses.faithfulness.deletion import Removal, ranked, replaced
 from loclin.analyses.faithfulness.planes import Projected, projections
 from loclin.analyses.faithfulness.prompts import Half, Prompt
 from loclin.analyses.nearby import Nearby
-from loclin.arguments import whole
-from loclin.brief import brief
+from loclin.common.access import reason
+from loclin.common.arguments import whole
+from loclin.common.brief import brief
 from loclin.errors import ModelError, OutputError
-from loclin.linearization import Linearization, linearize
+from loclin.maps.linearized import Linearized
 from loclin.models import Model
-from loclin.output import write_text
-from loclin.results import versions
+from loclin.results.files import write_text
+from loclin.results.result import versions
 
 WRITE_EVERY = 4
 RANDOM_ORDERS = 2
@@ -218,7 +218,7 @@ def measure(
     model: Model, prompt: Prompt, mean: Float[Tensor, " d"], *, bos: bool | None, seed: int, planes: bool
 ) -> PromptResult:
     """Everything about one prompt."""
-    lin = linearize(model, prompt.text, bos=bos)
+    lin = Linearized.at(model, prompt.text, bos=bos)
     mean = mean.to(lin.embeddings)
     if not torch.allclose(lin.embeddings, _embedded(model, lin.input_ids)[0].to(lin.embeddings), rtol=1e-4, atol=1e-6):
         raise ModelError(f"{model.info.name}: the study needs a model whose layer 0 takes the tokens' embeddings alone")
@@ -263,7 +263,7 @@ def _curves(
     return {test: {name: removal.curve(order) for name, order in found.items()} for test, found in orders.items()}
 
 
-def _left_out(lin: Linearization) -> list[int]:
+def _left_out(lin: Linearized) -> list[int]:
     """Attention sinks, and the beginning token also where it is none."""
     first = int(lin.input_ids[0, 0])
     begins = {0} if lin.model.bos is not None and first == lin.model.bos and len(lin.tokens) > 1 else set()

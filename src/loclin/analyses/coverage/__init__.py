@@ -1,0 +1,1 @@
+"""Which families of transformers become exact maps."""

@@ -1,0 +1,149 @@
+"""`loclin attribute`: a logit as a sum of exact shares, by token, layer, head, neuron or bias."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import re
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.markup import escape
+
+from loclin.cli import options
+from loclin.cli.console import Steps, importing, one_clear_line, stderr, stdout
+from loclin.cli.options import GateOption, PrecisionOption
+from loclin.errors import OptionError
+
+if TYPE_CHECKING:
+    from loclin.analyses.attribution.result import Attribution
+    from loclin.analyses.attribution.target import Target
+
+
+class MarginOption(str, Enum):
+    """What a margin is over, for the parser."""
+
+    runner_up = "runner-up"
+    others = "others"
+    mean = "mean"
+
+
+def attribute(
+    prompt: options.Prompt,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all.",
+            callback=options.plain,
+        ),
+    ] = None,
+    target_id: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="The same by the token's id, for tokens that cannot be typed.", min=0),
+    ] = None,
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Share out the difference to this token's logit.", callback=options.plain),
+    ] = None,
+    margin: Annotated[
+        Optional[MarginOption],  # noqa: UP045
+        typer.Option(
+            help="Share out the logit minus the largest other, the probable others' mean, or the mean of all."
+        ),
+    ] = None,
+    neuron: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Share out an MLP neuron's activation instead, such as L17N80.", callback=options.plain),
+    ] = None,
+    by: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Share it among: token, layer, head, neuron, bias, tokenxlayer; give it again for more. "
+            "'all' is every level that the model has. Default: token.",
+            callback=options.plain,
+        ),
+    ] = None,
+    model: options.ModelName = options.DEFAULT_MODEL,
+    position: options.Position = -1,
+    gate: options.Gate = GateOption.activation,
+    precision: options.Precision = PrecisionOption.auto,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    bos: options.Bos = None,
+    memory: options.Memory = None,
+    top: Annotated[int, typer.Option(help="How many of the largest shares to print.", min=1)] = 20,
+    json: options.Json = None,
+    html: options.Html = None,
+) -> None:
+    """Share out a logit exactly: what each token, layer, head, neuron or bias gives of it. Every level sums to it.
+
+    loclin attribute "The Golden Gate" --target " Bridge" --by head --model smollm2-135m --html heads.html
+    """
+    with one_clear_line():
+        options.exclude("target", "target_id", why="both name the token")
+        if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
+            raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
+        text = options.read(prompt)
+        wanted = by or ["token"]
+        with importing():
+            from loclin.analyses.attribution.attribute import LEVELS, level
+            from loclin.analyses.attribution.attribute import attribute as run
+            from loclin.report import render_attribution, render_attribution_settings, write_attribution, write_text
+
+        chosen = _target(target if target_id is None else target_id, against, margin, neuron)
+        everything = "all" in wanted
+        levels = list(dict.fromkeys(LEVELS if everything else [level(name) for name in wanted]))
+        lin = options.linearized(
+            text,
+            model,
+            gate=gate,
+            precision=precision,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            bos=bos,
+            memory=memory,
+        )
+        found, steps = [], Steps()
+        for name in levels:
+            steps(f"shares by {name}")
+            try:
+                found.append(run(lin, chosen, name, position=position, words=max(top, 40)))
+            except OptionError as missing:
+                if not everything or name in ("token", "bias"):
+                    raise
+                stderr.print(f"no shares by {name}: {escape(str(missing))}", soft_wrap=True)
+        options.write(json, lambda path: write_text(path, _levels_json(found)))
+        options.write(html, lambda path: write_attribution(found, path))
+        for one in found:
+            render_attribution(one, stdout, top, first=one is found[0])
+        render_attribution_settings(found[0], stdout)
+        options.wrote(json, html)
+
+
+def _levels_json(found: list[Attribution]) -> str:
+    levels = {one.by: one.to_dict() for one in found}
+    return jsonlib.dumps(levels, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _target(token: str | int | None, against: str | None, margin: MarginOption | None, neuron: str | None) -> Target:
+    """What the options ask for."""
+    from loclin.analyses.attribution.target import Margin, Neuron
+
+    if neuron is not None:
+        named = re.fullmatch(r"L(-?\d+)N(\d+)", neuron)
+        if named is None:
+            raise OptionError(f"--neuron {neuron}: write L17N80 for neuron 80 of layer 17")
+        return Neuron(int(named[2]), int(named[1]))
+    if margin is not None:
+        if against is not None:
+            raise OptionError("--margin and --against exclude one another: a margin finds its own rivals")
+        return Margin(token, margin.value)
+    if against is None:
+        return token
+    if token is None:
+        raise OptionError("--against needs --target: the difference of two tokens' logits")
+    return token, against

@@ -1,0 +1,259 @@
+"""Options that several commands have, and what they do with them."""
+# ruff: noqa: UP045 (as the other commands write them)
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.markup import escape
+
+from loclin.cli.console import Steps, importing, stderr, step
+from loclin.cli.streams import read_prompt
+from loclin.common import arguments
+from loclin.errors import OptionError, OutputError, PromptError
+from loclin.results.files import check_apart, check_writable
+
+if TYPE_CHECKING:
+    from loclin.linearization import Linearization
+
+
+class GateOption(str, Enum):
+    """The gate splits, for the parser."""
+
+    activation = "activation"
+    up = "up"
+    half = "half"
+
+
+class PrecisionOption(str, Enum):
+    """The precision rules, for the parser."""
+
+    auto = "auto"
+    stock = "stock"
+    single = "single"
+    double = "double"
+
+
+class ComponentOption(str, Enum):
+    """What of a layer to look at, for the parser."""
+
+    resid_post = "resid_post"
+    attn_out = "attn_out"
+    mlp_out = "mlp_out"
+
+
+class SignsOption(str, Enum):
+    """What singular vectors are turned towards, for the parser."""
+
+    layer = "layer"
+    final = "final"
+
+
+def _flag(param: Any) -> str:
+    """What a person types for a parameter."""
+    return max(param.opts, key=len) if param.param_type_name == "option" else f"the {param.name}"
+
+
+def plain(_context: Any, param: Any, value: Any) -> Any:
+    """Check an option's text, or each of several: not empty, and whole characters."""
+    if isinstance(value, list | tuple):
+        return [_text(_flag(param), one) for one in value]
+    return value if value is None else _text(_flag(param), value)
+
+
+def _text(name: str, value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # bytes that the locale does not have, as Python keeps them: perhaps they are UTF-8
+        try:
+            value = os.fsencode(value).decode("utf-8")
+        except UnicodeError:
+            raise PromptError(f"{name} is not UTF-8 text; give whole UTF-8 characters") from None
+    if "\0" in value:
+        raise PromptError(f"{name} has a NUL character; leave it out")
+    return arguments.text(name, value.removeprefix("\ufeff"))  # of "$(cat FILE)"
+
+
+def place(_context: Any, param: Any, value: Any) -> Any:
+    """Check the name of a file or of a model: not empty, and text that every library can open."""
+    name, path = _flag(param), "" if value is None else str(value)
+    if value is None:
+        return None
+    if not path.strip():
+        raise OptionError(f"{name} is empty: give a name")
+    if path == "-":
+        raise OptionError(f"{name} -: give a name; '-' is for the prompt alone")
+    if "\0" in path or not _encodes(path):
+        raise OptionError(f"{name}: the name is not UTF-8 in this locale; rename it, or set PYTHONUTF8=1")
+    return value
+
+
+def _encodes(path: str) -> bool:
+    try:
+        return bool(path.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
+
+
+def finite(least: float | None = None, above: float | None = None) -> Callable[..., Any]:
+    """Make a check of an option's number: finite, and in a range."""
+
+    def check(_context: Any, param: Any, value: Any) -> Any:
+        return value if value is None else arguments.real(_flag(param), value, least, above)
+
+    return check
+
+
+DEFAULT_MODEL = "gemma-3-270m"
+SEEDS = 2**63 - 1
+"""The largest seed that every random generator takes."""
+Prompt = Annotated[str, typer.Argument(help="The text to explain; '-' reads it from standard input.", callback=plain)]
+ModelName = Annotated[
+    str,
+    typer.Option(help="Packaged name (see 'loclin models'), hub id, local directory, or .gguf file.", callback=place),
+]
+Position = Annotated[int, typer.Option(help="Explain the prediction after this token; -1 is the last.")]
+Gate = Annotated[GateOption, typer.Option(help="Hold act(gate) (the paper), hold up, or the mean of both.")]
+Precision = Annotated[
+    PrecisionOption,
+    typer.Option(help="The map's own precision: the model's (stock), float32, float64; auto: at least float32."),
+]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16, or auto (as stored).", callback=plain)]
+Device = Annotated[Optional[str], typer.Option(help="Such as cpu or cuda:0.", callback=plain)]
+DeviceMap = Annotated[Optional[str], typer.Option(help="Spread the layers, such as auto.", callback=plain)]
+Revision = Annotated[Optional[str], typer.Option(help="A hub model's branch, tag or commit.", callback=plain)]
+Bos = Annotated[
+    Optional[bool],
+    typer.Option("--bos/--no-bos", help="Put a beginning token in front, or none; by default the tokenizer's way."),
+]
+Memory = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Memory for sweeps beside the map, such as 2GB. Default: a quarter of what is free.", callback=plain
+    ),
+]
+Json = Annotated[Optional[Path], typer.Option(help="Write everything to this JSON file.", callback=place)]
+Html = Annotated[Optional[Path], typer.Option(help="Write an interactive page to this file.", callback=place)]
+_OUTPUTS, _INPUTS = ("json", "html", "markdown", "save"), ("words", "operator", "model")
+_TENSORS = ".safetensors"
+
+
+running: ContextVar[Any] = ContextVar("running")
+"""The command that runs, as the parser has it."""
+
+
+def named() -> set[str]:
+    """The options that were typed, and not left to their defaults."""
+    context = running.get()
+    source = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, origin in source.items() if origin is not None and origin.name == "COMMANDLINE"}
+
+
+def exclude(option: str, *others: str, why: str) -> None:
+    """Refuse an option beside others that contradict it.
+
+    Raises
+    ------
+    OptionError
+        When both were typed.
+    """
+    typed = named()
+    for other in others:
+        if option in typed and other in typed:
+            pair = " and ".join(f"--{name.replace('_', '-')}" for name in (option, other))
+            raise OptionError(f"{pair} exclude one another: {why}")
+
+
+def check() -> None:
+    """Refuse what cannot work before anything is loaded, for whichever command runs.
+
+    Raises
+    ------
+    OutputError, OptionError
+        For an output that cannot be written, that is another output or an input, options that exclude one another, or
+        a budget that is none.
+    """
+    given = {name: value for name, value in running.get().params.items() if value is not None}
+    exclude("device", "device_map", why="one device, or layers that are spread")
+    if given.get("fresh") and "json" not in given:
+        raise OptionError("--fresh is about the JSON file; name it with --json")
+    outputs = {f"--{name}": given[name] for name in _OUTPUTS if name in given}
+    for path in outputs.values():
+        check_writable(path)
+    if (save := outputs.get("--save")) is not None:
+        if save.suffix != _TENSORS:
+            raise OutputError(f"cannot write {save}: results are safetensors files; call it {save}{_TENSORS}")
+        outputs["--save's facts"] = save.with_name(f"{save.name}.json")
+        check_writable(outputs["--save's facts"])
+    check_apart(outputs, {f"--{name}": Path(given[name]) for name in _INPUTS if _is_file(given.get(name))})
+    if "html" in given:
+        with importing():
+            from loclin.report import check_plotly
+
+        check_plotly()
+    if "memory" in given:
+        with importing():
+            from loclin.network import memory as budgets
+
+        budgets.parse(given["memory"])
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str | Path) and Path(value).exists()
+
+
+def read(prompt: str) -> str:
+    """Give the prompt's text, from standard input for '-'.
+
+    Raises
+    ------
+    PromptError
+        When it is empty, or not text.
+    """
+    return arguments.text("the prompt", read_prompt()) if prompt == "-" else prompt
+
+
+def linearized(
+    text: str,
+    model: str,
+    *,
+    gate: GateOption,
+    precision: PrecisionOption,
+    dtype: str,
+    device: str | None,
+    device_map: str | None,
+    revision: str | None,
+    bos: bool | None,
+    memory: str | None,
+) -> Linearization:
+    """Load a model and freeze it at a prompt."""
+    with importing():
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (what load will ask for)
+
+        from loclin.linearization import linearize
+        from loclin.models import load
+
+    with step(f"loading {model}"):
+        loaded = load(model, dtype=dtype, device=device, device_map=device_map, revision=revision)
+    Steps()("reading the prompt")
+    return linearize(loaded, text, gate=gate.value, precision=precision.value, bos=bos, memory=memory)
+
+
+def write(path: Path | None, make: Callable[[Path], None]) -> None:
+    """Write a result where it was asked for, and name the step: a page takes a while."""
+    if path is not None:
+        Steps()(f"writing {path}")
+        make(path)
+
+
+def wrote(*paths: Path | None) -> None:
+    """Say which files were written."""
+    for path in paths:
+        if path is not None:
+            stderr.print(f"wrote {escape(str(path))}")

@@ -1,0 +1,1 @@
+"""The exact linear maps that people hold, their spectra and their certificate."""

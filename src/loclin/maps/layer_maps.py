@@ -1,0 +1,299 @@
+"""The maps of every layer: from the embeddings to each, each layer's own, and from each to the end.
+
+Each is handed on as it is made and not kept. How they are made is a matter of cost: one forward sweep gives all maps
+from the embeddings, one backward sweep all maps to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from loclin.common.arguments import strings
+from loclin.common.brief import brief
+from loclin.common.sums import relative
+from loclin.common.surroundings import in_plain_torch
+from loclin.errors import OptionError
+from loclin.maps.linear_map import LinearMap
+from loclin.network import cost, memory
+from loclin.network.blocks import Workspace
+from loclin.network.chain import Chain
+from loclin.network.link import NormLink, batched_jvp, pushed_constants
+from loclin.network.points import Point
+from loclin.network.prefix import prefix_maps
+
+Mode = Literal["cumulative", "layerwise", "suffix"]
+"""`cumulative`: embed -> the point; `layerwise`: the layer's input -> the point; `suffix`: the point -> final."""
+Route = Literal["forward", "backward"]
+COMPONENTS = ("attn_out", "mlp_out", "resid_post")
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """One component's map at one layer.
+
+    Attributes
+    ----------
+    layer, component
+        Which.
+    maps
+        Each token's map `[T, d_out, d_in]`, a view that the next layer overwrites.
+    joint
+        The same side by side, `[d_out, T d_in]`.
+    value
+        y, the network's own value at the map's end `[d_out]`.
+    bias
+        What does not come from the map's source `[d_out]`.
+    reconstruction_error
+        |J x + b - y| / |y|.
+    """
+
+    layer: int
+    component: str
+    maps: Tensor
+    joint: Tensor
+    value: Tensor
+    bias: Tensor
+    reconstruction_error: float
+
+    __repr__ = brief
+
+
+def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[str, ...]:
+    """The components to look at: those asked for, or all that every layer has.
+
+    Raises
+    ------
+    OptionError
+        For one that does not exist, or that no module of a layer gives alone.
+    """
+    trace = chain.trace
+    if components is None:
+        parts = [call.block.parts for call in trace.layers]
+        known = [("attn_out", all(p.attn for p in parts)), ("mlp_out", all(p.mlp for p in parts)), ("resid_post", True)]
+        return tuple(name for name, there in known if there)
+    components = strings("components", components)
+    if not components or not set(components) <= set(COMPONENTS):
+        raise OptionError(f"components={components!r}: choose some of {', '.join(COMPONENTS)}")
+    for component in components:
+        for layer in range(trace.n_layers) if component != "resid_post" else ():
+            trace.part(layer, component)
+    return tuple(name for name in COMPONENTS if name in components)
+
+
+def plan_route(
+    chain: Chain, position: int, components: Sequence[str], budget: int | float | str | None = None
+) -> Route:
+    """The cheaper way to the maps from the embeddings: one forward sweep, or one backward for each component and layer.
+
+    By counted flops; the forward sweep is taken where its tangents fit the budget.
+    """
+    trace = chain.trace
+    forward = cost.prefix_sweep(chain, position, range(trace.length))
+    embed = Point("embed")
+    backward = sum(
+        cost.sweep(chain, embed, Point(name, layer), trace.width).flops
+        for name in components
+        for layer in range(trace.n_layers)
+    )
+    fits = forward.nbytes <= memory.budget(budget, trace.layers[0].hidden.device)
+    return "forward" if fits and forward.flops <= backward else "backward"
+
+
+@in_plain_torch
+def layer_maps(
+    chain: Chain,
+    mode: str,
+    position: int,
+    components: Sequence[str],
+    *,
+    normed: bool = True,
+    route: str | None = None,
+    budget: int | float | str | None = None,
+    progress: Callable[[int], None] = lambda _columns: None,
+) -> Iterator[LayerMap]:
+    """The maps of every layer, component by component (paper, section 3.4 and Figure 6).
+
+    Parameters
+    ----------
+    chain
+        The links.
+    mode
+        See `Mode`.
+    position
+        Where the maps end.
+    components
+        From `check_components`.
+    normed
+        Put the final norm, frozen at the point's own value, on top of maps that end at a layer.
+    route
+        For `cumulative`: `"forward"` or `"backward"`; `plan_route`'s choice unless given.
+    budget
+        Of memory, for sweeps.
+    progress
+        Told how many columns have passed a layer.
+
+    Yields
+    ------
+    LayerMap
+        From the first layer to the last; of `suffix` from the last to the first.
+
+    Raises
+    ------
+    OptionError
+        For a mode that does not exist.
+
+    Notes
+    -----
+    Cost: `cumulative` one forward sweep (`loclin.network.cost.prefix_sweep`) or (L + 1) / 2 dense maps for each
+    component; `layerwise` up to one dense map for each component; `suffix` one dense map. All: one column
+    for the biases.
+    """
+    for name, given, known in (("mode", mode, get_args(Mode)), ("route", route, get_args(Route))):
+        if given not in known and given is not None:
+            raise OptionError(f"{name}={given!r}: choose one of {', '.join(known)}")
+    held = _constants(chain)
+    if mode == "suffix":
+        yield from _suffix(chain, position, components, held, progress)
+        return
+    if mode == "layerwise":
+        found = _layerwise(chain, position, components, progress)
+    elif (route or plan_route(chain, position, components, budget)) == "forward":
+        found = _forward(chain, position, components, progress)
+    else:
+        found = _backward(chain, position, components, budget, progress)
+    embed = Point("embed")
+    for point, maps in found:
+        layer, name = point.layer, point.kind
+        assert layer is not None
+        value, bias = chain.trace.value(point)[position].to(maps), held[layer].at[name][position].to(maps)
+        x = chain.trace.value(Point("resid_pre", layer) if mode == "layerwise" else embed).to(maps)
+        if mode == "layerwise":
+            bias = bias - _apply(maps, held[layer].at["resid_pre"])
+        if normed:
+            norm = chain.norm(point, position)
+            (bias,) = norm.jvp(bias[None]).to(maps)
+            bias += sum(c.to(maps) for c in norm.constants().values())
+            value, maps = norm.value().to(maps), _on_top(norm, maps)
+        yield _layer_map(point, maps, value, bias, x)
+
+
+def _apply(maps: Tensor, x: Tensor) -> Tensor:
+    """The sum over tokens of J_i x_i."""
+    return torch.bmm(maps, x.to(maps).unsqueeze(-1)).sum(0)[:, 0]
+
+
+def _layer_map(point: Point, maps: Tensor, value: Tensor, bias: Tensor, x: Tensor) -> LayerMap:
+    side_by_side = maps.transpose(0, 1)
+    joint = side_by_side.flatten(1) if side_by_side.is_contiguous() else maps.mT.flatten(0, 1).mT
+    assert point.layer is not None
+    return LayerMap(point.layer, point.kind, maps, joint, value, bias, relative(_apply(maps, x) + bias - value, value))
+
+
+def _on_top(norm: NormLink, maps: Tensor) -> Tensor:
+    """A frozen norm on top of maps. Cost: d columns through the norm, and a product where it is not diagonal."""
+    matrix = norm.jvp(torch.eye(maps.shape[1], dtype=maps.dtype, device=maps.device)).to(maps).mT
+    diagonal = matrix.diagonal()
+    return maps.mul_(diagonal[:, None]) if torch.equal(matrix, diagonal.diag()) else matrix @ maps
+
+
+def _forward(
+    chain: Chain, position: int, components: Sequence[str], progress: Callable[[int], None]
+) -> Iterator[tuple[Point, Tensor]]:
+    for layer, found in prefix_maps(chain, position, range(chain.trace.length), components, progress):
+        for name in components:
+            yield Point(name, layer), found[name].mT
+
+
+def _backward(
+    chain: Chain,
+    position: int,
+    components: Sequence[str],
+    budget: int | float | str | None,
+    progress: Callable[[int], None],
+) -> Iterator[tuple[Point, Tensor]]:
+    for layer in range(chain.trace.n_layers):
+        for name in components:
+            J = LinearMap(chain, Point("embed"), Point(name, layer), position, budget=budget)
+            yield Point(name, layer), J.dense().transpose(0, 1)
+            progress(J.shape[0] * (layer + 1))
+
+
+def _layerwise(
+    chain: Chain, position: int, components: Sequence[str], progress: Callable[[int], None]
+) -> Iterator[tuple[Point, Tensor]]:
+    for layer in range(chain.trace.n_layers):
+        for name in components:
+            J = LinearMap(chain, Point("resid_pre", layer), Point(name, layer), position)
+            yield Point(name, layer), J.dense().transpose(0, 1)
+            progress(J.shape[0])
+
+
+def _suffix(
+    chain: Chain,
+    position: int,
+    components: Sequence[str],
+    held: list[_Held],
+    progress: Callable[[int], None],
+) -> Iterator[LayerMap]:
+    """Maps to `final`, by-products of one backward sweep; a source off the residual stream has that stream's map."""
+    trace, end = chain.trace, Point("final")
+    norm, last = chain.norm(end, position), held[-1].at["resid_post"][position]
+    value = trace.value(end)[position]
+    total = norm.jvp(last[None])[0] + sum(norm.constants().values(), start=torch.zeros_like(value))
+    basis = torch.eye(len(value), dtype=trace.dtype, device=value.device)
+    halves = "attn_out" in components
+    layer, middle = trace.n_layers - 1, False
+    chunk = chain.chunk(len(basis), len(basis))
+    for pulled in chain.backward(basis, Point("embed"), end, position, chunk=chunk, halves=halves):
+        progress(len(basis))
+        if layer < 0:
+            return
+        maps = pulled.transpose(0, 1)
+        before_mlp = middle and not held[layer].parallel  # what attention adds passes the MLP, unless that is beside it
+        bias = total.to(maps) - _apply(maps, held[layer].at["resid_mid" if before_mlp else "resid_post"])
+        for name in [name for name in components if (name == "attn_out") == middle]:
+            point, own = Point(name, layer), bias
+            x = trace.value(point).to(maps)
+            if name != "resid_post":
+                after = trace.stream(2 * layer + (1 if before_mlp else 2))[0]
+                own = bias + _apply(maps, after.to(maps) - x)
+            yield _layer_map(point, maps, value.to(maps), own, x)
+        layer -= 1 if middle or not halves else 0
+        middle = halves and not middle
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What biases before a layer's points give there `[T, d]`, and whether its MLP stands beside its attention."""
+
+    at: dict[str, Tensor]
+    parallel: bool = False
+
+
+def _constants(chain: Chain) -> list[_Held]:
+    """What biases before a point give there: at every point of every layer. Cost: one column."""
+    trace, workspace = chain.trace, Workspace()
+    stream = torch.zeros(trace.length, trace.width, dtype=trace.dtype, device=trace.layers[0].hidden.device)
+    found = []
+    for index, link in enumerate(chain.layers):
+        layer, at, parallel = chain.products(index, workspace), {"resid_pre": stream}, False
+        if layer is not None:
+            attended, moved = layer.affine(stream)
+            at |= {"attn_out": attended, "mlp_out": moved, "resid_mid": stream + attended.to(stream.device)}
+            stream = stream + (attended + moved).to(stream.device)
+        else:
+            graph = link.graph(collect=True)
+            parallel = graph.parallel
+            for name in graph.points.keys() - {"resid_pre"}:
+                push = batched_jvp(graph.points[name], graph.points["resid_pre"])
+                (pushed,) = push(stream[None, None].to(link.device))
+                inside = pushed_constants(graph.points[name], graph.constants)
+                at[name] = sum(inside.values(), start=pushed[0])
+            stream = at["resid_post"].to(stream.device)
+        found.append(_Held(at | {"resid_post": stream}, parallel))
+    return found

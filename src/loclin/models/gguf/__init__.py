@@ -1,0 +1,1 @@
+"""GGUF files: found, checked, converted once, and cached."""

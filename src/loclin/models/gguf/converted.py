@@ -1,0 +1,130 @@
+"""Load a GGUF model from its converted copy, checking the copy while it loads."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from loclin.errors import ModelError
+from loclin.models import pretrained
+from loclin.models.gguf import cache, manifest
+from loclin.models.gguf.source import GgufSource
+from loclin.models.model import Model, Source, describe
+
+# what transformers notes in tokenizer_config.json about itself, and does not take back
+NOTES = ("backend", "tokenizer_class", "is_local", "local_files_only")
+
+
+def load(source: GgufSource, name: str, kind: Source, arguments: dict[str, Any], bos_token: str | None = None) -> Model:
+    """Load a GGUF model, converting it first where no sound copy exists.
+
+    Parameters
+    ----------
+    source
+        The GGUF file.
+    name
+        What the user calls it.
+    kind
+        What kind of place it came from.
+    arguments
+        For `from_pretrained`.
+    bos_token
+        Its beginning-of-text token, where that is known better than from its tokenizer.
+
+    Raises
+    ------
+    ModelError
+        When it can neither be read from the cache nor converted.
+    """
+    path = cache.obtain(source)
+    with cache.readable(path, name):
+        try:
+            return _read(path, source, name, kind, arguments, bos_token)
+        except _AlteredError as fault:
+            _replace(path, source, fault)
+        try:
+            return _read(path, source, name, kind, arguments, bos_token)
+        except _AlteredError as fault:
+            raise ModelError(f"The converted copy of {name} in {path} does not stay as written: {fault}.") from fault
+
+
+class _AlteredError(Exception):
+    """A copy's files are not as they were written."""
+
+
+def _read(
+    path: Path, source: GgufSource, name: str, kind: Source, arguments: dict[str, Any], bos_token: str | None
+) -> Model:
+    record = manifest.read(path)
+    if record is None:  # removed or replaced since it was found
+        raise _AlteredError("its manifest is gone")
+    # Hashing a gigabyte takes seconds, and so does loading it. A copy holds data only, so nothing in it runs
+    # before the verdict is in.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        verdict = pool.submit(record.faults, path)
+        failure: ModelError | None = None
+        try:
+            hf = pretrained.read(str(path), name, arguments)
+            tokenizer = _tokenizer(path)  # last: its parser keeps the interpreter lock, and hashing must have begun
+            model = describe(
+                hf,
+                tokenizer,
+                name=name,
+                source=kind,
+                sha256=source.sha256,
+                stored_dtype=record.stored_dtype,
+                bos_token=bos_token,
+            )
+        except ModelError as fault:
+            failure = fault
+        try:
+            faults = verdict.result()
+        except PermissionError:
+            raise
+        except OSError as fault:
+            raise _AlteredError(str(fault)) from fault
+    if faults:
+        raise _AlteredError(", ".join(faults))
+    if failure is not None:
+        raise failure
+    return model
+
+
+def _replace(path: Path, source: GgufSource, fault: _AlteredError) -> None:
+    """Convert again, and say so; without the source, say what to do."""
+    try:
+        source.find()
+    except ModelError as missing:
+        raise ModelError(
+            f"The converted copy of {source.name} in {path} is damaged ({fault}): remove it "
+            f"(loclin models remove {path.name}). To convert it again: {missing}"
+        ) from fault
+    warnings.warn(f"The converted copy of {source.name} was altered ({fault}); converting again.", stacklevel=2)
+    cache.rebuild(source)
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Read a copy's tokenizer straight from its one file.
+
+    `from_pretrained` gives the same tokenizer, but parses a large vocabulary twice more in Python: 4.6 s
+    instead of 2 s for Gemma.
+    """
+    file = path / "tokenizer.json"
+    try:
+        if not file.is_file():
+            return pretrained.read_tokenizer(str(path), path.name, {})
+        options = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = path / "chat_template.jinja"
+        if template.is_file():
+            options["chat_template"] = template.read_text(encoding="utf-8")
+        kept = {key: value for key, value in options.items() if key not in NOTES}
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), **kept)
+    except ModelError:
+        raise
+    except Exception as fault:  # the tokenizers library raises bare Exceptions
+        raise ModelError(f"The tokenizer in {path} cannot be read: {fault}") from fault

@@ -1,0 +1,177 @@
+"""What can be given as a prompt, as token ids; and what a reader should know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from loclin.errors import PromptError
+from loclin.models import Model
+from loclin.models.encoding import appended
+from loclin.models.padding import without_padding
+
+Prompt = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
+"""What can be given as a prompt: see `read_prompt`."""
+Numbers = Tensor | np.ndarray | Sequence[Any]
+_SHAPE = "token ids must have the shape [1, T] with T > 0"
+_KINDS = ("image", "video", "audio", "vision")
+"""What the names of placeholder tokens begin with, in the configs of models that take more than text."""
+
+
+def read_prompt(
+    model: Model, prompt: Prompt, attention_mask: Numbers | None = None, bos: bool | str | None = None
+) -> Int[Tensor, "1 T"]:
+    """A text, token ids in any form, or a tokenizer's output as ids `[1, T]`, without padding.
+
+    Ids are a tensor or array `[T]` or `[1, T]`, or a list of numbers; a tokenizer's output is a mapping with
+    `input_ids`, whose `attention_mask` is used.
+
+    Raises
+    ------
+    PromptError
+        For anything else, several prompts, or ids that the model has no place for; for padding between tokens.
+    """
+    if isinstance(prompt, str):
+        if attention_mask is not None:
+            raise PromptError("an attention mask belongs to token ids; text has no padding")
+        return model.encode(prompt, bos=bos)
+    if isinstance(prompt, Mapping):
+        if "input_ids" not in prompt:
+            raise PromptError(f"a prompt with {', '.join(map(str, prompt)) or 'nothing'} lacks input_ids")
+        mask = prompt.get("attention_mask") if attention_mask is None else attention_mask
+        prompt, attention_mask = prompt["input_ids"], mask
+    ids = _row(as_ids(prompt))
+    if attention_mask is not None:
+        (ids,) = without_padding(ids, _row(as_ids(attention_mask, bools=True)))
+    return checked(model, ids)
+
+
+def as_ids(given: Any, *, bools: bool = False) -> Tensor:
+    """Whole numbers of a tensor, an array or (nested) lists as a tensor of integers; True and False are none.
+
+    Raises
+    ------
+    PromptError
+        For other numbers, lists of several lengths, and what is no list of numbers at all.
+    """
+    if not isinstance(given, Tensor):
+        if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, (str, bytes)):
+            raise PromptError(f"a prompt is a text or token ids, not {type(given).__name__}")
+        if isinstance(given, Sequence) and given and all(isinstance(row, Tensor) for row in given):
+            given = [row.tolist() for row in given]
+        if isinstance(given, Sequence) and any(isinstance(one, str) for one in given):
+            raise PromptError("a list of texts is several prompts: loclin.linearize_batch takes them")
+        if not bools and _holds_bool(given):
+            raise PromptError("True and False are no token ids; an attention mask goes into attention_mask=")
+        try:
+            given = torch.as_tensor(np.asarray(given))
+        except (TypeError, ValueError):  # lists of several lengths, or of anything
+            raise PromptError("token ids must be one list of whole numbers") from None
+        if not given.numel():
+            raise PromptError(f"{_SHAPE}, not {list(given.shape)}")
+    if given.is_floating_point() or given.is_complex() or (given.dtype == torch.bool and not bools):
+        raise PromptError(f"token ids must be whole numbers, not {str(given.dtype).removeprefix('torch.')}")
+    return cast("Tensor", given.long())
+
+
+def checked(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
+    """Refuse token ids that the model has no place for.
+
+    Raises
+    ------
+    PromptError
+        For another shape, too many, or one that the model has no embedding for.
+    """
+    if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
+        raise PromptError(f"{_SHAPE}, not {list(input_ids.shape)}")
+    if model.context_length is not None and input_ids.numel() > model.context_length:
+        raise PromptError(
+            f"The prompt has {input_ids.numel()} tokens; {model.info.name} takes at most {model.context_length}."
+        )
+    vocabulary = cast("Tensor", model.hf.get_input_embeddings().weight).shape[0]
+    if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        raise PromptError(f"token ids must be whole numbers from 0 to {vocabulary - 1}")
+    return input_ids
+
+
+def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: bool = False) -> list[str]:
+    """What is odd about a prompt's ids: ends, padding, placeholders, ids without a token.
+
+    `appends` says that the prompt was a text that the tokenizer would have put an end behind.
+    """
+    ids, found = input_ids[0].tolist(), []
+    ends, pad = _ends(model), _pad(model)
+    if appends and model.tokenizer is not None and (behind := appended(model.tokenizer)):
+        names = " ".join(model.decode_each(behind))
+        found.append(
+            f"The tokenizer puts {names} behind every text; it is left out, so that the prediction is what follows the "
+            "text. Give token ids to keep it."
+        )
+    if ids[-1] in ends and len(ids) > 1:
+        found.append(
+            f"The prompt ends with {_name(model, ids[-1])}, which ends a text: the prediction is what the model says "
+            "after the end. Leave it out to explain what follows the words."
+        )
+    if pad is not None and len(ids) > 1:
+        # a text may begin with what else stands for padding, but not twice
+        begins = ids[0] == pad and (pad != model.bos or ids[1] == pad)
+        if begins or (ids[-1] == pad and pad not in ends):
+            found.append(
+                f"The prompt {'begins' if begins else 'ends'} with {_name(model, pad)}, which is padding: it counts as "
+                "a word here. Pass the tokenizer's attention_mask, and padding is left out."
+            )
+    kinds = _placeholders(model)
+    for token in dict.fromkeys(ids):
+        if token in kinds:
+            found.append(
+                f"{_name(model, token)} stands for {kinds[token]}, which loclin does not pass to the model: the map "
+                "is that of the placeholder's own embedding."
+            )
+        elif model.tokenizer is not None and not model.tokens.knows(token):
+            found.append(f"Token {token} is none of the tokenizer's: nobody can have trained its embedding.")
+    return found
+
+
+def _name(model: Model, token: int) -> str:
+    return f"token {token}" if model.tokenizer is None else model.decode_each([token])[0]
+
+
+def _holds_bool(given: Any) -> bool:
+    if isinstance(given, np.ndarray):
+        return given.dtype == np.bool_
+    if isinstance(given, Sequence):
+        return any(_holds_bool(one) for one in given)
+    return isinstance(given, (bool, np.bool_))
+
+
+def _row(ids: Tensor) -> Tensor:
+    return ids[None] if ids.dim() == 1 else ids
+
+
+def _ends(model: Model) -> set[int]:
+    """The tokens that end a text: the tokenizer's end and separator, and those at which generation stops."""
+    tokenizer = model.tokenizer
+    named = [] if tokenizer is None else [tokenizer.eos_token_id, tokenizer.sep_token_id]
+    return model.stops | {token for token in named if isinstance(token, int)}
+
+
+def _pad(model: Model) -> int | None:
+    tokenizer = model.tokenizer
+    holder = model.hf.config.get_text_config() if tokenizer is None else tokenizer
+    named = getattr(holder, "pad_token_id", None)
+    return named if isinstance(named, int) else None
+
+
+def _placeholders(model: Model) -> dict[int, str]:
+    """The ids that stand for what is no text, and for what."""
+    named = {**vars(model.hf.config.get_text_config()), **vars(model.hf.config)}
+    return {
+        token: name.partition("_")[0]
+        for name, token in named.items()
+        if name.startswith(_KINDS) and name.endswith(("_token_id", "_token_index")) and isinstance(token, int)
+    }

@@ -1,0 +1,124 @@
+"""Where a model keeps its layers and its head: found by looking, so that a new family needs no line here.
+
+What a table still says is only which weights explicit links may multiply with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loclin.common.brief import brief
+from loclin.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Paths, from a layer, of the parts on the linear path: what explicit links multiply with.
+
+    The `_norm`s stand before a block, the `_post` ones behind it; None where there is none. `fused`: v is the last part
+    of one matrix with q and k, and the gate is the first half of one matrix with up.
+    """
+
+    attn_norm: str | None = "input_layernorm"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    attn_post: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    mlp_post: str | None = None
+    fused: bool = False
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The paths of what has a weight matrix."""
+        return self.v, self.o, self.gate, self.up, self.down
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths there are."""
+        norms = (self.attn_norm, self.attn_post, self.mlp_norm, self.mlp_post)
+        return (*self.matrices, *(path for path in norms if path is not None))
+
+
+_FOUR_NORMS = Weights(
+    attn_post="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post="post_feedforward_layernorm",
+)
+_NORMS_BEHIND = Weights(
+    attn_norm=None,
+    attn_post="post_attention_layernorm",
+    mlp_norm=None,
+    mlp_post="post_feedforward_layernorm",
+)
+_FUSED = Weights(v="self_attn.qkv_proj", gate="mlp.gate_up_proj", up="mlp.gate_up_proj", fused=True)
+EXPLICIT: dict[str, Weights] = {
+    **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), Weights()),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _FOUR_NORMS),
+    **dict.fromkeys(("olmo2", "olmo3"), _NORMS_BEHIND),
+    "phi3": _FUSED,
+}
+"""Families whose layers have explicit products; generic links serve every other."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model.
+
+    `decoder` is the text decoder, `layers` its blocks, `head` the output embeddings. `weights` is given where explicit
+    links know the family.
+    """
+
+    decoder: nn.Module
+    layers: tuple[nn.Module, ...]
+    head: nn.Module
+    weights: Weights | None
+
+    __repr__ = brief
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix `[V, d]`, detached."""
+        return cast("Tensor", self.head.weight).detach()
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    """Find a model's decoder, its layers and its output head. Cost: a walk over its modules.
+
+    Raises
+    ------
+    ModelError
+        When it has no output head.
+    """
+    decoder: nn.Module | None = model.get_decoder()
+    if decoder is None or decoder is model:
+        decoder = model.base_model
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ModelError(f"{type(model).__name__} has no output head: loclin needs a causal language model")
+    family = model.config.get_text_config().model_type
+    layers, weights = _blocks(decoder) or _blocks(model), EXPLICIT.get(family)
+    known = weights is not None and all(_has(layer, weights) for layer in layers)
+    return Anatomy(decoder, layers, head, weights if known else None)
+
+
+def _has(layer: nn.Module, weights: Weights) -> bool:
+    """Whether a layer is the family's own, with every part in its place; code beside it may borrow its config."""
+    own = type(layer).__module__.startswith("transformers.models.")
+    return own and set(weights.paths) <= {path for path, _ in layer.named_modules()}
+
+
+def _blocks(root: nn.Module) -> tuple[nn.Module, ...]:
+    """The members of the largest list of modules that is not inside another list."""
+    lists = {name: module for name, module in root.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [
+        module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists if other)
+    ]
+    largest = max(outermost, key=lambda module: sum(p.numel() for p in module.parameters()), default=None)
+    return () if largest is None else tuple(largest)

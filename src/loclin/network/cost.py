@@ -1,0 +1,141 @@
+"""What sweeps cost before they are run: columns, flops, and seconds on this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from loclin.common.surroundings import exact_arithmetic
+from loclin.network.chain import Chain
+from loclin.network.points import Point
+
+_SIDE = 1024
+_GENERIC = 1.3
+"""Autograd's products against the flops of the linear path (a jvp is two vjps, less what is not asked for)."""
+_BYTES_PER_SECOND = 1.5e10
+_SECONDS_PER_LAYER = 5e-4
+"""What a layer takes besides its flops: reading the weights, and the calls."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The price of something: columns pushed or pulled, floating-point operations, seconds, bytes held."""
+
+    columns: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    nbytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.columns + other.columns,
+            self.flops + other.flops,
+            self.seconds + other.seconds,
+            max(self.nbytes, other.nbytes),
+        )
+
+
+@cache
+@exact_arithmetic()
+def rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Flops per second of one large matrix product. Cost: a few hundredths of a second, once in a process."""
+    a, b = torch.ones(2, _SIDE, _SIDE, dtype=dtype, device=device)
+    out = torch.empty_like(a)
+    fastest = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * _SIDE**3 / fastest
+
+
+def products(flops: float, chain: Chain, efficiency: float = 1.0, dtype: torch.dtype | None = None) -> Cost:
+    """Dense linear algebra of so many flops, at a share of the speed of one large product."""
+    trace = chain.trace
+    speed = rate(trace.layers[0].hidden.device, dtype or trace.dtype)
+    return Cost(flops=flops, seconds=flops / (speed * efficiency))
+
+
+def sweep(chain: Chain, source: Point, target: Point, columns: int) -> Cost:
+    """One sweep of a block of columns between two points, forward or backward.
+
+    With explicit products: 2 T n d_head d (H + H_kv) for O and V, 2 n T^2 d_head H for mixing, and for the MLP
+    4 T n d f (its factors) or 2 T d^2 (f + n) (its matrices formed), whichever is less. In the last layer only the
+    target's position counts for all but V.
+    """
+    trace, flops, nbytes, layers = chain.trace, 0.0, 0, 0
+    steps = chain.steps(source, target)
+    for index, below, above in steps:
+        active = 1 if index == steps[-1][0] else trace.length
+        own, weights = _layer(chain, index, columns, chain.explicit and trace.explicit[index], (below, above), active)
+        flops, nbytes, layers = flops + own, nbytes + weights, layers + 1
+    seconds = products(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + layers * _SECONDS_PER_LAYER
+    held = columns * trace.length * trace.width * trace.dtype.itemsize
+    return Cost(columns, flops, seconds if columns else 0.0, held)
+
+
+def prefix_sweep(chain: Chain, position: int, tokens: range) -> Cost:
+    """One forward sweep of d columns for each of some tokens, from the embeddings through every layer.
+
+    A token's columns are zero before it, so explicit products take them through the positions behind it alone, and
+    form each position's MLP once for all tokens: 2 T d^2 f, and 2 d^3 + 2 d^2 d_head (H + H_kv) for each two tokens.
+    """
+    trace, d, flops, nbytes = chain.trace, chain.trace.width, 0.0, 0
+    spans = [position + 1 - i if trace.causal else trace.length for i in tokens if i <= position or not trace.causal]
+    for index in range(trace.n_layers):
+        if not (chain.explicit and trace.explicit[index]):
+            own, weights = _layer(chain, index, d * len(spans), explicit=False, active=trace.length)
+        else:
+            f, inner, values, branches = _sizes(chain, index)
+            pairs, mixed = sum(spans), sum(span * span for span in spans)
+            formed = 2 * max(spans, default=0) * d * d * branches * f
+            own = float(formed + 2 * pairs * d * d * (d + inner + values) + 2 * mixed * d * inner)
+            weights = d * ((1 + branches) * f + inner + values) * trace.dtype.itemsize
+        flops, nbytes = flops + own, nbytes + weights
+    seconds = products(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + trace.n_layers * _SECONDS_PER_LAYER
+    # On a CPU, memory that is never touched takes none.
+    blocks = sum(spans) if trace.layers[0].hidden.device.type == "cpu" else len(spans) * max(spans, default=0)
+    return Cost(d * len(spans), flops, seconds, blocks * d * d * trace.dtype.itemsize)
+
+
+def _layer(
+    chain: Chain,
+    index: int,
+    columns: int,
+    explicit: bool,
+    ends: tuple[str, str] = ("resid_pre", "resid_post"),
+    active: int = 1,
+) -> tuple[float, int]:
+    """(flops, bytes of weights) between two points of a layer, with so many positions that matter behind it."""
+    trace, d = chain.trace, chain.trace.width
+    if not explicit:
+        modules = trace.layers[index].block.module.modules()
+        matrices = sum(part.weight.numel() for part in modules if isinstance(part, nn.Linear))
+        return float(_GENERIC * 2 * columns * trace.length * matrices), matrices * trace.dtype.itemsize
+    f, inner, values, branches = _sizes(chain, index)
+    flops, numbers = 0, 0
+    if ends[0] == "resid_pre":
+        flops += 2 * columns * (d * (active * inner + trace.length * values) + active * trace.length * inner)
+        numbers += d * (inner + values)
+    if ends[1] in ("mlp_out", "resid_post"):
+        flops += active * min(2 * columns * d * f * (1 + branches), 2 * d * d * (branches * f + columns))
+        numbers += d * (1 + branches) * f
+    return float(flops), numbers * trace.dtype.itemsize
+
+
+def _sizes(chain: Chain, index: int) -> tuple[int, int, int, int]:
+    """(f, the width of all heads, that of all values, how many branches of the MLP are live) of an explicit layer."""
+    weights, module = chain.trace.anatomy.weights, chain.trace.layers[index].block.module
+    assert weights is not None
+    down, o, v = (module.get_submodule(path) for path in (weights.down, weights.o, weights.v))
+    assert isinstance(down, nn.Linear)
+    assert isinstance(o, nn.Linear)
+    assert isinstance(v, nn.Linear)
+    values = (v.out_features - o.in_features) // 2 if weights.fused else v.out_features
+    return down.in_features, o.in_features, values, 2 if chain.hold.gate == "half" else 1

@@ -1,0 +1,1 @@
+"""How the explanation of every layer looks."""

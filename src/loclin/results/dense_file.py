@@ -1,0 +1,205 @@
+"""A dense map in a NumPy file, written row by row: an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import mmap
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loclin.common.access import reason
+from loclin.errors import OptionError, OutputError, ResultError
+from loclin.models.quiet import status
+from loclin.results.files import check_writable, write_text
+
+FORMAT = "loclin dense map 1"
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""To map more than there is memory: only what is written to takes some. (Python has its name from 3.13.)"""
+
+
+class DenseFile:
+    """A dense map `[d_out, T, d_in]` in the file `path`, and what it is of in `PATH.json`.
+
+    Until all rows are there, they are in `PATH.partial`; the `.json` counts those that are on the disk. The hidden
+    `.lock` beside them may be deleted when nobody writes.
+
+    Parameters
+    ----------
+    path
+        The `.npy` file.
+    shape, dtype
+        The map's.
+    key
+        Which map it is, as JSON can hold it. A file with another key is refused.
+
+    Raises
+    ------
+    OptionError
+        When NumPy has no such dtype.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], shape: tuple[int, int, int], dtype: torch.dtype, key: dict[str, Any]
+    ) -> None:
+        self.path = Path(os.path.realpath(path))
+        self._beside = self.path.with_name(f"{self.path.name}.json")
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self._shape, self._dtype = shape, dtype
+        self._key = json.loads(json.dumps(key))
+        self._header = _header(shape, dtype)
+        self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
+
+    def obtain(self, rows_from: Callable[[int], Iterator[tuple[slice, Tensor]]]) -> Tensor:
+        """Open the file; write what is missing first.
+
+        `rows_from(start)` gives the rows from `start` on, in order. Of two processes the second waits for the first.
+
+        Returns
+        -------
+        Tensor
+            `[d_out, T, d_in]` on the CPU, read from the file as it is used; writing to it leaves the file as it is.
+
+        Raises
+        ------
+        OutputError
+            When the file cannot be written, or the disk has no room for it.
+        ResultError
+            When there is a file of another map, or one that was altered.
+        """
+        if not os.path.isfile(self.path):  # noqa: PTH113 - which never raises
+            check_writable(self.path)
+        found = self._read()
+        if found is None:
+            with self._lock():
+                found = self._read()
+                if found is None:
+                    try:
+                        self._write(rows_from)
+                    except OSError as error:
+                        raise OutputError(f"cannot write {self.path}: {reason(error, self.path)}") from error
+                    found = self._read()
+        assert found is not None
+        return found
+
+    def _read(self) -> Tensor | None:
+        """As `_open`, with the disk's complaints as errors of loclin."""
+        try:
+            return self._open()
+        except OSError as error:
+            raise ResultError(
+                f"cannot read {self.path}: {reason(error, self.path)}; chmod it or choose another path"
+            ) from error
+
+    def _open(self) -> Tensor | None:
+        """The whole map, mapped; None when it has yet to be written."""
+        done = self._rows_done()
+        if not self.path.exists():
+            return None
+        with self.path.open("rb") as file:
+            whole = len(self._header) + self._shape[0] * self._row_bytes
+            size = os.fstat(file.fileno()).st_size
+            if done != self._shape[0] or size != whole or file.read(len(self._header)) != self._header:
+                raise ResultError(
+                    f"{self.path} is not as it was written ({size:,} bytes, not {whole:,}): {self._ways_out}"
+                )
+            mapped = mmap.mmap(
+                file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        count = math.prod(self._shape)
+        return torch.frombuffer(mapped, dtype=self._dtype, count=count, offset=len(self._header)).reshape(self._shape)
+
+    @property
+    def _ways_out(self) -> str:
+        return f"delete it and {self._beside.name}, or choose another path"
+
+    def _rows_done(self) -> int:
+        """How many rows are written, by the file beside it; refuses files that belong to something else."""
+        try:
+            record = json.loads(self._beside.read_text(encoding="utf-8"))
+            done, key = record["rows"], record["key"]
+            known = record["format"] == FORMAT
+        except FileNotFoundError:
+            if self.path.exists():
+                raise ResultError(f"{self.path} is there already, and not by loclin: {self._ways_out}") from None
+            return 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResultError(f"{self._beside} cannot be read ({error}): {self._ways_out}") from error
+        if not known:
+            raise ResultError(f"{self._beside} has another format than {FORMAT!r}: {self._ways_out}")
+        if key != self._key:
+            differing = ", ".join(name for name in {**key, **self._key} if key.get(name) != self._key.get(name))
+            raise ResultError(f"{self.path} is of another map (different: {differing}): {self._ways_out}")
+        return done
+
+    def _write(self, rows_from: Callable[[int], Iterator[tuple[slice, Tensor]]]) -> None:
+        total, start = self._shape[0], len(self._header)
+        there = self._partial.stat().st_size - start if self._partial.exists() else 0
+        done = max(0, min(self._rows_done(), there // self._row_bytes))
+        needed, free = (total - done) * self._row_bytes, shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise OutputError(
+                f"cannot write {self.path}: it takes {needed / 1e9:.3g} GB more and {free / 1e9:.3g} GB are free; "
+                "make room or choose a path on another disk"
+            )
+        with self._partial.open("r+b" if done else "wb") as file:
+            if not done:
+                file.write(self._header)
+            file.seek(start + done * self._row_bytes)
+            file.truncate()
+            self._note(done)
+            with tqdm(
+                total=total, initial=done, desc="dense map", unit="row", delay=2, leave=False, disable=None
+            ) as bar:
+                for where, part in rows_from(done):
+                    for row in part:  # one by one: a chunk is laid out by token, and would be copied whole
+                        file.write(row.contiguous().cpu().numpy())
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self._note(where.stop)
+                    bar.update(len(part))
+        self._partial.replace(self.path)
+
+    def _note(self, done: int) -> None:
+        """Say how many rows are on the disk."""
+        record = {"format": FORMAT, "rows": done, "of": self._shape[0], "shape": self._shape, "key": self._key}
+        write_text(self._beside, json.dumps(record, ensure_ascii=False, indent=1))
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Write alone."""
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with status(f"Waiting for another process that is writing {self.path.name} …"):
+                lock.acquire()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {reason(error, self.path)}; choose another path") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _header(shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:
+    """The beginning of a `.npy` file."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.bfloat16:
+        raise OptionError(f'NumPy has no {name}, so no file can hold this map; linearize with precision="single"')
+    header = io.BytesIO()
+    facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(name)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, facts)
+    return header.getvalue()

@@ -1,0 +1,301 @@
+"""The command line as a person uses it: real processes on a tiny model in a directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from loclin.cli import app
+from loclin.maps.layer_spectra import LayerSpectra
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-c", "from loclin.cli import main; main()", *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def run(*arguments, stdin=""):
+    process = start(*arguments)
+    out, err = process.communicate(stdin, timeout=300)
+    return process.returncode, out, err
+
+
+def test_explain(directory, tmp_path):
+    written, page = tmp_path / "out.json", tmp_path / "out.html"
+    code, out, err = run(
+        "explain", "w3 w4 w5 w6", "--model", directory, "--bos", "--k", 2, "--json", written, "--html", page
+    )
+    assert (code, "error" in err) == (0, False), err
+    assert "EXACT" in out
+    assert "bit-identical" in out
+    read = json.loads(written.read_text())
+    assert [token["text"] for token in read["tokens"]] == ["<s>", " w3", " w4", " w5", " w6"]
+    total = sum(token["share"] for token in read["tokens"]) + read["bias_share"]
+    assert total == pytest.approx(read["target"]["value"], rel=1e-5)
+    assert page.read_text().lower().startswith("<!doctype html>")
+
+
+def test_explain_generate(directory, tmp_path):
+    written, page = tmp_path / "out.json", tmp_path / "out.html"
+    common = ("explain", "w3 w4 w5", "--model", directory, "--bos", "--k", 2, "--generate", 2)
+    code, out, err = run(*common, "--json", written, "--html", page)
+    assert (code, "error" in err) == (0, False), err
+    read = json.loads(written.read_text())
+    assert [step["target"]["text"].replace(" ", "·") in out for step in read["steps"]] == [True, True]
+    assert page.read_text().count("<details>") == 2
+    code, _, err = run(*common, "--position", 1)
+    assert code == 2
+    assert "leave --position out" in err
+
+
+def test_validity(directory, tmp_path):
+    written, page = tmp_path / "out.json", tmp_path / "out.html"
+    common = ("validity", "w3 w4 w5", "--model", directory, "--draws", 1, "--swaps", 1)
+    code, out, err = run(*common, "--json", written, "--html", page)
+    assert (code, "error" in err) == (0, False), err
+    assert "Random directions" in out
+    assert set(json.loads(written.read_text())["curves"]) == {"noise", "near", "random"}
+    assert "Plotly" in page.read_text()
+    code, _, err = run("validity", "w3", "--model", directory, "--draws", 0, "--swaps", 0)
+    assert code == 2
+    assert "at least one" in err
+
+
+def test_faithfulness(directory, tmp_path):
+    written, tables = tmp_path / "out.json", tmp_path / "out.md"
+    common = ("faithfulness", "--model", directory, "--prompts", 4, "--planes", 0, "--json", written)
+    code, out, err = run(*common, "--markdown", tables)
+    assert (code, "error" in err) == (0, False), err
+    assert "Removing tokens" in out
+    assert "| frozen" in tables.read_text()
+    before = written.read_text()
+    code, _, err = run(*common)
+    assert (code, written.read_text()) == (0, before)
+    assert "has 4 prompts: going on" in err.replace("\n", " ")
+
+
+def test_explain_reads_standard_input(directory):
+    code, out, _ = run("explain", "-", "--model", directory, "--gate", "half", stdin="w7 w8")
+    assert code == 0
+    assert "w7" in out
+
+
+def test_double_precision(directory, tmp_path):
+    written = tmp_path / "out.json"
+    code, _, err = run(
+        "explain", "w3 w4", "--model", directory, "--dtype", "float64", "--precision", "double", "--json", written
+    )
+    assert code == 0, err
+    assert json.loads(written.read_text())["certificate"]["reconstruction_error"] < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "the prompt is empty"),
+        (["w3", "--position", "5"], "position 5 is outside the prompt, which has 1 tokens"),
+        (["w3", "--k", "0"], "--k"),
+        (["w3", "--k", "25"], "k is 1 to 24"),
+        (["w3", "--gate", "sideways"], "sideways"),
+        (["w3", "--dtype", "float8"], "float8"),
+        (["w3", "--device", "cuda:7"], "cuda:7"),
+        (["w3", "--precision", "quadruple"], "quadruple"),
+        (["w3", "--memory", "plenty"], "memory='plenty'"),
+        (["w3", "--memory", "10"], "the least that works is"),
+        (["w3 " * 65], "at most 64"),
+        (["w3", "--json", "/nowhere/out.json"], "no directory /nowhere"),
+        (["w3", "--html", "/"], "is a directory"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_exit_code_2(directory, arguments, message):
+    code, out, err = run("explain", *arguments, "--model", directory)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("target", [["--target", "w4"], ["--target-id", "6"]])
+def test_attribute(directory, tmp_path, capsys, target):
+    written, page = tmp_path / "out.json", tmp_path / "out.html"
+    levels = ("--by", "token", "--by", "token x layer", "--by", "head")
+    files = ("--json", written, "--html", page)
+    code, out, err = here(capsys, "attribute", "w3 w4 w5", *target, "--model", directory, *levels, *files)
+    assert code == 0, err
+    assert "logit ·w4" in out
+    assert out.count("shares sum to") == 3
+    read = json.loads(written.read_text())
+    assert list(read) == ["token", "token×layer", "head"]
+    for level in read.values():
+        assert sum(row["share"] for row in level["shares"]) == pytest.approx(level["target"]["value"], rel=1e-5)
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_attribute_shares_out_other_things(directory, capsys):
+    for options, kind in (
+        ([], "logit "),
+        (["--target", "w4", "--against", "w5"], "logit difference ·w4 − ·w5"),
+        (["--margin", "runner-up"], "logit margin"),
+        (["--target", "w4", "--margin", "others"], "logit over the others ·w4"),
+        (["--neuron", "L1N7", "--by", "all"], "neuron L1N7"),
+    ):
+        code, out, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *options)
+        assert code == 0, err
+        assert kind in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "w3 w4"], "is 2 tokens, not one: ' w3' + ' w4'"),
+        (["--target-id", "61"], "the model's tokens are 0 to 60"),
+        (["--by", "sideways"], "choose one of token, layer, head, neuron, bias, token×layer"),
+        (["--against", "w3"], "--against needs --target"),
+        (["--target", "w3", "--against", "w4", "--margin", "others"], "exclude one another"),
+        (["--neuron", "7"], "write L17N80"),
+        (["--neuron", "L1N40"], "layer 1 has neurons 0 to 39"),
+        (["--neuron", "L3N1"], "the model has layers 0 to 2"),
+        (["--neuron", "L1N1", "--target", "w3"], "--neuron stands alone"),
+        (["--position", "3"], "position 3 is outside the prompt"),
+        (["--html", "/nowhere/out.html"], "no directory /nowhere"),
+    ],
+)
+def test_mistakes_of_attribute_are_one_clear_line(directory, capsys, arguments, message):
+    code, out, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert out == ""
+
+
+def test_unknown_models_suggest_near_names():
+    code, _, err = run("explain", "hello", "--model", "smollm2-135")
+    assert code == 2
+    assert "smollm2-135m" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("seconds", [1.5, 2.0])
+def test_an_interrupted_run_leaves_no_file(directory, tmp_path, seconds):
+    page = tmp_path / "out.html"
+    prompt = " ".join(["w3"] * 60)
+    process = start("explain", prompt, "--model", directory, "--html", page, start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version():
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "explain" in out
+    assert run("explain", "--help")[0] == 0
+    assert run("--version")[1].startswith("loclin ")
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; sys.argv = ['loclin']; import loclin.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_models_lists_and_removes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCLIN_CACHE", str(tmp_path))
+    code, out, _ = run("models")
+    assert code == 0
+    assert "gemma-3-270m (default)" in out
+    code, _, err = run("models", "remove", "nothing")
+    assert code == 2
+    assert "nothing" in err
+
+
+def here(capsys, *arguments):
+    """The command line in this process, where importing torch costs nothing."""
+    with pytest.raises(SystemExit) as stopped:
+        app(list(map(str, arguments)))
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+def test_layers(directory, tmp_path, capsys):
+    written, page, saved = (tmp_path / name for name in ("layers.json", "layers.html", "layers.safetensors"))
+    files = ("--json", written, "--html", page, "--save", saved)
+    code, out, err = here(capsys, "layers", "w3 w4 w5", "--model", directory, "-k", 3, "--component", "mlp_out", *files)
+    assert code == 0, err
+    assert "EXACT" in out
+    read = json.loads(written.read_text())
+    assert [component["name"] for component in read["components"]] == ["mlp_out"]
+    assert page.read_text().startswith("<!doctype html>")
+    assert LayerSpectra.load(saved).S.shape == (1, 3, 3, 3)
+    code, _, err = here(capsys, "layers", "w3", "--model", directory, "--save", tmp_path / "layers.npy")
+    assert code == 2
+    assert "call it" in err
+
+
+def test_coverage(tmp_path, capsys):
+    record, page = tmp_path / "coverage.json", tmp_path / "coverage.md"
+    chosen = ("--family", "llama", "--family", "gemma4_assistant", "--gate", "up", "--json", record)
+    code, out, err = here(capsys, "coverage", *chosen, "--markdown", page)
+    assert code == 0, err
+    assert "2 families: 1 exact, 1 not built, 0 error" in out
+    assert {result["family"] for result in json.loads(record.read_text())["results"]} == {"llama", "gemma4_assistant"}
+    assert "| llama | `LlamaForCausalLM` |" in page.read_text()
+
+
+def test_faults_found_by_coverage_are_exit_code_1(capsys, monkeypatch):
+    monkeypatch.setattr("loclin.analyses.coverage.run.linearize", lambda *_, **__: 1 / 0)
+    code, out, _ = here(capsys, "coverage", "--family", "llama")
+    assert code == 1
+    assert "llama error: ZeroDivisionError: division by zero" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--family", "gema3_text"], "did you mean gemma3_text"),
+        (["--gate", "sideways"], "sideways"),
+        (["--json", "/nowhere/out.json"], "no directory /nowhere"),
+        (["--markdown", "/"], "is a directory"),
+        (["--json", "DAMAGED"], "is no coverage record to go on with"),
+    ],
+)
+def test_mistakes_of_coverage_are_one_clear_line(tmp_path, capsys, arguments, message):
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"kind":')
+    code, out, err = here(capsys, "coverage", *(damaged if value == "DAMAGED" else value for value in arguments))
+    assert code == 2
+    assert message in err
+    assert out == ""
+    assert damaged.read_text() == '{"kind":'
+
+
+def test_interrupted_coverage_keeps_what_is_finished(tmp_path):
+    record = tmp_path / "coverage.json"
+    process = start("coverage", "--json", record, start_new_session=True)
+    for _ in range(600):
+        if record.exists():
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert len(json.loads(record.read_text())["results"]) > 0
+    assert list(tmp_path.iterdir()) == [record]

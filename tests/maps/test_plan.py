@@ -1,0 +1,81 @@
+"""What is counted before a sweep is what the sweep does, and plans take the cheapest way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny
+from loclin.errors import OptionError
+from loclin.linearization import linearize
+from loclin.maps.linear_map import LinearMap
+from loclin.maps.plan import expected_columns, plan
+from loclin.models import tiny as families
+from loclin.network.cost import sweep
+
+
+def fresh(lin):
+    J = lin.jacobian()
+    return LinearMap(lin.chain, J.source, J.target, J.position)
+
+
+@pytest.mark.parametrize("columns", [4, 24])
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("gate", ["activation", "half"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_counted_flops_are_done(family, gate, length, columns):
+    lin = linearize(families.build(family), tiny.prompt(length), gate=gate)
+    J = fresh(lin)
+    counted = sweep(lin.chain, J.source, J.target, columns)
+    assert counted.columns == columns
+    with FlopCounterMode(display=False) as done:
+        J.rmatmat(torch.randn(columns, J.shape[0], dtype=J.dtype))
+    assert done.get_total_flops() == pytest.approx(counted.flops)
+
+
+def test_a_plan_is_a_table_that_says_what_is_taken():
+    lin = linearize(tiny.llama(), tiny.prompt())
+    found = lin.cost(k=3)
+    assert {route.name for route in found.routes} == {"full", "top", "krylov"}
+    assert [route.cost.seconds for route in found.routes] == sorted(route.cost.seconds for route in found.routes)
+    assert "<- chosen" in str(found)
+    assert str(found).count("\n") == 3
+    assert lin.jacobian().known is None, "nothing was run"
+
+
+def test_what_is_known_is_not_made_again():
+    lin = linearize(tiny.llama(), tiny.prompt())
+    J = fresh(lin)
+    J.dense()
+    found = J.plan(3)
+    assert found.chosen in ("full", "top")
+    assert min(route.cost.columns for route in found.routes) == 0
+
+
+def test_wide_maps_go_without_the_dense_map(monkeypatch):
+    lin = linearize(tiny.llama(), tiny.prompt())
+    J = fresh(lin)
+    monkeypatch.setattr(LinearMap, "shape", (4096, 7, 4096))
+    assert plan(J, 2, joint=True, tolerance=1e-3).chosen == "krylov"
+
+
+def test_beyond_the_budget_there_is_no_dense_map():
+    lin = linearize(tiny.llama(), tiny.prompt(), memory=24 * 7 * 24 * 8 - 1)
+    J = lin.jacobian()
+    assert not J.fits
+    assert J.plan(3).chosen == "krylov"
+    assert J.svd(3).route == "krylov"
+    assert J.norms().columns > 0
+    assert J.known is None
+
+
+def test_columns_grow_with_what_is_asked():
+    joint, each = expected_columns(8, 8, True, 2048), expected_columns(8, 8, False, 2048)
+    assert expected_columns(1, 8, False, 2048) < each < expected_columns(8, 64, False, 2048) <= 4096
+    assert joint < each
+
+
+def test_unknown_ways_are_refused():
+    with pytest.raises(OptionError, match="choose one of"):
+        plan(fresh(linearize(tiny.llama(), tiny.prompt())), 2, joint=False, tolerance=1e-3, way="best")
