@@ -92,15 +92,27 @@ def test_ranks_and_norms_of_a_map_in_half_precision(half):
     assert layers.S.isfinite().all()
 
 
-def test_products_in_half_precision_are_too_coarse_for_a_spectrum(half):
-    with pytest.raises(OptionError, match="wider dtype"):
-        half.jacobian().svd(2, plan="krylov")
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("tolerance", [1e-3, 0.9])
+def test_products_in_half_precision_are_too_coarse_for_a_spectrum(half, joint, tolerance):
+    with pytest.raises(OptionError, match="precision='single'"):
+        half.jacobian().svd(2, joint, plan="krylov", tolerance=tolerance)
+
+
+@pytest.mark.parametrize("plan", ["full", "top", "layers"])
+def test_bounds_hold_what_half_precision_rounds(half, plan):
+    exact = exact_values(linearize(half.model, half.input_ids, precision="double").jacobian(target="resid_post.1"))
+    found = half.layers(["resid_post"], k=3, normed=False).svd("resid_post", 1) if plan == "layers" else None
+    found = found or half.jacobian(target="resid_post.1").svd(3, plan=plan)
+    assert (found.lower <= exact[:, :3]).all()
+    assert (exact[:, :3] <= found.upper).all()
 
 
 def test_everything_is_there_in_half_precision(half):
     J, explained = half.jacobian(), loclin.explain(half)
     assert explained.certificate.passed
     assert loclin.validity(half, draws=2).to_json()
+    assert loclin.steering.output_basis(half, "resid_post.0", k=3).direction.isfinite().all()
     operator = loclin.steering.Operator.make(half, 1, rank=2, signs="fixed")
     with operator.apply(half.model, 1.0):
         assert half.model.hf(half.input_ids).logits.isfinite().all()

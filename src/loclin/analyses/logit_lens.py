@@ -53,13 +53,16 @@ def logit_lens(lin: Linearized, token: int, position: int = -1, k: int = 5) -> l
     ------
     PromptError
         For a position outside the prompt.
+    OptionError
+        For a token that the model does not have.
 
     Notes
     -----
     Cost: two forward passes, and L products with the head.
     """
-    token, k = whole("token", token), whole("k", k)
+    k = whole("k", k, 1)
     probabilities = torch.softmax(layer_logits(lin, position).double(), dim=-1)
+    token = whole("token", token, 0, probabilities.shape[1] - 1)
     top = probabilities.topk(min(k, probabilities.shape[1]))
     ranks = (probabilities > probabilities[:, token, None]).sum(1) + 1
     return [

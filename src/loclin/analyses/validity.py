@@ -166,6 +166,9 @@ def validity(
     each ray.
     """
     draws, swaps, seed = (whole(*given, 0) for given in (("draws", draws), ("swaps", swaps), ("seed", seed)))
+    swaps = whole("swaps", swaps, 0, Decoder(lin.model).vocabulary - 1)
+    if not isinstance(sizes, Iterable):
+        raise OptionError(f"sizes={sizes!r}: give a list of numbers")
     sizes = [real("sizes", size, above=0.0) for size in sizes]
     if draws + swaps < 1 or not sizes:
         raise OptionError("give at least one random direction or one swap, and at least one size")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin.common.brief import brief
-from loclin.errors import NotExactError
+from loclin.errors import NotExactError, OptionError
 from loclin.freeze import quantised
 from loclin.freeze.mode import Frozen, HeldParts
 from loclin.freeze.status import Held, Live
@@ -336,7 +336,14 @@ def register(modules: type[nn.Module] | str | Callable[[nn.Module], bool], form:
     -------
     Registration
         The rule in force, until its `remove()` or the end of its `with` block.
+
+    Raises
+    ------
+    OptionError
+        For anything else.
     """
+    if not (isinstance(modules, str) or callable(modules)) or not callable(form):
+        raise OptionError("register takes a class, a class's name or a function, and a function that gives the form")
     if isinstance(modules, str):
         return Registration(form_rule(modules, by_class(modules), form))
     if isinstance(modules, type):

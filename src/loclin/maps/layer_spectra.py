@@ -138,7 +138,8 @@ class LayerSpectra(Result):
 
     def _bounds(self, S: Tensor, residuals: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Where the true values of maps with so many columns are: rigorous from below, estimated from above."""
-        slack = rounding(self.U.shape[-2], columns, S.dtype) * S[..., :1]
+        dtype = S.dtype if self.provenance is None else getattr(torch, self.provenance.dtype)  # the maps' own
+        slack = rounding(self.U.shape[-2], columns, dtype) * S[..., :1]
         above = torch.where(S > 0, residuals.square() / S, 0.0) + slack
         return (S - slack).clamp(min=0), S + above
 

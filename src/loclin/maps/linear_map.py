@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loclin.common.sums import refuse_broken
-from loclin.common.surroundings import in_plain_torch, usable
+from loclin.common.surroundings import in_plain_torch
+from loclin.common.vectors import is_block, vectors
 from loclin.errors import BudgetError, MissingExtraError, OptionError
 from loclin.maps.spectra import Spectra
 from loclin.models.hashing import weights_hash
@@ -38,9 +38,15 @@ class Transposed:
 
     T: LinearMap
 
-    def __matmul__(self, u: Float[Tensor, "*n d_out"]) -> Float[Tensor, "*n T d_in"]:
-        """`rmatvec` of `[d_out]`, `rmatmat` of `[n, d_out]`."""
-        return self.T.rmatvec(u) if u.dim() == 1 else self.T.rmatmat(u)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, d_in, d_out)."""
+        d_out, length, d_in = self.T.shape
+        return length, d_in, d_out
+
+    def __matmul__(self, u: Any) -> Float[Tensor, "*n T d_in"]:
+        """`rmatmat` of `[n, d_out]`, `rmatvec` of `[d_out]`."""
+        return self.T.rmatmat(u) if is_block(u, 2) else self.T.rmatvec(u)
 
 
 class LinearMap(Spectra):
@@ -122,20 +128,21 @@ class LinearMap(Spectra):
         return trace.value(self.target)[self.position].to(self.device)
 
     @in_plain_torch
-    def matvec(self, X: Float[Tensor, "T d_in"]) -> Float[Tensor, " d_out"]:
-        """J applied to one vector per token. Cost: one column."""
-        return self.matmat(usable(X).unsqueeze(0))[0]
+    def matvec(self, X: Any) -> Float[Tensor, " d_out"]:
+        """J applied to one vector per token, a tensor or an array. Cost: one column."""
+        _, length, d_in = self.shape
+        return self.matmat(vectors("X", X, T=length, d_in=d_in).unsqueeze(0))[0]
 
     @in_plain_torch
-    def rmatvec(self, u: Float[Tensor, " d_out"]) -> Float[Tensor, "T d_in"]:
-        """The transpose of J applied to an output vector. Cost: one column."""
-        return self.rmatmat(usable(u).unsqueeze(0))[0]
+    def rmatvec(self, u: Any) -> Float[Tensor, "T d_in"]:
+        """The transpose of J applied to an output vector, a tensor or an array. Cost: one column."""
+        return self.rmatmat(vectors("u", u, d_out=self.shape[0]).unsqueeze(0))[0]
 
     @in_plain_torch
-    def matmat(self, Xs: Float[Tensor, "n T d_in"]) -> Float[Tensor, "n d_out"]:
-        """J applied to n blocks of vectors. Cost: n columns."""
-        refuse_broken("X", Xs)
-        Xs = usable(Xs).to(self.device, self.dtype)
+    def matmat(self, Xs: Any) -> Float[Tensor, "n d_out"]:
+        """J applied to n blocks of vectors `[n, T, d_in]`. Cost: n columns."""
+        _, length, d_in = self.shape
+        Xs = vectors("X", Xs, n=None, T=length, d_in=d_in).to(self.device, self.dtype)
         if self._whole is not None:
             spread = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
             spread[:, self.tokens] = Xs
@@ -143,14 +150,13 @@ class LinearMap(Spectra):
         return self._sweep(self.chain.forward, Xs)
 
     @in_plain_torch
-    def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
-        """The transpose of J applied to n output vectors. Cost: n columns."""
-        refuse_broken("u", Us)
-        return self._pull(usable(Us).to(self.device, self.dtype))
+    def rmatmat(self, Us: Any) -> Float[Tensor, "n T d_in"]:
+        """The transpose of J applied to n output vectors `[n, d_out]`. Cost: n columns."""
+        return self._pull(vectors("u", Us, n=None, d_out=self.shape[0]).to(self.device, self.dtype))
 
-    def __matmul__(self, X: Float[Tensor, "*n T d_in"]) -> Float[Tensor, "*n d_out"]:
-        """J @ X: `matvec` of `[T, d_in]`, `matmat` of `[n, T, d_in]`."""
-        return self.matvec(X) if X.dim() == 2 else self.matmat(X)
+    def __matmul__(self, X: Any) -> Float[Tensor, "*n d_out"]:
+        """J @ X: `matmat` of `[n, T, d_in]`, `matvec` of `[T, d_in]`."""
+        return self.matmat(X) if is_block(X, 3) else self.matvec(X)
 
     @property
     def T(self) -> Transposed:

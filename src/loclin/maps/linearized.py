@@ -160,7 +160,7 @@ class Linearized:
     def next_token_ids(self, k: int = 5, position: int = -1) -> list[tuple[int, str, float]]:
         """The model's k most probable next tokens, as (id, text, probability)."""
         logits = self.trace.logits(self.trace.position(position))
-        top = torch.softmax(logits.double(), dim=-1).topk(min(whole("k", k), logits.shape[0]))
+        top = torch.softmax(logits.double(), dim=-1).topk(min(whole("k", k, 1), logits.shape[0]))
         ids = top.indices.tolist()
         return list(zip(ids, self.model.decode_each(ids), top.values.tolist(), strict=True))
 

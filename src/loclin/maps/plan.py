@@ -14,7 +14,7 @@ from loclin.errors import OptionError
 from loclin.network.chain import Chain
 from loclin.network.cost import Cost, products, sweep
 from loclin.network.points import Point
-from loclin.spectral import check_rank, least_tolerance, wide
+from loclin.spectral import check_rank, wide
 from loclin.spectral.krylov import CERTIFICATE, PROBES
 
 Way = Literal["auto", "full", "top", "krylov"]
@@ -145,8 +145,7 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") ->
         chosen, most = "krylov", 4 * d_out
     elif way == "auto":
         best = min((route for route in routes if route.name != "krylov"), key=lambda route: route.cost.seconds)
-        fine = tolerance >= least_tolerance(J.dtype)  # half-precision products are too coarse to be decomposed alone
-        certain = fine and J.known is None and alone.seconds < _MARGIN[joint] * best.cost.seconds
+        certain = wide(J.dtype) == J.dtype and J.known is None and alone.seconds < _MARGIN[joint] * best.cost.seconds
         chosen = "krylov" if certain else best.name
     what = f"{k} largest triples of {'all tokens together' if joint else f'each of {length} tokens'} to {tolerance:g}"
     return Plan(what, tuple(routes), chosen, most)
@@ -166,9 +165,9 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 
-def cheaper_alone(J: Map, tolerance: float) -> bool:
+def cheaper_alone(J: Map) -> bool:
     """Whether norms to a few percent cost less by products alone than by the dense map and its singular values."""
-    if tolerance / 4 < least_tolerance(J.dtype) and J.fits:
+    if wide(J.dtype) != J.dtype and J.fits:
         return False
     if J.known is not None or not J.fits:
         return J.known is None

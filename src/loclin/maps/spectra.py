@@ -179,7 +179,7 @@ class Spectra(ABC):
         Cost: products alone (see `loclin.spectral.stable_rank_and_norm`) where they are expected to be cheaper than the
         dense map, from which everything is exact. The errors are in the result.
         """
-        if cheaper_alone(self, tolerance):
+        if cheaper_alone(self):
             return stable_rank_and_norm(self, tolerance=tolerance, certify=False, seed=seed)
         return self._exact
 

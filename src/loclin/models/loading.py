@@ -64,6 +64,8 @@ def load(
     ModelError
         When the model cannot be found, read or used; the message names the fault and the fix.
     """
+    if not isinstance(name, str | Path) or not str(name).strip():
+        raise ModelError(f"The model {name!r} has no name: give a package, a hub id, a directory or a GGUF file.")
     chosen = parse_dtype(dtype)
     where = None if device is None else parse_device(device)
     if device_map is not None:

@@ -47,6 +47,8 @@ def parse(name: str | Point, n_layers: int) -> Point:
     """
     if isinstance(name, Point):
         return name
+    if not isinstance(name, str):
+        raise OptionError(f"point {name!r}: give its name, such as 'resid_post.3'")
     kind, _, number = name.partition(".")
     if kind in ENDS and not number:
         return Point(kind)

@@ -39,6 +39,21 @@ def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
         raise OptionError(f"tolerance={tolerance:g}: {name} holds no less than {least:.1e}; use that or a wider dtype")
 
 
+def refuse_half(dtype: torch.dtype) -> None:
+    """Refuse to decompose a map by products in float16 or bfloat16 alone: their rounding would be the result.
+
+    Raises
+    ------
+    OptionError
+        Saying what to do.
+    """
+    if wide(dtype) != dtype:
+        name = str(dtype).removeprefix("torch.")
+        raise OptionError(
+            f"products in {name} are too coarse to be decomposed alone: take the dense map, or precision='single'"
+        )
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a spectrum is computed: no decomposition takes float16 or bfloat16."""
     return torch.promote_types(dtype, torch.float32)

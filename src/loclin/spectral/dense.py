@@ -38,6 +38,7 @@ def full(dense: Float[Tensor, "d_out T d_in"], k: int, *, towards: Float[Tensor,
     parts = each(lambda matrix: _one(matrix, k, towards), matrices)
     U, S, Vh, residuals, error, spectrum = (torch.stack(part) for part in zip(*parts, strict=True))
     frobenius = norms(matrices, 1).to(S)
+    error = error + _coarseness(dense, joint) * S[:, :1]
     found = SVD(U, S, Vh, residuals, (S - error).clamp(min=0), S + error, 0.0, frobenius, "full", spectrum=spectrum)
     return shaped(found, dense.shape[1]) if joint else found
 
@@ -69,6 +70,8 @@ def top(
     matrices = _matrices(dense, k, joint)
     parts = each(lambda matrix: _top_of(matrix, k, towards, tolerance, seed), matrices)
     U, S, Vh, residuals, lower, upper = (torch.stack(part) for part in zip(*parts, strict=True))
+    coarse = _coarseness(dense, joint) * S[:, :1]
+    lower, upper = (lower - coarse).clamp(min=0), upper + coarse
     found = SVD(U, S, Vh, residuals, lower, upper, 0.0, norms(matrices, 1).to(S), "top")
     return shaped(found, dense.shape[1]) if joint else found
 
@@ -89,6 +92,14 @@ def shaped(found: SVD, length: int) -> SVD:
         found.columns,
         spectrum,
     )
+
+
+def _coarseness(dense: Tensor, joint: bool) -> float:
+    """The share of a map's largest value that rounding in half precision may have added to any, before it came here."""
+    if wide(dense.dtype) == dense.dtype:
+        return 0.0
+    d_out, length, d_in = dense.shape
+    return rounding(d_out, length * d_in if joint else d_in, dense.dtype)
 
 
 def _matrices(dense: Tensor, k: int, joint: bool) -> Tensor:

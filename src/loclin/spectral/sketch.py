@@ -15,7 +15,7 @@ from torch import Tensor
 from loclin.common.brief import brief
 from loclin.common.sums import square_sums
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
-from loclin.spectral.checks import wide
+from loclin.spectral.checks import refuse_half
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.threads import single_thread
 
@@ -52,13 +52,14 @@ class Sketch:
     """
 
     def __init__(self, op: TokenMaps, block: int, *, joint: bool = False, seed: int = 0) -> None:
+        refuse_half(op.dtype)
         d_out, length, d_in = op.shape
         self.op, self.joint, self.columns = op, joint, 0
         self.maps, width = (1, length * d_in) if joint else (length, d_in)
         self.floor = rounding(d_out, width, op.dtype)
         self._generator = torch.Generator().manual_seed(seed)
-        self.Q = torch.zeros(d_out, 0, dtype=wide(op.dtype), device=op.device)
-        self.B = torch.zeros(self.maps, 0, width, dtype=self.Q.dtype, device=op.device)
+        self.Q = torch.zeros(d_out, 0, dtype=op.dtype, device=op.device)
+        self.B = torch.zeros(self.maps, 0, width, dtype=op.dtype, device=op.device)
         self._pushed = [self.Q.new_zeros(0, 0, dtype=torch.float64) for _ in range(self.maps)]
         self._block = block
         self.newest = self.grow(self.random(block))
@@ -151,7 +152,7 @@ class Sketch:
     def pull(self, directions: Float[Tensor, "d_out c"]) -> Float[Tensor, "M c n"]:
         """Rows of every map for output directions. Cost: c columns."""
         self.columns += directions.shape[1]
-        rows = self.op.rmatmat(directions.T.contiguous().to(self.op.dtype)).to(self.Q)
+        rows = self.op.rmatmat(directions.T.contiguous())
         return rows.flatten(1)[None] if self.joint else rows.transpose(0, 1)
 
     def push(self, rows: Float[Tensor, "M c n"], weights: Float[Tensor, " M"]) -> Float[Tensor, "d_out c"]:
@@ -174,7 +175,7 @@ class Sketch:
 
     def _push(self, tangents: Tensor) -> Tensor:
         self.columns += len(tangents)
-        return self.op.matmat(tangents.to(self.op.dtype)).T.to(self.Q)
+        return self.op.matmat(tangents).T
 
     def _tangents(self, rows: Tensor) -> Tensor:
         """`[c, T, d_in]` of vectors `[M, c, n]`."""

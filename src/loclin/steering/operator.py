@@ -140,7 +140,7 @@ class Operator(Steering):
         if signs == "fixed" and rank is None:
             raise OptionError("signs='fixed' gives singular vectors their signs; say how many with rank=")
         rank = None if rank is None else whole("rank", rank)
-        normed = normed or at == "published"
+        normed, layer = normed or at == "published", whole("layer", layer)
         where = site(lin.model, f"{'resid_post' if at == 'output' else 'resid_pre'}.{layer}")
         target = site(lin.model, f"{'resid_pre' if at == 'input' else 'resid_post'}.{layer}")
         J = lin.jacobian(target=str(target), position=position, normed=normed)

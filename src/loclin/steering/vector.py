@@ -98,7 +98,7 @@ def output_basis(lin: Linearized, point: str, k: int = 8) -> Vector:
     where = site(lin.model, point)
     J = lin.jacobian(target=str(where))
     U = J.svd(k, joint=True).U
-    return _vector(lin.model, where, U @ (U.T @ J.value), f"output basis, rank {k}", J.provenance())
+    return _vector(lin.model, where, U @ (U.T @ J.value.to(U)), f"output basis, rank {k}", J.provenance())
 
 
 def pullback(lin: Linearized, point: str, ids: Sequence[int]) -> Vector:

@@ -1,0 +1,55 @@
+"""Vectors as callers give them, checked before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loclin.common.sums import refuse_broken
+from loclin.common.surroundings import usable
+from loclin.errors import OptionError
+
+
+def is_block(given: Any, dims: int) -> bool:
+    """Whether something has so many dimensions: several vectors at once, and not one."""
+    try:
+        return np.ndim(given) == dims
+    except ValueError:  # lists of different lengths
+        return False
+
+
+def vectors(name: str, given: Any, **sides: int | None) -> Tensor:
+    """Real numbers in a given shape: a tensor, an array or lists.
+
+    Parameters
+    ----------
+    name
+        What the caller calls them.
+    given
+        What was given.
+    sides
+        The sides of the shape, by their names; None for any length.
+
+    Raises
+    ------
+    OptionError
+        For another shape, for complex numbers, and for numbers that are NaN or infinite.
+    """
+    shape = ", ".join(side if length is None else f"{side} = {length}" for side, length in sides.items())
+    try:
+        found = given if isinstance(given, Tensor) else torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise OptionError(f"{name} is {type(given).__name__}: give a tensor or an array [{shape}]") from None
+    lengths = list(sides.values())
+    fits = found.dim() == len(lengths) and all(
+        length is None or length == side for length, side in zip(lengths, found.shape, strict=True)
+    )
+    if not fits:
+        raise OptionError(f"{name} has the shape {list(found.shape)}: give [{shape}]")
+    if found.is_complex() or found.is_meta or found.layout != torch.strided:
+        raise OptionError(f"{name} is complex, sparse, or without numbers: give a dense tensor of real numbers")
+    refuse_broken(name, found)
+    return usable(found)
