@@ -143,7 +143,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"loclin.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'loclin' has no attribute {name!r}")
-    import_module("loclin.report")  # results show themselves in a notebook
+    if _HOMES[name] != "errors":  # errors need neither torch nor a look
+        import_module("loclin.report")  # results show themselves in a notebook
     return getattr(import_module(f"loclin.{_HOMES[name]}"), name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from loclin.analyses.generation import Generation, generate
 from loclin.analyses.layers import LayerExplanation, Signs, explain_layers
 from loclin.analyses.logit_lens import LensLayer, logit_lens
 from loclin.analyses.validity import SIZES, Validity, validity
+from loclin.common.progress import Progress, silent
 from loclin.common.sums import relative
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError, OptionError, PromptError
@@ -32,13 +33,6 @@ from loclin.models.padding import Padding, padded, without_padding
 from loclin.models.prompts import Numbers, Prompt, as_ids, read_prompt
 from loclin.steering.projection import Projection
 from loclin.steering.watch import Watched, watch
-
-Progress = Callable[[str], None]
-"""Told of each step as it begins."""
-
-
-def silent(_step: str) -> None:
-    """Tell nobody of a step."""
 
 
 class Linearization(Linearized):

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+import tiny
+from loclin.linearization import linearize
 from loclin.spectral import SVD, full
 from spectra import maps
 
@@ -50,3 +52,13 @@ def test_angles_of_a_block_do_not_see_its_rotation():
     second = full(dense + 1e-13 * torch.randn(dense.shape, dtype=dense.dtype), 2, towards=torch.ones(9))
     (angles,) = first.subspace_angles(second, token=0)
     assert (angles < 1e-11).all()
+
+
+def test_gains_are_products_with_each_token_s_input():
+    lin = linearize(tiny.llama(), tiny.prompt(4))
+    J, x = lin.jacobian(), lin.embeddings
+    own, joint = J.svd(3), J.svd(4, joint=True)  # as many as tokens: the axes could be taken for one another
+    for t in range(4):
+        for j in range(3):
+            assert torch.allclose(own.gains(x)[t, j], own.Vh[t, j] @ x[t])
+            assert torch.allclose(joint.gains(x)[t, j], joint.Vh[j, t] @ x[t])

@@ -19,6 +19,7 @@ from loclin.analyses.attribution.target import described, read
 from loclin.analyses.decode import Decoder, Words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
+from loclin.common.progress import Progress, silent
 from loclin.common.surroundings import in_plain_torch
 from loclin.maps.certificate import Certificate
 from loclin.maps.linearized import Linearized
@@ -150,7 +151,7 @@ def explain(
     lin: Linearized,
     k: int = 8,
     position: int = -1,
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
 ) -> Explanation:
     """Explain a linearized prompt at one position (paper, Figures 3, 4 and 5).
 
@@ -248,7 +249,7 @@ def _blocks(svd: SVD, x: Tensor, decoder: Decoder) -> list[list[SingularBlock]]:
     length, k = svd.S.shape
     writes = decoder.writes(svd.U.transpose(1, 2).reshape(length * k, -1), _WORDS)
     reads = decoder.reads(svd.Vh.reshape(length * k, -1), _WORDS)
-    gains = torch.einsum("tkd,td->tk", svd.Vh, x.to(svd.Vh)).tolist()
+    gains = svd.gains(x).tolist()
 
     def block(t: int, indices: list[int]) -> SingularBlock:
         values, first = svd.S[t, indices].tolist(), indices[0]

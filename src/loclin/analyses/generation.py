@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from loclin.analyses.explain import Explanation, explain
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
+from loclin.common.progress import Progress, silent
 from loclin.common.sums import norms
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import PromptError
@@ -72,9 +72,7 @@ class Generation:
 
 
 @in_plain_torch
-def generate(
-    lin: Linearized, count: int, k: int = 8, progress: Callable[[str], None] = lambda _step: None
-) -> Generation:
+def generate(lin: Linearized, count: int, k: int = 8, progress: Progress = silent) -> Generation:
     """Generate tokens greedily and explain every one of them (paper, Figure 2, for every step).
 
     Every step is linearized anew at the prompt and all that was generated, so that every map is exact. It ends early

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from loclin.analyses.explain import SingularBlock
 from loclin.analyses.logit_lens import LensLayer, logit_lens
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
+from loclin.common.progress import Progress, silent
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
 from loclin.maps.certificate import tolerance
@@ -176,7 +177,7 @@ def explain_layers(
     position: int = -1,
     components: Sequence[str] | None = None,
     signs: Signs = "layer",
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
 ) -> LayerExplanation:
     """Explain how a prediction takes shape with depth (paper, section 3.4, Figure 6, Tables 1 to 3 and 5 to 7).
 

@@ -165,7 +165,7 @@ def validity(
     Cost: `len(sizes) * draws + 12 * T * swaps` forward passes, and a column of the frozen and of the ordinary map for
     each ray.
     """
-    draws, swaps, seed = (whole(*given, 0) for given in (("draws", draws), ("swaps", swaps), ("seed", seed)))
+    draws, seed = whole("draws", draws, 0), whole("seed", seed, 0)
     swaps = whole("swaps", swaps, 0, Decoder(lin.model).vocabulary - 1)
     if not isinstance(sizes, Iterable):
         raise OptionError(f"sizes={sizes!r}: give a list of numbers")

@@ -131,28 +131,23 @@ class LinearMap(Spectra):
     def matvec(self, X: Any) -> Float[Tensor, " d_out"]:
         """J applied to one vector per token, a tensor or an array. Cost: one column."""
         _, length, d_in = self.shape
-        return self.matmat(vectors("X", X, T=length, d_in=d_in).unsqueeze(0))[0]
+        return self._push(vectors("X", X, T=length, d_in=d_in).unsqueeze(0))[0]
 
     @in_plain_torch
     def rmatvec(self, u: Any) -> Float[Tensor, "T d_in"]:
         """The transpose of J applied to an output vector, a tensor or an array. Cost: one column."""
-        return self.rmatmat(vectors("u", u, d_out=self.shape[0]).unsqueeze(0))[0]
+        return self._pull(vectors("u", u, d_out=self.shape[0]).unsqueeze(0))[0]
 
     @in_plain_torch
     def matmat(self, Xs: Any) -> Float[Tensor, "n d_out"]:
         """J applied to n blocks of vectors `[n, T, d_in]`. Cost: n columns."""
         _, length, d_in = self.shape
-        Xs = vectors("X", Xs, n=None, T=length, d_in=d_in).to(self.device, self.dtype)
-        if self._whole is not None:
-            spread = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
-            spread[:, self.tokens] = Xs
-            Xs = spread
-        return self._sweep(self.chain.forward, Xs)
+        return self._push(vectors("X", Xs, n=None, T=length, d_in=d_in))
 
     @in_plain_torch
     def rmatmat(self, Us: Any) -> Float[Tensor, "n T d_in"]:
         """The transpose of J applied to n output vectors `[n, d_out]`. Cost: n columns."""
-        return self._pull(vectors("u", Us, n=None, d_out=self.shape[0]).to(self.device, self.dtype))
+        return self._pull(vectors("u", Us, n=None, d_out=self.shape[0]))
 
     def __matmul__(self, X: Any) -> Float[Tensor, "*n d_out"]:
         """J @ X: `matmat` of `[n, T, d_in]`, `matvec` of `[T, d_in]`."""
@@ -406,8 +401,16 @@ class LinearMap(Spectra):
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
+    def _push(self, Xs: Tensor) -> Tensor:
+        Xs = Xs.to(self.device, self.dtype)
+        if self._whole is not None:
+            spread = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
+            spread[:, self.tokens] = Xs
+            Xs = spread
+        return self._sweep(self.chain.forward, Xs)
+
     def _pull(self, Us: Tensor, budget: int | None = None, progress: bool = True) -> Tensor:
-        pulled = self._sweep(self.chain.backward, Us, budget, progress)
+        pulled = self._sweep(self.chain.backward, Us.to(self.device, self.dtype), budget, progress)
         return pulled if self._whole is None else pulled[:, self.tokens]
 
     @in_plain_torch

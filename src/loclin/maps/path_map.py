@@ -97,7 +97,9 @@ class PathChain(Chain):
             found[name] = self._leave(block[:, position], target, position, normed)[0]
         if by_source:
             return found
-        zero = torch.zeros(self.width(target), dtype=self.trace.dtype, device=self.trace.layers[0].hidden.device)
+        zero = torch.zeros(
+            self.width(target, normed), dtype=self.trace.dtype, device=self.trace.layers[0].hidden.device
+        )
         return {"sum": sum((added.to(zero.device) for added in found.values()), start=zero)}
 
 

@@ -26,13 +26,14 @@ def check_rank(k: int, d_out: int, d_in: int) -> None:
 
 
 def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
-    """Refuse a relative tolerance that the dtype cannot hold.
+    """Refuse a relative tolerance that the dtype cannot hold, and to compute in half precision.
 
     Raises
     ------
     OptionError
         When the tolerance is below 50 units of rounding; the message names the least.
     """
+    refuse_half(dtype)
     least = least_tolerance(dtype)
     if not tolerance >= least:
         name = str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from loclin.common.sums import square_sums
 from loclin.common.surroundings import in_plain_torch
 from loclin.spectral.bounds import bound_matrix, chi2_quantile, upper_values
-from loclin.spectral.checks import check_rank, check_tolerance, refuse_half
+from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.dense import shaped
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import SVD, aligned
@@ -85,7 +85,6 @@ def krylov_svd(
     """
     d_out, length, d_in = op.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
-    refuse_half(op.dtype)
     check_tolerance(tolerance, op.dtype)
     sketch = Sketch(op, min(block or k + 8, d_out), joint=joint, seed=seed)
     probes = sketch.random(PROBES)

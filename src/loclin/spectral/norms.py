@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.common.surroundings import in_plain_torch
-from loclin.spectral.checks import check_tolerance, refuse_half
+from loclin.spectral.checks import check_tolerance
 from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
 from loclin.spectral.operator import TokenMaps
 from loclin.spectral.sketch import Sketch
@@ -96,7 +96,6 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: boo
     OptionError
         For a tolerance that the map's dtype does not hold.
     """
-    refuse_half(op.dtype)
     check_tolerance(tolerance / 4, op.dtype)
     sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed)
     probes = sketch.random(PROBES)

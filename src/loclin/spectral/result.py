@@ -92,6 +92,12 @@ class SVD(Result):
         return near_equal(S, lower, upper, tolerance)
 
     @in_plain_torch
+    def gains(self, x: Float[Tensor, "T d_in"]) -> Float[Tensor, "T k"]:
+        """How much of every right vector is in each token's own input: v . x."""
+        joint = self.S.dim() == 1  # Vh is [k, T, d_in] then, else [T, k, d_in]
+        return torch.einsum("ktd,td->tk" if joint else "tkd,td->tk", self.Vh, x.to(self.Vh))
+
+    @in_plain_torch
     def subspace_angles(self, other: SVD, token: int | None = None) -> list[Tensor]:
         """Principal angles in radians between the output sides of two results, for each of this one's blocks.
 

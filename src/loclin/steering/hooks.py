@@ -28,7 +28,7 @@ _REORDERED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"
 
 
 @runtime_checkable
-class Direction(Protocol):
+class Pusher(Protocol):
     """What hooks need of a steering; see `loclin.steering.base.Steering`."""
 
     spare_first: bool
@@ -62,7 +62,7 @@ class Hooks:
 
     why_not_linearized = "is being steered; linearize it outside the 'with steering.apply(...)'"
 
-    def __init__(self, steering: Direction, model: Model, strengths: Sequence[float], form: Form) -> None:
+    def __init__(self, steering: Pusher, model: Model, strengths: Sequence[float], form: Form) -> None:
         self._steering = steering
         self._hf, self._parts = model.hf, anatomy(model.hf)
         self._strengths, self._form = list(strengths), form

@@ -153,7 +153,7 @@ class Operator(Steering):
             found = J.svd(rank)
             left, right = (found.U * found.S.unsqueeze(1))[chosen], found.Vh[chosen]
             if signs == "fixed":
-                fixed = torch.einsum("nkd,nd->nk", right, x.to(right)).sign()
+                fixed = found.gains(J.input)[chosen].sign()
         provenance = replace(J.provenance(), positions=chosen)
         return cls(
             left=left,

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from loclin.common.arguments import real, whole
 from loclin.common.brief import brief
+from loclin.common.progress import Progress, silent
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError, PromptError
 from loclin.models import Model
@@ -122,7 +123,7 @@ def sweep(
     strengths: Sequence[float] | None = None,
     form: Form = "add",
     max_kl: float = MAX_KL,
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
 ) -> Sweep:
     """Try strengths at layers, and choose the largest gain that stays within a limit on the fluency lost.
 

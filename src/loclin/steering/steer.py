@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loclin.common.arguments import real, strings, whole
 from loclin.common.brief import brief
+from loclin.common.progress import Progress, silent
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate
@@ -133,7 +134,7 @@ def steer(
     max_kl: float = MAX_KL,
     seed: int | None = None,
     memory: int | float | str | None = None,
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
     **options: Any,
 ) -> tuple[Steered, Steering]:
     """Go on from a prompt, normally and steered.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from loclin.analyses.decode import Decoder
 from loclin.common.arguments import strings, whole
 from loclin.common.brief import brief
+from loclin.common.progress import Progress, silent
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized
@@ -164,7 +165,7 @@ def watch(
     sinks: bool = False,
     n_tokens: int = 8,
     max_new_tokens: int = 30,
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
 ) -> tuple[Watched, Projection]:
     """Look for watched words in what a prompt's largest singular vectors write, and take those vectors out.
 
@@ -220,7 +221,7 @@ def watch(
     J = lin.jacobian(target=point, normed=layer is not None)
     progress("singular vectors")
     svd = J.svd(k)
-    gains = torch.einsum("tkd,td->tk", svd.Vh, J.input.to(svd.Vh))
+    gains = svd.gains(J.input)
     progress("words")
     skipped = set() if sinks else no_words(lin)
     found = [hit for hit in _hits(lin, svd.U, svd.S, gains, watched, top) if hit.token not in skipped]

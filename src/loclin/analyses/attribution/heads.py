@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -178,7 +177,7 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
     writes = decoder.writes(norm.jvp(svd.U.T), _WORDS)
     strongest = svd.Vh.norm(dim=2).argmax(1)
     reads = decoder.reads(svd.Vh[range(k), strongest], _WORDS)
-    gains = torch.einsum("k,ktd,td->kt", svd.S, svd.Vh, J.input.to(svd.Vh)).tolist()
+    gains = (svd.gains(J.input) * svd.S).T.tolist()
     return Head(
         name=str(link.part),
         map=J,

@@ -9,7 +9,7 @@ import math
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from loclin.analyses.coverage.describe import Description, describe_parts
 from loclin.common.access import reason
 from loclin.common.brief import brief
+from loclin.common.progress import Progress, silent
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import LoclinError, ModelError, OptionError, OutputError
 from loclin.freeze import Gate
@@ -246,7 +247,7 @@ def coverage(
     gates: Sequence[Gate] = GATES,
     path: Path | None = None,
     fresh: bool = False,
-    progress: Callable[[str], None] = lambda _step: None,
+    progress: Progress = silent,
 ) -> Coverage:
     """Certify a tiny random model of each family, in float64 and float32, with each gate split.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from loclin.analyses.nearby import Nearby
 from loclin.common.access import reason
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
+from loclin.common.progress import Progress, silent
 from loclin.errors import ModelError, OutputError
 from loclin.maps.linearized import Linearized
 from loclin.models import Model
@@ -147,7 +148,7 @@ def study(
     path: Path | None = None,
     fresh: bool = False,
     planes: int = 16,
-    progress: Callable[[str], None] = lambda _message: None,
+    progress: Progress = silent,
 ) -> Study:
     """Measure shares, single-token effects, deletion curves and projections on every prompt.
 
