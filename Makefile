@@ -1,4 +1,9 @@
-# make demo: a real model, explained, in one command.   make test: lint, types and all tests.
+# make demo: a real model, explained, in one command.
+# make check: lint, types, and the tests that need no real model, no new process and little time (minutes).
+# make test: lint, types and all tests (half an hour).   make test-gpu: what only a GPU can test.
+# make wheel: the wheel and the source archive, built and tried in a clean environment.
+# make notebook: docs/tour.ipynb, run again.
+# make hooks: lint and types before every commit.
 # make bench: the package against others and against the limits, side by side (an hour or so).
 # make fuzz N=1000: so many random combinations of network, map, precision, tokenizer and surroundings.
 # make test-matrix: the engine's tests with the oldest and the newest transformers that pyproject.toml supports.
@@ -13,14 +18,23 @@ ENGINE := tests/freeze tests/models/test_tiny.py tests/models/test_special.py te
   tests/test_batch.py tests/maps/test_certify.py tests/maps/test_linear_map.py tests/network/test_explicit.py \
   tests/maps/test_linearization.py
 
-.PHONY: demo test fuzz test-matrix lint bench clean
+.PHONY: demo check test test-gpu fuzz test-matrix lint hooks wheel notebook bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/loclin explain "The bridge out of Marin is the" --json explain.json --html explain.html
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: lint
+	$(PYTEST) -q -m "not real and not subprocess and not slow"
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) --every-library
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device")'
+	$(BIN)/python -m pytest tests/test_cuda.py
 
 N ?= 200
 fuzz: $(VENV)/.dev
@@ -46,6 +60,26 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
+WHEEL := .wheel/bin/python -m pip install --quiet --disable-pip-version-check
+wheel:
+	rm -rf dist .wheel
+	$(PYTHON) -m venv .wheel
+	$(WHEEL) build
+	.wheel/bin/python -m build --outdir dist
+	$(PYTHON) -m venv --clear .wheel
+	$(WHEEL) -c constraints.txt torch
+	$(WHEEL) -c constraints.txt dist/*.whl
+	cd / && $(CURDIR)/.wheel/bin/loclin --version && $(CURDIR)/.wheel/bin/loclin --help > /dev/null
+	cd / && $(CURDIR)/.wheel/bin/python $(CURDIR)/tests/installed.py
+
+# what libraries write to standard error is of this machine, and is not kept
+notebook: $(VENV)/.dev
+	$(PIP) nbclient ipykernel
+	$(BIN)/python .ci/run_notebook.py docs/tour.ipynb
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/dense.py
@@ -81,4 +115,4 @@ $(VENV)/.bench: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .matrix .pytest_cache .mypy_cache .ruff_cache explain.json explain.html
+	rm -rf $(VENV) .matrix .wheel dist .pytest_cache .mypy_cache .ruff_cache explain.json explain.html

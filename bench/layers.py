@@ -23,7 +23,7 @@ from loclin.freeze import frozen
 from loclin.linearization import Linearization
 from loclin.maps.layer_maps import COMPONENTS, layer_maps
 from loclin.maps.layer_spectra import LayerSpectra
-from loclin.network.route import first
+from loclin.models.forward import hidden_output
 from models import BUDGET, PROMPT, fresh, packaged
 
 K = 8
@@ -41,7 +41,7 @@ def linearized(name: str) -> Linearization:
 
 def ours(lin: Linearization, joint: bool = False) -> LayerSpectra:
     """All spectra from one sweep."""
-    return lin.layers(COMPONENTS, k=K, joint=joint, normed=False)
+    return lin.layer_spectra(components=COMPONENTS, k=K, joint=joint, normed=False)
 
 
 def papers(lin: Linearization, layers: range) -> Iterator[tuple[str, int, Tensor]]:
@@ -60,17 +60,17 @@ def papers(lin: Linearization, layers: range) -> Iterator[tuple[str, int, Tensor
 def _until(lin: Linearization, component: str, layer: int):
     """The frozen network as a function from its embeddings `[T, d]` to a component's output at the last token."""
     hf, block = lin.model.hf, lin.trace.layers[layer].block
-    path = {"attn_out": block.parts.attn, "mlp_out": block.parts.mlp, "resid_post": ""}[component]
+    path = {"attn_out": block.sublayers.attn, "mlp_out": block.sublayers.mlp, "resid_post": ""}[component]
     module: nn.Module = block.module.get_submodule(path or "")
 
     def forward(x: Tensor) -> Tensor:
         found = []
 
         def reached(_module: nn.Module, _args: object, output: object) -> None:
-            found.append(mode.live(first(output)))
+            found.append(mode.live(hidden_output(output)))
             raise _Reached
 
-        with frozen(hf, lin.trace.hold) as mode:
+        with frozen(hf, lin.trace.options) as mode:
             hidden = lin.trace.layers[0].hidden.clone()
             mode.enter(hidden, x[None])
             handle = module.register_forward_hook(reached)

@@ -21,7 +21,7 @@ def main() -> None:
     lin = loclin.linearize(model, ids)
     J = fresh(lin, budget=None)
     plan = J.plan(k=1)
-    chosen = next(route for route in plan.routes if route.name == plan.chosen)
+    chosen = next(route for route in plan.methods if route.name == plan.chosen)
     say(f"{LENGTH} tokens; the plan:\n{plan}")
     rates = [matmul_rate()]
     seconds = timed(lambda: J.svd(k=1))

@@ -119,7 +119,7 @@ def whole_graph(lin: Linearization) -> Callable[[Tensor], Tensor]:
     hf, stock = lin.model.hf, lin.trace.layers[0].hidden
 
     def forward(x: Tensor) -> Tensor:
-        with frozen(hf, lin.trace.hold) as mode:
+        with frozen(hf, lin.trace.options) as mode:
             hidden = stock.clone()
             mode.enter(hidden, x[None])
             final = mode.live(hf.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state)

@@ -66,14 +66,14 @@ def measure(quick: bool) -> tuple[list[Row], list[Row]]:
 
 def _trial(lin: Linearization, k: int, tolerance: float, joint: bool, label: str, patience: float) -> Trial | None:
     plan = fresh(lin).plan(k=k, joint=joint, tolerance=tolerance)
-    seconds = {route.name: route.cost.seconds for route in plan.routes}
+    seconds = {route.name: route.cost.seconds for route in plan.methods}
     names = [name for name, expected in seconds.items() if expected <= _MOST_SECONDS]
     if not names:
         say(f"planner: dropped {label}: {min(seconds.values()):.0f} s expected")
         return None
     routes = {name: partial(ours, lin, joint, name, k, tolerance) for name in [*names, "auto"]}
     runs = interleaved(routes, 7, f"planner, {label}", patience)
-    return Trial(label, {name: runs[name].seconds for name in names}, runs["auto"].seconds, runs["auto"].found.route)
+    return Trial(label, {name: runs[name].seconds for name in names}, runs["auto"].seconds, runs["auto"].found.method)
 
 
 def _show(trials: list[Trial]) -> None:

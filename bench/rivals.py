@@ -23,7 +23,7 @@ from models import fresh, whole_graph
 
 K = 8
 TOLERANCE = 1e-3
-PLANS = ("full", "top", "krylov", "auto")
+METHODS = ("lapack", "block_krylov", "matrix_free", "auto")
 AUTO = "loclin svd, auto"
 PAPER = "paper: autograd jacobian + randomized_svd"
 HYBRID = "loclin dense J + randomized_svd"
@@ -34,12 +34,12 @@ _DEPTH = 6 * K
 
 @dataclass(frozen=True)
 class Outcome:
-    """Values `[M, k]` of M matrices, the columns spent, the largest relative error stated, and the route taken."""
+    """Values `[M, k]` of M matrices, the columns spent, the largest relative error stated, and the method used."""
 
     S: Tensor
     columns: int
     certified: float = math.nan
-    route: str = ""
+    method: str = ""
 
     def error(self, truth: Tensor) -> float:
         """The largest relative error of any value."""
@@ -51,7 +51,7 @@ def routes_of(lin: Linearization, joint: bool) -> dict[str, Callable[[], Outcome
     """Every route by its name; each starts from nothing."""
     _check_installed()
     routes = {DENSE: lambda: Outcome(torch.empty(1, 0), len(fresh(lin).dense()))}
-    routes |= {f"loclin svd, {plan}": partial(ours, lin, joint, plan) for plan in PLANS}
+    routes |= {f"loclin svd, {method}": partial(ours, lin, joint, method) for method in METHODS}
     routes[PAPER] = lambda: _decomposed(_papers_jacobian(lin), joint, _randomized)
     routes[HYBRID] = lambda: _decomposed(fresh(lin).dense(), joint, _randomized)
     routes[f"loclin dense J + torch.svd_lowrank(q={_LOWRANK})"] = lambda: _decomposed(
@@ -64,11 +64,11 @@ def routes_of(lin: Linearization, joint: bool) -> dict[str, Callable[[], Outcome
     return routes
 
 
-def ours(lin: Linearization, joint: bool, plan: str, k: int = K, tolerance: float = TOLERANCE) -> Outcome:
-    """`J.svd` by one plan, from nothing."""
+def ours(lin: Linearization, joint: bool, method: str, k: int = K, tolerance: float = TOLERANCE) -> Outcome:
+    """`J.svd` by one method, from nothing."""
     J = fresh(lin)
-    found = J.svd(k, joint, tolerance=tolerance, plan=plan)
-    return Outcome(found.S.reshape(-1, k), J.columns, found.relative_error.max().item(), found.route)
+    found = J.svd(k, joint=joint, tolerance=tolerance, method=method)
+    return Outcome(found.S.reshape(-1, k), J.columns, found.relative_error.max().item(), found.method)
 
 
 def matrices(dense: Tensor, joint: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""How cost grows: the dense map and `svd(k=8, joint=True, plan="krylov")` against width, length and depth.
+"""How cost grows: the dense map and `svd(k=8, joint=True, method="matrix_free")` against width, length and depth.
 
 Random models (see `bench/models.py`), each quantity varied alone. An exponent is the slope of a least-squares line
 through the logarithms of the seconds. With T tokens a column costs T times one token's products and attention T^2, so
@@ -27,7 +27,7 @@ def dense(lin: Linearization) -> int:
 def krylov(lin: Linearization) -> int:
     """The columns that it took."""
     J = fresh(lin)
-    J.svd(k=8, joint=True, plan="krylov")
+    J.svd(k=8, joint=True, method="matrix_free")
     return J.columns
 
 

@@ -89,7 +89,7 @@ def side_by_side(name: str, lin: Linearization, joint: bool, repeats: int, peak:
     errors = {route: run.found.error(true) for route, run in runs.items()}
     lines = [
         [route, f"{run.seconds:.2f}", f"{run.seconds / runs[PAPER].seconds:.2f}", megabytes(peaks[route])]
-        + [str(run.found.columns), number(errors[route]), number(run.found.certified), run.found.route]
+        + [str(run.found.columns), number(errors[route]), number(run.found.certified), run.found.method]
         for route, run in runs.items()
     ]
     header = ["route", "seconds", "ratio to paper's", "extra peak MB", "columns", "true error", "certified", "taken"]
@@ -124,7 +124,7 @@ def _demanded(label: str, runs: dict[str, Timed[Outcome]], errors: dict[str, flo
     mine = runs[AUTO]
     rows = [
         Row(
-            f"{label}: {AUTO} ({mine.found.route})",
+            f"{label}: {AUTO} ({mine.found.method})",
             mine.seconds,
             "s",
             rival,
@@ -192,7 +192,7 @@ def wide(d: int, layers: int, length: int = 8) -> list[Row]:
         say(f"{label}, {scope}: float64 SVD to compare with")
         spectra[scope] = truth(kept[0], joint=scope == "joint")
         rows += [
-            Row(f"{name}, auto ({run.found.route})", run.seconds, "s", DENSE, run.seconds / limit, demands.get(scope)),
+            Row(f"{name}, auto ({run.found.method})", run.seconds, "s", DENSE, run.seconds / limit, demands.get(scope)),
             Row(f"{name}, columns", run.found.columns, "columns", f"d = {d}", run.found.columns / d),
             Row(f"{name}, certified error", run.found.certified, "relative", demand=TOLERANCE),
             Row(f"{name}, true error", run.found.error(spectra[scope]), "relative", demand=TOLERANCE),

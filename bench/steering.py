@@ -33,9 +33,9 @@ from loclin.linearization import Linearization
 from loclin.models import Model
 from loclin.results.files import write_text
 from loclin.steering.concepts import packaged_concepts
-from loclin.steering.operator import no_words
 from loclin.steering.replay import Replay
-from loclin.steering.search import depths, score, write
+from loclin.steering.search import depths, score
+from loclin.steering.writing import write
 from models import linear_weights
 from steering_figures import LIMITS, STRENGTHS, WRITTEN, Tables, at_limit, mean_curve, strength_at, tables
 from steering_methods import (
@@ -164,7 +164,7 @@ def why(replay: Replay, case: Case, operator: s.Operator) -> dict[str, float]:
     S = replay.sums(operator)[:, -1]
     first = operator.push(case.own.embeddings[:1], torch.zeros(1, dtype=torch.long))[0]
     mean = S.mean(0)
-    words = [i for i in range(len(case.own.tokens)) if i not in no_words(case.own)]
+    words = [i for i in range(len(case.own.tokens)) if i not in case.own.non_words]
     x, index = replay.tokens
     Vh, index = J.svd(RANK).Vh[words], index % len(words)
     steer = torch.einsum("nkd,nd->nk", Vh, case.own.embeddings[words])[index]

@@ -78,14 +78,14 @@ METHODS: dict[str, Callable[[Case, int], s.Steering]] = {
     "operator": lambda c, layer: s.Operator.make(c.own, layer),
     "operator, first token left alone": lambda c, layer: s.Operator.make(c.own, layer, spare_first=True),
     "operator, final norm on": lambda c, layer: s.Operator.make(c.own, layer, normed=True),
-    "operator, shuffled over tokens": lambda c, layer: s.Operator.make(c.own, layer, tokens=c.shuffled()),
-    "operator, without the sink's map": lambda c, layer: s.Operator.make(c.own, layer, tokens="words"),
-    "operator, rank 8": lambda c, layer: s.Operator.make(c.own, layer, tokens="words", rank=RANK),
+    "operator, shuffled over tokens": lambda c, layer: s.Operator.make(c.own, layer, positions=c.shuffled()),
+    "operator, without the sink's map": lambda c, layer: s.Operator.make(c.own, layer, positions="words"),
+    "operator, rank 8": lambda c, layer: s.Operator.make(c.own, layer, positions="words", rank=RANK),
     "operator, rank 8, signs fixed": lambda c, layer: s.Operator.make(
-        c.own, layer, tokens="words", rank=RANK, signs="fixed"
+        c.own, layer, positions="words", rank=RANK, signs="fixed"
     ),
     "operator, nearest token": lambda c, layer: s.Operator.make(c.own, layer, align="nearest"),
-    "operator, last token's map alone": lambda c, layer: s.Operator.make(c.own, layer, tokens=[-1]),
+    "operator, last token's map alone": lambda c, layer: s.Operator.make(c.own, layer, positions=[-1]),
     "operator, less a neutral text's": _less_neutral,
     "operator, 2 texts": _merged,
     "output basis, rank 8": lambda c, layer: s.output_basis(c.own, point(layer), RANK),

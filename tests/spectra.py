@@ -1,4 +1,4 @@
-"""Random token maps with designed spectra."""
+"""Random token maps with designed spectra, and dense maps that count their products."""
 
 from __future__ import annotations
 
@@ -34,3 +34,37 @@ DESIGNS = {
     "zero": [torch.zeros(48), power_law(48, 0.8)],
     "one token": [power_law(48, 0.8)],
 }
+
+
+class DenseMaps:
+    """The token maps of a dense tensor `[d_out, T, d_in]`; `columns` counts their products."""
+
+    def __init__(self, dense: Tensor) -> None:
+        self.dense = dense
+        self.columns = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(d_out, T, d_in)."""
+        d_out, length, d_in = self.dense.shape
+        return d_out, length, d_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's dtype."""
+        return self.dense.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensor lives."""
+        return self.dense.device
+
+    def matmat(self, Xs: Tensor) -> Tensor:
+        """sum_i J_i x_i of n blocks of vectors. Cost: n columns, 2 n d_out T d_in flops."""
+        self.columns += len(Xs)
+        return Xs.flatten(1) @ self.dense.flatten(1).T
+
+    def rmatmat(self, Us: Tensor) -> Tensor:
+        """Every J_i^T u of n vectors. Cost: n columns, 2 n d_out T d_in flops."""
+        self.columns += len(Us)
+        return (Us @ self.dense.flatten(1)).unflatten(1, self.dense.shape[1:])

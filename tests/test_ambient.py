@@ -58,21 +58,22 @@ QUESTIONS = {
     "biases": lambda lin: lin.jacobian().bias_by_source(),
     "rebuilt": lambda lin: lin.jacobian().reconstruct(),
     "triples": lambda lin: [getattr(lin.jacobian().svd(3), name) for name in ("U", "S", "Vh", "lower", "upper")],
-    "joint triples by products": lambda lin: lin.jacobian().svd(2, joint=True, plan="krylov").S,
+    "joint triples by products": lambda lin: lin.jacobian().svd(2, joint=True, method="matrix_free").S,
     "spectra": lambda lin: [lin.jacobian().singular_values(), lin.jacobian().stable_rank()],
     "norms": lambda lin: lin.jacobian().norms().frobenius,
     "values": lambda lin: [lin.value(point) for point in ("embed", "resid_mid.1", "final", "logits")],
     "other positions": lambda lin: lin.next_tokens(3, position=2),
     "ordinary": lambda lin: lin.ordinary_reconstruction(),
-    "layers": lambda lin: lin.layers(k=2).S,
+    "layers": lambda lin: lin.layer_spectra(k=2).S,
     **{
-        f"shares by {level}": lambda lin, level=level: lin.attribute(5, level).shares
+        f"shares by {level}": lambda lin, level=level: lin.attribute(5, by=level).shares
         for level in ("token", "layer", "head", "neuron", "bias", "token×layer")
     },
     "head": lambda lin: lin.head(1, 2).to_dict(),
-    "path": lambda lin: lin.path(0, ["L1H2"]).to_dict(),
+    "path": lambda lin: lin.path(["L1H2"], token=0).to_dict(),
     "explanation": lambda lin: loclin.explain(lin, k=2),
     "layers in words": lambda lin: explain_layers(lin, k=2),
+    "similarity": lambda lin: lin.similarity(),
     "logit lens": lambda lin: logit_lens(lin, 5),
     "generation": lambda lin: loclin.generate(lin, 2, k=2),
     "words": lambda lin: Decoder(lin.model).reads(lin.embeddings, 3),
@@ -131,6 +132,7 @@ def all_answers(llama):
 IDS = tiny.prompt(6)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("state", ["inference_mode", "autocast", "float64 by default", "on meta"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_asked_in_another_state_has_the_same_answer(question, state, model, answers):
@@ -143,6 +145,7 @@ def test_a_question_asked_in_another_state_has_the_same_answer(question, state, 
     assert plain(QUESTIONS[question](lin)) == found  # what was kept is what was asked for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_all_of_it_in_another_state(state, llama, all_answers):
     with state():

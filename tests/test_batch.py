@@ -58,6 +58,7 @@ def _check(family, padding, dtype, precision, limit):
     return [lin.padded_error for lin in batch]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_maps_of_a_batch_are_those_of_the_prompts(family, padding):
@@ -69,6 +70,7 @@ def test_maps_of_a_batch_are_those_of_the_prompts(family, padding):
         assert max(errors) < 1e-12
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("dtype", "precision", "limit"),
     [(torch.float32, "auto", LIMIT), (torch.float32, "double", 1e-12), (torch.bfloat16, "auto", LIMIT)],
@@ -78,6 +80,7 @@ def test_maps_are_exact_in_every_precision(dtype, precision, limit):
     assert max(_check("llama", "left", dtype, precision, limit)) < (0.1 if dtype == torch.bfloat16 else LIMIT)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_tensor_is_taken_apart(side):
     model = _model("llama", torch.float64)

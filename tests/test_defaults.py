@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from enum import Enum
 
 import pytest
 
@@ -26,7 +25,7 @@ COMMANDS = {
     attribute_command: (attribute.attribute, loclin.linearize, loclin.load),
     coverage_command: (coverage.coverage,),
     explain_command: (explain.explain, generation.generate, loclin.linearize, loclin.load),
-    faithfulness_command: (study.study, prompts.load, loclin.load),
+    faithfulness_command: (study.faithfulness, prompts.load_prompts, loclin.load),
     layers_command: (layers.explain_layers, loclin.linearize, loclin.load),
     steer_command: (steer.steer, loclin.load),
     validity_command: (validity.validity, loclin.linearize, loclin.load),
@@ -41,8 +40,7 @@ UNSET = {(attribute_command, "by"): "token", (coverage_command, "family"): None,
 
 
 def default_of(command, option):
-    value = UNSET.get((command, option.name), option.default)
-    return value.value if isinstance(value, Enum) else value
+    return UNSET.get((command, option.name), option.default)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
@@ -65,7 +63,7 @@ def test_command_and_function_have_the_same_defaults(command):
 def test_every_linearization_holds_the_papers_gate_by_default():
     for function in (loclin.linearize, loclin.linearize_batch, steer.steer):
         assert inspect.signature(function).parameters["gate"].default == "activation"
-    assert loclin.freeze.Hold().gate == "activation"
+    assert loclin.freeze.FreezeOptions().gate == "activation"
 
 
 def test_every_share_is_of_the_same_target_by_default():

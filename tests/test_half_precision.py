@@ -11,9 +11,9 @@ from torch import nn
 
 import loclin
 import tiny
-from loclin.common.sums import relative
+from loclin.common.sums import relative_error
 from loclin.errors import OptionError
-from loclin.freeze import Hold, frozen
+from loclin.freeze import FreezeOptions, frozen
 from loclin.linearization import linearize
 from loclin.models import tiny as families
 from loclin.models import wrap
@@ -21,6 +21,7 @@ from loclin.models import wrap
 HALF = [torch.bfloat16, torch.float16]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
 def test_a_residual_stream_in_float32_is_not_taken_for_a_model_in_float32(family, dtype):
@@ -35,7 +36,7 @@ def test_a_residual_stream_in_float32_is_not_taken_for_a_model_in_float32(family
     assert certificate.forward_error > 1e-5
     assert linearize(wrap(hf), lin.input_ids, precision="stock").certify().passed
     wide = linearize(wrap(copy.deepcopy(hf).float()), lin.input_ids).jacobian().dense()
-    assert relative(lin.jacobian().dense() - wide, wide) < 0.2  # the coefficients are those of the rounded model
+    assert relative_error(lin.jacobian().dense() - wide, wide) < 0.2  # the coefficients are those of the rounded model
 
 
 @pytest.mark.parametrize("ordinary", [False, True])
@@ -46,7 +47,7 @@ def test_casts_do_not_round_the_linear_path(dtype, ordinary):
             return x.to(dtype).to(x)
 
     x, module = torch.randn(1, 3, 5), Cast()
-    with frozen(module, Hold(ordinary=ordinary), torch.float32) as mode:
+    with frozen(module, FreezeOptions(ordinary=ordinary), torch.float32) as mode:
         mode.enter(x)
         assert torch.equal(mode.live(module(x)), x)
 
@@ -61,11 +62,12 @@ def exact_values(J, joint=False):
     return torch.linalg.svdvals(dense.flatten(1)[None] if joint else dense.transpose(0, 1))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("plan", ["auto", "full", "top"])
-def test_spectra_of_a_map_in_half_precision_are_taken_in_float32(half, plan, joint):
+@pytest.mark.parametrize("method", ["auto", "lapack", "block_krylov"])
+def test_spectra_of_a_map_in_half_precision_are_taken_in_float32(half, method, joint):
     J = half.jacobian()
-    found = J.svd(3, joint, plan=plan, tolerance=1e-5)
+    found = J.svd(3, joint=joint, method=method, tolerance=1e-5)
     S = found.S[None] if joint else found.S
     assert J.dense().dtype.itemsize == 2
     assert S.dtype == torch.float32
@@ -86,8 +88,8 @@ def test_ranks_and_norms_of_a_map_in_half_precision(half):
         (J.frobenius_norm(), norm),
         (J.stable_rank(), (norm / values[:, 0]) ** 2),
     ):
-        assert relative(mine - right, right) < 1e-4
-    layers = half.layers(k=2)
+        assert relative_error(mine - right, right) < 1e-4
+    layers = half.layer_spectra(k=2)
     assert layers.S.dtype == torch.float32
     assert layers.S.isfinite().all()
 
@@ -96,18 +98,22 @@ def test_ranks_and_norms_of_a_map_in_half_precision(half):
 @pytest.mark.parametrize("tolerance", [1e-3, 0.9])
 def test_products_in_half_precision_are_too_coarse_for_a_spectrum(half, joint, tolerance):
     with pytest.raises(OptionError, match="precision='single'"):
-        half.jacobian().svd(2, joint, plan="krylov", tolerance=tolerance)
+        half.jacobian().svd(2, joint=joint, method="matrix_free", tolerance=tolerance)
 
 
-@pytest.mark.parametrize("plan", ["full", "top", "layers"])
-def test_bounds_hold_what_half_precision_rounds(half, plan):
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("method", ["lapack", "block_krylov", "layers"])
+def test_bounds_hold_what_half_precision_rounds(half, method):
     exact = exact_values(linearize(half.model, half.input_ids, precision="double").jacobian(target="resid_post.1"))
-    found = half.layers(["resid_post"], k=3, normed=False).svd("resid_post", 1) if plan == "layers" else None
-    found = found or half.jacobian(target="resid_post.1").svd(3, plan=plan)
+    if method == "layers":
+        found = half.layer_spectra(components=["resid_post"], k=3, normed=False).svd("resid_post", 1)
+    else:
+        found = half.jacobian(target="resid_post.1").svd(3, method=method)
     assert (found.lower <= exact[:, :3]).all()
     assert (exact[:, :3] <= found.upper).all()
 
 
+@pytest.mark.sampled(1)
 def test_everything_is_there_in_half_precision(half):
     J, explained = half.jacobian(), loclin.explain(half)
     assert explained.certificate.passed

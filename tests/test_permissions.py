@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import tiny
-from loclin.analyses.coverage import run as coverage
-from loclin.analyses.faithfulness import study
+from loclin.analyses.coverage.result import Coverage
 from loclin.errors import LoclinError, ModelError, OutputError, ResultError
 from loclin.linearization import linearize
 from loclin.models import load
 from loclin.models.gguf import cache
 from loclin.results.dense_file import DenseFile
 from loclin.results.files import check_writable, write_text
+from loclin.results.record import Record
 from loclin.results.tensor_file import load_tensors, save_tensors
 from models.helpers import tiny_gguf
 from users import stranger, umask
@@ -67,6 +67,7 @@ def dense(path: Path) -> torch.Tensor:
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077, 0o027])
 def test_every_file_has_what_the_umask_leaves(place, gguf, mask, monkeypatch):
     monkeypatch.setenv("LOCLIN_CACHE", str(place / "shared" / "cache"))
@@ -109,7 +110,7 @@ def test_a_copy_that_may_not_be_read_is_no_damaged_one(place, gguf, monkeypatch,
     private.chmod(0)
     with stranger():
         with pytest.raises(
-            ModelError, match=f"Cannot read .*tiny.gguf: {OWNED.format(name=private.name)}.*LOCLIN_CACHE"
+            ModelError, match=f"cannot read .*tiny.gguf: {OWNED.format(name=private.name)}.*LOCLIN_CACHE"
         ):
             load(gguf)
         (seen,) = cache.entries()
@@ -161,7 +162,7 @@ def test_results_that_may_not_be_read_or_written(place):
     reads = {
         "J.safetensors": lambda path: load_tensors(path),
         "J.npy": dense,
-        "old.json": lambda path: coverage.read(path),
+        "old.json": lambda path: Record(path, Coverage, fresh=False).read(),
     }
     writes = {"old.json": check_writable, "new.json": check_writable, "J2.npy": dense}
     with stranger():
@@ -173,7 +174,7 @@ def test_results_that_may_not_be_read_or_written(place):
                 write(place / name)
     place.chmod(0)
     with stranger():
-        for use in (*reads.values(), *writes.values(), study.read):
+        for use in (*reads.values(), *writes.values()):
             with pytest.raises(LoclinError, match=OWNED.format(name=place.name)) as caught:
                 use(place / "any")
             assert "\n" not in str(caught.value)

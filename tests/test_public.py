@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,16 +20,20 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def imported_for_types():
-    """The names that the package imports for type checkers alone."""
+    """The names that the package imports for type checkers alone, and the modules that they come from."""
     tree = ast.parse(Path(loclin.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    return {alias.name for node in block.body for alias in node.names}
+    return {alias.name: node.module for node in block.body for alias in node.names}
 
 
-def test_lists_stubs_and_table_agree():
-    names = set(loclin.__all__)
-    assert len(names) == len(loclin.__all__)
-    assert names == imported_for_types() == {*loclin._HOMES, "freeze", "steering"}
+def test_the_list_the_stubs_and_what_is_imported_agree():
+    stubs = imported_for_types()
+    assert sorted(stubs) == sorted(loclin.__all__)
+    assert set(stubs) <= set(dir(loclin))
+    for name, module in stubs.items():
+        assert getattr(loclin, name) is getattr(import_module(module), name), name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        loclin.no_such_name  # noqa: B018
 
 
 @pytest.mark.parametrize("name", loclin.__all__)
@@ -37,17 +42,38 @@ def test_every_public_name_is_there_and_documented(name):
     assert inspect.getdoc(found)
     assert getattr(found, "__name__", name) in (name, f"loclin.{name}")
     if inspect.isclass(found):
-        lacking = [
-            member
-            for member, value in vars(found).items()
-            if not member.startswith("_") and callable(getattr(found, member)) and not inspect.getdoc(value)
-        ]
-        assert not lacking
+        assert [member for member in dir(found) if own(found, member) and not documented(found, member)] == []
+    elif callable(found):
+        text = inspect.getdoc(found) or ""
+        assert [parameter for parameter in inspect.signature(found).parameters if parameter not in text] == []
+
+
+def own(kind, member):
+    """Whether a public member of a class is a method or property that loclin has written, in it or in its bases."""
+    value = inspect.unwrap(getattr(inspect.getattr_static(kind, member), "fget", None) or getattr(kind, member))
+    return not member.startswith("_") and callable(value) and str(getattr(value, "__module__", "")).startswith("loclin")
+
+
+def documented(kind, member):
+    return inspect.getdoc(inspect.getattr_static(kind, member))
+
+
+@pytest.mark.parametrize("room", ["freeze", "steering"])
+def test_every_name_of_a_public_room_is_there_and_documented(room):
+    module = getattr(loclin, room)
+    assert module.__all__
+    found = {name: getattr(module, name) for name in module.__all__}
+    written = {name: one for name, one in found.items() if inspect.isclass(one) or inspect.isfunction(one)}
+    assert [name for name, one in written.items() if not inspect.getdoc(one)] == []
 
 
 def test_every_error_is_public():
-    kinds = {kind.__name__ for kind in LoclinError.__subclasses__()} | {"LoclinError"}
-    assert kinds <= set(loclin.__all__)
+    kinds, found = [LoclinError], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found.add(kind.__name__)
+    assert found <= set(loclin.__all__)
     assert issubclass(MissingExtraError, ImportError)
 
 
@@ -70,7 +96,7 @@ def test_maps_are_applied_by_operators():
     assert J.T.T is J
 
 
-QUESTIONS = ["explain", "explain_layers", "attribute", "logit_lens", "generate", "validity"]
+QUESTIONS = ["explain", "explain_layers", "attribute", "logit_lens", "generate", "similarity", "validity"]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

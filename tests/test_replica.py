@@ -22,11 +22,11 @@ QUESTIONS = {
     "map": lambda lin: lin.jacobian().dense(),
     "column": lambda lin: lin.jacobian().rmatvec(lin.value("final")[-1]),
     "shares": lambda lin: lin.attribute(5).shares,
-    "heads": lambda lin: lin.attribute(5, "head").shares,
+    "heads": lambda lin: lin.attribute(5, by="head").shares,
     "logits elsewhere": lambda lin: lin.value("logits")[2],
     "bias": lambda lin: lin.jacobian().bias,
     "certificate": lambda lin: torch.tensor(lin.certify().reconstruction_error),
-    "layers": lambda lin: lin.layers(k=1).S,
+    "layers": lambda lin: lin.layer_spectra(k=1).S,
 }
 
 
@@ -55,6 +55,7 @@ def same(lin, expected):
 # what is switched on the model afterwards
 
 
+@pytest.mark.sampled(1)
 def test_a_hook_that_is_put_on_later_does_not_reach_it(model, expected):
     lin = loclin.linearize(model, IDS)
     part = model.get_decoder()
@@ -63,6 +64,7 @@ def test_a_hook_that_is_put_on_later_does_not_reach_it(model, expected):
     handle.remove()
 
 
+@pytest.mark.sampled(1)
 def test_a_hook_that_is_taken_off_later_stays_in_it(model):
     norm = next(module for module in model.modules() if "Norm" in type(module).__name__)
     handle = norm.register_forward_hook(lambda _m, _a, output: 2 * output)
@@ -73,6 +75,7 @@ def test_a_hook_that_is_taken_off_later_stays_in_it(model):
     assert not same(loclin.linearize(model, IDS), expected)
 
 
+@pytest.mark.sampled(1)
 def test_training_mode_is_neither_met_nor_changed(model, expected):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -85,6 +88,7 @@ def test_training_mode_is_neither_met_nor_changed(model, expected):
     assert state(model) == before
 
 
+@pytest.mark.slow
 def test_what_is_first_asked_for_inside_steering_is_not_steered(model, expected):
     lin = loclin.linearize(model, IDS)
     operator = Operator.make(loclin.linearize(model, IDS), 1)
@@ -102,6 +106,7 @@ def test_linearizing_a_model_that_is_being_steered_is_refused(model):
         loclin.linearize(model, IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of what peft asks transformers
 def test_adapters_that_are_switched_later_do_not_reach_it():
     peft = pytest.importorskip("peft")
@@ -155,6 +160,7 @@ CHANGES = {f.__name__: f for f in (step, scale_data, scale, edit_a_row, load, co
 WEIGHTS = {"llama": "model.layers.1.mlp.up_proj.weight", "gpt2": "transformer.h.1.mlp.c_fc.weight"}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("build", BUILDS)
 def test_weights_that_changed_are_refused_by_name(build, change):
@@ -169,6 +175,7 @@ def test_weights_that_changed_are_refused_by_name(build, change):
     assert loclin.linearize(model, IDS).certify().passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_weight_that_is_replaced_is_remembered(build):
     """The linearization keeps the old one, and goes on with it."""
@@ -217,6 +224,7 @@ NOISES = {
 }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("precision", ["auto", "double"])
 @pytest.mark.parametrize("part", ["mlp", "self_attn"])
@@ -293,6 +301,7 @@ def test_a_model_that_rescales_its_weights_keeps_them():
 # threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "calls"), [("llama", 200), ("gpt2", 40)])
 def test_threads_on_one_model_do_not_meet(build, calls):
     """Two threads with so many calls each, on one linearization and on new ones, beside the model's own forwards."""
@@ -301,7 +310,7 @@ def test_threads_on_one_model_do_not_meet(build, calls):
     operator = Operator.make(shared, 1)
     questions = {
         "new": lambda: loclin.linearize(model, IDS, strict=False).jacobian().rmatvec(shared.value("final")[-1]),
-        "shares": lambda: shared.attribute(5, "head").shares,
+        "shares": lambda: shared.attribute(5, by="head").shares,
         "column": lambda: shared.jacobian(target="mlp_out.1", position=3).rmatvec(shared.embeddings[0]),
         "logits": lambda: loclin.linearize(model, IDS, strict=False).value("logits")[1],
         "operator": lambda: operator.apply_to(shared.embeddings),

@@ -11,11 +11,11 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import loclin
 from loclin.analyses.layers import explain_layers
-from loclin.common.sums import relative
+from loclin.common.sums import relative_error
 from loclin.linearization import linearize
 from loclin.models import tiny as families
 from loclin.models import wrap
-from loclin.report import explanation_html, render_explanation
+from loclin.results import display
 
 
 def projected():
@@ -43,6 +43,7 @@ def lin(request):
     return linearize(wrap(hf), families.prompt(hf, 5, 1))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("position", [-1, 1])
 @pytest.mark.parametrize("target", ["resid_post.0", "resid_pre.2", "final", "logits"])
 def test_maps_with_the_final_norm_on_top_have_its_width(lin, target, position):
@@ -51,8 +52,8 @@ def test_maps_with_the_final_norm_on_top_have_its_width(lin, target, position):
     assert J.shape[0] == J.dense().shape[0] == len(J.value)
     if normed:
         assert len(J.value) == lin.trace.final.shape[-1] != lin.trace.width
-    assert relative(J.reconstruct() - J.value, J.value) < 1e-5  # norms are in float32
-    assert relative(sum(J.bias_by_source().values()) - J.bias, J.value) < 1e-5
+    assert relative_error(J.reconstruct() - J.value, J.value) < 1e-5  # norms are in float32
+    assert relative_error(sum(J.bias_by_source().values()) - J.bias, J.value) < 1e-5
 
 
 def test_what_has_no_words_is_said_everywhere(lin):
@@ -62,11 +63,12 @@ def test_what_has_no_words_is_said_everywhere(lin):
     assert warning in layers.warnings
     assert all(not block.reads for token in explained.tokens for block in token.blocks)
     assert all(block.writes for token in explained.tokens for block in token.blocks)
-    render_explanation(explained, Console(file=(printed := io.StringIO()), width=200))
-    assert "no words" in printed.getvalue()
-    assert "no words" in explanation_html(explained)
+    display.show(explained, Console(file=(printed := io.StringIO()), width=200))
+    assert "no words" in " ".join(printed.getvalue().split())
+    assert "no words" in display.page(explained)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["deepseek_v2", "mixtral", "qwen3_moe"])
 def test_heads_at_other_positions_in_float64(family):
     """What runs before the final state has no linear path there, and is cast as the model casts it."""
@@ -74,4 +76,4 @@ def test_heads_at_other_positions_in_float64(family):
     lin = linearize(wrap(hf), families.prompt(hf, 3, 35), precision="double")
     for position in range(3):
         J = lin.jacobian(target="logits", position=position)
-        assert relative(J.reconstruct() - J.value, J.value) < 1e-12
+        assert relative_error(J.reconstruct() - J.value, J.value) < 1e-12

@@ -13,17 +13,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loclin.common.imports import quiet_imports
+
 if TYPE_CHECKING:
     from loclin import freeze, steering
     from loclin.analyses.attribution.attribute import attribute
     from loclin.analyses.attribution.heads import Head, Path
     from loclin.analyses.attribution.result import Attribution
     from loclin.analyses.attribution.target import Direction, Margin, Neuron
+    from loclin.analyses.coverage.result import Coverage
+    from loclin.analyses.coverage.run import coverage
     from loclin.analyses.decode import Decoder
     from loclin.analyses.explain import Explanation, explain
+    from loclin.analyses.faithfulness.study import Faithfulness, faithfulness
     from loclin.analyses.generation import Generation, generate
     from loclin.analyses.layers import LayerExplanation, explain_layers
-    from loclin.analyses.logit_lens import logit_lens
+    from loclin.analyses.logit_lens import LogitLens, logit_lens
+    from loclin.analyses.similarity import Similarity, similarity
     from loclin.analyses.validity import Validity, validity
     from loclin.errors import (
         BudgetError,
@@ -43,7 +49,9 @@ if TYPE_CHECKING:
     from loclin.maps.linear_map import LinearMap
     from loclin.maps.plan import Plan
     from loclin.models import Model, load, wrap
-    from loclin.results.result import Comparison, Provenance, compare
+    from loclin.results.compare import Comparison, compare
+    from loclin.results.provenance import Provenance
+    from loclin.results.result import Result
     from loclin.spectral import SVD, Norms
     from loclin.steering.steer import Steered, steer
     from loclin.steering.watch import Watched, watch
@@ -54,9 +62,11 @@ __all__ = [
     "BudgetError",
     "Certificate",
     "Comparison",
+    "Coverage",
     "Decoder",
     "Direction",
     "Explanation",
+    "Faithfulness",
     "Generation",
     "Head",
     "LayerExplanation",
@@ -64,6 +74,7 @@ __all__ = [
     "LinearMap",
     "Linearization",
     "LoclinError",
+    "LogitLens",
     "Margin",
     "MissingExtraError",
     "Model",
@@ -77,22 +88,27 @@ __all__ = [
     "Plan",
     "PromptError",
     "Provenance",
+    "Result",
     "ResultError",
     "SVD",
+    "Similarity",
     "Steered",
     "SteeringError",
     "Validity",
     "Watched",
     "attribute",
     "compare",
+    "coverage",
     "explain",
     "explain_layers",
+    "faithfulness",
     "freeze",
     "generate",
     "linearize",
     "linearize_batch",
     "load",
     "logit_lens",
+    "similarity",
     "steer",
     "steering",
     "validity",
@@ -105,11 +121,15 @@ _MODULES = {
     "analyses.attribution.heads": ("Head", "Path"),
     "analyses.attribution.result": ("Attribution",),
     "analyses.attribution.target": ("Direction", "Margin", "Neuron"),
+    "analyses.coverage.result": ("Coverage",),
+    "analyses.coverage.run": ("coverage",),
     "analyses.decode": ("Decoder",),
     "analyses.explain": ("Explanation", "explain"),
+    "analyses.faithfulness.study": ("Faithfulness", "faithfulness"),
     "analyses.generation": ("Generation", "generate"),
     "analyses.layers": ("LayerExplanation", "explain_layers"),
-    "analyses.logit_lens": ("logit_lens",),
+    "analyses.logit_lens": ("LogitLens", "logit_lens"),
+    "analyses.similarity": ("Similarity", "similarity"),
     "analyses.validity": ("Validity", "validity"),
     "errors": (
         "BudgetError",
@@ -129,7 +149,9 @@ _MODULES = {
     "maps.linear_map": ("LinearMap",),
     "maps.plan": ("Plan",),
     "models": ("Model", "load", "wrap"),
-    "results.result": ("Comparison", "Provenance", "compare"),
+    "results.compare": ("Comparison", "compare"),
+    "results.provenance": ("Provenance",),
+    "results.result": ("Result",),
     "spectral": ("SVD", "Norms"),
     "steering.steer": ("Steered", "steer"),
     "steering.watch": ("Watched", "watch"),
@@ -139,13 +161,14 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `loclin --help` need not wait for torch."""
-    if name in ("freeze", "steering"):
-        return import_module(f"loclin.{name}")
-    if name not in _HOMES:
+    if name not in _HOMES and name not in ("freeze", "steering"):
         raise AttributeError(f"module 'loclin' has no attribute {name!r}")
-    if _HOMES[name] != "errors":  # errors need neither torch nor a look
-        import_module("loclin.report")  # results show themselves in a notebook
-    return getattr(import_module(f"loclin.{_HOMES[name]}"), name)
+    with quiet_imports():
+        if name in ("freeze", "steering"):
+            return import_module(f"loclin.{name}")
+        if _HOMES[name] != "errors":  # errors need neither torch nor a look
+            import_module("loclin.report")  # results show themselves in a notebook
+        return getattr(import_module(f"loclin.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

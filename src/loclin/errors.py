@@ -1,10 +1,10 @@
-"""What goes wrong, said once and clearly: every message names the fault and the fix."""
+"""The errors of loclin. Every message names what is wrong and what to do."""
 
 
 class LoclinError(Exception):
-    """A fault the user can mend. The command line prints its one line and exits with code 2.
+    """The base class of all errors that a user can fix. The command line prints one line and exits with code 2.
 
-    `module` is the path of the module that is to blame, where one is.
+    `module` is the path of the module at fault, if there is one.
     """
 
     def __init__(self, message: str, module: str = "") -> None:
@@ -13,7 +13,7 @@ class LoclinError(Exception):
 
 
 class OptionError(LoclinError, ValueError):
-    """An option's value is not one of those there are; the message lists them."""
+    """An option has an invalid value; the message names the valid ones."""
 
 
 class ModelError(LoclinError):
@@ -25,30 +25,30 @@ class PromptError(LoclinError):
 
 
 class NotExactError(LoclinError):
-    """A module does not become linear when its coefficients are held; the message names it."""
+    """A module is not linear with its coefficients frozen; the message names it."""
 
 
 class BudgetError(LoclinError):
-    """The work asked for does not fit the memory budget; the message says the least that works."""
+    """The computation does not fit the memory budget; the message names the smallest budget that works."""
 
 
 class MissingExtraError(LoclinError, ImportError):
-    """An optional package is not installed; the message says what needs it, and the pip command."""
+    """An optional package is not installed; the message names the purpose and the pip command."""
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
         super().__init__(f'{purpose} needs {package}: pip install "loclin[{extra}]"')
 
 
 class OutputError(LoclinError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written to the given path."""
 
 
 class ResultError(LoclinError):
-    """A saved result cannot be read: it is missing, not loclin's, another one's, or not as it was written."""
+    """A saved result cannot be read: the file is missing, altered, of another kind, or not written by loclin."""
 
 
 class SteeringError(LoclinError):
-    """Steering does not fit the model, or has driven its values out of the numbers; the message says which."""
+    """A steering does not fit the model, or makes its values infinite or NaN."""
 
 
 def first_line(fault: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The way in: a model at one prompt, or at several, and the questions that one can ask of it."""
+"""The entry point: a model linearized at one prompt or at several, with every analysis as a method."""
 
 from __future__ import annotations
 
@@ -16,76 +16,99 @@ from loclin.analyses.attribution import heads
 from loclin.analyses.attribution.attribute import attribute
 from loclin.analyses.attribution.heads import Head, Path
 from loclin.analyses.attribution.result import Attribution
-from loclin.analyses.attribution.target import Target
+from loclin.analyses.attribution.target import Target, Token
 from loclin.analyses.explain import Explanation, explain
 from loclin.analyses.generation import Generation, generate
 from loclin.analyses.layers import LayerExplanation, Signs, explain_layers
-from loclin.analyses.logit_lens import LensLayer, logit_lens
+from loclin.analyses.logit_lens import LogitLens, logit_lens
+from loclin.analyses.similarity import Similarity, similarity
 from loclin.analyses.validity import SIZES, Validity, validity
-from loclin.common.progress import Progress, silent
-from loclin.common.sums import relative
+from loclin.common.progress import Progress
+from loclin.common.sums import relative_error
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate, Precision
 from loclin.maps.linearized import Linearized
 from loclin.models import Model, wrap
-from loclin.models.padding import Padding, padded, without_padding
-from loclin.models.prompts import Numbers, Prompt, as_ids, read_prompt
-from loclin.steering.projection import Projection
+from loclin.models.encoding import Padding, pad_prompts, strip_padding
+from loclin.models.prompts import Numbers, Prompt, as_ids, prompt_list, read_prompt
 from loclin.steering.watch import Watched, watch
 
 
 class Linearization(Linearized):
-    """A model frozen at one prompt: its maps, and the questions that it answers. Made by `linearize`.
+    """A model frozen at one prompt, with its maps and all analyses; made by `linearize`.
 
-    Everything of `loclin.maps.linearized.Linearized` is there, too.
+    It has everything that `loclin.maps.linearized.Linearized` has, too.
     """
 
     def attribute(
-        self, target: Target = None, by: str = "token", *, position: int = -1, words: int = 12
+        self,
+        target: Target = None,
+        *,
+        by: str = "token",
+        position: int = -1,
+        in_words: int = 12,
+        progress: Progress = True,
     ) -> Attribution:
-        """Exact shares of a target by token, layer, head, neuron, bias, or token×layer; see `loclin.attribute`."""
-        return attribute(self, target, by, position=position, words=words)
+        """Split a target into exact shares, for example by token, layer or head; see `loclin.attribute`."""
+        return attribute(self, target, by=by, position=position, in_words=in_words, progress=progress)
 
     def head(self, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
-        """One query head: its map, what it reads and writes in words, its share; see `attribution.heads.head`."""
+        """Show one query head: its map, its words, its share; see `loclin.analyses.attribution.heads.head`."""
         return heads.head(self, layer, head, target, k=k, position=position)
 
-    def path(self, source: int | None, parts: Sequence[str], target: Target = None, *, position: int = -1) -> Path:
-        """The way from a token through named heads, such as `["L3H5", "L10H2"]`; see `attribution.heads.path`."""
-        return heads.path(self, source, parts, target, position=position)
+    def path(
+        self, parts: Sequence[str], target: Target = None, *, token: int | None = None, position: int = -1
+    ) -> Path:
+        """Compute the effect along a path through components, such as `["L3H5", "L10H2"]`.
 
-    def explain(self, k: int = 8, position: int = -1, progress: Progress = silent) -> Explanation:
-        """Predictions, every token's share, singular vectors in words, certificate; see `loclin.explain`."""
-        return explain(self, k, position, progress)
+        See `loclin.analyses.attribution.heads.path`.
+        """
+        return heads.path(self, parts, target, token=token, position=position)
+
+    def explain(self, *, k: int = 8, position: int = -1, progress: Progress = True) -> Explanation:
+        """Explain the prediction: shares by token, singular vectors in words, certificate; see `loclin.explain`."""
+        return explain(self, k=k, position=position, progress=progress)
 
     def explain_layers(
         self,
+        *,
         k: int = 8,
         position: int = -1,
         components: Sequence[str] | None = None,
         signs: Signs = "layer",
-        progress: Progress = silent,
+        progress: Progress = True,
     ) -> LayerExplanation:
-        """How the prediction takes shape with depth; see `loclin.explain_layers`."""
-        return explain_layers(self, k, position, components, signs, progress)
+        """Explain how the prediction forms with depth; see `loclin.explain_layers`."""
+        return explain_layers(self, k=k, position=position, components=components, signs=signs, progress=progress)
 
-    def logit_lens(self, token: int, position: int = -1, k: int = 5) -> list[LensLayer]:
-        """Every layer's residual stream, read as the model reads its last; see `loclin.logit_lens`."""
-        return logit_lens(self, token, position, k)
+    def logit_lens(self, token: Token | None = None, *, position: int = -1, k: int = 5) -> LogitLens:
+        """Decode every layer's residual stream with the final norm and the output head; see `loclin.logit_lens`."""
+        return logit_lens(self, token, position=position, k=k)
 
-    def generate(self, count: int, k: int = 8, progress: Progress = silent) -> Generation:
-        """Generate tokens greedily, and explain every one; see `loclin.generate`."""
-        return generate(self, count, k, progress)
+    def generate(self, max_new_tokens: int, *, k: int = 8, progress: Progress = True) -> Generation:
+        """Generate tokens greedily and explain each of them; see `loclin.generate`."""
+        return generate(self, max_new_tokens, k=k, progress=progress)
+
+    def similarity(self, *, position: int = -1, progress: Progress = True) -> Similarity:
+        """Compare the tokens' exact maps with one another; see `loclin.similarity`."""
+        return similarity(self, position=position, progress=progress)
 
     def validity(
-        self, position: int = -1, *, sizes: Sequence[float] = SIZES, draws: int = 4, swaps: int = 2, seed: int = 0
+        self,
+        *,
+        position: int = -1,
+        sizes: Sequence[float] = SIZES,
+        draws: int = 4,
+        swaps: int = 2,
+        seed: int = 0,
+        progress: Progress = True,
     ) -> Validity:
-        """How far from the prompt the map still says what the model does; see `loclin.validity`."""
-        return validity(self, position, sizes=sizes, draws=draws, swaps=swaps, seed=seed)
+        """Measure how far from the prompt the map predicts the model; see `loclin.validity`."""
+        return validity(self, position=position, sizes=sizes, draws=draws, swaps=swaps, seed=seed, progress=progress)
 
-    def watch(self, words: Sequence[str], **options: Any) -> tuple[Watched, Projection]:
-        """Look for watched words in what singular vectors write, and take those out; see `loclin.watch`."""
+    def watch(self, words: Sequence[str], **options: Any) -> Watched:
+        """Find singular vectors that write watched words, and project them out; see `loclin.watch`."""
         return watch(self, words, **options)
 
 
@@ -105,36 +128,36 @@ def linearize(
     Parameters
     ----------
     model
-        From `loclin.load` or `loclin.wrap`; a transformers model, compiled or with adapters as it may be, is wrapped.
+        From `loclin.load` or `loclin.wrap`. A transformers model, also a compiled one or one with adapters, is wrapped.
     prompt
-        Text; token ids, `[1, T]` or `[T]`, a tensor, an array or a list; or what a tokenizer gave for one text.
+        Text; token ids `[1, T]` or `[T]` as a tensor, an array or a list; or a tokenizer's output for one text.
     attention_mask
-        For token ids: zero at padding `[1, T]`. Padding is left out, and the map is that of the other tokens alone.
+        For token ids `[1, T]`: zero at padding. Padding is removed; the map is that of the other tokens.
     gate
-        How gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.Hold`.
+        How gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.FreezeOptions`.
     precision
-        The dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see `loclin.freeze.Hold`.
+        The dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see `loclin.freeze.FreezeOptions`.
     bos
-        For text: True puts a beginning token in front, False none, a string names it; None is the tokenizer's way. An
-        end that the tokenizer puts behind a text is left out, and `warnings` says so.
+        For text: True puts a beginning token in front, False none, a string names the token; None does what the
+        tokenizer does. If the tokenizer appends an end token, it is removed, and `warnings` says so.
     memory
-        The budget of sweeps beside their results: bytes, `"2GB"`, or a fraction of what is free.
+        The memory budget of sweeps, without their results: bytes, `"2GB"`, or a fraction of the free memory.
     strict
-        Refuse a model that is not exact. Otherwise its certificate says what is not, and by how much.
+        Refuse a model that is not exact. Otherwise the certificate says what is not exact, and by how much.
 
     Raises
     ------
     PromptError
-        For an empty prompt, or one beyond the model's context; for ids that are none, or several prompts; for a mask
+        For an empty prompt, or one longer than the model's context; for invalid ids, or several prompts; for a mask
         with padding between tokens.
     NotExactError
-        When the model has a module that does not become linear; the message names it.
+        When a module is not linear with its coefficients frozen; the message names it.
 
     Notes
     -----
-    Cost: two forward passes. Where layers have no explicit products, the certificate as well. Memory: 2 L T d numbers
-    that stay (3 L T d where the map has another dtype than the model), coefficients up to a quarter of the budget, and
-    while it runs a few attention matrices `[H, T, T]` of one layer; the budget is for what comes beside these.
+    Cost: two forward passes, and the certificate if some layers have no explicit products. Memory: the result keeps 2 L
+    T d numbers (3 L T d if the map has another dtype than the model), and coefficients up to a quarter of the budget.
+    While it runs, it needs a few attention matrices `[H, T, T]` of one layer. None of these count towards the budget.
     """
     return Linearization.at(
         model,
@@ -161,47 +184,47 @@ def linearize_batch(
     memory: int | float | str | None = None,
     strict: bool = True,
 ) -> list[Linearization]:
-    """Freeze a model at each of several prompts. Padding is no part of any map.
+    """Freeze a model at each of several prompts. Padding is not part of any map.
 
-    Each prompt is traced alone: its maps, values and certificate are those that `linearize` gives. One frozen pass
-    through the whole batch would not do, for a model's own rounding depends on the shape of its tensors: coefficients
-    rebuilt for one prompt are then not, to the last bit, those of the batch, and where the linear path is wider than
-    the model (bfloat16, or `precision="double"`) no map would be exact.
+    Each prompt is traced alone: its maps, values and certificate are those of `linearize`. One frozen pass through the
+    whole batch would not be exact: a model's rounding depends on the shape of its tensors, so that coefficients
+    computed for one prompt differ from those of the batch in the last bits. Where the linear path has a wider dtype
+    than the model (bfloat16, or `precision="double"`), that error would be visible.
 
-    The padded batch goes through the untouched model once. How far its predictions there are from those at the prompt
-    alone is each result's `padded_error`: rounding where the maps describe the batch too. It is large where a family's
-    padded tokens move the others (positions that are counted from the row's beginning; states that padding enters), and
-    infinite where the padded batch is not a number.
+    The padded batch goes through the unmodified model once. The relative difference between its logits and those of the
+    prompt alone is each result's `padded_error`. It is as small as rounding if the maps describe the batch, too. It is
+    large for families in which padding changes other tokens (positions counted from the beginning of the row; states
+    that read padding), and infinite if the padded batch gives NaN.
 
     Parameters
     ----------
     model
         From `loclin.load` or `loclin.wrap`; a transformers model is wrapped.
     prompts
-        Texts; or token ids, `[1, T_b]` each; or a padded tensor of them `[B, T]`; or what a tokenizer gave for several
-        texts, with its `attention_mask`.
+        Texts; token ids `[1, T_b]` each; a padded tensor of ids `[B, T]`; or a tokenizer's output for several texts,
+        with its `attention_mask`.
     attention_mask
-        For a padded tensor: zero at padding `[B, T]`. By default nothing is padding.
+        For a padded tensor `[B, T]`: zero at padding. By default nothing is padding.
     padding
-        The side on which shorter prompts are padded for the batch; a padded tensor is taken as it is.
+        The side on which shorter prompts are padded for the batch; a padded tensor is used as it is.
     gate, precision, bos, memory, strict
         As for `linearize`.
 
     Returns
     -------
     list[Linearization]
-        One for each prompt, in order; its T is the prompt's own length.
+        One for each prompt, in order; its T is the length of the prompt.
 
     Raises
     ------
     PromptError, NotExactError
-        As for `linearize`; also without prompts, or for a mask with padding between tokens.
+        As for `linearize`; also without prompts.
     OptionError
-        For one text, which is no list of texts.
+        For one text instead of a list of texts.
 
     Notes
     -----
-    Cost: two forward passes for each prompt, and one of the padded batch. Memory: 2 L T_b d numbers for each prompt.
+    Cost: two forward passes for each prompt, and one for the padded batch. Memory: 2 L T_b d numbers for each prompt.
     """
     model = model if isinstance(model, Model) else wrap(model)
     batch: tuple[Tensor, Tensor] | None = None
@@ -214,41 +237,45 @@ def linearize_batch(
     if isinstance(prompts, (Tensor, np.ndarray)):
         prompts = as_ids(prompts)
         if prompts.dim() != 2:
-            raise PromptError(f"padded token ids must have the shape [B, T], not {list(prompts.shape)}")
+            raise PromptError(f"padded token ids have the shape {list(prompts.shape)}: give [B, T]")
         mask = torch.ones_like(prompts) if attention_mask is None else as_ids(attention_mask, bools=True)
         batch = prompts, mask.bool()
-        rows = without_padding(*batch)
+        rows = strip_padding(*batch)
     elif attention_mask is not None:
-        raise PromptError("an attention mask belongs to a padded tensor of token ids; these prompts have no padding")
+        raise PromptError(
+            "an attention mask belongs to a padded tensor of token ids; these prompts have no padding: leave it out"
+        )
     else:
-        rows = list(prompts)
+        rows = prompt_list(prompts)
         for row in rows:
-            read_prompt(model, row, bos=bos)  # all of them before the first is traced
+            read_prompt(model, row, bos=bos)  # check all prompts before the first is traced
     if not rows:
-        raise PromptError("there are no prompts")
+        raise PromptError("there are no prompts: give at least one")
     found = [
         linearize(model, row, gate=gate, precision=precision, bos=bos, memory=memory, strict=strict) for row in rows
     ]
     if batch is None:
-        batch = padded([one.input_ids for one in found], padding, _fill(model))
-    predicted = _predicted(model, *(part.to(model.device) for part in batch))
+        batch = pad_prompts([one.input_ids for one in found], padding, _find_filler(model))
+    predicted = _predict_batch(model, *(part.to(model.device) for part in batch))
     if predicted is not None:
         for one, logits in zip(found, predicted, strict=True):
             alone = one.trace.stock_logits.double()
-            error = relative(logits.to(alone) - alone, alone)
+            error = relative_error(logits.to(alone) - alone, alone)
             one.padded_error = math.inf if math.isnan(error) else error
     return found
 
 
-def _fill(model: Model) -> int:
-    """The token that stands where nothing is; any would do, for no other looks at it."""
-    holder = model.hf.config.get_text_config() if model.tokenizer is None else model.tokenizer
-    named = getattr(holder, "pad_token_id", None)
+def _find_filler(model: Model) -> int:
+    """Find a token id for padding; any id would do, since it is masked."""
+    source = model.hf.config.get_text_config() if model.tokenizer is None else model.tokenizer
+    named = getattr(source, "pad_token_id", None)
     return named if isinstance(named, int) and named >= 0 else 0
 
 
-def _predicted(model: Model, input_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B V"] | None:
-    """The untouched model's logits at the last token of each row; None where it takes no mask. Cost: one pass."""
+def _predict_batch(
+    model: Model, input_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B V"] | None:
+    """Compute the unmodified model's logits at the last token of each row; None if the model takes no mask."""
     hf = model.replicate().hf
     takes = inspect.signature(hf.forward).parameters
     if "attention_mask" not in takes:
@@ -265,6 +292,6 @@ def _predicted(model: Model, input_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
             what = str(fault).partition("\n")[0]
             raise ModelError(
-                f"{model.info.name}: the model's own pass through the padded batch fails: {what}"
+                f"{model.info.name}: the forward pass of the padded batch fails: {what}; linearize each prompt alone"
             ) from fault
     return logits[range(len(last)), last]

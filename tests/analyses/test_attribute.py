@@ -16,7 +16,8 @@ from loclin.errors import OptionError
 from loclin.freeze import frozen
 from loclin.linearization import linearize
 from loclin.models import tiny as families
-from loclin.network.link import HeadLink, batched_jvp
+from loclin.network.autograd import batched_jvp
+from loclin.network.ends import OutputHeadLink
 
 LEVELS = ("token", "bias", "layer", "head", "neuron", "token×layer")
 BUILDS = {"llama": tiny.llama, "llama-biases": partial(tiny.llama, biases=True), "gemma3": tiny.gemma3}
@@ -51,6 +52,7 @@ def pair(build):
     return linearize(build(), ids, precision="double"), shares_oracle.Network(build(attn="eager"), ids)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize(
     ("dtype", "precision", "limit"), [(torch.float64, "double", 1e-12), (torch.float32, "auto", tiny.rounding())]
@@ -63,13 +65,14 @@ def test_every_level_sums_to_the_target(family, dtype, precision, limit):
             with pytest.raises(OptionError, match="; use by='layer'"):
                 lin.attribute(by=by)
             continue
-        found = lin.attribute(None if by == "token" else Margin(over="others"), by, words=0)
+        found = lin.attribute(None if by == "token" else Margin(over="others"), by=by, in_words=0)
         assert found.relative_residual < limit, by
         if precision == "double":  # a target may be small beside what it is the sum of
             assert abs(found.residual) < limit * abs(found.value), by
         assert found.shares.isfinite().all()
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("gate", ["activation", "up", "half"])
 @pytest.mark.parametrize("position", [-1, 2])
 def test_tokens_are_those_of_brute_force(build, gate, position):
@@ -97,10 +100,11 @@ def test_biases_are_those_of_brute_force():
     }
     expected = {name: share for name, share in expected.items() if share}
     for by in ("token", "bias"):
-        found = {part.name: part.share for part in lin.attribute(5, by).parts if part.kind == "bias"}
+        found = {part.name: part.share for part in lin.attribute(5, by=by).parts if part.kind == "bias"}
         assert found == {name: pytest.approx(share, rel=1e-10, abs=1e-12) for name, share in expected.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("position", [-1, 2])
 def test_layers_heads_and_neurons_are_those_of_brute_force(pair, position):
     """Direct shares through the frozen final norm; and what passes a part by any way."""
@@ -109,7 +113,7 @@ def test_layers_heads_and_neurons_are_those_of_brute_force(pair, position):
     weights[5] = 1
     g = network.reading(weights, position)
     logit = network.logits[0, position, 5]
-    layers, heads, neurons = (lin.attribute(5, by, position=position) for by in ("layer", "head", "neuron"))
+    layers, heads, neurons = (lin.attribute(5, by=by, position=position) for by in ("layer", "head", "neuron"))
     for found in (layers, heads, neurons):
         assert far(of(found, "embed"), (g * network.x[0, position])[None].sum(-1).detach()) < 1e-11
         assert far(of(found, "embed", through=True), network.by_token(logit).sum()[None]) < 1e-11
@@ -147,7 +151,7 @@ def test_tokens_by_layers_are_those_of_brute_force(pair):
     weights = torch.zeros(tiny.VOCABULARY, dtype=torch.float64)
     weights[5] = 1
     g = network.reading(weights, -1)
-    matrix, names = lin.attribute(5, "token×layer").matrix()
+    matrix, names = lin.attribute(5, by="token×layer").matrix()
     columns = dict(zip(names, matrix.T, strict=True))
     assert list(columns)[:3] == ["embed", "attn_out.0", "mlp_out.0"]
     for layer in range(3):
@@ -157,6 +161,7 @@ def test_tokens_by_layers_are_those_of_brute_force(pair):
     assert columns["embed"][:-1].tolist() == pytest.approx([0.0] * 6 + [(g * network.x[0, -1]).sum().item()])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "phi", "opt", "mixtral"])
 def test_rows_and_columns_sum_to_tokens_and_layers(family):
     model = families.build(family)
@@ -177,6 +182,7 @@ def test_a_budget_changes_nothing():
         assert far(tight.attribute(by=by).shares, lin.attribute(by=by).shares) < 1e-13
 
 
+@pytest.mark.slow
 def test_what_float32_rounds_too_much_is_swept_again(monkeypatch):
     """As if every sum were off: the float64 sweep has float32's coefficients, and float64's rounding."""
     monkeypatch.setattr("loclin.analyses.attribution.shares._ROUNDING", 0.0)
@@ -184,7 +190,7 @@ def test_what_float32_rounds_too_much_is_swept_again(monkeypatch):
         ids = tiny.prompt(7)
         single, double = linearize(model, ids), linearize(model, ids, precision="double")
         for by in LEVELS:
-            assert far(single.attribute(5, by).shares, double.attribute(5, by).shares) < tiny.rounding()
+            assert far(single.attribute(5, by=by).shares, double.attribute(5, by=by).shares) < tiny.rounding()
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
@@ -205,7 +211,7 @@ def test_per_layer_embeddings_are_their_tokens(family):
     graph = lin.chain.layers[0].graph(collect=True)
     (leaf,) = (leaf for name, leaf in graph.constants if name == table)
     rows = torch.stack([leaf.detach() * (torch.arange(5) == t)[:, None, None] for t in range(5)])
-    pushed = HeadLink(lin.trace, 4).jvp(batched_jvp(graph.points["resid_post"], leaf)(rows)[:, 0, -1])
+    pushed = OutputHeadLink(lin.trace, 4).jvp(batched_jvp(graph.points["resid_post"], leaf)(rows)[:, 0, -1])
     expected = (J.rmatvec(weights) * J.input).sum(-1) + pushed @ weights
     assert torch.allclose(shared.shares, expected, rtol=1e-10, atol=1e-12)
     assert whole.parts[1].share == pytest.approx((pushed @ weights).sum().item(), rel=1e-10)

@@ -30,7 +30,7 @@ def lin():
 
 @pytest.fixture(scope="module", params=LEVELS)
 def found(request, lin) -> Attribution:
-    return lin.attribute("w4", request.param)
+    return lin.attribute("w4", by=request.param)
 
 
 def test_saved_and_loaded(found, tmp_path):
@@ -44,7 +44,7 @@ def test_saved_and_loaded(found, tmp_path):
 
 def test_as_json(found):
     read = json.loads(found.to_json())
-    assert sum(row["share"] for row in read["shares"]) == pytest.approx(read["target"]["value"], rel=1e-12)
+    assert sum(row["share"] for row in read["parts"]) == pytest.approx(read["target"]["value"], rel=1e-12)
     assert read["sum"] + read["residual"] == pytest.approx(read["target"]["value"], rel=1e-12)
     assert read["by"] == found.by
     assert read["target"]["tokens"] == [" w4"]
@@ -70,17 +70,17 @@ def test_names(lin):
 
 @pytest.mark.parametrize("spelling", ["token×layer", "token x layer", "token*layer", "tokenxlayer", "token × layer"])
 def test_spellings(lin, spelling):
-    assert lin.attribute(by=spelling, words=0).by == "token×layer"
+    assert lin.attribute(by=spelling, in_words=0).by == "token×layer"
 
 
 def test_the_largest_come_with_words(lin):
-    found = lin.attribute("w4", "head", words=3)
+    found = lin.attribute("w4", by="head", in_words=3)
     top = found.top(3, "head")
     assert [part.share for part in top] == sorted((p.share for p in top), key=abs, reverse=True)
     assert all(len(part.writes) == 8 and len(part.attends) == 5 for part in top)
     assert sum(part.writes is not None for part in found.parts) == 3
     norm, head = lin.model.hf.model.norm.weight, lin.model.hf.lm_head.weight
-    best = lin.attribute("w4", "layer", words=1)
+    best = lin.attribute("w4", by="layer", in_words=1)
     (largest,) = (part for part in best.parts if part.writes)
     written = lin.value(largest.name)[-1] if "." in largest.name else lin.embeddings[-1]
     assert largest.writes[0][0] == lin.model.decode_each([(head @ (norm * written)).argmax().item()])[0]
@@ -89,7 +89,7 @@ def test_the_largest_come_with_words(lin):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("w3 w4", r"target 'w3 w4' is 2 tokens, not one: ' w3' \+ ' w4'. Give one token's text, or its id"),
+        ("w3 w4", r"target 'w3 w4' is 2 tokens, not one: ' w3' \+ ' w4'; give one token's text, or its id"),
         ("zebra", "target 'zebra' is not a token: '<unk>'"),
         ("", "target '' is 0 tokens, not one: nothing"),
     ],

@@ -14,12 +14,14 @@ from rich.console import Console
 
 from loclin.analyses.coverage import run as room
 from loclin.analyses.coverage.describe import Description, describe_parts
-from loclin.analyses.coverage.run import Coverage, FamilyResult, Run, certify_family, coverage
+from loclin.analyses.coverage.result import Coverage, FamilyResult, Run
+from loclin.analyses.coverage.run import certify_family, coverage
 from loclin.errors import NotExactError, OptionError, OutputError
 from loclin.linearization import linearize
 from loclin.maps.certificate import Culprit
 from loclin.models import tiny, wrap
-from loclin.report import coverage_markdown, render_coverage
+from loclin.report.coverage import coverage_markdown
+from loclin.results import display
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_the_callers_threads_stay(monkeypatch):
 def test_json_holds_everything(real):
     assert Coverage.from_json(real.to_json()) == real
     read = json.loads(real.to_json())
-    assert set(read["versions"]) == {"loclin", "torch", "transformers"}
+    assert set(read["versions"]) == {"loclin", "torch", "transformers", "python"}
     assert {result["family"]: result["status"] for result in read["results"]}["llama"] == "exact"
 
 
@@ -229,7 +231,7 @@ def test_markdown():
 
 def test_terminal():
     console = Console(width=120, record=True, file=io.StringIO())
-    render_coverage(RECORD, console)
+    display.show(RECORD, console)
     text = console.export_text()
     assert re.search(r"alpha +grouped · rope · RMSNorm · gated silu", text)
     assert "beta refused: layers.0.act_fn: a|b <c> is_not *linear*" in text

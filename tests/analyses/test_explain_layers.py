@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import tiny
 from loclin.analyses.decode import Decoder
 from loclin.analyses.layers import SHOWN, explain_layers
-from loclin.analyses.logit_lens import layer_logits, logit_lens
+from loclin.analyses.logit_lens import compute_layer_logits, logit_lens
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
 from loclin.maps.layer_maps import layer_maps
@@ -27,6 +28,7 @@ def built(name, position=-1):
     return lin, explain_layers(lin, k=4, position=position)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BUILDS)
 def test_every_layer_and_component(name):
     lin, found = built(name)
@@ -129,14 +131,15 @@ def test_signs_towards_the_final_prediction(name):
 
 def test_near_equal_vectors_are_one_space():
     lin, _ = built("llama")
-    spectra = lin.layers(k=4)
+    spectra = lin.layer_spectra(k=4)
     spectra.S[2, 1, 3, 1] = spectra.S[2, 1, 3, 0] * (1 - 1e-5)
     spectra.joint_S[0, 2, 2] = spectra.joint_S[0, 2, 1] * (1 - 1e-5)
-    lin.layers = lambda *arguments: spectra if "cumulative" in arguments else type(lin).layers(lin, *arguments)
+    own = lin.layer_spectra
+    lin.layer_spectra = lambda **options: spectra if "mode" not in options else own(**options)
     try:
         found = explain_layers(lin, k=4, position=3)
     finally:
-        del lin.layers
+        del lin.layer_spectra
     pair, *others = found.components[2].token_vectors[1][3]
     assert pair.indices == [0, 1]
     assert pair.gain is None
@@ -166,9 +169,9 @@ def test_the_lens_is_the_models_own_head():
     for position in (-1, 2):
         expected = [model.lm_head(model.model.norm(h[0, position])) for h in hidden[1:-1]]
         expected.append(model.lm_head(hidden[-1][0, position]))
-        found = layer_logits(lin, position)
+        found = compute_layer_logits(lin, position)
         assert torch.allclose(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
-        lens = logit_lens(lin, 7, position, k=3)
+        lens = logit_lens(lin, 7, position=position, k=3)
         for layer, logits in zip(lens, expected, strict=True):
             probabilities = torch.softmax(logits.double(), 0)
             order = probabilities.argsort(descending=True).tolist()
@@ -177,17 +180,18 @@ def test_the_lens_is_the_models_own_head():
             assert [int(word) for word, _ in layer.words] == order[:3]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "gpt2", "opt", "bloom", "granite", "gpt_neox"])
 def test_the_last_layer_of_the_lens_is_the_model(family):
     """Soft caps, logit scales, biases and projections included."""
     model = families.build(family)
     lin = linearize(model, tiny.prompt(6), precision="double")
-    found = layer_logits(lin, 4)
+    found = compute_layer_logits(lin, 4)
     assert torch.allclose(found[-1], model(lin.input_ids).logits[0, 4], rtol=1e-4, atol=1e-5)  # stock casts
     assert len(found) == lin.trace.n_layers
     assert not torch.allclose(found[0], found[-1])
     assert not model.get_output_embeddings()._forward_hooks
-    assert not lin.trace.route.exit._forward_hooks
+    assert not lin.trace.sequence.exit._forward_hooks
 
 
 def test_ranks_do_not_depend_on_how_the_head_is_cut(monkeypatch):
@@ -216,8 +220,10 @@ def test_json_holds_everything():
     assert read["components"][2]["path"] == found.main.path
     block = read["components"][1]["token_vectors"][2][3][0]
     assert block["values"] == found.components[1].token_vectors[2][3][0].values
-    assert "spectra" not in read
-    assert read == json.loads(json.dumps(found.to_dict()))
+    assert {field.name for field in fields(found)} - {"spectra"} <= set(read)
+    assert "spectra" not in read  # they have a file of their own
+    for ours, theirs in zip(found.components, read["components"], strict=True):
+        assert {field.name for field in fields(ours)} <= set(theirs)
 
 
 def test_chosen_components():

@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 import tiny
+from loclin import compare
 from loclin.analyses.explain import explain
 from loclin.analyses.generation import generate
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
-from loclin.report.generation import generation_html, render_generation
+from loclin.results import display
 
 BUILDS = {"llama": tiny.llama, "gemma3": tiny.gemma3}
 
@@ -25,6 +26,7 @@ def lin(request):
     return linearize(request.param(), tiny.prompt(5), gate="half", precision="double")
 
 
+@pytest.mark.sampled(1)
 def test_steps_are_greedy_and_exact(lin):
     found = generate(lin, 4, k=2)
     ids = lin.model.hf.generate(lin.input_ids, max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -32,12 +34,16 @@ def test_steps_are_greedy_and_exact(lin):
     assert found.text == " ".join(str(token) for token in ids[0, 5:].tolist())
     for number, step in enumerate(found.steps):
         assert step.certificate.passed
-        assert step.settings["token_ids"] == ids[0, : 5 + number].tolist()
-        assert step.settings["gate"] == "half"
+        assert step.provenance.token_ids == ids[0, : 5 + number].tolist()
+        assert step.provenance.gate == "half"
         alone = explain(linearize(lin.model, ids[:, : 5 + number], gate="half", precision="double"), k=2)
-        assert step.to_dict() == alone.to_dict()
+        same = compare(step, alone)
+        assert same.differences == {}
+        assert set(same.errors.values()) == {0.0}
+        assert [token.blocks for token in step.tokens] == [token.blocks for token in alone.tokens]
 
 
+@pytest.mark.sampled(1)
 def test_drift_is_that_of_the_dense_maps(lin):
     found = generate(lin, 3, k=2)
     ids = torch.tensor([[*lin.input_ids[0].tolist(), *(step.target["id"] for step in found.steps)]])
@@ -78,13 +84,13 @@ def test_json_page_and_terminal(lin):
     assert len(read["steps"]) == 3
     assert len(read["drift"]) == 2
     assert set(read["drift"][0][0]) == {"change", "cosine", "writes", "reads"}
-    page = generation_html(found)
+    page = display.page(found)
     assert page.count("<details>") == 3
-    assert page.count(">exact, error") == 3
+    assert page.count('"green">exact') == 6
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     console = Console(width=140, record=True, file=io.StringIO())
-    render_generation(found, console)
+    display.show(found, console)
     shown = console.export_text()
     assert all(step.target["text"] in shown for step in found.steps)
     assert f"{sorted(token.change for token in found.drift[0])[2]:.2f}" in shown
@@ -93,4 +99,4 @@ def test_json_page_and_terminal(lin):
 def test_text_from_a_model_is_never_markup(lin):
     found = generate(lin, 2, k=1)
     found.steps[0].target["text"] = "<script>alert(1)</script>"
-    assert "<script" not in generation_html(found)
+    assert "<script" not in display.page(found)

@@ -27,7 +27,10 @@ def lin(build):
 
 @pytest.mark.parametrize("position", [-1, 3])
 def test_a_head_is_what_attribution_says(build, lin, position):
-    found, shares = lin.head(1, 2, 5, k=3, position=position), lin.attribute(5, "head", position=position, words=300)
+    found, shares = (
+        lin.head(1, 2, 5, k=3, position=position),
+        lin.attribute(5, by="head", position=position, in_words=300),
+    )
     (same,) = [p for p in shares.parts if p.name == found.name]
     assert found.name == "L1H2"
     assert found.share == pytest.approx(same.share, rel=1e-11)
@@ -56,20 +59,20 @@ def test_all_triples_are_the_head(lin):
 
 
 def test_the_share_of_a_path_is_its_maps(lin):
-    found = lin.path(3, ["L0H1", "L2H3"], (5, 9))
+    found = lin.path(["L0H1", "L2H3"], (5, 9), token=3)
     weights = lin.model.hf.lm_head.weight.detach()
     u = weights[5] - weights[9]
     expected = torch.einsum("o,oti,ti->t", u, found.map.dense(), lin.embeddings)
     assert found.shares.tolist() == pytest.approx(expected.tolist(), rel=1e-10, abs=1e-14)
     assert found.share == found.shares[3].item()
-    assert lin.path(None, ["L0H1", "L2H3"], (5, 9)).share == pytest.approx(expected.sum().item(), rel=1e-10)
+    assert lin.path(["L0H1", "L2H3"], (5, 9)).share == pytest.approx(expected.sum().item(), rel=1e-10)
     read = json.loads(json.dumps(found.to_dict()))
-    assert (read["name"], read["source"], read["target"]["kind"]) == ("L0H1 > L2H3", 3, "logit difference")
+    assert (read["name"], read["token"], read["target"]["kind"]) == ("L0H1 > L2H3", 3, "logit difference")
 
 
 def test_single_heads_are_paths_of_one(lin):
     """What tokens give by way of each head as the only part: with the other parts it sums to less than the share."""
-    heads = [lin.path(None, ["attn_out.0"], 5).share, sum(lin.path(None, [f"L0H{h}"], 5).share for h in range(4))]
+    heads = [lin.path(["attn_out.0"], 5).share, sum(lin.path([f"L0H{h}"], 5).share for h in range(4))]
     assert heads[0] == pytest.approx(heads[1], rel=1e-11)
 
 

@@ -7,11 +7,11 @@ import torch
 
 import tiny
 from loclin.analyses.nearby import Nearby
-from loclin.freeze import Hold
+from loclin.freeze import FreezeOptions
 from loclin.linearization import linearize
 from loclin.models import tiny as families
 from loclin.models import wrap
-from loclin.network.route import logits_at
+from loclin.models.forward import logits_at
 
 BUILDS = {
     "llama": tiny.llama,
@@ -52,7 +52,7 @@ def test_other_embeddings_are_other_tokens(lin):
     others[1, 2] += 1
     nearby = Nearby(lin)
     swapped = nearby.tokens(others)
-    if lin.trace.route.whole is None:
+    if lin.trace.sequence.fallback_reason is None:
         assert torch.allclose(nearby.embeddings(swapped.embeddings).logits, swapped.logits, atol=2e-5)
     with torch.no_grad():
         expected = lin.model.hf(input_ids=others, use_cache=False).logits[:, -1]
@@ -74,4 +74,4 @@ def test_it_can_be_differentiated():
     unit = torch.zeros(len(found.final[0]), dtype=x.dtype)
     unit[3] = 1
     assert torch.allclose(slope, lin.ordinary_jacobian().rmatvec(unit), rtol=1e-5, atol=1e-6)
-    assert lin.ordinary_jacobian().chain.hold == Hold(ordinary=True)
+    assert lin.ordinary_jacobian().chain.options == FreezeOptions(ordinary=True)

@@ -12,10 +12,10 @@ from rich.console import Console
 
 import oracle
 import tiny
-from loclin.analyses.validity import WAY, validity
+from loclin.analyses.validity import FRACTIONS, validity
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
-from loclin.report.validity import render_validity, validity_html
+from loclin.results import display
 
 BUILDS = {"llama": tiny.llama, "llama-biases": lambda: tiny.llama(biases=True), "gemma3": tiny.gemma3}
 
@@ -60,7 +60,7 @@ def test_a_swap_is_the_model_with_that_token():
             logits = hf(input_ids=ids).logits[0, -1]
         predicted = torch.einsum("oti,ti->o", dense, moved)
         error = ray.steps[-1].errors["frozen"]
-        assert ray.steps[-1].size == WAY[-1] == 1
+        assert ray.steps[-1].size == FRACTIONS[-1] == 1
         assert error.final == pytest.approx(((predicted - true).norm() / true.norm()).item(), rel=1e-6)
         assert error.missed == pytest.approx(((predicted - true).norm() / (true - y).norm()).item(), rel=1e-6)
         said = torch.log_softmax(hf.lm_head.weight @ predicted, -1).detach()
@@ -80,13 +80,14 @@ def test_neighbours_are_the_nearest_embeddings():
 
 
 def test_json_and_an_earlier_position(lin):
-    found = validity(lin, 2, sizes=[0.1], draws=1, swaps=1)
+    found = validity(lin, position=2, sizes=[0.1], draws=1, swaps=1)
     assert {ray.position for ray in found.rays} <= {None, 0, 1, 2}
     read = json.loads(found.to_json())
     assert read["curves"]["noise"][0]["errors"]["frozen"]["final"] == found.rays[0].steps[0].errors["frozen"].final
-    assert read["settings"]["position"] == 2
+    assert read["provenance"]["position"] == 2
 
 
+@pytest.mark.sampled(2)
 def test_the_same_seed_is_the_same_study(lin):
     one, other = (validity(lin, sizes=[0.1], draws=1, swaps=1, seed=seed) for seed in (5, 5))
     assert one.rays == other.rays
@@ -99,23 +100,25 @@ def test_nothing_to_move_by_is_refused(lin):
     with pytest.raises(OptionError, match="above 0"):
         validity(lin, sizes=[0.0])
     with pytest.raises(PromptError, match="outside the prompt"):
-        validity(lin, 9)
+        validity(lin, position=9)
 
 
 def test_the_page_and_the_terminal_show_the_curves():
     pytest.importorskip("plotly")
     found = validity(linearize(tiny.llama(), tiny.prompt(5)), sizes=[0.01, 0.1], draws=2, swaps=1)
-    page = validity_html(found)
+    page = display.page(found)
     assert page.count('class="figure"') == 6
-    assert page.count("<tr>") == 3 * 1 + 2 + 2 * len(WAY) + 1 + sum(ray.position is not None for ray in found.rays)
+    assert page.count("<tr>") == 3 * 1 + 2 + 2 * len(FRACTIONS) + 1 + sum(
+        ray.position is not None for ray in found.rays
+    )
     assert f"{found.curve('noise')[1].errors['ordinary'].final:.2g}"[:3] in page
     console = Console(width=200, record=True, file=io.StringIO())
-    render_validity(found, console)
+    display.show(found, console)
     shown = console.export_text()
     assert "Random directions" in shown
     assert "Towards near tokens" in shown
     noise = validity(linearize(tiny.llama(), tiny.prompt(5)), sizes=[0.01], draws=1, swaps=0)
-    assert "Every swap" not in validity_html(noise)
+    assert "Every swap" not in display.page(noise)
 
 
 def test_one_token_that_is_all_there_is():

@@ -248,6 +248,7 @@ def test_there_are_at_least_a_hundred():
     assert len({tuple(map(str, line)) for line in BEFORE + AFTER}) == len(BEFORE) + len(AFTER)
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("arguments", BEFORE, ids=lambda line: ascii(" ".join(map(str, line)))[:60])
 @pytest.mark.usefixtures("place", "no_model")
 def test_a_mistake_that_can_be_seen_is_refused_before_a_model_is_loaded(capsys, arguments):

@@ -69,11 +69,11 @@ def test_unsteered_by_every_method(directory, tmp_path, capsys, method):
     ("arguments", "message"),
     [
         ([], "say what to steer towards"),
-        (["--toward", TOWARD], "say which with words="),
+        (["--toward", TOWARD], "words="),
         (["--toward", TOWARD, "--words", "absent"], "no token"),
         (["--toward", TOWARD, "--words", "w9", "--layer", 7], "layers 0 to 2"),
         (["--toward", TOWARD, "--words", "w9", "--chat"], "no chat template"),
-        (["--toward", TOWARD, "--words", "w9", "--layer", 1, "--strength", 1e38], "take a smaller one"),
+        (["--toward", TOWARD, "--words", "w9", "--layer", 1, "--strength", 1e38], "smaller strength"),
         (["--operator", "absent.safetensors"], "no such file"),
         (["--toward", TOWARD, "--save", "absent/op.safetensors"], "no directory"),
     ],
@@ -91,7 +91,7 @@ def test_another_models_operator(directory, tmp_path, capsys):
     for option in (["--dtype", "float64"], ["--gate", "up"]):
         code, _, err = here(capsys, "steer", PROMPT, "--operator", kept, *common, *option)
         assert code == 2
-        assert "make it anew" in err
+        assert "make it again" in err
 
 
 def test_watch(directory, tmp_path, capsys):
@@ -121,7 +121,7 @@ def test_the_published_operator_is_found_kept_and_used_again(directory, tmp_path
     assert code == 0, err
     first = json.loads(written.read_text())
     assert first["method"] == "published"
-    assert first["settings"]["point"] == f"resid_pre.{first['layer']}"
+    assert first["provenance"]["target"] == f"resid_pre.{first['layer']}"
     held = Operator.load(kept)
     assert held.published
     assert (held.target, held.point) == (f"resid_post.{first['layer']}", f"resid_pre.{first['layer']}")

@@ -22,7 +22,7 @@ from loclin.steering.watch import watch
 
 def test_a_string_is_no_list_of_strings():
     assert strings("words", ("a", "b")) == ["a", "b"]
-    with pytest.raises(OptionError, match=r"words='bridge' is one string where a list is meant: words=\['bridge'\]"):
+    with pytest.raises(OptionError, match=r"words='bridge' is one string: give a list, words=\['bridge'\]"):
         strings("words", "bridge")
     with pytest.raises(OptionError, match="words holds 3"):
         strings("words", ["a", 3])
@@ -57,8 +57,8 @@ def lin():
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("parts", lambda lin: lin.path(None, "L0H0")),
-        ("components", lambda lin: lin.layers("attn_out")),
+        ("parts", lambda lin: lin.path("L0H0")),
+        ("components", lambda lin: lin.layer_spectra(components="attn_out")),
         ("words", lambda lin: watch(lin, "bridge")),
         ("words", lambda lin: token_ids(lin.model, "bridge")),
         ("texts", lambda lin: mean_difference(lin.model, "a text", ["others"], "resid_post.0")),
@@ -68,7 +68,7 @@ def lin():
     ],
 )
 def test_a_bare_string_is_refused_where_a_list_is_meant(lin, name, call):
-    with pytest.raises(OptionError, match=f"{name}='.*' is one string where a list is meant"):
+    with pytest.raises(OptionError, match=f"{name}='.*' is one string: give a list"):
         call(lin)
 
 
@@ -109,7 +109,7 @@ from loclin.steering.vector import contrast, pullback
 
 i, folder = np.int64, sys.argv[1]
 lin = loclin.linearize(tiny.llama(), np.array([3, 4, 5, 6]))
-assert lin.attribute(i(5), position=i(2), words=i(3), by="head").to_json()
+assert lin.attribute(i(5), position=i(2), in_words=i(3), by="head").to_json()
 assert lin.attribute(loclin.Neuron(i(3), i(1))).to_json()
 assert lin.attribute((i(5), i(6))).to_json()
 lin.attribute(loclin.Margin(i(5))).save(folder + "/a.safetensors")
@@ -117,14 +117,15 @@ assert loclin.explain(lin, k=i(2), position=i(2)).to_json()
 assert loclin.generate(lin, i(2), k=i(2)).to_json()
 assert explain_layers(lin, k=i(2), position=i(1)).to_json()
 sizes = np.array([0.1, 1.0], dtype=np.float32)
-assert loclin.validity(lin, i(2), sizes=sizes, draws=i(1), swaps=i(1), seed=i(3)).to_json()
+assert loclin.validity(lin, position=i(2), sizes=sizes, draws=i(1), swaps=i(1), seed=i(3)).to_json()
+assert lin.similarity(position=i(2)).to_json()
 J = lin.jacobian("resid_pre.1", position=i(2))
 J.svd(i(3), tolerance=np.float32(1e-3), seed=i(1)).save(folder + "/b.safetensors")
-lin.layers(k=i(2), position=i(2), tolerance=np.float32(1e-3)).save(folder + "/c.safetensors")
+lin.layer_spectra(k=i(2), position=i(2), tolerance=np.float32(1e-3)).save(folder + "/c.safetensors")
 assert lin.head(i(1), i(0), i(5), k=i(2), position=i(2)).to_dict()["share"]
-lin.path(i(1), ["L0H0"], i(5))
-lin.followed_by(i(5)).next_tokens(i(2), i(0))
-one = Operator.make(lin, i(1), rank=i(2), tokens=[i(1), i(2)], position=i(2))
+lin.path(["L0H0"], i(5), token=i(1))
+lin.followed_by(i(5)).next_tokens(i(2), position=i(0))
+one = Operator.make(lin, i(1), rank=i(2), positions=[i(1), i(2)], position=i(2))
 merge([one, one], np.array([0.5, 0.5], dtype=np.float32)).save(folder + "/d.safetensors")
 pullback(lin, "resid_post.0", np.array([3, 4])).save(folder + "/e.safetensors")
 try:

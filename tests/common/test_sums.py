@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loclin.common.sums import norms, relative, square_sums
+from loclin.common.sums import norms, relative_error, square_sums
 
 
 class Largest(TorchDispatchMode):
@@ -50,8 +50,8 @@ def test_sums_of_nothing_and_of_the_extreme():
 
 def test_relative_errors():
     x = torch.tensor([3.0, 4.0])
-    assert relative(x / 10, x) == pytest.approx(0.1)
-    assert relative(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(x / 10, x) == pytest.approx(0.1)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
 
 
 def test_no_copy_of_the_whole_is_made():

@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from loclin import linearize
-from loclin.common.surroundings import _SWITCHES, exact_arithmetic
+from loclin.common.surroundings import exact_arithmetic
 from loclin.maps.linear_map import LinearMap
 from loclin.network.chain import Chain
 
@@ -15,7 +15,19 @@ NEW = pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision
 
 
 def _now():
-    return [getattr(room, name) for room, name, _ in _SWITCHES]
+    """What torch may do with float32 products, and how it sums those of half precision."""
+    matmul = torch.backends.cuda.matmul
+    single = [
+        getattr(getattr(place, name), "fp32_precision", "ieee")
+        for place, names in ((torch.backends.cuda, ["matmul"]), (torch.backends.cudnn, ["conv", "rnn"]),
+                             (torch.backends.mkldnn, ["matmul", "conv", "rnn"]))
+        for name in names if hasattr(place, name)
+    ] if hasattr(matmul, "fp32_precision") else [matmul.allow_tf32, torch.backends.cudnn.allow_tf32]  # fmt: skip
+    return single, [matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction]
+
+
+def _exact(switches):
+    return {*switches[0]} <= {"ieee", False} and not any(switches[1])
 
 
 @pytest.fixture(params=["highest", "high", "medium"])
@@ -31,11 +43,12 @@ def careless(request):
 
 def test_switches_are_set_and_restored(careless):
     before = _now()
+    assert not _exact(before)
     with exact_arithmetic():
-        assert _now() == [exact for _, _, exact in _SWITCHES]
+        assert _exact(_now())
         with exact_arithmetic():
             pass
-        assert _now() == [exact for _, _, exact in _SWITCHES]
+        assert _exact(_now())
     assert _now() == before
     assert torch.get_float32_matmul_precision() == careless
 
@@ -71,5 +84,6 @@ def test_tracing_and_sweeps_are_exact():
     assert J.rmatvec(J.value).shape == J.input.shape
     assert lin.certify().bit_identical
     assert len(seen) > 4
-    assert all(switches == [exact for _, _, exact in _SWITCHES] for switches in seen)
+    assert all(map(_exact, seen))
+    assert not _exact(before)
     assert _now() == before

@@ -88,5 +88,5 @@ def test_arguments_of_questions_are_checked(lin):
         with pytest.raises(OptionError):
             ask()
     for name in ("", " "):
-        with pytest.raises(loclin.ModelError, match="no name"):
+        with pytest.raises(loclin.ModelError, match="not the name of a model"):
             loclin.load(name)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
-from loclin.freeze import Hold, frozen, register, table
+from loclin.freeze import FreezeOptions, frozen, register, table
 from loclin.linearization import linearize
 
 MODELS = {"llama": tiny.llama, "gemma3": tiny.gemma3}
@@ -31,10 +31,10 @@ def _state(model):
     )
 
 
-def _run(model, ids, hold=None):
+def _run(model, ids, options=None):
     """A frozen pass of the decoder: x and y on the linear path, and the mode."""
     hidden = model.get_input_embeddings()(ids).detach()
-    with frozen(model, hold) as mode, torch.no_grad():
+    with frozen(model, options) as mode, torch.no_grad():
         x = mode.enter(hidden)
         y = model.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state
         return x, mode.live(y), mode
@@ -49,7 +49,7 @@ def test_forward_is_bit_identical(build, attn, dtype, gate):
     hidden = model.get_input_embeddings()(ids).detach()
     with torch.no_grad():
         stock = model(inputs_embeds=hidden).logits
-        with frozen(model, Hold(gate)) as mode:
+        with frozen(model, FreezeOptions(gate)) as mode:
             mode.enter(hidden)
             held = model(inputs_embeds=hidden).logits
         assert mode.status(held) is not None
@@ -78,8 +78,8 @@ def test_restored_after_an_error():
 @pytest.mark.parametrize("gate", ["activation", "up", "half"])
 def test_graph_is_linear(build, attn, gate):
     """The gradient does not depend on the input: the second derivative is zero, or there is none at all."""
-    x, y, mode = _run(build(attn=attn), tiny.prompt(), Hold(gate))
-    assert not mode.misuses
+    x, y, mode = _run(build(attn=attn), tiny.prompt(), FreezeOptions(gate))
+    assert not mode.nonlinear_uses
     (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     assert gradient.abs().max() > 0
     second = torch.autograd.grad(gradient.sum(), x, allow_unused=True)[0] if gradient.requires_grad else None
@@ -96,9 +96,9 @@ def test_each_handler_is_needed(missing, monkeypatch):
     attn = "eager" if missing == "matmul" else "sdpa"
     _, _, mode = _run(tiny.llama(attn=attn), tiny.prompt())
     if missing == "silu":  # covered by the rule for activation modules
-        assert not mode.misuses
+        assert not mode.nonlinear_uses
     else:
-        assert mode.misuses[0].origin.operation == missing
+        assert mode.nonlinear_uses[0].origin.operation == missing
 
 
 def test_a_rule_that_does_not_fit_is_refused_by_name():
@@ -149,12 +149,13 @@ def test_two_threads_do_not_disturb_one_another():
 
 def test_unknown_options_are_refused():
     """In a process of its own: here the run-time type check would refuse first."""
-    code = "from loclin.freeze import Hold; Hold({!r}, {!r})"
+    code = "from loclin.freeze import FreezeOptions; FreezeOptions({!r}, {!r})"
     for options, message in [(("sideways", "stock"), "activation, up, half"), (("up", "quadruple"), "stock, single")]:
         run = subprocess.run([sys.executable, "-c", code.format(*options)], capture_output=True, text=True, check=False)
         assert f", {message}" in run.stderr or f"choose one of {message}" in run.stderr
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("folder", "named"), [("torch", False), ("torchao", True), ("torch_mine", True)])
 def test_a_culprits_line_is_in_whatever_is_not_torchs_own(folder, named):
     """Beside torch lie packages whose names begin like its own."""

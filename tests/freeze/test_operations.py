@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loclin.freeze import Hold, frozen, table
+from loclin.freeze import FreezeOptions, frozen, table
 from loclin.models import tiny
 
 N = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -94,12 +94,12 @@ def test_value_and_parts(name, gate):
     hidden = torch.randn(3, 4, 6, generator=random, dtype=torch.float64)
     hidden[0, 0, 0] = 0.0
     expected = AFFINE[name](hidden.clone())
-    with frozen(nn.Identity(), Hold(gate), torch.float64, collect=True) as mode, torch.no_grad():
+    with frozen(nn.Identity(), FreezeOptions(gate), torch.float64, collect=True) as mode, torch.no_grad():
         x = mode.enter(hidden)
         out = AFFINE[name](hidden)
         linear = mode.live(out)
     assert torch.equal(out, expected)
-    assert not mode.misuses
+    assert not mode.nonlinear_uses
     assert (linear - out).norm() <= 1e-6 * out.norm()  # a cast to float32 and back is part of one
     cotangent = torch.randn(linear.shape, generator=random, dtype=torch.float64)
     leaves = [x, *(leaf for _, leaf in mode.constants)]
@@ -124,10 +124,10 @@ def test_value_and_parts(name, gate):
 )
 def test_coefficients_are_not_taken_for_live(break_it):
     hidden = N.clone()
-    with frozen(nn.Identity(), Hold(), torch.float64) as mode, torch.no_grad():
+    with frozen(nn.Identity(), FreezeOptions(), torch.float64) as mode, torch.no_grad():
         mode.enter(hidden)
         mode.live(break_it(hidden))
-    assert len(mode.misuses) == 1
+    assert len(mode.nonlinear_uses) == 1
 
 
 NEEDED = {
@@ -170,6 +170,7 @@ NEEDED = {
 """Operations, and a family that is not exact without them."""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NEEDED)
 def test_without_a_rule_a_family_that_needs_it_is_refused(name, monkeypatch):
     from loclin import linearize, wrap

@@ -104,12 +104,12 @@ def _outcome(c: Combination, model: Model, surroundings: str) -> Numbers | str:
 
 def numbers(c: Combination, lin: Linearization, vectors: Tensor) -> dict[str, Any]:
     """Everything that a map and its shares say, as they say it: what is computed here is computed in surroundings."""
-    J = lin.jacobian(c.source, c.target, c.position, normed=c.normed)
+    J = lin.jacobian(c.source, c.target, position=c.position, normed=c.normed)
     d_out, length, d_in = J.shape
     X = vectors[0, 0, : length * d_in].reshape(length, d_in).to(J.dtype)
     u = vectors[1, :, :d_out].to(J.dtype)
     try:
-        shares = lin.attribute(by=c.level, position=c.position, words=2)
+        shares = lin.attribute(by=c.level, position=c.position, in_words=2)
     except OptionError:  # a network without such parts; its map is as good as any
         shares = lin.attribute(by="token", position=c.position)
     return {
@@ -124,12 +124,12 @@ def numbers(c: Combination, lin: Linearization, vectors: Tensor) -> dict[str, An
         "bias": J.bias,
         "biases": list(J.bias_by_source().values()),
         "S": J.svd(1, tolerance=_svd_tolerance(J.dtype)).S,
-        "top": [(i, p) for i, _, p in lin.next_token_ids(3, c.position)],
+        "top": [(i, p) for i, _, p in lin.next_token_ids(3, position=c.position)],
         "shares": shares.shares,
         "kinds": shares.kinds,
         "missed": shares.relative_residual,
         "tokens": [len(lin.tokens), all(isinstance(token, str) for token in lin.tokens)],
-        "certified": lin.certify(c.position).passed,
+        "certified": lin.certify(position=c.position).passed,
     }
 
 

@@ -18,6 +18,7 @@ PARTS = 2
 FEW = 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.filterwarnings("default")
 def test_random_combinations(request, part):

@@ -20,6 +20,7 @@ BUILDS = {
 }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 @pytest.mark.parametrize("gate", ["activation", "up", "half"])
 @pytest.mark.parametrize(
@@ -46,6 +47,7 @@ def test_biases_have_their_share():
     assert linearize(tiny.llama(), tiny.prompt()).certify().bias_share == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gate", ["activation", "up", "half"])
 def test_a_fault_of_a_thousandth_is_no_rounding(monkeypatch, gate):
     """What cancels loosens the bound, and hides no fault."""
@@ -84,6 +86,7 @@ def test_a_nonlinearity_between_gate_and_down_projection_is_refused():
         linearize(model, tiny.prompt())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("place", ["self_attn.v_proj", "mlp.down_proj", "mlp", "post_attention_layernorm", ""])
 @pytest.mark.parametrize("kind", [_Tanh, nn.Tanh, nn.Sigmoid, nn.Softmax])
 def test_a_nonlinearity_anywhere_on_the_way_is_refused_by_name(place, kind):

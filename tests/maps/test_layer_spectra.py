@@ -10,16 +10,16 @@ import torch
 import tiny
 from loclin.errors import OptionError
 from loclin.linearization import linearize
-from loclin.maps.layer_maps import COMPONENTS, check_components, layer_maps, plan_route
+from loclin.maps.layer_maps import COMPONENTS, check_components, layer_maps, plan_direction
 from loclin.maps.layer_spectra import LayerSpectra
 from loclin.maps.linear_map import LinearMap
 from loclin.models import tiny as families
 from loclin.network.anatomy import EXPLICIT
 from loclin.network.chain import Chain
-from loclin.network.explicit import ExplicitLayer
+from loclin.network.explicit_attention import ExplicitAttention
 from loclin.network.points import Point
 from loclin.network.prefix import prefix_maps
-from loclin.spectral import ritz, stable_rank
+from loclin.spectral import ritz_svd, stable_rank
 from spectra import maps as random_maps
 from spectra import power_law
 
@@ -41,6 +41,7 @@ def one_by_one(lin, source, target, position, normed=False):
     return LinearMap(Chain(lin.trace, explicit=False), source, target, position, normed=normed).dense().transpose(0, 1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("position", [-1, 3])
 @pytest.mark.parametrize(
     ("family", "explicit"), [(name, kind) for name in FAMILIES for kind in (True, False) if kind <= (name in EXPLICIT)]
@@ -56,12 +57,13 @@ def test_one_forward_sweep_gives_every_prefix_map(family, explicit, position):
     assert seen == 3 * lin.trace.n_layers
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("folds", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
 def test_heads_mixed_in_the_output_matrix(monkeypatch, family, folds):
     lin = built(family)
     taken = []
-    monkeypatch.setattr(ExplicitLayer, "_folds", lambda *_: taken.append(folds) or folds)
+    monkeypatch.setattr(ExplicitAttention, "folding_pays", lambda *_: taken.append(folds) or folds)
     for layer, maps in prefix_maps(lin.chain, 4, range(1, 6), COMPONENTS):
         for name, found in maps.items():
             exact = one_by_one(lin, Point("embed"), Point(name, layer), 4)[1:]
@@ -77,6 +79,7 @@ def test_attention_that_looks_ahead():
     assert found[5].abs().max() > 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["cumulative", "layerwise", "suffix"])
 @pytest.mark.parametrize(
     ("family", "gate"), [*((name, "activation") for name in FAMILIES), ("qwen2", "up"), ("qwen2", "half")]
@@ -100,13 +103,14 @@ def test_every_map_and_its_bias(family, mode, gate):
     assert len(seen) == 3 * lin.trace.n_layers
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_backward_sweeps_give_the_same(family):
     lin = built(family)
-    forward, backward = (lin.layers(k=3, route=route) for route in ("forward", "backward"))
+    forward, backward = (lin.layer_spectra(k=3, direction=direction) for direction in ("forward", "backward"))
     assert torch.allclose(forward.S, backward.S, rtol=1e-9)
     assert torch.allclose(forward.frobenius, backward.frobenius, rtol=1e-12)
-    assert (forward.route, backward.route) == ("forward", "backward")
+    assert (forward.direction, backward.direction) == ("forward", "backward")
 
 
 def test_maps_add_up_along_the_residual_stream():
@@ -134,10 +138,11 @@ def test_the_product_of_layers_is_the_cumulative_map():
     assert far(last["resid_post"].mT.transpose(0, 1).flatten(1), product[-d:]) < 1e-13
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["cumulative", "layerwise", "suffix"])
 def test_spectra_are_those_of_the_maps(mode):
     lin = built("qwen2")
-    found = lin.layers(mode=mode, k=4)
+    found = lin.layer_spectra(mode=mode, k=4)
     normed = mode != "suffix"
     for item in layer_maps(lin.chain, mode, 5, COMPONENTS, normed=normed):
         at = (found.index(item.component), item.layer)
@@ -156,7 +161,7 @@ def test_wide_maps_go_by_krylov():
     lin = linearize(tiny.llama(), tiny.prompt())
     wide = torch.randn(2, 120, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wide = wide @ torch.diag(0.9 ** torch.arange(150.0, dtype=torch.float64))
-    every = ritz(wide, 3, wide[0, :, 0], tolerance=1e-4)
+    every = ritz_svd(wide, 3, wide[0, :, 0], tolerance=1e-4)
     for i, matrix in enumerate(wide):
         U, S, Vh, residuals = (part[i] for part in (every.U, every.S, every.Vh, every.residuals))
         exact = torch.linalg.svdvals(matrix)
@@ -166,7 +171,7 @@ def test_wide_maps_go_by_krylov():
         assert far(matrix.T @ U, Vh.T * S) < 1e-12
         assert (wide[0, :, 0] @ U >= 0).all()
         assert every.frobenius[i] == pytest.approx(matrix.norm().item())
-    assert lin.layers(k=1).S.shape == (3, 3, 7, 1)
+    assert lin.layer_spectra(k=1).S.shape == (3, 3, 7, 1)
 
 
 def test_maps_of_one_batch_are_done_when_they_are_done():
@@ -181,7 +186,7 @@ def test_maps_of_one_batch_are_done_when_they_are_done():
         2, 150, generator=random, dtype=torch.float64
     )
     batch = torch.stack([easy, torch.zeros_like(easy), slow, low, 2 * easy])
-    found = ritz(batch, 4, easy[:, 0], tolerance=1e-6)
+    found = ritz_svd(batch, 4, easy[:, 0], tolerance=1e-6)
     exact = torch.linalg.svdvals(batch)[:, :4]
     assert torch.allclose(found.S, exact, rtol=1e-5, atol=1e-9)
     rebuilt = torch.einsum("mok,mk,mki->moi", found.U, found.S, found.Vh)
@@ -189,6 +194,7 @@ def test_maps_of_one_batch_are_done_when_they_are_done():
     assert torch.allclose((batch - rebuilt).flatten(1).norm(dim=1), missed, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 8])
 @pytest.mark.parametrize("gap", [0.0, 0.02, 0.5])
 def test_stable_ranks_are_right_to_1e_5_at_a_model_s_size(gap, k):
@@ -197,7 +203,7 @@ def test_stable_ranks_are_right_to_1e_5_at_a_model_s_size(gap, k):
     spectrum[0] *= 1 + gap
     spectrum[1] = 1.0
     (matrix,) = random_maps(576, 4032, [spectrum], dtype=torch.float32).unbind(1)
-    found = ritz(matrix[None], k, matrix[:, 0], tolerance=1e-3)
+    found = ritz_svd(matrix[None], k, matrix[:, 0], tolerance=1e-3)
     exact = torch.linalg.eigvalsh(matrix.double() @ matrix.double().T)
     rank = (exact.sum() / exact[-1]).item()
     assert found.frobenius.item() == pytest.approx(exact.sum().sqrt().item(), rel=1e-6)
@@ -206,19 +212,19 @@ def test_stable_ranks_are_right_to_1e_5_at_a_model_s_size(gap, k):
 
 
 def test_float32():
-    found = built("llama", dtype=torch.float32).layers(k=2)
+    found = built("llama", dtype=torch.float32).layer_spectra(k=2)
     assert found.reconstruction_error.max() < tiny.rounding()
 
 
 def test_tokens_behind_the_position_have_zero_maps():
-    found = built("llama").layers(k=2, position=2)
+    found = built("llama").layer_spectra(k=2, position=2)
     assert found.S[:, :, 3:].abs().max() == 0
     assert found.stable_rank[:, :, 3:].abs().max() == 0
     assert found.S[:, :, :3, 0].min() > 0
 
 
 def test_saved_and_loaded(tmp_path):
-    found = built("llama").layers(k=2)
+    found = built("llama").layer_spectra(k=2)
     found.save(tmp_path / "layers.safetensors")
     again = LayerSpectra.load(tmp_path / "layers.safetensors")
     assert torch.equal(again.S, found.S)
@@ -230,35 +236,35 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_one_layer_as_an_svd():
-    found = built("llama").layers(k=3)
+    found = built("llama").layer_spectra(k=3)
     svd = found.svd("mlp_out", -1)
     assert svd.S.shape == (6, 3)
     assert (svd.lower <= svd.S).all()
     assert (svd.upper >= svd.S).all()
-    with pytest.raises(OptionError, match="layer 9: there are layers 0 to 2"):
+    with pytest.raises(OptionError, match="layer 9: choose a layer from 0 to 2"):
         found.svd("mlp_out", 9)
-    with pytest.raises(OptionError, match="ask for it"):
-        built("llama").layers(components=["resid_post"], k=1).svd("mlp_out", 0)
+    with pytest.raises(OptionError, match="mlp_out"):
+        built("llama").layer_spectra(components=["resid_post"], k=1).svd("mlp_out", 0)
 
 
 def test_the_route_follows_cost_and_memory():
     lin = built("llama")
-    assert plan_route(lin.chain, 5, COMPONENTS) == "forward"
-    assert plan_route(lin.chain, 5, COMPONENTS, 10_000) == "backward"
+    assert plan_direction(lin.chain, 5, COMPONENTS) == "forward"
+    assert plan_direction(lin.chain, 5, COMPONENTS, 10_000) == "backward"
 
 
 def test_mistakes():
     lin = built("llama")
     with pytest.raises(OptionError, match="choose some of attn_out, mlp_out, resid_post"):
-        lin.layers(components=["resid_pre"])
+        lin.layer_spectra(components=["resid_pre"])
     with pytest.raises(OptionError, match="choose one of cumulative, layerwise, suffix"):
-        lin.layers(mode="all")
+        lin.layer_spectra(mode="all")
     with pytest.raises(OptionError, match="choose one of forward, backward"):
-        lin.layers(route="sideways")
+        lin.layer_spectra(direction="sideways")
     with pytest.raises(OptionError, match="k is 1 to"):
-        lin.layers(k=1000)
+        lin.layer_spectra(k=1000)
     with pytest.raises(OptionError, match="leave it out"):
-        lin.layers(mode="suffix", normed=True)
+        lin.layer_spectra(mode="suffix", normed=True)
 
 
 def test_layers_without_parts_show_the_stream_alone():
@@ -267,6 +273,6 @@ def test_layers_without_parts_show_the_stream_alone():
     model.model.layers[1].register_forward_hook(lambda _m, _a, output: 1.5 * output)
     lin = linearize(model, tiny.prompt(), precision="double")
     assert check_components(lin.chain, None) == ("resid_post",)
-    assert lin.layers(k=1).reconstruction_error.max() < 1e-12
-    with pytest.raises(OptionError, match="no module of layer 1"):
-        lin.layers(components=["mlp_out"])
+    assert lin.layer_spectra(k=1).reconstruction_error.max() < 1e-12
+    with pytest.raises(OptionError, match="layer 1 "):
+        lin.layer_spectra(components=["mlp_out"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import loclin
 import tiny
-from loclin.errors import PromptError
+from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
+from loclin.models.prompts import prompt_list
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_values_and_predictions_are_the_models():
 
 def test_the_same_map_is_the_same_object():
     lin = linearize(tiny.llama(), tiny.prompt())
-    assert lin.jacobian() is lin.jacobian("embed", "final", 6)
+    assert lin.jacobian() is lin.jacobian("embed", "final", position=6)
     assert lin.jacobian(target="resid_post.-1") is lin.jacobian(target="resid_post.2")
 
 
@@ -90,3 +92,18 @@ def test_a_sink_is_found():
     even = linearize(tiny.llama(), tiny.prompt(5))
     even.trace.attention_received = torch.tensor([0.35, 0.3, 0.3, 0.4, 0.0])
     assert even.sinks == []
+
+
+@pytest.mark.parametrize(
+    "name", ["attribute", "explain", "explain_layers", "generate", "logit_lens", "similarity", "validity", "watch"]
+)
+@pytest.mark.parametrize("given", [3, None, "a text"])
+def test_questions_are_about_a_linearized_prompt(name, given):
+    with pytest.raises(OptionError, match=f"{name} takes a linearized prompt, not {type(given).__name__}"):
+        getattr(loclin, name)(given)
+
+
+@pytest.mark.parametrize("prompts", [None, 3])
+def test_several_prompts_are_a_list(prompts):
+    with pytest.raises(PromptError, match="give a list of texts or of token ids"):
+        prompt_list(prompts)

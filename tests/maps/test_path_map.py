@@ -1,4 +1,4 @@
-"""One part's map, and paths as products of maps, against autograd on the rewritten model and against their own sum."""
+"""One component's map, and paths as products of maps, against autograd on the rewritten model and their own sum."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import shares_oracle
 import tiny
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import Linearization, linearize
-from loclin.maps.path_map import part_map, path_map
+from loclin.maps.path_map import component_map, path_map
 from loclin.models import tiny as families
-from loclin.network.parts import parse_part
-from loclin.network.points import Point, parse
+from loclin.network.components import parse_component
+from loclin.network.points import Point, parse_point
 
 BUILDS = {"llama": tiny.llama, "llama-biases": partial(tiny.llama, biases=True), "gemma3": tiny.gemma3}
 SIZE = 6
@@ -26,12 +26,12 @@ def far(a, b):
 
 
 def part(lin: Linearization, name: str, position: int = -1):
-    return part_map(lin.chain, parse_part(name, lin.trace), lin.trace.position(position), None)
+    return component_map(lin.chain, parse_component(name, lin.trace), lin.trace.position(position), None)
 
 
 def path(lin: Linearization, *names: str, target: str = "final", position: int = -1):
-    parts = [parse_part(name, lin.trace) for name in names]
-    return path_map(lin.chain, parts, parse(target, lin.trace.n_layers), lin.trace.position(position), None)
+    parts = [parse_component(name, lin.trace) for name in names]
+    return path_map(lin.chain, parts, parse_point(target, lin.trace.n_layers), lin.trace.position(position), None)
 
 
 @pytest.fixture(scope="module", params=BUILDS.values(), ids=BUILDS)
@@ -39,9 +39,10 @@ def lin(request):
     return linearize(request.param(), tiny.prompt(SIZE), precision="double")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("position", [-1, 2])
 def test_heads_sum_to_the_attention(lin, position):
-    whole = lin.jacobian("resid_pre.1", "attn_out.1", position)
+    whole = lin.jacobian("resid_pre.1", "attn_out.1", position=position)
     heads = [part(lin, f"L1H{head}", position) for head in range(4)]
     assert far(sum(J.dense() for J in heads), whole.dense()) < 1e-12
     behind = whole.bias_by_source().get("model.layers.1.self_attn.o_proj.bias", torch.zeros_like(whole.bias))
@@ -88,6 +89,7 @@ def test_heads_and_their_product_are_those_of_brute_force(biases):
     assert far(logits, torch.einsum("vo,oti->vti", network.model.lm_head.weight.detach(), J.dense())) < 1e-12
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi"])
 def test_all_paths_sum_to_the_network(family):
     """Every choice of parts of two layers, from none to all; with their biases they give the stream."""
@@ -124,13 +126,13 @@ def test_a_path_is_a_linear_map(lin):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "a path has at least one part"),
-        (["H3"], "no part 'H3': write L3H5"),
-        (["L1H2@x"], "no part 'L1H2@x'"),
-        (["resid_post.1"], "no part 'resid_post.1'"),
+        ([], "a path has no component"),
+        (["H3"], "no component 'H3': write L3H5"),
+        (["L1H2@x"], "no component 'L1H2@x'"),
+        (["resid_post.1"], "no component 'resid_post.1'"),
         (["L3H0"], "the model has layers 0 to 2"),
         (["L1H4"], "L1H4: layer 1 has query heads 0 to 3"),
-        (["L2H0", "L1H0"], "a path goes up: L1H0 does not read what L2H0 writes"),
+        (["L2H0", "L1H0"], "L1H0 does not read what L2H0 writes: a path goes up"),
         (["L1H0", "L1H1"], "a path goes up"),
         (["mlp_out.1", "attn_out.1"], "a path goes up"),
     ],

@@ -1,4 +1,4 @@
-"""What people ask of a map's spectrum: every way to an answer gives the same one, and the plan says which is taken."""
+"""The spectra of a map: every method gives the same answer, and the plan says which one is used."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def matrices(lin, joint):
 
 
 @pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("plan", ["auto", "full", "top", "krylov"])
-def test_every_way_gives_the_same_triples(lin, J, plan, joint):
-    found = J.svd(3, joint, plan=plan, tolerance=1e-6)
+@pytest.mark.parametrize("method", ["auto", "lapack", "block_krylov", "matrix_free"])
+def test_every_method_gives_the_same_triples(lin, J, method, joint):
+    found = J.svd(3, joint=joint, method=method, tolerance=1e-6)
     U, S, Vh = (part[None] if joint else part for part in (found.U, found.S, found.Vh))
     for matrix, u, s, v, low, high in zip(
         matrices(lin, joint), U, S, Vh.flatten(2) if joint else Vh, *bounds(found, joint), strict=True
@@ -46,7 +46,7 @@ def test_every_way_gives_the_same_triples(lin, J, plan, joint):
         assert torch.allclose(matrix @ v.T, u * s, atol=1e-3 * s[0].item())
         assert (J.value @ u >= 0).all()
     assert found.provenance.target == "final"
-    assert (J.known is None) == (found.route == "krylov")
+    assert (J.cached_dense is None) == (found.method == "matrix_free")
 
 
 def bounds(found, joint):
@@ -54,17 +54,17 @@ def bounds(found, joint):
 
 
 def test_a_seed_gives_the_same_result_again(J):
-    one, same, other = (J.svd(2, plan="krylov", seed=seed).U for seed in (0, 0, 1))
+    one, same, other = (J.svd(2, method="matrix_free", seed=seed).U for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
 def test_the_dense_map_takes_over_where_products_alone_do_not_reach(monkeypatch, J):
     plan = spectra.make_plan
-    few = {"chosen": "krylov", "max_columns": 8}
+    few = {"chosen": "matrix_free", "max_columns": 8}
     monkeypatch.setattr(spectra, "make_plan", lambda *args, **kwargs: replace(plan(*args, **kwargs), **few))
     found = J.svd(8, tolerance=1e-9)
-    assert found.route == "top"
+    assert found.method == "block_krylov"
     assert (found.relative_error < 1e-8).all()
 
 
@@ -72,7 +72,7 @@ def test_norms_and_ranks(lin, J):
     true = torch.stack([torch.linalg.svdvals(matrix) for matrix in matrices(lin, False)])
     rank = true.square().sum(-1) / true[:, 0].square()
     assert J.norms(0.02).stable_rank.tolist() == pytest.approx(rank.tolist(), rel=0.05)
-    assert J.known is None or J.norms(0.02).failure == 0
+    assert J.cached_dense is None or J.norms(0.02).failure == 0
     assert J.stable_rank().tolist() == pytest.approx(rank.tolist())
     assert J.stable_rank(tolerance=0.02).tolist() == pytest.approx(rank.tolist())
     assert J.frobenius_norm(tolerance=0.02).tolist() == pytest.approx(true.square().sum(-1).sqrt().tolist())
@@ -82,8 +82,8 @@ def test_norms_and_ranks(lin, J):
 
 def test_zero_maps(lin):
     J = lin.jacobian(position=2)
-    for plan in ("full", "top", "krylov"):
-        found = LinearMap(lin.chain, J.source, J.target, 2).svd(2, plan=plan)
+    for method in ("lapack", "block_krylov", "matrix_free"):
+        found = LinearMap(lin.chain, J.source, J.target, 2).svd(2, method=method)
         assert (found.S[3:] == 0).all()
         assert (found.S[:3] > 0).all()
         assert found.S.isfinite().all()
@@ -96,12 +96,21 @@ def test_zero_maps(lin):
         ({"k": 0}, "24 singular values"),
         ({"k": 25}, "24 singular values"),
         ({"tolerance": 1e-20}, "holds no less than"),
-        ({"plan": "fast"}, "choose one of auto, full, top, krylov"),
+        ({"tolerance": 1.0}, "tolerance=1: give a fraction of each value between 0 and 1"),
+        ({"tolerance": 2.0}, "tolerance=2: give a fraction of each value between 0 and 1"),
+        ({"method": "fast"}, "choose one of auto, lapack, block_krylov, matrix_free"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(J, arguments, message):
     with pytest.raises(OptionError, match=message):
         J.svd(**arguments)
+
+
+@pytest.mark.parametrize("ask", ["norms", "frobenius_norm", "stable_rank"])
+@pytest.mark.parametrize("tolerance", [0.0, 2.0, float("nan")])
+def test_norms_have_a_tolerance_that_is_a_fraction(J, ask, tolerance):
+    with pytest.raises(OptionError, match="tolerance="):
+        getattr(J, ask)(tolerance)
 
 
 def test_scipy_agrees(J):

@@ -108,7 +108,7 @@ def test_the_context_length_is_the_limit_and_both_lengths_are_said(model):
 
 def test_a_tokenizer_of_another_model_is_noticed():
     model = wrap(tiny_llama(vocab_size=100), tiny_tokenizer())
-    with pytest.raises(PromptError, match="belongs to another model"):
+    with pytest.raises(PromptError, match="give the model's own tokenizer"):
         model.encode("the cat the")
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from loclin.errors import MissingExtraError, ModelError
+from loclin.errors import MissingExtraError, ModelError, OptionError
 from loclin.models import load
 
 from .helpers import saved, tiny_llama
@@ -68,19 +68,19 @@ def test_float32_is_the_default(half_directory):
 
 @pytest.mark.parametrize("dtype", ["float23", "int8", torch.int8, torch.complex64])
 def test_other_dtypes_are_refused_with_the_list(directory, dtype):
-    with pytest.raises(ModelError, match="float32, float64, bfloat16, float16, auto"):
+    with pytest.raises(OptionError, match="float32, float64, bfloat16, float16, auto"):
         load(directory, dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["foo", "cpu:1", "meta", "cuda:9", ""])
 def test_a_device_that_is_not_there_is_refused_before_loading(device):
-    with pytest.raises(ModelError, match=r"available: cpu"):
+    with pytest.raises(OptionError, match=r"choose one of cpu"):
         load("no/such/model", device=device)  # were the name looked at first, it would be the one refused
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_is_refused_where_there_is_none(directory):
-    with pytest.raises(ModelError, match=r"no device 'cuda' here; available: cpu\."):
+    with pytest.raises(OptionError, match=r"device='cuda': choose one of cpu$"):
         load(directory, device="cuda")
 
 
@@ -103,7 +103,7 @@ def test_device_map_passes_through(directory, tmp_path):
 
 
 def test_device_and_device_map_exclude_each_other(directory):
-    with pytest.raises(ModelError, match="not both"):
+    with pytest.raises(ModelError, match="give one of them"):
         load(directory, device="cpu", device_map="auto")
 
 
@@ -123,7 +123,7 @@ def test_other_arguments_pass_through(directory):
 
 @pytest.mark.parametrize("options", [{"use_kernels": True}, {"attn_implementation": "kernels-community/flash-attn"}])
 def test_hub_kernels_are_refused(directory, options):
-    with pytest.raises(ModelError, match="Kernels"):
+    with pytest.raises(ModelError, match="kernels"):
         load(directory, **options)
 
 
@@ -134,11 +134,11 @@ def test_an_attention_that_does_not_exist_is_one_line(directory):
 
 
 def test_an_unknown_name_gives_near_ones_and_the_list():
-    with pytest.raises(ModelError, match=r"Did you mean gemma-3-270m\?.*gemma-3-270m, smollm2-135m"):
+    with pytest.raises(ModelError, match=r"did you mean gemma-3-270m\?.*gemma-3-270m, smollm2-135m"):
         load("gemma3-270")
     with pytest.raises(ModelError) as caught:
         load("qqq")
-    assert "Did you mean" not in str(caught.value)
+    assert "did you mean" not in str(caught.value)
     assert "gemma-3-270m, smollm2-135m" in str(caught.value)
 
 
@@ -150,7 +150,7 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypatch
 
 
 def test_a_missing_or_strange_file_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"There is no file .*x\.gguf"):
+    with pytest.raises(ModelError, match=r"there is no file .*x\.gguf"):
         load(tmp_path / "x.gguf")
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match="not a .gguf file"):
@@ -158,12 +158,12 @@ def test_a_missing_or_strange_file_is_refused(tmp_path):
 
 
 def test_a_revision_is_for_hub_models_only(directory):
-    with pytest.raises(ModelError, match="no revision"):
+    with pytest.raises(ModelError, match="leave revision out"):
         load(directory, revision="main")
 
 
 def test_a_directory_without_config_is_refused_and_its_gguf_is_pointed_at(tmp_path):
-    with pytest.raises(ModelError, match=r"has no config\.json\.$"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         load(tmp_path)
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"give .*x\.gguf"):
@@ -172,7 +172,7 @@ def test_a_directory_without_config_is_refused_and_its_gguf_is_pointed_at(tmp_pa
 
 def test_a_broken_config_is_refused(tmp_path):
     (saved(tmp_path) / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config of .* cannot be read"):
+    with pytest.raises(ModelError, match=r"cannot read the config of"):
         load(tmp_path)
 
 

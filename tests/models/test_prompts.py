@@ -13,8 +13,9 @@ from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
 from loclin.models import tiny as families
 from loclin.models import wrap
-from loclin.steering.steer import encoded, steer
+from loclin.steering.steer import steer
 from loclin.steering.watch import watch
+from loclin.steering.writing import encode_prompt
 
 from .helpers import tiny_llama, tiny_tokenizer
 from .tokenizers import ending
@@ -28,6 +29,7 @@ def model():
     return wrap(tiny_llama(vocab_size=300, pad_token_id=3), tiny_tokenizer(), name="tiny")
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -58,9 +60,9 @@ def test_ids_in_every_form_are_one_prompt(model, prompt):
     [
         (torch.tensor(5), r"shape \[1, T\]"),
         (torch.tensor([[True, False]]), "not bool"),
-        ([True, False], "True and False are no token ids"),
-        ([260, True], "True and False are no token ids"),
-        (np.array([True]), "True and False are no token ids"),
+        ([True, False], "True and False are not token ids"),
+        ([260, True], "True and False are not token ids"),
+        (np.array([True]), "True and False are not token ids"),
         ([1.5, 2.0], "whole numbers, not float64"),
         (torch.tensor([1.0]), "whole numbers, not float32"),
         (np.array(7), r"shape \[1, T\]"),
@@ -70,7 +72,7 @@ def test_ids_in_every_form_are_one_prompt(model, prompt):
         ([], r"shape \[1, T\]"),
         (torch.tensor([], dtype=torch.long), r"shape \[1, T\]"),
         (["the", "cat"], "linearize_batch"),
-        ({"ids": [3]}, "lacks input_ids"),
+        ({"ids": [3]}, "no input_ids"),
         ([300], "from 0 to 299"),
         ([-1], "from 0 to 299"),
     ],
@@ -109,7 +111,7 @@ def test_an_end_that_the_tokenizer_adds_is_left_out_and_said():
     assert lin.tokens[0] == "<s>"
     assert "</s>" not in lin.tokens
     (said,) = lin.prompt_warnings
-    assert said.startswith("The tokenizer puts </s> behind every text; it is left out")
+    assert said.startswith("The tokenizer appends </s> to every text. It is left out")
     assert loclin.linearize(adding, "the cat", bos=True).prompt_warnings == []
     (kept,) = loclin.linearize(adding, adding.tokenizer("the cat")).prompt_warnings
     assert "ends with </s>, which ends a text" in kept
@@ -129,15 +131,15 @@ def test_every_analysis_passes_warnings_on():
         loclin.generate(lin, 1, k=1).steps[0],
         explain_layers(lin, k=2),
         loclin.validity(lin, draws=1, swaps=0),
-        watch(lin, ["the"], k=1)[0],
+        watch(lin, ["the"], k=1),
         lin.attribute(),
         lin.head(0, 0, k=1),
-        lin.path(0, ["L0H0"]),
+        lin.path(["L0H0"], token=0),
     ]
     for one in found:
         assert [text for text in one.warnings if text in said] == said
         assert one.to_dict()["warnings"] == one.warnings if hasattr(one, "to_dict") else said[0] in one.to_json()
-    steered, _ = steer(lin.model, "the cat", ["the the"], words=["the"], layer=0, strength=1.0, max_new_tokens=2)
+    steered = steer(lin.model, "the cat", ["the the"], words=["the"], layer=0, strength=1.0, max_new_tokens=2)
     assert lin.prompt_warnings[0] in steered.warnings
     assert lin.prompt_warnings[0] in steered.to_dict()["warnings"]
 
@@ -147,26 +149,18 @@ def test_every_output_shows_warnings():
 
     from rich.console import Console
 
-    from loclin.report.generation import generation_html, render_generation
-    from loclin.report.steering import render_steered, steered_html
-    from loclin.report.validity import render_validity, validity_html
-    from loclin.report.watch import render_watched
+    from loclin.results import display
 
     lin = loclin.linearize(wrap(tiny_llama(max_position_embeddings=64), ending()), "the cat")
-    steered, _ = steer(lin.model, "the cat", ["the the"], words=["the"], layer=0, strength=1.0, max_new_tokens=2)
+    steered = steer(lin.model, "the cat", ["the the"], words=["the"], layer=0, strength=1.0, max_new_tokens=2)
     generated, moved = loclin.generate(lin, 1, k=1), loclin.validity(lin, draws=1, swaps=0)
-    said = "it is left out"
-    for render, found in (
-        (render_steered, steered),
-        (render_generation, generated),
-        (render_validity, moved),
-        (render_watched, watch(lin, ["the"], k=1)[0]),
-    ):
+    said = "is left out"
+    for found in (steered, generated, moved, watch(lin, ["the"], k=1)):
         console = Console(file=StringIO(), width=200)
-        render(found, console)
-        assert said in console.file.getvalue()
-    for page in (steered_html(steered), generation_html(generated), validity_html(moved)):
-        assert said in page
+        display.show(found, console)
+        assert said in " ".join(console.file.getvalue().split())
+        assert said in display.page(found)
+        assert said in display.fragment(found)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +205,14 @@ def test_bos_is_what_a_chat_prompt_has(template):
     tokenizer.chat_template = template
     model = wrap(tiny_llama(max_position_embeddings=64), tokenizer)
     own = template.startswith("<s>")
-    begins = {bos: encoded(model, "the", True, bos)[0].tolist().count(1) for bos in (None, True, False)}
+    begins = {bos: encode_prompt(model, "the", True, bos)[0].tolist().count(1) for bos in (None, True, False)}
     assert begins == {None: int(own), True: 1, False: 0}
-    steered, _ = steer(
+    steered = steer(
         model, "the", ["the the"], words=["the"], layer=0, strength=1.0, max_new_tokens=1, chat=True, bos=True
     )
     assert steered.settings["bos"] is True
-    assert steered.settings["token_ids"][0] == model.bos
-    assert steered.settings["token_ids"].count(model.bos) == 1
+    assert steered.provenance.token_ids[0] == model.bos
+    assert steered.provenance.token_ids.count(model.bos) == 1
 
 
 def test_a_saved_operator_s_words_are_its_text_s(tmp_path):
@@ -231,11 +225,12 @@ def test_a_saved_operator_s_words_are_its_text_s(tmp_path):
     ids = [model.bos, *model.encode("the bridge", bos=False)[0].tolist(), tokenizer.eos_token_id]
     Operator.make(loclin.linearize(model, ids), 0, rank=1).save(tmp_path / "made.safetensors")
     held = Operator.load(tmp_path / "made.safetensors")
-    found, _ = steer(model, "the", operator=held, strength=1.0, max_new_tokens=1)
+    found = steer(model, "the", operator=held, strength=1.0, max_new_tokens=1)
     assert found.toward == ["the bridge"]
     assert found.words == ["bridge"]
 
 
+@pytest.mark.slow
 def test_generated_text_is_decoded_at_once():
     from loclin.models.tokens import Tokens
 
@@ -251,6 +246,7 @@ def test_generated_text_is_decoded_at_once():
     assert found.steps[0].prompt == tokens.text(prompt)
 
 
+@pytest.mark.slow
 def test_random_tokens_of_validity_are_the_tokenizer_s():
     model = wrap(tiny_llama(vocab_size=600), tiny_tokenizer())
     found = loclin.validity(loclin.linearize(model, "the cat"), draws=0, swaps=20)

@@ -182,7 +182,7 @@ def test_a_target_that_differs_from_the_prediction_by_a_space_says_so():
         assert "' Gate', with a space in front" in said
         assert f"id {spaced}" in said
     assert lin.head(0, 0, "Gate", k=1).warnings == [said]
-    assert lin.path(None, ["L0H0"], "Gate").to_dict()["warnings"] == [said]
+    assert lin.path(["L0H0"], "Gate").to_dict()["warnings"] == [said]
     assert lin.attribute(bare).warnings == [said]
     for target in (" Gate", spaced, None, "a"):
         assert lin.attribute(target).warnings == []

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 import tiny
-from loclin.freeze import Hold
+from loclin.freeze import FreezeOptions
 from loclin.linearization import linearize
 from loclin.maps.linear_map import LinearMap
 from loclin.models import tiny as families
-from loclin.network import explicit
+from loclin.network import explicit_mlp
 from loclin.network.anatomy import EXPLICIT
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
-from loclin.network.coefficients import Reader
-from loclin.network.explicit import ExplicitLayer
+from loclin.network.explicit_mlp import ExplicitMLP
+from loclin.network.reader import CoefficientReader
 
 FAMILIES = {name: partial(families.build, name) for name in EXPLICIT}
 
@@ -38,11 +38,12 @@ def columns(monkeypatch):
     """Lower the number of columns from which on matrices are formed: those of tiny models hardly pay."""
 
     def lowered(least: int) -> None:
-        monkeypatch.setattr(ExplicitLayer, "formed", lambda _self, columns: columns >= least)
+        monkeypatch.setattr(ExplicitMLP, "forms_matrices", lambda _self, columns: columns >= least)
 
     return lowered
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("formed", [True, False], ids=["formed", "factored"])
 @pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("gate", ["activation", "up", "half"])
@@ -71,14 +72,15 @@ def test_attention_that_looks_ahead(position):
     assert lin.certify(position=position).passed
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("formed", [1, 3000])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_groups_and_chunks_change_nothing(monkeypatch, formed, rows):
     lin = linearize(tiny.gemma3(), tiny.prompt(7))
     J = lin.jacobian()
     expected = J.dense()
-    monkeypatch.setattr(explicit, "_FORMED_NUMBERS", formed)
-    monkeypatch.setattr(explicit, "_ROWS", rows)
+    monkeypatch.setattr(explicit_mlp, "_FORMED_NUMBERS", formed)
+    monkeypatch.setattr(explicit_mlp, "_ROWS", rows)
     monkeypatch.setattr("loclin.network.chain._CHUNK_ROWS", rows)
     again = LinearMap(lin.chain, J.source, J.target, J.position)
     assert far(again.dense(), expected) < 1e-13
@@ -101,7 +103,7 @@ def test_what_the_table_does_not_know_stays_generic():
     assert lin.trace.explicit == (True, False, True)
     assert lin.certify().passed
     lin = linearize(tiny.llama(), tiny.prompt())
-    assert Chain(lin.trace, Hold(ordinary=True)).layers[0].explicit(Workspace()) is None
+    assert Chain(lin.trace, FreezeOptions(ordinary=True)).layers[0].explicit(Workspace()) is None
 
 
 def test_a_layer_that_does_more_than_its_class_says_stays_generic():
@@ -115,6 +117,8 @@ def test_a_layer_that_does_more_than_its_class_says_stays_generic():
 
 
 def test_a_wrong_coefficient_is_noticed(monkeypatch):
-    right = Reader.found
-    monkeypatch.setattr(Reader, "found", lambda self, probs: replace(held := right(self, probs), up=1.01 * held.up))
+    right = CoefficientReader.coefficients
+    monkeypatch.setattr(
+        CoefficientReader, "coefficients", lambda self, probs: replace(held := right(self, probs), up=1.01 * held.up)
+    )
     assert not any(linearize(tiny.llama(), tiny.prompt()).trace.explicit)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loclin.errors import OptionError
-from loclin.network.memory import available, budget, parse
+from loclin.network.memory import available, budget, parse_memory
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
     [("2GB", 2_000_000_000), ("512 MiB", 512 * 2**20), ("1.5k", 1500), ("77", 77), (77, 77), ("0.5GiB", 2**29)],
 )
 def test_sizes(written, bytes_):
-    assert parse(written) == bytes_
+    assert parse_memory(written) == bytes_
     assert budget(written, CPU) == bytes_
 
 
@@ -28,4 +28,4 @@ def test_fractions_are_of_what_is_free():
 @pytest.mark.parametrize("written", ["lots", "2 bananas", "-1", 0, -5, 1.5, "0", ""])
 def test_nonsense_is_refused(written):
     with pytest.raises(OptionError, match="memory="):
-        parse(written)
+        parse_memory(written)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from loclin.analyses.logit_lens import layer_logits
+from loclin.analyses.logit_lens import compute_layer_logits
 from loclin.linearization import linearize
 
 T, D = 40, 32
@@ -42,6 +42,7 @@ def held_by_a_linearization(layers: int, dtype: torch.dtype, memory: int) -> tup
     return max(during), held() - before, kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "numbers"), [(torch.float32, 2 * 4), (torch.bfloat16, 2 + 2 * 4)])
 def test_a_layer_is_remembered_by_two_numbers_for_each_feature(dtype, numbers):
     """Its input, which a narrower model has twice, and what attention adds; nothing that only a sweep needs."""
@@ -51,6 +52,7 @@ def test_a_layer_is_remembered_by_two_numbers_for_each_feature(dtype, numbers):
         assert (more - less) / 8 <= 1.1 * numbers * T * D
 
 
+@pytest.mark.slow
 def test_coefficients_are_kept_within_a_quarter_of_the_budget():
     every = held_by_a_linearization(6, torch.float32, memory=10**9)
     some = held_by_a_linearization(6, torch.float32, memory=2 * every[2])
@@ -80,7 +82,7 @@ def test_a_logit_lens_sends_no_more_rows_through_the_head_than_there_are_layers(
     model = tiny.gemma3()
     lin = linearize(model, tiny.prompt(length))
     with Rows(model.lm_head.weight) as seen:
-        found = layer_logits(lin, -1)
+        found = compute_layer_logits(lin, -1)
     assert found.shape == (3, tiny.VOCABULARY)
     assert seen.most <= (4 if length == 2 else 3)
     assert torch.allclose(found[-1], lin.trace.stock_logits, rtol=1e-9)

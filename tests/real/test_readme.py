@@ -46,14 +46,11 @@ def close(written: str, found: str) -> bool:
 
 
 def run(command: str, monkeypatch) -> str:
-    for room in ("attribute", "explain"):
-        monkeypatch.setattr(f"loclin.cli.{room}.stdout", console := Console(width=120, record=True))
-        monkeypatch.setattr("loclin.cli.options.stderr", Console(stderr=True, quiet=True))
-        if f" {room} " in command:
-            result = CliRunner().invoke(app, shlex.split(command)[1:])
-            assert result.exit_code == 0, result.output
-            return console.export_text()
-    raise AssertionError(command)
+    monkeypatch.setattr("loclin.cli.console.stdout", console := Console(width=120, record=True))
+    monkeypatch.setattr("loclin.cli.console.stderr", Console(stderr=True, quiet=True))
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    return console.export_text()
 
 
 @pytest.mark.parametrize("block", [b for b in blocks(README, "text") if b.startswith("$ loclin ")])

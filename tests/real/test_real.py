@@ -83,7 +83,7 @@ def test_shares_sum_to_the_logit(model):
 def test_every_level_sums_to_the_logit(model, prompt, by):
     lin = loclin.linearize(model, prompt)
     for target in (None, loclin.Margin()):
-        found = lin.attribute(target, by, words=4)
+        found = lin.attribute(target, by=by, in_words=4)
         assert found.relative_residual < 1e-5
         assert abs(found.residual) < 1e-5 * abs(lin.value("logits")[-1].max().item())
 
@@ -98,7 +98,7 @@ def test_shares_agree_with_brute_force(model):
     logit, weights = network.logits[0, -1, bridge], torch.zeros(network.logits.shape[-1], dtype=torch.float64)
     weights[bridge] = 1
     g = network.reading(weights, -1)
-    tokens, heads, neurons = (lin.attribute(" Bridge", by) for by in ("token", "head", "neuron"))
+    tokens, heads, neurons = (lin.attribute(" Bridge", by=by) for by in ("token", "head", "neuron"))
     assert tokens.value == pytest.approx(logit.item(), rel=1e-12)
     assert torch.allclose(tokens.shares, network.by_token(logit), rtol=1e-10, atol=1e-11)
     for layer in (0, 9, 17):
@@ -123,14 +123,14 @@ def test_a_target_that_is_not_one_token_is_refused(model):
 
 def test_heads_and_paths(model):
     lin = loclin.linearize(model, PROMPTS[1])
-    (top,) = lin.attribute(" Bridge", "head", words=1).top(1, "head")
+    (top,) = lin.attribute(" Bridge", by="head", in_words=1).top(1, "head")
     head = lin.head(top.layer, top.index, " Bridge", k=2)
     assert head.share == pytest.approx(top.share, rel=1e-4)
     assert head.attends.sum().item() + head.bias == pytest.approx(top.share, rel=1e-4)
     assert head.triples[0].value >= head.triples[1].value > 0
     last, names = len(lin.tokens) - 1, ["L2H1", top.name]
-    at = [lin.path(None, [f"L2H1@{position}", top.name], " Bridge").share for position in range(last + 1)]
-    assert sum(at) == pytest.approx(lin.path(None, names, " Bridge").share, rel=1e-3, abs=1e-7)
+    at = [lin.path([f"L2H1@{position}", top.name], " Bridge").share for position in range(last + 1)]
+    assert sum(at) == pytest.approx(lin.path(names, " Bridge").share, rel=1e-3, abs=1e-7)
 
 
 def test_every_layer_is_exact(model):

@@ -14,8 +14,8 @@ from loclin.cli.steer import steer as steer_command
 from loclin.errors import ModelError
 from loclin.steering import Operator
 from loclin.steering.concepts import packaged_concepts, token_ids
-from loclin.steering.search import write
 from loclin.steering.steer import steer
+from loclin.steering.writing import write
 
 pytestmark = pytest.mark.real
 TOWARD, PROMPT = "The bridge out of Marin is the Golden", "Here is a painting of the"
@@ -72,7 +72,7 @@ def test_chat_templates(model):
         with pytest.raises(ModelError, match="no chat template"):
             steer(model, PROMPT, [TOWARD], **options)
     else:
-        found, _ = steer(model, PROMPT, [TOWARD], **options)
+        found = steer(model, PROMPT, [TOWARD], **options)
         assert len(found.steered.ids) <= 3
 
 
@@ -81,7 +81,7 @@ def test_the_documented_example_steers(model):
     page = (Path(__file__).parents[2] / "docs" / "steering.md").read_text()
     command = re.search(r'loclin steer "(.*?)" --toward "(.*?)"', page)
     assert command[0] in inspect.getdoc(steer_command)
-    found, _ = steer(model, command[1], [command[2]])
+    found = steer(model, command[1], [command[2]])
     assert found.steered.frequency > found.normal.frequency
     assert found.warnings == []
 

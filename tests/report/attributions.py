@@ -7,42 +7,19 @@ from typing import Any
 import torch
 
 from loclin.analyses.attribution.result import KINDS, Attribution, Kind
-from loclin.models.model import ModelInfo
-from loclin.results.result import Provenance
 
-from .examples import HOSTILE
+from .examples import HOSTILE, provenance
 
 TOKENS = ["<s>", " The", HOSTILE, " Gate"]
 Row = tuple[Kind, int, int, int, float]
 """(kind, layer, index, token, share); -1 for none."""
 
 
-def provenance(tokens: list[str]) -> Provenance:
-    info = ModelInfo("tiny", "wrapped", "llama", None, None, "float32", "float32", 100)
-    return Provenance(
-        model=info,
-        token_ids=list(range(len(tokens))),
-        text="".join(tokens),
-        tokens=tokens,
-        gate="activation",
-        precision="stock",
-        dtype="float32",
-        source="embed",
-        target="logits",
-        position=len(tokens) - 1,
-        normed=False,
-        positions=list(range(len(tokens))),
-        versions={"loclin": "0.1.0"},
-        certificate=None,
-        date="2026-01-01T00:00:00+00:00",
-    )
-
-
 def made(by: Any, rows: list[Row], tokens: list[str] | None = None, **changes: Any) -> Attribution:
     tokens = TOKENS if tokens is None else tokens
     shares = torch.tensor([row[4] for row in rows], dtype=torch.float64)
     numbers = {
-        name: torch.tensor([row[i] for row in rows]) for i, name in ((1, "layers"), (2, "indices"), (3, "tokens"))
+        name: torch.tensor([row[i] for row in rows]) for i, name in ((1, "layers"), (2, "indices"), (3, "positions"))
     }
     target = {
         "kind": "logit",
@@ -64,7 +41,7 @@ def made(by: Any, rows: list[Row], tokens: list[str] | None = None, **changes: A
         "attends": {},
         "sinks": [0],
         "warnings": [],
-        "provenance": provenance(tokens),
+        "provenance": provenance(tokens, target="logits"),
         **numbers,
     }
     return Attribution(**fields | changes)

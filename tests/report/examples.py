@@ -5,10 +5,34 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from loclin.analyses.explain import Explanation, SingularBlock, TokenExplanation, Unit
+from loclin.analyses.explain import Explanation, TokenExplanation, Unit
+from loclin.analyses.vectors_in_words import SingularBlock
 from loclin.maps.certificate import Certificate, Culprit
+from loclin.models.model import ModelInfo
+from loclin.results.provenance import Provenance
 
 HOSTILE = '</script><b onmouseover="x()">&[red]%{x}$a$'
+
+
+def provenance(tokens: list[str], **changes: Any) -> Provenance:
+    made = Provenance(
+        model=ModelInfo("tiny", "wrapped", "llama", None, None, "float32", "float32", 100),
+        token_ids=list(range(len(tokens))),
+        tokens=tokens,
+        text="".join(tokens),
+        gate="activation",
+        precision="stock",
+        dtype="float32",
+        source="embed",
+        target="final",
+        position=len(tokens) - 1,
+        normed=False,
+        positions=list(range(len(tokens))),
+        versions={"loclin": "0.1.0"},
+        certificate=None,
+        date="2026-01-01T00:00:00+00:00",
+    )
+    return replace(made, **changes)
 
 
 def certificate(**changes: Any) -> Certificate:
@@ -53,18 +77,7 @@ def explanation(tokens: list[TokenExplanation] | None = None, **changes: Any) ->
         ]
     bias = 0.5
     made = Explanation(
-        model={"name": "tiny", "dtype": "float32", "revision": None},
-        settings={
-            "position": len(tokens) - 1,
-            "k": 4,
-            "gate": "activation",
-            "precision": "stock",
-            "source": "embed",
-            "target": "final",
-            "token_ids": [part.id for part in tokens],
-            "versions": {"loclin": "0.1.0"},
-        },
-        prompt="".join(part.text for part in tokens),
+        provenance=provenance([part.text for part in tokens]),
         predictions=[(" only", 0.5), (" most", 0.25), (HOSTILE, 0.125)],
         target={
             "id": 7,

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from loclin.analyses.attribution.result import Attribution
-from loclin.report import (
-    attribution_fragment,
-    attribution_html,
-    render_attribution,
-    render_attribution_settings,
-    write_attribution,
-)
 from loclin.report.text import visible
+from loclin.results.display import fragment, page, show
 
 from . import attributions
 from .examples import HOSTILE
@@ -29,8 +22,7 @@ NAMES = ["token", "layer", "head", "matrix"]
 def printed(found: Attribution, width: int = 110, top: int = 20) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None)
-    render_attribution(found, console, top)
-    render_attribution_settings(found, console)
+    show(found, console, top=top)
     return out.getvalue()
 
 
@@ -62,8 +54,9 @@ def test_layers_on_a_terminal() -> None:
 
 def test_heads_on_a_terminal() -> None:
     rows = " ".join(printed(attributions.heads(), top=2).split())
-    in_order(rows, "warning", "[bold]whole in layers 1", "L1H2 +4.000", "+8.000", "L0H2 +3.000")
+    in_order(rows, "L1H2 +4.000", "+8.000", "L0H2 +3.000")
     in_order(rows, "embedding +0.500", "4 other heads -2.000", "2 biases +0.125", "2 MLPs +2.000", "11 shares sum to")
+    in_order(rows, "through: all of it that passes there", "warning", "[bold]whole in layers 1")
     assert f"{visible(HOSTILE, 20)} +3.000" in " ".join(printed(attributions.heads(), 160).split())
 
 
@@ -81,25 +74,24 @@ def test_fits_the_terminal(found: Attribution, width: int) -> None:
 
 
 def test_the_page_has_every_level_and_no_scripts() -> None:
-    page = Page(attribution_html(LEVELS))
-    assert not page.scripts
-    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-    for tag, attributes in page.elements:
+    every = Page(page(LEVELS))
+    assert not every.scripts
+    assert not [name for _, attributes in every.elements for name in attributes if name.startswith("on")]
+    for tag, attributes in every.elements:
         assert tag not in ("script", "link", "iframe", "object", "embed", "img"), tag
         assert "src" not in attributes
         assert "href" not in attributes
-    (policy,) = page.having("http-equiv", "Content-Security-Policy")
+    (policy,) = every.having("http-equiv", "Content-Security-Policy")
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-    text = " ".join(page.text.split())
-    in_order(
-        text, "·Bridge", "logit 12.88, probability 50.0 %", "Tokens", "Layers", "Heads", "Tokens × layers", "llama"
-    )
+    text = " ".join(every.text.split())
+    levels = ("Tokens", "Layers", "Heads", "Tokens × layers")
+    in_order(text, "·Bridge", "logit ·Bridge 12.88 probability 50.0 %", *levels, "llama")
     assert text.count("shares sum to") == 4
-    assert visible(HOSTILE) in page.text
+    assert visible(HOSTILE) in every.text
 
 
 def test_chips_are_coloured_by_share_and_marked() -> None:
-    chips = Page(attribution_html([attributions.tokens()])).having("class", "chip")
+    chips = Page(page([attributions.tokens()])).having("class", "chip")
     assert [("sink" in (chip["class"] or ""), "last" in (chip["class"] or "")) for chip in chips] == [
         (True, False),
         (False, False),
@@ -112,11 +104,11 @@ def test_chips_are_coloured_by_share_and_marked() -> None:
 
 
 def test_heat_maps_hold_the_shares() -> None:
-    heads = Page(attribution_html([attributions.heads()]))
+    heads = Page(page([attributions.heads()]))
     cells = {a["title"]: a for _, a in heads.elements if "title" in a and "H" in (a["title"] or "")[:4]}
     assert cells["L1H2: +4.000"]["style"] == "--a:1.00"
-    assert cells["L1H1: -3.000"]["class"] == "neg"
-    both = Page(attribution_html([attributions.matrix()]))
+    assert cells["L1H1: -3.000"]["class"] == "shade neg"
+    both = Page(page([attributions.matrix()]))
     titles = [a["title"] or "" for _, a in both.elements if " → " in (a.get("title") or "")]
     assert len(titles) == 5 * 6
     assert "3 ·Gate (last) → mlp_out.1: +1.000" in titles
@@ -124,44 +116,39 @@ def test_heat_maps_hold_the_shares() -> None:
 
 
 def test_long_prompts_are_summed_up() -> None:
-    text = " ".join(Page(attribution_html([attributions.matrix(200)])).text.split())
+    text = " ".join(Page(page([attributions.matrix(200)])).text.split())
     assert "120 others" in text
 
 
 @pytest.mark.parametrize("found", LEVELS, ids=NAMES)
 def test_the_fragment_is_static_and_escaped(found: Attribution) -> None:
-    fragment = Page(attribution_fragment(found))
-    assert not fragment.scripts
-    assert not [tag for tag, _ in fragment.elements if tag in ("html", "body", "button")]
-    assert visible(HOSTILE) in fragment.text
-    assert found._repr_html_() == attribution_fragment(found)
-
-
-def test_write(tmp_path: Path) -> None:
-    write_attribution(LEVELS, tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text("utf-8").startswith("<!doctype html>")
+    piece = Page(fragment(found) or "")
+    assert not piece.scripts
+    assert not [tag for tag, _ in piece.elements if tag in ("html", "body", "button")]
+    assert visible(HOSTILE) in piece.text
+    assert found._repr_html_() == fragment(found)
 
 
 def test_a_clipped_bar_says_so():
-    page = attribution_html([attributions.tokens()])
-    assert page.count('class="pos beyond"') == 1  # the sink's, which would dwarf all others
-    assert "end: longer than drawn." in page
-    unclipped = attribution_html([attributions.tokens(sinks=[])])
+    html = page([attributions.tokens()])
+    assert html.count('class="pos beyond"') == 1  # the sink's, which would dwarf all others
+    assert "end: longer than drawn." in html
+    unclipped = page([attributions.tokens(sinks=[])])
     assert ' beyond"' not in unclipped
     assert "longer than drawn" not in unclipped
 
 
 def test_a_clipped_cell_says_so():
     rows: list[attributions.Row] = [("attn_out", 0, -1, i, share) for i, share in enumerate((9.5, -0.75, 1.25, 2.5))]
-    page = attribution_html([attributions.made("token×layer", rows)])
-    assert page.count('class="beyond"') == 1
-    assert "Full colour: 2.500; outlined: more." in page
-    assert "outlined" not in attribution_html([attributions.made("token×layer", rows, sinks=[])])
+    html = page([attributions.made("token×layer", rows)])
+    assert html.count('class="shade beyond"') == 1
+    assert "Full colour: 2.500; outlined: more." in html
+    assert "outlined" not in page([attributions.made("token×layer", rows, sinks=[])])
 
 
 def test_pages_and_terminals_name_the_gate_and_the_target():
     for found in (attributions.tokens(), attributions.layers(), attributions.heads(), attributions.matrix()):
-        page = attribution_html([found])
-        assert "Gate activation. Another gate gives other shares; half agrees best with removing tokens" in page
-        assert "Gate activation." in attribution_fragment(found)
-        assert "the logit is" in page
+        html = page([found])
+        assert "Gate activation. Another gate gives other shares; half agrees best with removing tokens" in html
+        assert "Gate activation." in (fragment(found) or "")
+        assert "the logit is" in html

@@ -8,12 +8,13 @@ import pytest
 from rich.console import Console
 
 import tiny
-from loclin.analyses.explain import SingularBlock
 from loclin.analyses.layers import ComponentLayers, LayerExplanation, explain_layers
+from loclin.analyses.vectors_in_words import SingularBlock
 from loclin.linearization import linearize
-from loclin.report import layers_fragment, layers_html, render_layers
 from loclin.report.layers.figures import depth_colour
 from loclin.report.text import number, sigmas, signed, visible
+from loclin.results import display
+from loclin.results.display import fragment, show
 
 from .examples import HOSTILE
 from .test_page import Page, numbers
@@ -25,14 +26,16 @@ pytest.importorskip("plotly")
 def found() -> LayerExplanation:
     made = explain_layers(linearize(tiny.llama(), tiny.prompt(5), precision="double"), k=3)
     target = made.target | {"text": HOSTILE}
-    return replace(made, tokens=[HOSTILE, *made.tokens[1:]], prompt=HOSTILE, target=target, warnings=["<i>careful"])
+    texts = [HOSTILE, *made.tokens[1:]]
+    origin = replace(made.provenance, tokens=texts, text=HOSTILE)
+    return replace(made, tokens=texts, provenance=origin, target=target, warnings=["<i>careful"])
 
 
 @pytest.fixture(scope="module")
 def page(found: LayerExplanation) -> Page:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loclin.report.layers.page.plotly_script", lambda: "/* plotly */")
-        return Page(layers_html(found))
+        patch.setattr("loclin.report.html.plotly_script", lambda: "/* plotly */")
+        return Page(display.page(found))
 
 
 def test_figures_hold_the_numbers(page: Page, found: LayerExplanation) -> None:
@@ -95,19 +98,20 @@ def many_tokens(found: LayerExplanation, length: int, layers: int) -> LayerExpla
     return replace(
         found,
         tokens=[f"token{i}" for i in range(length)],
-        settings=found.settings | {"position": length - 1},
+        provenance=replace(found.provenance, position=length - 1, tokens=[f"token{i}" for i in range(length)]),
         components=[component(one) for one in found.components],
         lens=(found.lens * layers)[:layers],
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "first"), [(500, 0), (1000, 445)])
 def test_a_page_of_many_tokens_stays_small_and_says_what_it_leaves_out(
     found: LayerExplanation, monkeypatch: pytest.MonkeyPatch, length: int, first: int
 ) -> None:
-    monkeypatch.setattr("loclin.report.layers.page.plotly_script", lambda: "/* plotly */")
+    monkeypatch.setattr("loclin.report.html.plotly_script", lambda: "/* plotly */")
     large = many_tokens(found, length, 30)
-    html = layers_html(large)
+    html = display.page(large)
     assert len(html.encode()) < 6e6  # 34 MB when all of 500 tokens is written out
     page = Page(html)
     assert not page.data["scored"]
@@ -153,19 +157,19 @@ def test_depth_goes_from_the_first_colour_to_the_last() -> None:
 
 
 def test_the_fragment_is_static(found: LayerExplanation) -> None:
-    fragment = Page(layers_fragment(found))
-    assert not fragment.scripts
-    assert len([tag for tag, _ in fragment.elements if tag == "tr"]) == found.n_layers + 1
-    assert found._repr_html_() == layers_fragment(found)
+    piece = Page(fragment(found) or "")
+    assert not piece.scripts
+    assert len([tag for tag, _ in piece.elements if tag == "tr"]) == found.n_layers + 1
+    assert found._repr_html_() == fragment(found)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_terminal(found: LayerExplanation, width: int) -> None:
     out = io.StringIO()
-    render_layers(found, Console(file=out, width=width, force_terminal=True, color_system=None))
+    show(found, Console(file=out, width=width, force_terminal=True, color_system=None))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert "EXACT largest reconstruction error of 18 maps" in " ".join(text.split())
     wrong = replace(found, tolerance=0.0)
-    render_layers(wrong, Console(file=out, width=width, force_terminal=True, color_system=None))
+    show(wrong, Console(file=out, width=width, force_terminal=True, color_system=None))
     assert "NOT EXACT" in out.getvalue()

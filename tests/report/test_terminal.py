@@ -6,15 +6,15 @@ import pytest
 from rich.console import Console
 
 from loclin.analyses.explain import Explanation
-from loclin.report import render_explanation
-from loclin.report.explanation.tables import bar
+from loclin.report.table import Bar
+from loclin.results.display import show
 
 from .examples import certificate, explanation, failed, long, token
 
 
 def printed(made: Explanation, width: int = 100, top: int = 3) -> str:
     out = io.StringIO()
-    render_explanation(made, Console(file=out, width=width, force_terminal=True, color_system=None), top)
+    show(made, Console(file=out, width=width, force_terminal=True, color_system=None), top=top)
     return out.getvalue()
 
 
@@ -82,11 +82,11 @@ def test_a_number_that_is_not_one_fails() -> None:
 
 
 def test_bars_point_the_way_of_the_sign() -> None:
-    assert bar(1.0, 1.0).plain == "     │█████"
-    assert bar(-0.5, 1.0).plain == "  ▐██│     "
-    assert bar(0.0, 1.0).plain == "     │     "
-    assert bar(3.0, 1.0).plain == "     │████▶"
-    assert bar(-3.0, 1.0).plain == "◀████│     "
+    assert str(Bar(1.0)) == "     │█████"
+    assert str(Bar(-0.5)) == "  ▐██│     "
+    assert str(Bar(0.0)) == "     │     "
+    assert str(Bar(3.0)) == "     │████▶"
+    assert str(Bar(-3.0)) == "◀████│     "
 
 
 def test_a_long_prompt_is_collapsed_and_says_so() -> None:

@@ -68,6 +68,7 @@ def test_writing_to_the_tensor_leaves_the_file(tmp_path):
     assert (tmp_path / "J.npy").read_bytes() == before
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("points", [{"target": "logits"}, {"source": "attn_out.0", "target": "mlp_out.2"}, {}])
 @pytest.mark.parametrize("token", [None, 2])
 def test_every_kind_of_map(tmp_path, points, token):
@@ -103,6 +104,7 @@ def test_an_interrupted_run_goes_on(tmp_path, sweeps):
     assert (tmp_path / "J.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
+@pytest.mark.slow
 def test_lost_rows_are_made_again(tmp_path, sweeps):
     sizes, stop = sweeps
     stop["stop"] = 2
@@ -134,6 +136,7 @@ def test_a_stop_before_the_last_step_costs_nothing(tmp_path, sweeps, monkeypatch
     assert len(sweeps[0]) == done
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("other", "said"),
     [
@@ -151,6 +154,7 @@ def test_another_map_is_refused(tmp_path, sweeps, other, said):
     assert len(sweeps[0]) == done
 
 
+@pytest.mark.slow
 def test_altered_files_are_refused(tmp_path):
     path, beside = tmp_path / "J.npy", tmp_path / "J.npy.json"
     jacobian().dense(path=path)
@@ -277,4 +281,6 @@ def test_norms_without_the_dense_map(sweeps, token, monkeypatch):
     sweeps[0].clear()
     assert torch.allclose(J.frobenius_norm(), expected, rtol=1e-13)
     assert len(sweeps[0]) > 1
-    assert (J._whole or J)._dense is None
+    sweeps[0].clear()
+    assert sum(len(rows) for _, rows in J.rows()) == J.shape[0]
+    assert sweeps[0], "the dense map has been kept"

@@ -13,7 +13,9 @@ import tiny
 from loclin import SVD, compare
 from loclin.errors import OptionError, ResultError
 from loclin.linearization import linearize
-from loclin.results.result import Provenance, Result
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
+from loclin.results.serialise import from_plain, to_plain
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def test_provenance_says_which_map(lin):
     assert known.model == lin.model.info
     assert known.versions.keys() == {"loclin", "torch", "transformers", "python"}
     assert known.certificate is None
-    assert Provenance.from_dict(known.to_dict()) == known
+    assert from_plain(to_plain(known), Provenance) == known
     assert {"versions", "date", "certificate"}.isdisjoint(known.key())
 
 
@@ -98,24 +100,24 @@ def test_the_certificate_is_kept_once_there_is_one(tmp_path):
     J.svd(k=2).save(tmp_path / "svd.safetensors")
     known = SVD.load(tmp_path / "svd.safetensors").provenance
     assert known is not None
-    assert known.certificate == certificate.to_dict()
-    assert J.block(0).provenance().certificate == certificate.to_dict()
+    assert known.certificate == certificate.facts()
+    assert J.block(0).provenance().certificate == certificate.facts()
 
 
 def test_comparing(lin, J):
     found = J.svd(k=2)
     same = compare(found, J.svd(k=2))
-    assert same.provenance == {}
+    assert same.differences == {}
     assert set(same.errors.values()) == {0.0}
     half = linearize(lin.model, lin.input_ids, gate="half", precision="double").jacobian().svd(k=2)
     other = compare(half, found)
-    assert other.provenance["gate"] == ("half", "activation")
+    assert other.differences["gate"] == ("half", "activation")
     assert other.errors["S"] == pytest.approx(((half.S - found.S).norm() / found.S.norm()).item())
     with pytest.raises(OptionError, match="with the same k"):
         compare(found, J.svd(k=3))
     with pytest.raises(OptionError, match="two of one kind"):
         compare(found, MIXED)
-    assert compare(MIXED, MIXED).errors == {"values": 0.0}
+    assert compare(MIXED, MIXED).errors == {"values": 0.0, "failure": 0.0}
 
 
 def test_spectra_as_a_table(lin, J):

@@ -53,6 +53,7 @@ def test_pushed_directions_sharpen_upper_bounds(pushed):
     assert (values[:, : true.shape[1]] <= true + 1e-12).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype"), [(576, 4032, torch.float32), (300, 200, torch.float64), (64, 6000, torch.float32)]
 )

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loclin.errors import OptionError
-from loclin.spectral import DenseMaps, krylov_svd
-from spectra import DESIGNS, maps, power_law, true_values
+from loclin.spectral import matrix_free_svd
+from spectra import DESIGNS, DenseMaps, maps, power_law, true_values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -18,7 +18,7 @@ from spectra import DESIGNS, maps, power_law, true_values
 def test_values_are_certified(design, joint, dtype):
     dense = maps(60, 70, DESIGNS[design], dtype=dtype)
     op = DenseMaps(dense)
-    found = krylov_svd(op, 3, towards=torch.ones(60), joint=joint)
+    found = matrix_free_svd(op, 3, align_to=torch.ones(60), joint=joint)
     true = true_values(dense, joint)[..., :3]
     assert ((found.lower <= true) & (true <= found.upper)).all()
     assert found.columns == op.columns
@@ -30,7 +30,7 @@ def test_values_are_certified(design, joint, dtype):
 def test_large_maps_take_fewer_columns_than_the_dense_map(joint):
     dense = maps(400, 300, [power_law(300, 1.0), power_law(300, 1.3)])
     op = DenseMaps(dense)
-    found = krylov_svd(op, 2, towards=torch.ones(400), tolerance=1e-2, joint=joint)
+    found = matrix_free_svd(op, 2, align_to=torch.ones(400), tolerance=1e-2, joint=joint)
     true = true_values(dense, joint)[..., :2]
     assert ((found.lower <= true) & (true <= found.upper)).all()
     assert op.columns < 300
@@ -44,7 +44,7 @@ def test_large_maps_take_fewer_columns_than_the_dense_map(joint):
 def test_columns_are_kept_within_the_limit_with_honest_bounds():
     dense = maps(200, 200, [power_law(200, 0.3)] * 2)
     op, steps = DenseMaps(dense), []
-    found = krylov_svd(op, 4, towards=torch.ones(200), max_columns=100, callback=steps.append)
+    found = matrix_free_svd(op, 4, align_to=torch.ones(200), max_columns=100, callback=steps.append)
     true = true_values(dense)[:, :4]
     assert op.columns <= 100
     assert steps == sorted(steps)
@@ -54,13 +54,13 @@ def test_columns_are_kept_within_the_limit_with_honest_bounds():
 
 def test_a_seed_repeats():
     op = DenseMaps(maps(50, 40, [power_law(40, 1)]))
-    first, second = (krylov_svd(op, 2, towards=torch.ones(50), seed=7) for _ in range(2))
+    first, second = (matrix_free_svd(op, 2, align_to=torch.ones(50), seed=7) for _ in range(2))
     assert torch.equal(first.U, second.U)
 
 
 def test_every_value_is_had_exactly():
     dense = maps(12, 9, [power_law(9, 1), power_law(9, 0.2)])
-    found = krylov_svd(DenseMaps(dense), 9, towards=torch.ones(12))
+    found = matrix_free_svd(DenseMaps(dense), 9, align_to=torch.ones(12))
     assert found.failure == 0
     assert torch.allclose(found.S, true_values(dense))
 
@@ -69,11 +69,12 @@ def test_impossible_wishes_are_refused():
     op = DenseMaps(torch.eye(6)[:, None])
     for k in (0, 7):
         with pytest.raises(OptionError, match="6 singular values"):
-            krylov_svd(op, k, towards=torch.ones(6))
+            matrix_free_svd(op, k, align_to=torch.ones(6))
     with pytest.raises(OptionError, match="holds no less than"):
-        krylov_svd(op, 1, towards=torch.ones(6), tolerance=1e-9)
+        matrix_free_svd(op, 1, align_to=torch.ones(6), tolerance=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
@@ -90,8 +91,9 @@ def test_bounds_are_never_violated(seed, d_out, d_in, tokens, exponent, limit, j
     spectra = [power_law(min(d_out, d_in), exponent, 10.0**i) for i in range(tokens)]
     dense = maps(d_out, d_in, spectra, seed=seed, dtype=torch.float64 if double else torch.float32)
     k = min(d_out, d_in, 1 + seed % 3)
-    found = krylov_svd(
-        DenseMaps(dense), k, towards=torch.ones(d_out), joint=joint, block=k + 1, max_columns=limit, seed=seed
+    found = matrix_free_svd(
+        DenseMaps(dense), k, align_to=torch.ones(d_out), joint=joint, block=k + 1, max_columns=limit, seed=seed
     )
     true = true_values(dense, joint)[..., :k]
-    assert ((found.lower <= true) & (true <= found.upper)).all()
+    rounded = 4 * torch.finfo(true.dtype).eps * true[..., :1]  # the reference is a float64 SVD, which rounds too
+    assert ((found.lower <= true + rounded) & (true - rounded <= found.upper)).all()

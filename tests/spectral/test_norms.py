@@ -7,8 +7,8 @@ import torch
 
 import tiny
 from loclin.linearization import linearize
-from loclin.spectral import DenseMaps, effective_rank, frobenius, stable_rank, stable_rank_and_norm
-from spectra import maps, power_law, true_values
+from loclin.spectral import effective_rank, stable_rank, stable_rank_and_norm
+from spectra import DenseMaps, maps, power_law, true_values
 
 
 def test_norms_of_a_linear_map():
@@ -45,9 +45,6 @@ def test_few_columns_give_norms_and_ranks():
     assert (found.failure, quick.failure) == (1e-3, 1.0)
     assert quick.columns <= found.columns
     assert torch.allclose(quick.largest.double(), true[:, 0], rtol=0.01)
-    estimate = frobenius(op, tolerance=0.01)
-    assert (estimate.error <= 0.01).all()
-    assert torch.allclose(estimate.value.double(), norm, rtol=0.03)
 
 
 def test_ranks_of_known_spectra():

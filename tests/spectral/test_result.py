@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from loclin.linearization import linearize
-from loclin.spectral import SVD, full
+from loclin.spectral import SVD, lapack_svd
 from spectra import maps
 
 
@@ -17,7 +17,7 @@ def result(values, error=0.0):
     S = torch.tensor([values])
     k = S.shape[1]
     zero = torch.zeros_like(S)
-    return SVD(torch.eye(k)[None], S, torch.eye(k)[None], zero, S - error, S + error, 0.0, S.norm(dim=1), "full")
+    return SVD(torch.eye(k)[None], S, torch.eye(k)[None], zero, S - error, S + error, 0.0, S.norm(dim=1), "lapack")
 
 
 def test_near_equal_values_are_one_block():
@@ -41,15 +41,15 @@ def test_angles(angle):
     c, s = math.cos(angle), math.sin(angle)
     turned = torch.tensor([[[c, 0, -s], [0, 1, 0], [s, 0, c]]], dtype=torch.float64)
     values = torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
-    parts = (values, one, values * 0, values, values, 0.0, values.norm(dim=1), "full")
+    parts = (values, one, values * 0, values, values, 0.0, values.norm(dim=1), "lapack")
     angles = SVD(one, *parts).subspace_angles(SVD(turned, *parts), token=0)
     assert [a.item() for a in angles] == pytest.approx([angle, 0.0, angle], rel=1e-6, abs=1e-15)
 
 
 def test_angles_of_a_block_do_not_see_its_rotation():
     dense = maps(9, 9, [torch.tensor([2.0, 2.0, 1.0])])
-    first = full(dense, 2, towards=torch.ones(9))
-    second = full(dense + 1e-13 * torch.randn(dense.shape, dtype=dense.dtype), 2, towards=torch.ones(9))
+    first = lapack_svd(dense, 2, align_to=torch.ones(9))
+    second = lapack_svd(dense + 1e-13 * torch.randn(dense.shape, dtype=dense.dtype), 2, align_to=torch.ones(9))
     (angles,) = first.subspace_angles(second, token=0)
     assert (angles < 1e-11).all()
 

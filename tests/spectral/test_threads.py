@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from loclin.spectral.threads import each, single_thread
+from loclin.spectral.threads import map_matrices, single_thread
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +35,12 @@ def test_results_come_in_order_from_single_threads():
         return matrix.sum()
 
     matrices = torch.arange(24.0).view(6, 2, 2)
-    assert torch.equal(torch.stack(each(work, matrices)), matrices.sum((1, 2)))
+    assert torch.equal(torch.stack(map_matrices(work, matrices)), matrices.sum((1, 2)))
     assert set(inside) == {(1, False)}
     assert torch.get_num_threads() == 2
 
 
 def test_what_fails_says_so():
     with pytest.raises(ZeroDivisionError):
-        each(lambda _matrix: 1 / 0, torch.zeros(3, 2, 2))
+        map_matrices(lambda _matrix: 1 / 0, torch.zeros(3, 2, 2))
     assert torch.get_num_threads() == 2

@@ -174,6 +174,7 @@ def test_left_padding_and_batches_change_nothing(model, lin):
     assert torch.equal(together, torch.stack(alone))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("form", "neutral"), [("add", 0.0), ("interpolate", 1.0)])
 def test_a_batch_may_have_a_strength_for_each_text(model, lin, form, neutral):
     """Each text gives what it gives alone with its strength; beams and samples have their own text's."""
@@ -291,9 +292,9 @@ def test_alignment_and_tokens(lin):
     torch.testing.assert_close(
         nearest.push(x[order], torch.arange(3)), torch.einsum("nij,nj->ni", dense[order], x[order])
     )
-    one = Operator.make(lin, 1, tokens=[-1])
+    one = Operator.make(lin, 1, positions=[-1])
     torch.testing.assert_close(one.push(x, torch.arange(5)), x @ dense[-1].T)
-    assert Operator.make(lin, 1, tokens=[4, 2, 0]).lengths == [3]
+    assert Operator.make(lin, 1, positions=[4, 2, 0]).lengths == [3]
 
 
 def test_merge_is_the_weighted_sum(model, lin):
@@ -344,7 +345,7 @@ def test_what_does_not_fit_is_refused(build, model, lin):
     with pytest.raises((OptionError, TypeError)), operator.apply(model, 1.0, "multiply"):
         pass
     with pytest.raises(PromptError):
-        Operator.make(lin, 1, tokens=[9])
-    for options in ({"signs": "fixed"}, {"rank": 99}, {"tokens": []}):
+        Operator.make(lin, 1, positions=[9])
+    for options in ({"signs": "fixed"}, {"rank": 99}, {"positions": []}):
         with pytest.raises(LoclinError):
             Operator.make(lin, 1, **options)

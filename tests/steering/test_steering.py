@@ -11,7 +11,8 @@ from loclin.linearization import linearize
 from loclin.models import wrap
 from loclin.steering import Operator, random_direction
 from loclin.steering.replay import Replay
-from loclin.steering.search import depths, frequency, repetition, score, sweep, write
+from loclin.steering.search import depths, score, sweep
+from loclin.steering.writing import frequency, repetition, write
 
 BUILDS = {"llama": tiny.llama, "gemma3": tiny.gemma3}
 PROMPTS = [tiny.prompt(n, seed=n) for n in (3, 6, 5)]
@@ -32,6 +33,7 @@ def last(model, ids):
     return model.hf(ids, use_cache=False).logits[0, -1].float().log_softmax(-1).detach()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("layer", "at"), [(0, "input"), (0, "output"), (0, "published"), (1, "output"), (2, "published"), (2, "output")]
 )

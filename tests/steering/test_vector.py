@@ -13,7 +13,7 @@ import tiny
 from loclin.errors import OptionError, PromptError
 from loclin.linearization import linearize
 from loclin.models import wrap
-from loclin.network.points import parse
+from loclin.network.points import parse_point
 from loclin.steering import Vector, activation_addition, output_basis, pullback, random_direction
 from loclin.steering.vector import contrast, hidden_states, mean_difference
 
@@ -78,7 +78,7 @@ def test_means_and_contrasts(model):
     top = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -1]
     assert abs(direction @ top) == pytest.approx(1, abs=1e-9)
     assert direction @ rows.mean(0) > 0
-    (before,), (after,) = (hidden_states(model, ["3 4"], parse(p, 3)) for p in ("resid_pre.2", POINT))
+    (before,), (after,) = (hidden_states(model, ["3 4"], parse_point(p, 3)) for p in ("resid_pre.2", POINT))
     assert torch.equal(before, after)
     for wrong in (lambda: contrast(model, [], POINT), lambda: mean_difference(model, [], ["3"], POINT)):
         with pytest.raises(PromptError):

@@ -37,7 +37,7 @@ def lin(model):
 def test_hits_and_their_parts(model, lin):
     svd, head = lin.jacobian().svd(24), model.hf.lm_head.weight.detach()
     word = (head @ svd.U[2, :, 0] * torch.sign(svd.Vh[2, 0] @ lin.embeddings[2])).argmax().item()
-    found, projection = watch(lin, [f"w{word}"], k=24, top=1, sinks=True, max_new_tokens=4)
+    found = watch(lin, [f"w{word}"], k=24, top=1, sinks=True, max_new_tokens=4)
     assert (2, 1) in [(hit.token, hit.rank) for hit in found.hits]
     parts = torch.zeros(tiny.VOCABULARY, dtype=torch.float64)
     for i in range(5):
@@ -52,6 +52,7 @@ def test_hits_and_their_parts(model, lin):
         assert share.part == pytest.approx(parts[token].item(), rel=1e-7)
         assert share.logit == pytest.approx(model.hf(lin.input_ids).logits[0, -1, token].item(), rel=1e-5)
     assert any(share.watched for share in found.shares)
+    projection = found.projection
     vectors = torch.stack([svd.U[h.token, :, h.rank - 1] for h in found.hits])
     torch.testing.assert_close(projection.basis @ (projection.basis.T @ vectors.T), vectors.T)
 
@@ -62,10 +63,10 @@ def test_what_is_taken_out_is_gone(model, lin, layer, tmp_path):
     J = lin.jacobian() if layer is None else lin.jacobian(target=f"resid_post.{layer}", normed=True)
     svd = J.svd(2)
     words = {int((head @ svd.U[i, :, 0] * torch.sign(svd.Vh[i, 0] @ lin.embeddings[i])).argmax()) for i in range(5)}
-    found, projection = watch(lin, [f"w{w}" for w in words], k=1, top=1, layer=layer, sinks=True, max_new_tokens=4)
+    found = watch(lin, [f"w{w}" for w in words], k=1, top=1, layer=layer, sinks=True, max_new_tokens=4)
     assert len(found.hits) == 5
     path = tmp_path / "p.safetensors"
-    projection.save(path)
+    found.projection.save(path)
     seen = {}
     module = model.hf.model.norm if layer is None else model.hf.model.layers[layer]
     before = model.hf(lin.input_ids).logits
@@ -81,15 +82,15 @@ def test_what_is_taken_out_is_gone(model, lin, layer, tmp_path):
     assert found.here.gain == pytest.approx(gain.item(), abs=1e-5)
     assert found.elsewhere.prompts == 2
     assert found.normal.ids != found.without.ids or found.here.kl < 0.5
-    with pytest.raises(SteeringError), projection.apply(wrap(tiny.llama(seed=5))):
+    with pytest.raises(SteeringError), found.projection.apply(wrap(tiny.llama(seed=5))):
         pass
 
 
 def test_nothing_found_and_nothing_to_find(lin):
     logits = lin.value("logits")[-1]
-    found, projection = watch(lin, [f"w{logits.argmin().item()}"], k=1, top=1, sinks=True, max_new_tokens=2)
+    found = watch(lin, [f"w{logits.argmin().item()}"], k=1, top=1, sinks=True, max_new_tokens=2)
     if not found.hits:
-        assert projection.basis.shape[1] == 0
+        assert found.projection.basis.shape[1] == 0
         assert found.here is None
         assert all(share.part == 0 for share in found.shares)
     for words in ([], ["absent"]):
@@ -101,9 +102,9 @@ def test_sinks_are_left_out_unless_asked_for(lin, monkeypatch):
     """What an attention sink's map writes is likely anywhere; only `sinks=True` looks at it."""
     words = [f"w{i}" for i in range(1, tiny.VOCABULARY)]
     monkeypatch.setattr(type(lin), "sinks", [1])
-    found, _ = watch(lin, words, k=2, top=1, max_new_tokens=2)
+    found = watch(lin, words, k=2, top=1, max_new_tokens=2)
     assert found.searched == 8
     assert {hit.token for hit in found.hits} <= {0, 2, 3, 4}
-    everything, _ = watch(lin, words, k=2, top=1, sinks=True, max_new_tokens=2)
+    everything = watch(lin, words, k=2, top=1, sinks=True, max_new_tokens=2)
     assert everything.searched == 10
     assert 1 in {hit.token for hit in everything.hits}

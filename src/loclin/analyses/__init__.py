@@ -1,1 +1,1 @@
-"""One file per question a person asks."""
+"""One file or folder for each question about a prompt."""

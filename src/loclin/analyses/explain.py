@@ -1,65 +1,34 @@
-"""Which tokens drive a prediction, and what each token's map reads and writes."""
+"""One prompt explained: which tokens drive the prediction, and what each token's map reads and writes."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.attribution.result import KINDS
-from loclin.analyses.attribution.shares import by_source, swept
-from loclin.analyses.attribution.target import described, read
+from loclin.analyses.attribution.attribute import attribute
 from loclin.analyses.decode import Decoder, Words
+from loclin.analyses.vectors_in_words import SingularBlock, Triples, put_into_words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
-from loclin.common.progress import Progress, silent
-from loclin.common.surroundings import in_plain_torch
+from loclin.common.progress import Progress, steps, with_progress
 from loclin.maps.certificate import Certificate
-from loclin.maps.linearized import Linearized
-from loclin.results.display import Shown
-from loclin.spectral import SVD, check_rank
+from loclin.maps.linearized import Linearized, question
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
+from loclin.spectral import check_rank
 
 _WORDS = 8
 _UNITS = 5
 
 
 @dataclass(frozen=True)
-class SingularBlock:
-    """Singular triples of one token's map that belong together: one, or several with near-equal values.
-
-    Attributes
-    ----------
-    indices
-        Which singular values, counted from 0.
-    values
-        The singular values.
-    writes
-        What the left vectors write, decoded by the output head.
-    reads
-        What the right vectors read, the nearest input embeddings.
-    gain
-        v . x for a single vector: how strongly the prompt's own embedding excites it; None for a block.
-    """
-
-    indices: list[int]
-    values: list[float]
-    writes: Words
-    reads: Words
-    gain: float | None
-
-    __repr__ = brief
-
-
-@dataclass(frozen=True)
 class Unit:
-    """A row or column of a token's map: its index, its norm, and its words."""
+    """A row or a column of a token's map: its index, its norm, and its words."""
 
     index: int
     norm: float
@@ -70,11 +39,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class TokenExplanation:
-    """One input token's part of the map.
+    """One input token i, and its map J_i.
 
-    `share` is the exact part of the target that this token gives: J_i x_i through the head.
-    `rows` are the output units with the largest row norms, in the input tokens that drive them; `columns` the input
-    units with the largest column norms, in the output tokens they write (paper, Figure 4A).
+    `share` is the token's exact share of the target: J_i x_i through the output head. `rows` are the output units with
+    the largest row norms, with the input tokens that drive them; `columns` are the input units with the largest column
+    norms, with the output tokens that they write (paper, Figure 4A).
     """
 
     text: str
@@ -92,22 +61,22 @@ class TokenExplanation:
 
 
 @dataclass(frozen=True)
-class Explanation(Shown):
+class Explanation(Result):
     """A prompt explained; made by `explain`.
 
     Attributes
     ----------
-    model, settings
-        What was run, and how: enough to run it again.
+    provenance
+        Model, prompt, gate and precision: enough to run it again.
     predictions
         The model's most probable next tokens, as (text, probability).
     target
-        What is shared out, as in `loclin.attribute` without a target: the predicted token's logit over the mean of all.
-        Its `kind` and `value`; the token's `id`, `text`, `probability` and plain `logit`.
+        The attribution target, that of `loclin.attribute` without a target: the predicted token's logit minus the mean
+        of all logits. Its `kind` and `value`; the token's `id`, `text`, `probability` and `logit`.
     tokens
-        The input tokens' parts.
+        The input tokens and their maps.
     bias_share
-        The part of the target that biases give.
+        The share of all biases.
     share_residual
         value - (sum of the shares): rounding.
     certificate
@@ -115,14 +84,12 @@ class Explanation(Shown):
     ordinary_error
         std(J_ordinary x - y) / std(y), the paper's metric for the ordinary Jacobian (its Figure 3).
     output, reconstruction, ordinary
-        y, J x + b and J_ordinary x, `d` numbers each: the scatter of Figure 3.
+        y, J x + b and J_ordinary x, `[d]` each: the scatter plot of Figure 3.
     warnings
         What a reader should know before trusting the shares.
     """
 
-    model: dict[str, Any]
-    settings: dict[str, Any]
-    prompt: str
+    provenance: Provenance
     predictions: Words
     target: dict[str, Any]
     tokens: list[TokenExplanation]
@@ -135,23 +102,36 @@ class Explanation(Shown):
     ordinary: list[float]
     warnings: list[str]
 
+    derived = ("prompt",)
     __repr__ = brief
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self) | {"certificate": self.certificate.to_dict()}
+    @property
+    def prompt(self) -> str:
+        """The prompt as the tokenizer reads it."""
+        return self.provenance.text
 
-    def to_json(self) -> str:
-        """The explanation as JSON text; floats that are not finite do not occur."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    def table(self) -> dict[str, list[Any]]:
+        """One row per token: position, text, id, sink, share, Frobenius norm, stable rank, largest singular value."""
+        return {
+            "token": list(range(len(self.tokens))),
+            "text": [token.text for token in self.tokens],
+            "id": [token.id for token in self.tokens],
+            "sink": [token.is_sink for token in self.tokens],
+            "share": [token.share for token in self.tokens],
+            "frobenius_norm": [token.frobenius_norm for token in self.tokens],
+            "stable_rank": [token.stable_rank for token in self.tokens],
+            "singular_value": [token.singular_values[0] for token in self.tokens],
+        }
 
 
-@in_plain_torch
+@question
+@with_progress
 def explain(
     lin: Linearized,
+    *,
     k: int = 8,
     position: int = -1,
-    progress: Progress = silent,
+    progress: Progress = True,
 ) -> Explanation:
     """Explain a linearized prompt at one position (paper, Figures 3, 4 and 5).
 
@@ -162,48 +142,43 @@ def explain(
     k
         How many singular vectors of each token to put into words.
     position
-        Which prediction: the one after this token.
+        The prediction after this token is explained.
     progress
-        Told the name of each step as it begins.
+        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
 
     Raises
     ------
     PromptError
         For a position outside the prompt.
     OptionError
-        For a k beyond the number of singular values.
+        For a k larger than the number of singular values.
 
     Notes
     -----
-    Cost: the dense map (d columns), T dense decompositions, and about 15 columns. Memory: the map, T d^2 numbers.
+    Cost: the dense map (d columns), T dense SVDs, and about 15 more columns. Memory: the map, T d^2 numbers.
     """
-    at, k = lin.trace.position(position), whole("k", k)
+    tell, at, k = steps(progress), lin.trace.position(position), whole("k", k)
     J = lin.jacobian(position=at)
     check_rank(k, J.shape[0], J.shape[2])
-    progress("exact map")
+    tell("exact map")
     dense = J.dense()
-    progress("certificate")
-    certificate = lin.certify(at)
-    progress("ordinary Jacobian")
-    ordinary = lin.ordinary_reconstruction(at)
-    progress("singular vectors")
+    tell("certificate")
+    certificate = lin.certify(position=at)
+    tell("ordinary Jacobian")
+    ordinary = lin.ordinary_reconstruction(position=at)
+    tell("singular vectors")
     svd = J.svd(k, tolerance=1e-5)
     spectra, norms, ranks = J.singular_values().tolist(), J.frobenius_norm().tolist(), J.stable_rank().tolist()
-    progress("words of singular vectors")
+    tell("words of singular vectors")
     decoder = Decoder(lin.model)
-    blocks = _blocks(svd, J.input, decoder)
-    progress("words of rows and columns")
-    rows = _units(dense.transpose(0, 1), decoder.reads)
-    columns = _units(dense.permute(1, 2, 0), decoder.writes)
-    progress("shares")
-    reading = read(lin, None, at)
-    found = swept(lin.chain, reading, lambda chain: by_source(chain, reading, together=False))
-    shares, bias_share = [0.0] * len(lin.tokens), 0.0
-    for kind, _, _, token, share, _ in found.rows:
-        if KINDS[kind] == "token":
-            shares[token] += share
-        else:
-            bias_share += share
+    maps = [Triples(svd.U[t], svd.S[t], svd.Vh[t], J.input[t], svd.blocks(t)) for t in range(len(svd.S))]
+    blocks = put_into_words(maps, decoder, _WORDS)
+    tell("words of rows and columns")
+    rows = _describe_units(dense.transpose(0, 1), decoder.reads)
+    columns = _describe_units(dense.permute(1, 2, 0), decoder.writes)
+    tell("shares")
+    found = attribute(lin, by="token", position=at, in_words=0)
+    shares, bias_share = found.by_token()
     tokens = [
         TokenExplanation(
             text=lin.tokens[i],
@@ -220,49 +195,30 @@ def explain(
         for i in range(len(lin.tokens))
     ]
     return Explanation(
-        model=lin.model.info.to_dict(),
-        settings=_settings(lin, k, at),
-        prompt=lin.text,
-        predictions=lin.next_tokens(10, at),
-        target=_target(described(lin, reading), lin.trace.logits(at)),
+        provenance=J.provenance(),
+        predictions=lin.next_tokens(10, position=at),
+        target=_describe_target(found.target, lin.trace.logits(at)),
         tokens=tokens,
         bias_share=bias_share,
-        share_residual=reading.value - math.fsum(shares) - bias_share,
+        share_residual=found.residual,
         certificate=certificate,
         ordinary_error=((ordinary - J.value).std() / J.value.std()).item(),
         output=J.value.tolist(),
         reconstruction=J.reconstruct().tolist(),
         ordinary=ordinary.tolist(),
-        warnings=[*lin.warnings, *found.notes],
+        warnings=found.warnings,
     )
 
 
-def _target(about: dict[str, Any], logits: Tensor) -> dict[str, Any]:
-    """What is shared out, as plain values."""
+def _describe_target(about: dict[str, Any], logits: Tensor) -> dict[str, Any]:
+    """Describe the attribution target with plain values."""
     (id_,), (text,) = about["ids"], about["tokens"]
     shared = {name: about[name] for name in ("kind", "value", "size", "probability")}
     return {"id": id_, "text": text, "logit": logits[id_].item()} | shared
 
 
-def _blocks(svd: SVD, x: Tensor, decoder: Decoder) -> list[list[SingularBlock]]:
-    """Each token's singular vectors in words, near-equal values together; none for a token whose map is zero."""
-    length, k = svd.S.shape
-    writes = decoder.writes(svd.U.transpose(1, 2).reshape(length * k, -1), _WORDS)
-    reads = decoder.reads(svd.Vh.reshape(length * k, -1), _WORDS)
-    gains = svd.gains(x).tolist()
-
-    def block(t: int, indices: list[int]) -> SingularBlock:
-        values, first = svd.S[t, indices].tolist(), indices[0]
-        if len(indices) == 1:
-            return SingularBlock(indices, values, writes[t * k + first], reads[t * k + first], gains[t][first])
-        written = decoder.writes_subspace(svd.U[t][:, indices], _WORDS)
-        return SingularBlock(indices, values, written, decoder.reads_subspace(svd.Vh[t][indices].T, _WORDS), None)
-
-    return [[block(t, indices) for indices in svd.blocks(t)] if svd.S[t, 0] > 0 else [] for t in range(length)]
-
-
-def _units(vectors: Float[Tensor, "T n d"], decode: Callable[[Tensor, int], list[Words]]) -> list[list[Unit]]:
-    """Each token's largest of n vectors in words; none for a token whose map is zero."""
+def _describe_units(vectors: Float[Tensor, "T n d"], decode: Callable[[Tensor, int], list[Words]]) -> list[list[Unit]]:
+    """Put the largest of each token's n vectors into words; none for a token whose map is zero."""
     top = vectors.norm(dim=2).topk(min(_UNITS, vectors.shape[1]), dim=1)
     chosen = torch.stack([block[indices] for block, indices in zip(vectors, top.indices, strict=True)])
     words = decode(chosen.flatten(0, 1), _WORDS)
@@ -272,16 +228,3 @@ def _units(vectors: Float[Tensor, "T n d"], decode: Callable[[Tensor, int], list
     ]
     per_token = top.indices.shape[1]
     return [found[t * per_token : (t + 1) * per_token] if top.values[t, 0] > 0 else [] for t in range(len(vectors))]
-
-
-def _settings(lin: Linearized, k: int, position: int) -> dict[str, Any]:
-    return {
-        "position": position,
-        "k": k,
-        "gate": lin.gate,
-        "precision": lin.precision,
-        "source": "embed (what enters layer 0, after any embedding scale)",
-        "target": "final",
-        "token_ids": lin.input_ids[0].tolist(),
-        "versions": {name: version(name) for name in ("loclin", "torch", "transformers")},
-    }

@@ -1,10 +1,9 @@
-"""Greedy generation, explained at every step, and how each token's map moves from one step to the next."""
+"""Greedy generation, explained at every step, and how each token's map changes from one step to the next."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -13,11 +12,12 @@ from torch import Tensor
 from loclin.analyses.explain import Explanation, explain
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
-from loclin.common.progress import Progress, silent
+from loclin.common.progress import Progress, steps, with_progress
 from loclin.common.sums import norms
-from loclin.common.surroundings import in_plain_torch
 from loclin.errors import PromptError
-from loclin.maps.linearized import Linearized
+from loclin.maps.linearized import Linearized, question
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
 from loclin.spectral import SVD
 
 _TRIPLES = 4
@@ -25,17 +25,17 @@ _TRIPLES = 4
 
 @dataclass(frozen=True)
 class Drift:
-    """How one token's map moved between two steps.
+    """How one token's map J changes to J' from one step to the next.
 
     Attributes
     ----------
     change
         |J' - J|_F / |J|_F.
     cosine
-        <J', J> / (|J'|_F |J|_F): 1 where only the size changed.
+        <J', J> / (|J'|_F |J|_F): 1 if only the norm changed.
     writes, reads
-        The angle in degrees between the top left (right) singular vectors; of near-equal ones, the largest angle
-        between their subspaces.
+        The angle in degrees between the first left (right) singular vectors; for near-equal singular values, the
+        largest angle between their subspaces.
     """
 
     change: float
@@ -45,101 +45,117 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Made by `generate`.
+class Generation(Result):
+    """A generated text, with an explanation of every token; made by `generate`.
 
     Attributes
     ----------
     text
-        What was generated, as it goes on from the prompt.
+        The generated text, as the continuation of the prompt.
     steps
-        The explanation of each prediction; each one's target is the next one's last token.
+        The explanation of each prediction. The target of a step is the last token of the next step.
     drift
-        For each step but the first, the drift of every token that the step before had.
+        For each step but the first, the drift of every token of the previous step.
+    provenance
+        That of the first step.
+    warnings
+        The warnings of all steps.
     """
 
     text: str
     steps: list[Explanation]
     drift: list[list[Drift]]
+    provenance: Provenance | None = None
+    warnings: list[str] = field(default_factory=list)
 
     __repr__ = brief
 
-    def to_json(self) -> str:
-        """All steps as JSON text; floats that are not finite do not occur."""
-        drift = [[asdict(token) for token in step] for step in self.drift]
-        record: dict[str, Any] = {"text": self.text, "drift": drift, "steps": [step.to_dict() for step in self.steps]}
-        return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    def table(self) -> dict[str, list[Any]]:
+        """One row per generated token."""
+        return {
+            "token": [step.target["text"] for step in self.steps],
+            "id": [step.target["id"] for step in self.steps],
+            "probability": [step.target["probability"] for step in self.steps],
+            "reconstruction_error": [step.certificate.reconstruction_error for step in self.steps],
+            "passed": [step.certificate.passed for step in self.steps],
+        }
 
 
-@in_plain_torch
-def generate(lin: Linearized, count: int, k: int = 8, progress: Progress = silent) -> Generation:
-    """Generate tokens greedily and explain every one of them (paper, Figure 2, for every step).
+@question
+@with_progress
+def generate(lin: Linearized, max_new_tokens: int, *, k: int = 8, progress: Progress = True) -> Generation:
+    """Generate tokens greedily and explain each of them (paper, Figure 2, for every step).
 
-    Every step is linearized anew at the prompt and all that was generated, so that every map is exact. It ends early
-    where the model ends the text.
+    Every step is linearized anew, at the prompt and all generated tokens, so that every map is exact. Generation stops
+    early if the model ends the text.
 
     Parameters
     ----------
     lin
         The prompt, from `loclin.linearize`.
-    count
-        How many tokens.
+    max_new_tokens
+        The largest number of tokens to generate.
     k
         How many singular vectors of each token to put into words.
     progress
-        Told the name of each step as it begins.
+        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
 
     Raises
     ------
     OptionError
-        When `count` is no whole number from 1.
+        When `max_new_tokens` is not a whole number from 1.
     PromptError
         When the text would be longer than the model's context.
 
     Notes
     -----
-    Cost: that of `explain` for each step, and a few singular vectors more. Memory: two dense maps.
+    Cost: that of `explain` and a few more singular vectors for each step. Memory: two dense maps.
     """
-    count, k = whole("count", count, 1), whole("k", k)
+    count, k, tell = whole("max_new_tokens", max_new_tokens, 1), whole("k", k), steps(progress)
     limit = lin.model.context_length
     if limit is not None and len(lin.tokens) + count - 1 > limit:
-        raise PromptError(f"{len(lin.tokens)} tokens and {count} more: {lin.model.info.name} takes at most {limit}")
-    steps: list[Explanation] = []
+        raise PromptError(
+            f"{len(lin.tokens)} tokens and {count} more: {lin.model.info.name} takes at most {limit}; generate fewer"
+        )
+    explained: list[Explanation] = []
     drift: list[list[Drift]] = []
     before: tuple[Tensor, SVD] | None = None
     prompt = lin.input_ids[0].tolist()
     for number in range(1, count + 1):
-        found = explain(lin, k, progress=lambda step, number=number: progress(f"token {number}: {step}"))  # type: ignore[misc]
+        found = explain(lin, k=k, progress=lambda step, number=number: tell(f"token {number}: {step}"))  # type: ignore[misc]
         J = lin.jacobian()
         now = J.dense(), J.svd(min(_TRIPLES, J.shape[0], J.shape[2]), tolerance=1e-5)
         if before is not None:
-            drift.append([_drift(i, *before, *now) for i in range(before[0].shape[1])])
-        steps.append(found)
+            drift.append([_measure_drift(i, *before, *now) for i in range(before[0].shape[1])])
+        explained.append(found)
         before = now
         token = found.target["id"]
         if number == count or token in lin.model.stops:
             break
         lin = lin.followed_by(token)
-    text = lin.model.tokens.continuation(prompt, [step.target["id"] for step in steps])
-    return Generation(text, steps, drift)
+    text = lin.model.tokens.continuation(prompt, [step.target["id"] for step in explained])
+    warnings = list(dict.fromkeys(text for step in explained for text in step.warnings))
+    return Generation(text, explained, drift, explained[0].provenance, warnings)
 
 
-def _drift(token: int, old: Float[Tensor, "o T i"], old_svd: SVD, new: Float[Tensor, "o T2 i"], new_svd: SVD) -> Drift:
+def _measure_drift(
+    token: int, old: Float[Tensor, "o T i"], old_svd: SVD, new: Float[Tensor, "o T2 i"], new_svd: SVD
+) -> Drift:
     a, b = old[:, token], new[:, token]
     size, other = norms(a).item(), norms(b).item()
-    if not size or not other:  # a map that is zero: no part of the one has a likeness in the other
+    if not size or not other:  # one of the maps is zero
         same = size == other
         return Drift(0.0 if same else 1.0, 1.0 if same else 0.0, 0.0 if same else 90.0, 0.0 if same else 90.0)
     cosine = ((a * b).sum() / (size * other)).item()
-    reads = _angle(_turned(old_svd), _turned(new_svd), token)
-    return Drift(norms(b - a).item() / size, cosine, _angle(old_svd, new_svd, token), reads)
+    reads = _measure_angle(_transpose(old_svd), _transpose(new_svd), token)
+    return Drift(norms(b - a).item() / size, cosine, _measure_angle(old_svd, new_svd, token), reads)
 
 
-def _angle(old: SVD, new: SVD, token: int) -> float:
-    """The largest angle, in degrees, between the first block of one and as many vectors of the other."""
+def _measure_angle(old: SVD, new: SVD, token: int) -> float:
+    """Measure the largest angle, in degrees, between the first block of one SVD and as many vectors of the other."""
     return math.degrees(old.subspace_angles(new, token)[0].max().item())
 
 
-def _turned(found: SVD) -> SVD:
-    """The decomposition of the transposes."""
+def _transpose(found: SVD) -> SVD:
+    """Return the SVD of the transposed maps."""
     return replace(found, U=found.Vh.mT, Vh=found.U.mT)

@@ -1,69 +1,72 @@
-"""How a prediction takes shape with depth: every layer's maps, their ranks and words, and a logit lens beside them."""
+"""How a prediction forms with depth: the maps of every layer, their ranks and words, and the logit lens."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.decode import Decoder, Words
-from loclin.analyses.explain import SingularBlock
 from loclin.analyses.logit_lens import LensLayer, logit_lens
+from loclin.analyses.vectors_in_words import SingularBlock, Triples, put_into_words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
-from loclin.common.progress import Progress, silent
-from loclin.common.surroundings import in_plain_torch
+from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
 from loclin.maps.certificate import tolerance
 from loclin.maps.layer_spectra import LayerSpectra
-from loclin.maps.linearized import Linearized
-from loclin.results.display import Shown
-from loclin.results.result import versions
+from loclin.maps.linearized import Linearized, question
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
+from loclin.results.serialise import TENSORS_ONLY
 
 SHOWN = 3
-"""Singular vectors that are put into words."""
+"""How many singular vectors of each map are put into words."""
 _CANCELLED = 10.0
-"""How much larger what an inner map sums may be than its sum: attention takes a sink's large values apart."""
+"""How much larger the terms of an inner map may be than their sum: the large values of an attention sink cancel."""
 WORDS = 5
-"""Words of each vector, a side."""
+"""How many words each side of a vector gets."""
 APPEARS = 10
-"""A word has appeared once it is among this many."""
-_LAYERWISE_TRIPLES = 1  # a stable rank needs the largest value alone
+"""A word has appeared at a layer if it is among this many first words."""
+_LAYERWISE_TRIPLES = 1  # a stable rank needs only the largest singular value
 
 Signs = Literal["layer", "final"]
 Place = tuple[int, int, int | None]
-"""Component, layer, and token; None: all tokens' maps side by side."""
+"""Component, layer, and token; None: the joint map of all tokens."""
 
 
 @dataclass(frozen=True)
 class ComponentLayers:
-    """One component's maps from the first layer to the last, with the frozen final norm on top.
+    """The maps of one component from the first layer to the last, followed by the frozen final norm.
 
-    Lists have one entry for each of L layers. *Joint* means all tokens' maps side by side.
+    Lists have one entry for each of L layers. The *joint* map is [J_0 ... J_{T-1}], the maps of all tokens side by
+    side.
 
     Attributes
     ----------
     name
         `resid_post`, `attn_out` or `mlp_out`.
     joint_sigma1, joint_spectra
-        The largest singular value of the joint map from the embeddings, and the k largest over it (paper, Figure 6A).
+        The largest singular value of the joint map from the embeddings, and the k largest ones divided by it (paper,
+        Figure 6A).
     path, path_defined
-        |<u1, u1_last>| and |<u2, u2_last>|, joint left vectors against the last layer's (Figure 6B); a vector has no
-        sign of its own. False where a near-equal neighbour leaves one of the four vectors undefined.
+        The first two joint left vectors against those of the last layer, |<u1, u1_last>| and |<u2, u2_last>| (Figure
+        6B), without sign, since singular vectors have none. False where a near-equal singular value leaves one of the
+        four vectors undefined.
     joint_stable_rank, token_stable_rank
-        Of the maps from the embeddings: joint (Figure 6C), and each of T tokens'.
+        Stable ranks of the maps from the embeddings: of the joint map (Figure 6C), and of each of the T tokens' maps.
     joint_own_rank, token_own_rank
         Stable ranks of the layer's own maps, from its input (Figure 6D).
     joint_vectors, token_vectors
-        The top singular vectors of the maps from the embeddings in words (Tables 1 to 3 and 5 to 7): joint ones have no
-        `reads`, and a token whose map is zero has no vectors.
+        The first singular vectors of the maps from the embeddings, in words (Tables 1 to 3 and 5 to 7). Joint ones have
+        no `reads`; a token whose map is zero has no vectors.
     joint_word_rank, token_word_rank
-        The predicted token's place among the words of the first left vector: of the joint map, and of the map of the
-        token at the position itself; None where that vector is not defined.
+        The predicted token's rank among the words of the first left vector: of the joint map, and of the map of the
+        token at the position itself. None where that vector is not defined.
     reconstruction_error, own_reconstruction_error
         |J x + b - y| / |y|, from the embeddings and from the layer's input.
     """
@@ -84,46 +87,47 @@ class ComponentLayers:
     reconstruction_error: list[float]
     own_reconstruction_error: list[float]
 
+    derived = ("largest_error",)
     __repr__ = brief
 
     @property
     def largest_error(self) -> float:
-        """The largest reconstruction error of all its maps."""
+        """The largest reconstruction error of the component's maps."""
         return max(self.reconstruction_error + self.own_reconstruction_error)
 
 
 @dataclass(frozen=True)
-class LayerExplanation(Shown):
+class LayerExplanation(Result):
     """Every layer of a prompt explained; made by `explain_layers`.
 
     Attributes
     ----------
-    model, settings
-        What was run, and how: enough to run it again.
+    provenance, settings
+        Model, prompt, gate and precision; `k`, `signs`, and the cost of the sweeps.
     tokens, sinks
-        The T input tokens, and which of them are attention sinks.
+        The T input tokens, and the positions of attention sinks.
     predictions
         The model's most probable next tokens, as (text, probability).
     target
         The token that is followed with depth, the most probable one: its `id`, `text` and `probability`.
     components
-        Attention's and the MLP's output and the residual stream behind them, as far as every layer has them.
+        The attention output, the MLP output and the residual stream after the layer, as far as every layer has them.
     lens
         The logit lens at the position, layer by layer.
     appears, leads
-        The first layer at which the predicted token is among the first ten words, and where it is the first; by reader:
-        `lens`, and `joint` and `token` of each component, such as `resid_post joint`. None: never.
+        The first layer at which the predicted token is among the first ten words, and the first layer at which it is
+        the first word. Keys: `lens`, and `joint` and `token` for each component, such as `resid_post joint`. None:
+        never.
     tolerance
         The largest reconstruction error at which a map counts as exact.
     warnings
         What a reader should know before trusting the words.
     spectra
-        The triples of all maps from the embeddings, to save; not part of the JSON.
+        The triples of all maps from the embeddings. They are too large for JSON: save the result as `.safetensors`.
     """
 
-    model: dict[str, Any]
+    provenance: Provenance
     settings: dict[str, Any]
-    prompt: str
     tokens: list[str]
     sinks: list[int]
     predictions: Words
@@ -134,13 +138,29 @@ class LayerExplanation(Shown):
     leads: dict[str, int | None]
     tolerance: float
     warnings: list[str]
-    spectra: LayerSpectra = field(repr=False, compare=False)
+    spectra: LayerSpectra | None = field(default=None, repr=False, compare=False, metadata=TENSORS_ONLY)
 
+    derived = ("prompt", "largest_error", "passed")
     __repr__ = brief
 
     @property
+    def prompt(self) -> str:
+        """The prompt as the tokenizer reads it."""
+        return self.provenance.text
+
+    def table(self) -> dict[str, list[Any]]:
+        """One row per component and layer: stable ranks, word ranks and errors."""
+        rows = [(c, layer) for c in self.components for layer in range(self.n_layers)]
+        numbers = (
+            "joint_sigma1", "joint_stable_rank", "joint_own_rank", "joint_word_rank", "token_word_rank",
+            "reconstruction_error", "own_reconstruction_error",
+        )  # fmt: skip
+        columns = {name: [getattr(c, name)[layer] for c, layer in rows] for name in numbers}
+        return {"component": [c.name for c, _ in rows], "layer": [layer for _, layer in rows], **columns}
+
+    @property
     def n_layers(self) -> int:
-        """L."""
+        """L, the number of layers."""
         return len(self.lens)
 
     @property
@@ -150,36 +170,27 @@ class LayerExplanation(Shown):
 
     @property
     def passed(self) -> bool:
-        """Whether every map of every layer rebuilds its output."""
+        """Whether every map of every layer reconstructs its output."""
         return self.largest_error <= self.tolerance
 
     @property
     def main(self) -> ComponentLayers:
-        """The residual stream, where it was asked for."""
+        """The last component: the residual stream, unless other components were chosen."""
         return self.components[-1]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the tensors, for JSON."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spectra", "components", "lens")}
-        components = [asdict(c) | {"largest_error": c.largest_error} for c in self.components]
-        found = {"components": components, "lens": [asdict(layer) for layer in self.lens]}
-        return plain | found | {"largest_error": self.largest_error, "passed": self.passed}
 
-    def to_json(self) -> str:
-        """The explanation as JSON text; floats that are not finite do not occur."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
-
-
-@in_plain_torch
+@question
+@with_progress
 def explain_layers(
     lin: Linearized,
+    *,
     k: int = 8,
     position: int = -1,
     components: Sequence[str] | None = None,
     signs: Signs = "layer",
-    progress: Progress = silent,
+    progress: Progress = True,
 ) -> LayerExplanation:
-    """Explain how a prediction takes shape with depth (paper, section 3.4, Figure 6, Tables 1 to 3 and 5 to 7).
+    """Explain how a prediction forms with depth (paper, section 3.4, Figure 6, Tables 1 to 3 and 5 to 7).
 
     Parameters
     ----------
@@ -188,87 +199,80 @@ def explain_layers(
     k
         How many singular values of each map from the embeddings; the first three vectors are put into words.
     position
-        Which prediction: the one after this token.
+        The prediction after this token is explained.
     components
-        Some of `resid_post`, `attn_out` and `mlp_out`; all that every layer has, unless given.
+        Some of `resid_post`, `attn_out` and `mlp_out`. None: all that every layer has.
     signs
-        Singular vectors have no sign of their own, and what they write depends on it. "layer" turns each towards its
-        own layer's output, "final" towards the final prediction, behind the final norm, as the paper's author does.
+        Singular vectors have no sign of their own, but their words depend on it. "layer" chooses the sign that has a
+        positive product with the layer's own output; "final" the one that has a positive product with the final hidden
+        state, as the paper's author does.
     progress
-        Told the name of each step as it begins.
+        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
 
     Raises
     ------
     PromptError
         For a position outside the prompt.
     OptionError
-        For a k below 2 (the path needs two vectors) or beyond the number of singular values, or a component or signs
-        that there are not.
+        For a k below 2 (the path needs two vectors) or above the number of singular values; for unknown components or
+        signs.
 
     Notes
     -----
-    Cost: `Linearization.layers` twice, `"cumulative"` and `"layerwise"`: about two and a half and, with three
-    components, up to three dense maps, with their triples; about 6 C L (T + 1) products with the head or the
-    embeddings; and two forward passes. Memory: as `Linearization.layers`, 2 C L T d k numbers of which stay.
+    Cost: `Linearization.layer_spectra` twice, `"cumulative"` (about two and a half dense maps) and `"layerwise"` (up to
+    three dense maps, with three components); about 6 C L (T + 1) products with the output head or the embeddings; two
+    forward passes. Memory: that of `Linearization.layer_spectra`; the result keeps 2 C L T d k numbers.
     """
-    k = whole("k", k)
+    tell, k = steps(progress), whole("k", k)
     if k < 2:
         raise OptionError(f"k={k}: the path with depth needs the first two singular vectors; ask for two or more")
     if signs not in get_args(Signs):
         raise OptionError(f"signs={signs!r}: choose layer or final")
     at = lin.trace.position(position)
-    progress("maps from the embeddings")
-    cumulative = lin.layers(components, "cumulative", k, at)
+    tell("maps from the embeddings")
+    cumulative = lin.layer_spectra(components=components, k=k, position=at)
     if signs == "final":
-        cumulative = _signed(cumulative, lin.value("final")[at])
-    progress("each layer's own map")
-    own = lin.layers(components, "layerwise", _LAYERWISE_TRIPLES, at)
-    progress("words")
-    predictions = lin.next_token_ids(10, at)
+        cumulative = _orient(cumulative, lin.value("final")[at])
+    tell("each layer's own map")
+    own = lin.layer_spectra(components=components, mode="layerwise", k=_LAYERWISE_TRIPLES, position=at)
+    tell("words")
+    predictions = lin.next_token_ids(10, position=at)
     chosen, text, probability = predictions[0]
     decoder = Decoder(lin.model)
-    words = _in_words(cumulative, lin.embeddings, decoder)
-    ranks = _word_ranks(cumulative, words, decoder, chosen, at)
-    found = [_component(c, cumulative, own, words, ranks, at) for c in range(len(cumulative.components))]
-    lens = logit_lens(lin, chosen, at)
+    words = _put_into_words(cumulative, lin.embeddings, decoder)
+    ranks = _rank_word(cumulative, words, decoder, chosen, at)
+    found = [_describe_component(c, cumulative, own, words, ranks, at) for c in range(len(cumulative.components))]
+    lens = logit_lens(lin, chosen, position=at).layers
     followed: dict[str, Sequence[int | None]] = {"lens": [layer.rank for layer in lens]}
     for component in found:
         followed[f"{component.name} joint"] = component.joint_word_rank
         followed[f"{component.name} token"] = component.token_word_rank
     return LayerExplanation(
-        model=lin.model.info.to_dict(),
+        provenance=lin.jacobian(position=at).provenance(),
         settings={
-            "position": at,
             "k": k,
             "components": cumulative.components,
             "signs": signs,
-            "gate": lin.gate,
-            "precision": lin.precision,
-            "source": "embed (what enters layer 0, after any embedding scale); own maps: the layer's input",
-            "target": "each layer, through the final norm frozen at its own value",
-            "route": cumulative.route,
+            "direction": cumulative.direction,
             "columns": cumulative.columns + own.columns,
             "spectrum_tolerance": cumulative.tolerance,
-            "token_ids": lin.input_ids[0].tolist(),
-            "versions": versions(),
         },
-        prompt=lin.text,
         tokens=lin.tokens,
         sinks=lin.sinks,
         predictions=[(word, p) for _, word, p in predictions],
         target={"id": chosen, "text": text, "probability": probability},
         components=found,
         lens=lens,
-        appears={reader: _first(ranks, APPEARS) for reader, ranks in followed.items()},
-        leads={reader: _first(ranks, 1) for reader, ranks in followed.items()},
+        appears={reader: _find_first(ranks, APPEARS) for reader, ranks in followed.items()},
+        leads={reader: _find_first(ranks, 1) for reader, ranks in followed.items()},
         tolerance=_CANCELLED * tolerance(lin.trace),
         warnings=lin.warnings,
         spectra=cumulative,
     )
 
 
-def _signed(spectra: LayerSpectra, towards: Tensor) -> LayerSpectra:
-    """The same triples, turned so that every left vector has a non-negative product with a vector `[d]`."""
+def _orient(spectra: LayerSpectra, towards: Tensor) -> LayerSpectra:
+    """Choose the signs of all triples so that every left vector has a non-negative product with a vector `[d]`."""
     assert spectra.joint_U is not None
     sign, joint = (
         torch.where(towards.to(U) @ U < 0, -1.0, 1.0).to(U).unsqueeze(-2) for U in (spectra.U, spectra.joint_U)
@@ -281,11 +285,11 @@ def _signed(spectra: LayerSpectra, towards: Tensor) -> LayerSpectra:
     )
 
 
-def _first(ranks: Sequence[int | None], at_most: int) -> int | None:
+def _find_first(ranks: Sequence[int | None], at_most: int) -> int | None:
     return next((layer for layer, rank in enumerate(ranks) if rank is not None and rank <= at_most), None)
 
 
-def _component(
+def _describe_component(
     c: int,
     cumulative: LayerSpectra,
     own: LayerSpectra,
@@ -322,8 +326,8 @@ def _component(
     )
 
 
-def _left(spectra: LayerSpectra, place: Place) -> tuple[Tensor, Tensor]:
-    """The left vectors `[d, k]` and the values `[k]` of one map."""
+def _left_vectors(spectra: LayerSpectra, place: Place) -> tuple[Tensor, Tensor]:
+    """Return the left vectors `[d, k]` and the values `[k]` of one map."""
     c, layer, token = place
     if token is not None:
         return spectra.U[c, layer, token], spectra.S[c, layer, token]
@@ -332,48 +336,34 @@ def _left(spectra: LayerSpectra, place: Place) -> tuple[Tensor, Tensor]:
     return spectra.joint_U[c, layer], spectra.joint_S[c, layer]
 
 
-def _in_words(spectra: LayerSpectra, x: Tensor, decoder: Decoder) -> dict[Place, list[SingularBlock]]:
-    """The first vectors of every map in words, near-equal ones together; those that stand alone in one product."""
-    groups: dict[Place, list[list[int]]] = {}
+def _put_into_words(
+    spectra: LayerSpectra, x: Float[Tensor, "T d"], decoder: Decoder
+) -> dict[Place, list[SingularBlock]]:
+    """Put the first vectors of every map into words."""
+    maps: dict[Place, Triples] = {}
     for c, name in enumerate(spectra.components):
         for layer in range(spectra.n_layers):
             svd = spectra.svd(name, layer)
-            groups |= {(c, layer, token): svd.blocks(token) for token in range(len(svd.S))}
-            groups[c, layer, None] = spectra.joint_blocks(name, layer)
-    groups = {
-        place: [group for group in found if group[0] < SHOWN] if _left(spectra, place)[1][0] > 0 else []
-        for place, found in groups.items()
-    }
-    alone = [(place, group[0]) for place, found in groups.items() for group in found if len(group) == 1]
-    left = [_left(spectra, place)[0][:, j] for place, j in alone]
-    writes = dict(zip(alone, decoder.writes(torch.stack(left), WORDS) if left else [], strict=True))
-    right: dict[tuple[Place, int], Tensor] = {
-        ((c, layer, t), j): spectra.Vh[c, layer, t, j] for (c, layer, t), j in alone if t is not None
-    }
-    read = decoder.reads(torch.stack(list(right.values())), WORDS) if right else []
-    reads = dict(zip(right, read, strict=True))
-
-    def block(place: Place, indices: list[int]) -> SingularBlock:
-        c, layer, token = place
-        U, S = _left(spectra, place)
-        values, key = S[indices].tolist(), (place, indices[0])
-        if len(indices) == 1:
-            gain = None if token is None else (right[key] @ x[token].to(right[key])).item()
-            return SingularBlock(indices, values, writes[key], reads.get(key, []), gain)
-        spanned = [] if token is None else decoder.reads_subspace(spectra.Vh[c, layer, token, indices].T, WORDS)
-        return SingularBlock(indices, values, decoder.writes_subspace(U[:, indices], WORDS), spanned, None)
-
-    return {place: [block(place, group) for group in found] for place, found in groups.items()}
+            blocks = {token: svd.blocks(token) for token in range(len(svd.S))}
+            for token, found in [*blocks.items(), (None, spectra.joint_blocks(name, layer))]:
+                place = c, layer, token
+                U, S = _left_vectors(spectra, place)
+                Vh, own = (None, None) if token is None else (spectra.Vh[place], x[token])
+                maps[place] = Triples(U, S, Vh, own, [block for block in found if block[0] < SHOWN])
+    return dict(zip(maps, put_into_words(list(maps.values()), decoder, WORDS), strict=True))
 
 
-def _word_ranks(
+def _rank_word(
     spectra: LayerSpectra, words: dict[Place, list[SingularBlock]], decoder: Decoder, chosen: int, position: int
 ) -> dict[Place, int]:
-    """A token's rank under the first left vector of the joint map and of the position's own, where it stands alone."""
+    """Find a token's rank among the words of the first left vector of the joint map and of the position's own map.
+
+    Maps whose first vector is not defined are left out.
+    """
     places = [
         place for place, found in words.items() if place[2] in (None, position) and found and len(found[0].indices) == 1
     ]
     if not places:
         return {}
-    vectors = torch.stack([_left(spectra, place)[0][:, 0] for place in places])
+    vectors = torch.stack([_left_vectors(spectra, place)[0][:, 0] for place in places])
     return dict(zip(places, decoder.ranks(vectors, chosen), strict=True))

@@ -1,8 +1,8 @@
-"""The logit lens: what the model would predict if it ended after a layer."""
+"""The logit lens: the prediction if the model ended after a given layer."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +10,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loclin.analyses.attribution.target import Token, find_token
 from loclin.analyses.decode import Words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.surroundings import eager_code, in_plain_torch
-from loclin.maps.linearized import Linearized
+from loclin.maps.linearized import Linearized, question
+from loclin.models.forward import hidden_output, hooked, keeps_logits, logits_at
 from loclin.models.replica import exclusive
-from loclin.network.route import first, logits_at
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
 
 
 @dataclass(frozen=True)
 class LensLayer:
-    """One layer's residual stream through the final norm and the head.
+    """One layer's residual stream through the final norm and the output head.
 
-    `words` are the most probable tokens with their probabilities; `probability` and `rank` (1: the first) are those of
-    the token asked for.
+    `words` are the most probable tokens with their probabilities; `probability` and `rank` (1: the most probable) are
+    those of the token that is followed.
     """
 
     words: Words
@@ -34,38 +37,80 @@ class LensLayer:
     __repr__ = brief
 
 
-@in_plain_torch
-def logit_lens(lin: Linearized, token: int, position: int = -1, k: int = 5) -> list[LensLayer]:
-    """Read every layer's residual stream as the model reads its last (nostalgebraist, 2020).
+@dataclass(frozen=True)
+class LogitLens(Result):
+    """The predictions if the model ended after each layer; made by `logit_lens`. `lens[layer]` is a `LensLayer`.
+
+    Attributes
+    ----------
+    token, text
+        The token that is followed, and its text.
+    layers
+        One for each of L layers.
+    provenance, warnings
+        Model and prompt, and what a reader should know about them. Nothing is frozen here.
+    """
+
+    token: int
+    text: str
+    layers: list[LensLayer]
+    provenance: Provenance
+    warnings: list[str]
+
+    __repr__ = brief
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: int) -> LensLayer:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[LensLayer]:
+        return iter(self.layers)
+
+    def table(self) -> dict[str, list[Any]]:
+        """One row per layer: the first word and its probability, and the followed token's probability and rank."""
+        return {
+            "layer": list(range(len(self))),
+            "word": [layer.words[0][0] for layer in self.layers],
+            "word_probability": [layer.words[0][1] for layer in self.layers],
+            "probability": [layer.probability for layer in self.layers],
+            "rank": [layer.rank for layer in self.layers],
+        }
+
+
+@question
+def logit_lens(lin: Linearized, token: Token | None = None, *, position: int = -1, k: int = 5) -> LogitLens:
+    """Decode every layer's residual stream with the final norm and the output head (nostalgebraist, 2020).
 
     Parameters
     ----------
     lin
         From `loclin.linearize`.
     token
-        Whose probability and rank to give at each layer.
+        The token to follow, by text or id: its probability and rank at each layer. None: the predicted token.
     position
-        Of the residual stream.
+        The position of the residual stream.
     k
-        How many words.
+        How many words to list for each layer.
 
     Raises
     ------
     PromptError
         For a position outside the prompt.
     OptionError
-        For a token that the model does not have.
+        For a text that is not one token, or an id that the model does not have.
 
     Notes
     -----
-    Cost: two forward passes, and L products with the head.
+    Cost: two forward passes, and L products with the output head.
     """
     k = whole("k", k, 1)
-    probabilities = torch.softmax(layer_logits(lin, position).double(), dim=-1)
-    token = whole("token", token, 0, probabilities.shape[1] - 1)
+    token = lin.next_token_ids(1, position=position)[0][0] if token is None else find_token(lin, token)
+    probabilities = torch.softmax(compute_layer_logits(lin, position).double(), dim=-1)
     top = probabilities.topk(min(k, probabilities.shape[1]))
     ranks = (probabilities > probabilities[:, token, None]).sum(1) + 1
-    return [
+    layers = [
         LensLayer(
             words=list(zip(lin.model.decode_each(ids.tolist()), values.tolist(), strict=True)),
             probability=own,
@@ -75,41 +120,40 @@ def logit_lens(lin: Linearized, token: int, position: int = -1, k: int = 5) -> l
             top.indices, top.values, probabilities[:, token].tolist(), ranks.tolist(), strict=True
         )
     ]
+    (text,) = lin.model.decode_each([token])
+    return LogitLens(token, text, layers, lin.jacobian(position=position).provenance(), lin.warnings)
 
 
 @in_plain_torch
-def layer_logits(lin: Linearized, position: int = -1) -> Float[Tensor, "L V"]:
-    """The model's logits, were each layer the last: its own final norm, head, scales and soft caps, nothing frozen.
+def compute_layer_logits(lin: Linearized, position: int = -1) -> Float[Tensor, "L V"]:
+    """Compute the logits if each layer were the last: with the model's own final norm, head, scales and soft caps.
 
-    The last layer's are the model's. Cost: two forward passes over the first L tokens at most, and L products with the
-    head. Memory: L V numbers, or 2 L V where there are fewer tokens than layers.
+    Nothing is frozen. The last layer's logits are the model's. Cost: two forward passes over at most the first L
+    tokens, and L products with the output head. Memory: L V numbers, or 2 L V if there are fewer tokens than layers.
     """
     trace, hf = lin.trace, lin.trace.model.hf
     trace.check_weights(hf)
     at, end = trace.position(position), trace.end
     streams = [*(call.hidden[0, at] for call in trace.layers[1:]), end.hidden[0, at]]
-    ids = trace.input_ids[:, : len(streams)]  # what is in them is replaced; more of them would be rows for the head
+    ids = trace.input_ids[:, : len(streams)]  # only their number matters: their states are replaced
     options: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(hf.forward).parameters:
-        options["logits_to_keep"] = 0  # all of them
+    if keeps_logits(hf):
+        options["logits_to_keep"] = 0  # the logits of all tokens
     with exclusive(hf), eager_code(), torch.no_grad():
         final = end(torch.stack([stream.to(end.hidden) for stream in streams])[None])[0]
-        rows = -(-len(final) // ids.shape[1])  # some decoders give their output the prompt's length again
+        rows = -(-len(final) // ids.shape[1])  # some decoders reshape their output to the length of the prompt
         final = torch.cat([final, final.new_zeros(rows * ids.shape[1] - len(final), final.shape[1])])
         calls = _Calls(final.reshape(rows, ids.shape[1], -1))
-        handle = trace.route.exit.register_forward_hook(calls)
-        try:
+        with hooked([trace.sequence.exit.register_forward_hook(calls)]):
             logits_at(trace.model, ids, ids.shape[1] - 1)
             calls.begin()
             return hf(**options).logits.flatten(0, 1)[: len(streams)]
-        finally:
-            handle.remove()
 
 
 class _Calls:
-    """Counts a module's calls in one pass; in the next, the last one gives what it is told to.
+    """A hook that counts a module's calls in one pass, and replaces the output of the last call in the next.
 
-    Some models use the final norm elsewhere too.
+    Some models call the final norm elsewhere, too.
     """
 
     def __init__(self, given: Tensor) -> None:
@@ -122,5 +166,5 @@ class _Calls:
         self.made += 1
         if self.made != self.last:
             return output
-        given = self.given.to(first(output))
+        given = self.given.to(hidden_output(output))
         return given if isinstance(output, Tensor) else (given, *output[1:])

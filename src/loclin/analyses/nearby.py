@@ -1,8 +1,7 @@
-"""The untouched model at inputs near a prompt: other tokens, or other vectors entering layer 0."""
+"""The unmodified model at inputs near a prompt: other tokens, or other vectors at the input of layer 0."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +14,18 @@ from torch import Tensor, nn
 from loclin.common.brief import brief
 from loclin.common.surroundings import eager_code, exact_arithmetic, in_plain_torch
 from loclin.maps.linearized import Linearized
+from loclin.models.forward import hidden_input, hidden_output, hooked, keeps_logits, with_hidden_input
 from loclin.models.replica import exclusive
-from loclin.network.route import first, hidden_state
 
 _TOKENS = 2048
-"""Tokens of one forward pass: enough for the full speed of its products."""
+"""Tokens per forward pass: enough for the full speed of matrix products."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the untouched model made of n inputs, at one position.
+    """The unmodified model's outputs for n inputs, at one position.
 
-    `embeddings` `[n, T, d]` is what entered layer 0, `final` `[n, d]` the final hidden state, `logits` `[n, V]`.
+    `embeddings` `[n, T, d]` is the input of layer 0, `final` `[n, d]` the final hidden state, `logits` `[n, V]`.
     """
 
     embeddings: Float[Tensor, "n T d"]
@@ -42,38 +41,38 @@ class Outputs:
 
 
 class Nearby:
-    """Runs a linearized prompt's own model, as it was, on inputs near the prompt.
+    """Runs the unmodified model of a linearized prompt on inputs near that prompt.
 
     Parameters
     ----------
     lin
         The linearized prompt.
     position
-        Where the outputs are taken. Negative ones count from the end of each input.
+        The position of the outputs. Negative positions count from the end of each input.
     """
 
     def __init__(self, lin: Linearized, position: int = -1) -> None:
         self._trace, self._hf, self._ids = lin.trace, lin.trace.model.hf, lin.input_ids
         self._position = position
-        route, call = lin.trace.route, lin.trace.layers[0]
+        route, call = lin.trace.sequence, lin.trace.layers[0]
         self._exit = route.exit
-        self._block = None if route.whole is not None else call.block.module
+        self._block = None if route.fallback_reason is not None else call.block.module
         self._dtype = call.hidden.dtype
-        self._keeps = "logits_to_keep" in inspect.signature(self._hf.forward).parameters
+        self._keeps = keeps_logits(self._hf)
 
     @in_plain_torch
     def tokens(self, ids: Int[Tensor, "n T"]) -> Outputs:
-        """Run other prompts, all of one length that need not be the prompt's own. Cost: n forward passes."""
-        return _joined(self._run(part, None) for part in ids.split(_rows(ids.shape[1])))
+        """Run other prompts of equal length, which may differ from the prompt's. Cost: n forward passes."""
+        return _join(self._run(part, None) for part in ids.split(_fit_rows(ids.shape[1])))
 
     def embeddings(self, X: Float[Tensor, "n T d"]) -> Outputs:
-        """Run the prompt with other vectors entering layer 0; differentiable where X asks for it.
+        """Run the prompt with other vectors X at the input of layer 0; differentiable if X requires grad.
 
-        At the prompt's own vectors, one at a time, the outputs are those of the model bit for bit. Positions, masks and
-        all else that a model makes of the token ids are the prompt's own. Cost: n forward passes.
+        At the prompt's own vectors, one input at a time, the outputs are the model's bit for bit. Positions, masks and
+        whatever else a model derives from token ids are those of the prompt. Cost: n forward passes.
         """
-        parts = X.to(self._dtype).split(_rows(X.shape[1]))
-        return _joined(self._run(self._ids.expand(len(part), -1), part) for part in parts)
+        parts = X.to(self._dtype).split(_fit_rows(X.shape[1]))
+        return _join(self._run(self._ids.expand(len(part), -1), part) for part in parts)
 
     def _run(self, ids: Tensor, entering: Tensor | None) -> Outputs:
         keep: dict[str, Any] = {}
@@ -93,43 +92,38 @@ class Nearby:
 
     @contextmanager
     def _hooks(self, entering: Tensor | None) -> Iterator[dict[str, Tensor]]:
-        """Note what enters layer 0, or put something else there; note what leaves the final norm."""
+        """Record the input of layer 0, or replace it; record the output of the final norm."""
         seen: dict[str, Tensor] = {}
 
-        def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if "embeddings" in seen:  # a block that is called again further on
+        def replace_hidden(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if "embeddings" in seen:  # a block that is called more than once
                 return None
-            seen["embeddings"] = hidden_state(args, kwargs) if entering is None else entering
-            if entering is None:
-                return None
-            return ((entering, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": entering})
+            seen["embeddings"] = hidden_input(args, kwargs) if entering is None else entering
+            return None if entering is None else with_hidden_input(args, kwargs, entering)
 
-        def embedded(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        def replace_embeddings(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
             if "embeddings" in seen:
                 return None
             seen["embeddings"] = output if entering is None else entering
             return entering
 
-        def left(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen["final"] = first(output)
+        def note_final(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen["final"] = hidden_output(output)
 
-        handles = [self._exit.register_forward_hook(left)]
+        handles = [self._exit.register_forward_hook(note_final)]
         if self._block is None:
-            handles.append(self._hf.get_input_embeddings().register_forward_hook(embedded))
+            handles.append(self._hf.get_input_embeddings().register_forward_hook(replace_embeddings))
         else:
-            handles.append(self._block.register_forward_pre_hook(entered, with_kwargs=True))
-        try:
+            handles.append(self._block.register_forward_pre_hook(replace_hidden, with_kwargs=True))
+        with hooked(handles):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-def _rows(length: int) -> int:
+def _fit_rows(length: int) -> int:
     return max(1, _TOKENS // length)
 
 
-def _joined(parts: Iterator[Outputs]) -> Outputs:
+def _join(parts: Iterator[Outputs]) -> Outputs:
     found = list(parts)
     if len(found) == 1:
         return found[0]

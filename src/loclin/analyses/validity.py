@@ -1,50 +1,50 @@
-"""How far from its prompt the frozen map still predicts the model: in random directions, and towards other tokens."""
+"""How far from its prompt the frozen map predicts the model: in random directions, and towards other tokens."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from loclin.analyses.decode import Decoder
 from loclin.analyses.nearby import Nearby, Outputs
 from loclin.common.arguments import real, whole
 from loclin.common.brief import brief
-from loclin.common.sums import relative
-from loclin.common.surroundings import in_plain_torch
+from loclin.common.progress import Progress, bar, steps, with_progress
+from loclin.common.sums import relative_error
 from loclin.errors import OptionError
-from loclin.maps.linearized import Linearized
-from loclin.network.link import HeadLink
-from loclin.results.result import versions
+from loclin.maps.linearized import Linearized, question
+from loclin.network.ends import OutputHeadLink
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""Lengths of random moves, as a share of each token's embedding."""
-WAY = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
-"""Places on the way from a token's embedding to another's."""
+"""Lengths of random moves, relative to the norm of each token's embedding."""
+FRACTIONS = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
+"""Points on the line from one token's embedding to another's, as fractions."""
 PREDICTORS = ("frozen", "ordinary", "constant")
 
 
 @dataclass(frozen=True)
-class Error:
-    """How well the model is predicted at a moved input; means where several are put together.
+class Deviation:
+    """The errors of one predictor at a moved input, or their means.
 
     Attributes
     ----------
     final
         |predicted - true| / |true| of the final hidden state.
     missed
-        |predicted - true| / |true - y|: the part of the true change that is not predicted; 1 for predicting none.
+        |predicted - true| / |true - y|: the fraction of the true change that is not predicted; 1 if no change is
+        predicted.
     kl
-        The divergence in nats of the predicted next-token probabilities from the true ones.
+        KL(true || predicted) of the next-token probabilities, in nats.
     top
-        Whether both name the same likeliest token: 1 or 0.
+        1 if the most probable token is the same, else 0.
     """
 
     final: float
@@ -55,12 +55,12 @@ class Error:
 
 @dataclass(frozen=True)
 class Step:
-    """One place on a ray.
+    """One point on a ray.
 
     Attributes
     ----------
     size
-        How far along the ray.
+        The fraction or length along the ray.
     moved
         |x' - x| / |x| over all tokens.
     errors
@@ -70,24 +70,24 @@ class Step:
 
     size: float
     moved: float
-    errors: dict[str, Error]
+    errors: dict[str, Deviation]
 
     __repr__ = brief
 
 
 @dataclass(frozen=True)
 class Ray:
-    """A way to move the input, and what happens along it.
+    """A direction in which the input is moved, and the errors along it.
 
     Attributes
     ----------
     kind
-        `noise`: every token at once in a random direction, in proportion to its length; `near` and `random`: one token
-        towards one of its nearest neighbours, or towards any other token. At size 1 it has become that token.
+        `noise`: all tokens at once, each in a random direction, in proportion to its norm. `near` and `random`: one
+        token towards one of its nearest neighbours, or towards a random token; at size 1 it has become that token.
     position, token
-        Which token is moved, and towards which; None for noise.
+        Which token is moved, and towards which token; None for noise.
     steps
-        Places along the ray, by size.
+        Points along the ray, by size.
     """
 
     kind: str
@@ -99,72 +99,108 @@ class Ray:
 
 
 @dataclass(frozen=True)
-class Validity:
-    """Made by `validity`: every ray, and what was run."""
+class Validity(Result):
+    """How far the map is valid; made by `validity`.
 
-    model: dict[str, Any]
+    Attributes
+    ----------
+    provenance, settings
+        Model, prompt, gate and precision; how many random directions and swaps, and their seed.
+    tokens
+        The T input tokens.
+    rays
+        Every direction, and the errors along it.
+    warnings
+        What a reader should know about the prompt.
+    """
+
+    provenance: Provenance
     settings: dict[str, Any]
-    prompt: str
     tokens: list[str]
     rays: list[Ray]
     warnings: list[str]
 
+    derived = ("prompt", "curves")
     __repr__ = brief
 
+    @property
+    def prompt(self) -> str:
+        """The prompt as the tokenizer reads it."""
+        return self.provenance.text
+
+    @property
+    def curves(self) -> dict[str, list[Step]]:
+        """The mean curve of each kind of ray."""
+        return {kind: self.curve(kind) for kind in dict.fromkeys(ray.kind for ray in self.rays)}
+
     def curve(self, kind: str) -> list[Step]:
-        """The mean over all rays of one kind at each size; none where there are no such rays."""
+        """Average all rays of one kind at each size; empty if there are no such rays."""
         rays = [ray for ray in self.rays if ray.kind == kind]
-        return [_mean(steps) for steps in zip(*(ray.steps for ray in rays), strict=True)]
+        return [_average(steps) for steps in zip(*(ray.steps for ray in rays), strict=True)]
 
-    def to_json(self) -> str:
-        """All of it as JSON text, with the mean curves; floats that are not finite do not occur."""
-        kinds = dict.fromkeys(ray.kind for ray in self.rays)
-        curves = {kind: [asdict(step) for step in self.curve(kind)] for kind in kinds}
-        return json.dumps(asdict(self) | {"curves": curves}, indent=1, ensure_ascii=False, allow_nan=False)
+    def table(self) -> dict[str, list[Any]]:
+        """One row per ray, point and predictor."""
+        rows = [(n, ray, step, p) for n, ray in enumerate(self.rays) for step in ray.steps for p in PREDICTORS]
+        return {
+            "ray": [n for n, _, _, _ in rows],
+            "kind": [ray.kind for _, ray, _, _ in rows],
+            "position": [ray.position for _, ray, _, _ in rows],
+            "becomes": [ray.token for _, ray, _, _ in rows],
+            "size": [step.size for _, _, step, _ in rows],
+            "moved": [step.moved for _, _, step, _ in rows],
+            "predictor": [p for _, _, _, p in rows],
+            **{f.name: [getattr(step.errors[p], f.name) for _, _, step, p in rows] for f in fields(Deviation)},
+        }
 
 
-@in_plain_torch
+@question
+@with_progress
 def validity(
     lin: Linearized,
-    position: int = -1,
     *,
+    position: int = -1,
     sizes: Sequence[float] = SIZES,
     draws: int = 4,
     swaps: int = 2,
     seed: int = 0,
+    progress: Progress = True,
 ) -> Validity:
-    """Compare the frozen map, away from its prompt, with the model itself.
+    """Compare the frozen map with the model itself at inputs away from the prompt.
 
-    The map J x + b is exact at the prompt and no expansion around it: a little away from there it is wrong in first
-    order, where the ordinary Jacobian is right. This says by how much, and where the order is reversed.
+    The map J x + b is exact at the prompt, but it is not a Taylor expansion: nearby it is wrong to first order, where
+    the ordinary Jacobian is right. This measures by how much, and from which distance on the frozen map is the better
+    one.
 
     Parameters
     ----------
     lin
         From `loclin.linearize`.
     position
-        Which prediction: the one after this token.
+        The prediction after this token is compared.
     sizes
-        Lengths of the random moves, as a share of each token's embedding.
+        Lengths of the random moves, relative to the norm of each token's embedding.
     draws
         How many random directions.
     swaps
-        For each token, attention sinks aside, how many nearest neighbours and how many random tokens to move it to.
+        To how many nearest neighbours, and to how many random tokens, to move each token. Attention sinks stay.
     seed
-        Of the random directions and tokens.
+        The seed of the random directions and tokens.
+    progress
+        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
 
     Raises
     ------
     OptionError
-        When there is nothing to move, or a size is not above 0.
+        When nothing is to be moved, or a size is not above 0.
     PromptError
         For a position outside the prompt.
 
     Notes
     -----
-    Cost: `len(sizes) * draws + 12 * T * swaps` forward passes, and a column of the frozen and of the ordinary map for
-    each ray.
+    Cost: `len(sizes) * draws + 12 * T * swaps` forward passes; for each ray one column of the frozen and of the
+    ordinary map.
     """
+    tell = steps(progress)
     draws, seed = whole("draws", draws, 0), whole("seed", seed, 0)
     swaps = whole("swaps", swaps, 0, Decoder(lin.model).vocabulary - 1)
     if not isinstance(sizes, Iterable):
@@ -181,33 +217,25 @@ def validity(
         noise = torch.nn.functional.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
         moves.append(noise * x.norm(dim=-1, keepdim=True))
         about.append(("noise", None, None, sizes))
-    ids, swapped = _swaps(lin, at, swaps, generator)
+    ids, swapped = _swap_tokens(lin, at, swaps, generator)
     if not draws and not len(ids):
         raise OptionError(
-            "every token up to that position is an attention sink: give a random direction, or another one"
+            "every token up to that position is an attention sink: give a random direction, or another position"
         )
-    for part in ids.split(64) if len(ids) else ():  # not all at once: their logits come along
+    for part in ids.split(64) if len(ids) else ():  # in parts, since each row also has logits
         moves += list(nearby.tokens(part).embeddings.to(x) - x)
     names = lin.model.decode_each([int(row[i]) for row, (_, i) in zip(ids, swapped, strict=True)])
-    about += [(kind, i, name, WAY) for (kind, i), name in zip(swapped, names, strict=True)]
+    about += [(kind, i, name, FRACTIONS) for (kind, i), name in zip(swapped, names, strict=True)]
+    tell("what the maps predict")
     predictor = _Predictor(lin, at, torch.stack(moves))
+    tell("what the model gives")
     rays = []
-    for number in tqdm(range(len(moves)), desc="moved inputs", unit="ray", delay=2, leave=False, disable=None):
+    for number in bar(range(len(moves)), desc="moved inputs", unit="ray"):
         kind, i, name, places = about[number]
-        rays.append(Ray(kind, i, name, _along(nearby, predictor, x, number, places)))
+        rays.append(Ray(kind, i, name, _measure_ray(nearby, predictor, x, number, places)))
     return Validity(
-        model=lin.model.info.to_dict(),
-        settings={
-            "position": at,
-            "gate": lin.gate,
-            "precision": lin.precision,
-            "draws": draws,
-            "swaps": swaps,
-            "seed": seed,
-            "token_ids": lin.input_ids[0].tolist(),
-            "versions": versions(),
-        },
-        prompt=lin.text,
+        provenance=lin.jacobian(position=at).provenance(),
+        settings={"draws": draws, "swaps": swaps, "seed": seed},
         tokens=lin.tokens,
         rays=rays,
         warnings=lin.warnings,
@@ -215,9 +243,9 @@ def validity(
 
 
 class _Predictor:
-    """What the frozen and the ordinary map say of the final state and the logits along each of several rays.
+    """Predicts the final hidden state and the logits along several rays, with the frozen map and the ordinary Jacobian.
 
-    Both are affine, so that one column for each ray gives every place on it.
+    Both are affine, so that one column for each ray gives every point on it.
     """
 
     def __init__(self, lin: Linearized, position: int, moves: Float[Tensor, "n T d"]) -> None:
@@ -227,28 +255,28 @@ class _Predictor:
         self._start = {"frozen": J.reconstruct(), "ordinary": J.value, "constant": J.value}
         self._slopes = {
             "frozen": J.matmat(moves),
-            "ordinary": lin.ordinary_jacobian(position).matmat(moves),
+            "ordinary": lin.ordinary_jacobian(position=position).matmat(moves),
             "constant": torch.zeros(len(moves), J.shape[0], dtype=J.dtype, device=J.device),
         }
-        self._head = HeadLink(lin.trace, position)
+        self._head = OutputHeadLink(lin.trace, position)
 
     def at(self, name: str, ray: int, places: Float[Tensor, " m"]) -> tuple[Tensor, Tensor]:
-        """The final hidden state `[m, d]` and the logits `[m, V]` that one of them predicts at places along a ray."""
+        """Predict the final hidden state `[m, d]` and the logits `[m, V]` at m points of a ray, with one predictor."""
         final = self._start[name] + places[:, None] * self._slopes[name][ray]
         return final, self.logits + self._head.jvp(final - self.value)
 
 
-def _along(nearby: Nearby, predictor: _Predictor, x: Tensor, ray: int, places: Sequence[float]) -> list[Step]:
+def _measure_ray(nearby: Nearby, predictor: _Predictor, x: Tensor, ray: int, places: Sequence[float]) -> list[Step]:
     move, sizes = predictor.moves[ray], torch.tensor(places, dtype=x.dtype, device=x.device)
     true = nearby.embeddings(x + sizes[:, None, None] * move)
-    errors = {name: _errors(true, predictor.value, *predictor.at(name, ray, sizes)) for name in PREDICTORS}
-    length = relative(move, x)
+    errors = {name: _measure_errors(true, predictor.value, *predictor.at(name, ray, sizes)) for name in PREDICTORS}
+    length = relative_error(move, x)
     return [
         Step(size, size * length, {name: found[i] for name, found in errors.items()}) for i, size in enumerate(places)
     ]
 
 
-def _errors(true: Outputs, start: Tensor, final: Tensor, logits: Tensor) -> list[Error]:
+def _measure_errors(true: Outputs, start: Tensor, final: Tensor, logits: Tensor) -> list[Deviation]:
     target = true.final.to(final)
     off = (final - target).norm(dim=1)
     change = (target - start).norm(dim=1).clamp_min(torch.finfo(final.dtype).tiny)
@@ -256,13 +284,13 @@ def _errors(true: Outputs, start: Tensor, final: Tensor, logits: Tensor) -> list
     divergence = (expected.exp() * (expected - said)).sum(-1).clamp_min(0)
     same = expected.argmax(-1) == said.argmax(-1)
     columns = (off / target.norm(dim=1), off / change, divergence, same.double())
-    return [Error(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True)]
+    return [Deviation(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def _swaps(
+def _swap_tokens(
     lin: Linearized, position: int, count: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, "n T"], list[tuple[str, int]]]:
-    """The prompt with one token swapped, in every way asked for; each one's kind and position."""
+    """List the prompts with one token swapped `[n, T]`, and the kind and position of each swap."""
     ids = lin.input_ids[0]
     places = [i for i in range(position + 1) if i not in lin.sinks]
     if not count or not places:
@@ -272,7 +300,7 @@ def _swaps(
     special = set(lin.model.tokenizer.all_special_ids) if lin.model.tokenizer is not None else set()
     rows, about = [], []
     for row, i in enumerate(places):
-        chosen = _random_tokens(decoder, count, special | {int(ids[i])}, generator)
+        chosen = _draw_tokens(decoder, count, special | {int(ids[i])}, generator)
         for kind, others in (("near", near[row].tolist()), ("random", chosen)):
             for other in others:
                 swapped = ids.clone()
@@ -282,20 +310,22 @@ def _swaps(
     return torch.stack(rows), about
 
 
-def _random_tokens(decoder: Decoder, count: int, without: set[int], generator: torch.Generator) -> list[int]:
+def _draw_tokens(decoder: Decoder, count: int, without: set[int], generator: torch.Generator) -> list[int]:
     order = torch.randperm(decoder.vocabulary, generator=generator).tolist()
     known = decoder.model.tokens.knows
     return list(islice((token for token in order if token not in without and known(token)), count))
 
 
-def _mean(steps: Iterable[Step]) -> Step:
+def _average(steps: Iterable[Step]) -> Step:
     found = list(steps)
 
     def mean(values: Iterable[float]) -> float:
         return sum(values) / len(found)
 
     errors = {
-        name: Error(**{f.name: mean(getattr(step.errors[name], f.name) for step in found) for f in fields(Error)})
+        name: Deviation(
+            **{f.name: mean(getattr(step.errors[name], f.name) for step in found) for f in fields(Deviation)}
+        )
         for name in PREDICTORS
     }
     return Step(found[0].size, mean(step.moved for step in found), errors)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json as jsonlib
 import re
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
-from rich.markup import escape
 
 from loclin.cli import options
-from loclin.cli.console import Steps, importing, one_clear_line, stderr, stdout
-from loclin.cli.options import GateOption, PrecisionOption
+from loclin.cli.console import Steps, deliver, importing, note
 from loclin.errors import OptionError
 
 if TYPE_CHECKING:
@@ -20,14 +17,7 @@ if TYPE_CHECKING:
     from loclin.analyses.attribution.target import Target
 
 
-class MarginOption(str, Enum):
-    """What a margin is over, for the parser."""
-
-    runner_up = "runner-up"
-    others = "others"
-    mean = "mean"
-
-
+@options.spread
 def attribute(
     prompt: options.Prompt,
     target: Annotated[
@@ -46,7 +36,7 @@ def attribute(
         typer.Option(help="Share out the difference to this token's logit.", callback=options.plain),
     ] = None,
     margin: Annotated[
-        Optional[MarginOption],  # noqa: UP045
+        Optional[Literal["runner-up", "others", "mean"]],  # noqa: UP045
         typer.Option(
             help="Share out the logit minus the largest other, the probable others' mean, or the mean of all."
         ),
@@ -63,17 +53,10 @@ def attribute(
             callback=options.plain,
         ),
     ] = None,
-    model: options.ModelName = options.DEFAULT_MODEL,
     position: options.Position = -1,
-    gate: options.Gate = GateOption.activation,
-    precision: options.Precision = PrecisionOption.auto,
-    dtype: options.Dtype = "float32",
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    bos: options.Bos = None,
-    memory: options.Memory = None,
     top: Annotated[int, typer.Option(help="How many of the largest shares to print.", min=1)] = 20,
+    *,
+    freezing: options.Freezing,
     json: options.Json = None,
     html: options.Html = None,
 ) -> None:
@@ -81,47 +64,28 @@ def attribute(
 
     loclin attribute "The Golden Gate" --target " Bridge" --by head --model smollm2-135m --html heads.html
     """
-    with one_clear_line():
-        options.exclude("target", "target_id", why="both name the token")
-        if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
-            raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
-        text = options.read(prompt)
-        wanted = by or ["token"]
-        with importing():
-            from loclin.analyses.attribution.attribute import LEVELS, level
-            from loclin.analyses.attribution.attribute import attribute as run
-            from loclin.report import render_attribution, render_attribution_settings, write_attribution, write_text
-
-        chosen = _target(target if target_id is None else target_id, against, margin, neuron)
-        everything = "all" in wanted
-        levels = list(dict.fromkeys(LEVELS if everything else [level(name) for name in wanted]))
-        lin = options.linearized(
-            text,
-            model,
-            gate=gate,
-            precision=precision,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            revision=revision,
-            bos=bos,
-            memory=memory,
-        )
-        found, steps = [], Steps()
-        for name in levels:
-            steps(f"shares by {name}")
-            try:
-                found.append(run(lin, chosen, name, position=position, words=max(top, 40)))
-            except OptionError as missing:
-                if not everything or name in ("token", "bias"):
-                    raise
-                stderr.print(f"no shares by {name}: {escape(str(missing))}", soft_wrap=True)
-        options.write(json, lambda path: write_text(path, _levels_json(found)))
-        options.write(html, lambda path: write_attribution(found, path))
-        for one in found:
-            render_attribution(one, stdout, top, first=one is found[0])
-        render_attribution_settings(found[0], stdout)
-        options.wrote(json, html)
+    options.exclude("target", "target_id", why="both name the token")
+    if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
+        raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
+    text = options.read(prompt)
+    wanted = by or ["token"]
+    with importing():
+        from loclin.analyses.attribution.attribute import LEVELS, parse_level
+        from loclin.analyses.attribution.attribute import attribute as run
+    chosen = _target(target if target_id is None else target_id, against, margin, neuron)
+    everything = "all" in wanted
+    levels = list(dict.fromkeys(LEVELS if everything else [parse_level(name) for name in wanted]))
+    lin = freezing.linearize(text)
+    found, steps = [], Steps()
+    for name in levels:
+        steps(f"shares by {name}")
+        try:
+            found.append(run(lin, chosen, by=name, position=position, in_words=max(top, 40), progress=Steps()))
+        except OptionError as missing:
+            if not everything or name in ("token", "bias"):
+                raise
+            note(f"no shares by {name}: {missing}")
+    deliver(found, json=json, html=html, to_json=lambda: _levels_json(found), top=top)
 
 
 def _levels_json(found: list[Attribution]) -> str:
@@ -129,7 +93,12 @@ def _levels_json(found: list[Attribution]) -> str:
     return jsonlib.dumps(levels, indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _target(token: str | int | None, against: str | None, margin: MarginOption | None, neuron: str | None) -> Target:
+def _target(
+    token: str | int | None,
+    against: str | None,
+    margin: Literal["runner-up", "others", "mean"] | None,
+    neuron: str | None,
+) -> Target:
     """What the options ask for."""
     from loclin.analyses.attribution.target import Margin, Neuron
 
@@ -141,7 +110,7 @@ def _target(token: str | int | None, against: str | None, margin: MarginOption |
     if margin is not None:
         if against is not None:
             raise OptionError("--margin and --against exclude one another: a margin finds its own rivals")
-        return Margin(token, margin.value)
+        return Margin(token, margin)
     if against is None:
         return token
     if token is None:

@@ -6,17 +6,24 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from loclin.common.imports import quiet_imports
 from loclin.errors import LoclinError
 
 stdout = Console()
 stderr = Console(stderr=True)
+NOTHING = "nothing was written"
+kept: ContextVar[str] = ContextVar("kept", default=NOTHING)
+"""What is said of files when a command is interrupted."""
 
 
 def say(error: BaseException | str) -> None:
@@ -30,7 +37,7 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def one_clear_line(interrupted: str = "nothing was written") -> Iterator[None]:
+def one_clear_line() -> Iterator[None]:
     """A user's mistake is one line and exit code 2; Ctrl-C is exit code 130."""
     try:
         yield
@@ -43,27 +50,29 @@ def one_clear_line(interrupted: str = "nothing was written") -> Iterator[None]:
         say("out of memory; try a smaller --memory, a shorter prompt or --dtype bfloat16")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        stderr.print(f"interrupted; {escape(interrupted)}", soft_wrap=True)
+        note(f"interrupted; {kept.get()}")
         raise typer.Exit(130) from None
 
 
 @contextmanager
-def importing(interrupted: str = "nothing was written") -> Iterator[None]:
+def importing() -> Iterator[None]:
     """While modules are imported, Ctrl-C ends the process at once: libraries catch it there, and go on.
 
     A terminal is told first, since PyTorch and transformers take seconds.
     """
     if "torch" not in sys.modules:
         Steps()("loading PyTorch and transformers")
+    line = f"interrupted; {kept.get()}"  # a signal's handler may run where no context is
 
     def stop(_signal: int, _frame: object) -> None:
-        stderr.print(f"interrupted; {escape(interrupted)}", soft_wrap=True)
+        note(line)
         os._exit(130)
 
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, stop) if in_main else None
     try:
-        yield
+        with quiet_imports():
+            yield
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
@@ -83,3 +92,53 @@ class Steps:
         """Name a step, on a terminal."""
         if stderr.is_terminal:
             stderr.print(f"[dim]{escape(step)} …[/]", soft_wrap=True)
+
+
+def deliver(
+    result: Any,
+    *,
+    json: Path | None = None,
+    html: Path | None = None,
+    others: dict[Path | None, Callable[[Path], None]] | None = None,
+    to_json: Callable[[], str] | None = None,
+    recorded: Path | None = None,
+    code: int = 0,
+    top: int | None = None,
+) -> None:
+    """Write a result where it was asked for, show it, say what was written, and end the command.
+
+    Parameters
+    ----------
+    result
+        What `loclin.report` draws.
+    json, html
+        Where to; None for nowhere.
+    others
+        Other places, and what writes there.
+    to_json
+        Gives the JSON, where that is not `result.to_json()`.
+    recorded
+        What was written before, while the result was made.
+    code
+        The exit code: 1 where a map is not exact.
+    top
+        How much to show, see `loclin.report.sheet.show`.
+    """
+    with importing():
+        import loclin.report  # noqa: F401 (how results look)
+        from loclin.results import display
+        from loclin.results.files import write_text
+    writers: list[tuple[Path | None, Callable[[Path], None]]] = [
+        *(others or {}).items(),
+        (json, lambda path: write_text(path, (to_json or result.to_json)())),
+        (html, lambda path: write_text(path, display.page(result))),
+    ]
+    wanted = [(path, write) for path, write in writers if path is not None]
+    for path, write in wanted:
+        Steps()(f"writing {path}")
+        write(path)
+    display.show(result, stdout, top=top)
+    for path in [*([recorded] if recorded else []), *(path for path, _ in wanted)]:
+        stderr.print(f"wrote {escape(str(path))}")
+    if code:
+        raise typer.Exit(code)

@@ -8,10 +8,9 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
-from loclin.cli.console import importing, one_clear_line, stdout
+from loclin.cli.console import importing, stdout
 from loclin.cli.options import plain, running
 from loclin.cli.parser import Command, Group
-from loclin.errors import ModelError
 
 app = typer.Typer(
     cls=Group, help="The packaged models, and the converted copies in the cache.", invoke_without_command=True
@@ -23,30 +22,29 @@ def models() -> None:
     """List the packaged models and the converted copies in the cache; 'remove NAME' deletes a copy."""
     if running.get().invoked_subcommand is not None:
         return
-    with one_clear_line():
-        with importing():
-            from loclin.models.gguf import cache
-            from loclin.models.gguf.packaged import DEFAULT, PACKAGED
-            from loclin.report.grid import Column, Grid, show
+    with importing():
+        from loclin.models.gguf import cache
+        from loclin.models.gguf.packaged import DEFAULT, PACKAGED
+        from loclin.report.table import Column, Table, put
 
-        packaged = Grid.of(Column("name", "key"), Column("what", "words"), Column("installed", "parts"))
-        for name, entry in PACKAGED.items():
-            state = "yes" if entry.installed else entry.pip
-            packaged.add(f"{name} (default)" if name == DEFAULT else name, entry.description, state)
-        show(stdout, Text("packaged models", "bold"), packaged)
-        found = cache.entries()
-        stdout.print(f"\nconverted copies in {cache.directory()}", highlight=False, soft_wrap=True)
-        if not found:
-            stdout.print("  none yet: a GGUF model is converted once, when it is first loaded")
-            return
-        copies = Grid.of(
-            Column("name", "key"), Column("key", "parts"), Column("size"), Column("converted"), Column("state", "parts")
-        )
-        for copy in found:
-            date = f"{copy.date:%Y-%m-%d %H:%M}" if copy.date else "?"
-            state = "ok" if copy.intact else "damaged" if copy.readable else "no permission to read it"
-            copies.add(copy.name, copy.key, f"{copy.size / 1e6:,.0f} MB", date, state)
-        show(stdout, copies)
+    packaged = Table.of(Column("name", "key"), Column("what", "words"), Column("installed", "parts"))
+    for name, entry in PACKAGED.items():
+        state = "yes" if entry.installed else entry.pip
+        packaged.add(f"{name} (default)" if name == DEFAULT else name, entry.description, state)
+    put(stdout, Text("packaged models", "bold"), packaged)
+    found = cache.entries()
+    stdout.print(f"\nconverted copies in {cache.directory()}", highlight=False, soft_wrap=True)
+    if not found:
+        stdout.print("  none yet: a GGUF model is converted once, when it is first loaded")
+        return
+    copies = Table.of(
+        Column("name", "key"), Column("key", "parts"), Column("size"), Column("converted"), Column("state", "parts")
+    )
+    for copy in found:
+        date = f"{copy.date:%Y-%m-%d %H:%M}" if copy.date else "?"
+        state = "ok" if copy.intact else "damaged" if copy.readable else "no permission to read it"
+        copies.add(copy.name, copy.key, f"{copy.size / 1e6:,.0f} MB", date, state)
+    put(stdout, copies)
 
 
 @app.command(cls=Command)
@@ -54,11 +52,7 @@ def remove(
     name: Annotated[str, typer.Argument(help="The copy's name or key, as 'loclin models' shows it.", callback=plain)],
 ) -> None:
     """Delete a converted copy; it is made again when it is next needed."""
-    with one_clear_line():
-        from loclin.models.gguf import cache
+    from loclin.models.gguf import cache
 
-        removed = cache.remove(name)
-        if not removed:
-            raise ModelError(f"no converted copy is called {name!r}; 'loclin models' lists them")
-        for copy in removed:
-            stdout.print(f"removed {escape(copy.name)} ({copy.key}, {copy.size / 1e6:,.0f} MB)")
+    for copy in cache.remove(name):
+        stdout.print(f"removed {escape(copy.name)} ({copy.key}, {copy.size / 1e6:,.0f} MB)")

@@ -3,56 +3,27 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
-from enum import Enum
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hints
 
 import typer
-from rich.markup import escape
 
-from loclin.cli.console import Steps, importing, stderr, step
+from loclin.cli.console import NOTHING, Steps, importing, kept, step
 from loclin.cli.streams import read_prompt
 from loclin.common import arguments
-from loclin.errors import OptionError, OutputError, PromptError
+from loclin.errors import MissingExtraError, OptionError, OutputError, PromptError
 from loclin.results.files import check_apart, check_writable
 
 if TYPE_CHECKING:
     from loclin.linearization import Linearization
-
-
-class GateOption(str, Enum):
-    """The gate splits, for the parser."""
-
-    activation = "activation"
-    up = "up"
-    half = "half"
-
-
-class PrecisionOption(str, Enum):
-    """The precision rules, for the parser."""
-
-    auto = "auto"
-    stock = "stock"
-    single = "single"
-    double = "double"
-
-
-class ComponentOption(str, Enum):
-    """What of a layer to look at, for the parser."""
-
-    resid_post = "resid_post"
-    attn_out = "attn_out"
-    mlp_out = "mlp_out"
-
-
-class SignsOption(str, Enum):
-    """What singular vectors are turned towards, for the parser."""
-
-    layer = "layer"
-    final = "final"
+    from loclin.models import Model
 
 
 def _flag(param: Any) -> str:
@@ -110,38 +81,124 @@ def finite(least: float | None = None, above: float | None = None) -> Callable[.
     return check
 
 
+def one_of(*names: str) -> Callable[..., Any]:
+    """Make a check of an option that is given several times: each is one of these."""
+
+    def check(_context: Any, param: Any, values: Any) -> Any:
+        for value in values or ():
+            if value not in names:
+                raise OptionError(f"{_flag(param)} {value}: choose one of {', '.join(names)}")
+        return values
+
+    return check
+
+
 DEFAULT_MODEL = "gemma-3-270m"
 SEEDS = 2**63 - 1
 """The largest seed that every random generator takes."""
+Gate = Literal["activation", "up", "half"]
 Prompt = Annotated[str, typer.Argument(help="The text to explain; '-' reads it from standard input.", callback=plain)]
 ModelName = Annotated[
     str,
     typer.Option(help="Packaged name (see 'loclin models'), hub id, local directory, or .gguf file.", callback=place),
 ]
 Position = Annotated[int, typer.Option(help="Explain the prediction after this token; -1 is the last.")]
-Gate = Annotated[GateOption, typer.Option(help="Hold act(gate) (the paper), hold up, or the mean of both.")]
-Precision = Annotated[
-    PrecisionOption,
-    typer.Option(help="The map's own precision: the model's (stock), float32, float64; auto: at least float32."),
-]
-Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16, or auto (as stored).", callback=plain)]
-Device = Annotated[Optional[str], typer.Option(help="Such as cpu or cuda:0.", callback=plain)]
-DeviceMap = Annotated[Optional[str], typer.Option(help="Spread the layers, such as auto.", callback=plain)]
-Revision = Annotated[Optional[str], typer.Option(help="A hub model's branch, tag or commit.", callback=plain)]
 Bos = Annotated[
     Optional[bool],
     typer.Option("--bos/--no-bos", help="Put a beginning token in front, or none; by default the tokenizer's way."),
 ]
-Memory = Annotated[
-    Optional[str],
-    typer.Option(
-        help="Memory for sweeps beside the map, such as 2GB. Default: a quarter of what is free.", callback=plain
-    ),
-]
 Json = Annotated[Optional[Path], typer.Option(help="Write everything to this JSON file.", callback=place)]
 Html = Annotated[Optional[Path], typer.Option(help="Write an interactive page to this file.", callback=place)]
+Record = Annotated[
+    Optional[Path],
+    typer.Option(help="Write what is finished to this JSON file, and go on from what it holds.", callback=place),
+]
+Markdown = Annotated[Optional[Path], typer.Option(help="Write the tables to this Markdown file.", callback=place)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")]
 _OUTPUTS, _INPUTS = ("json", "html", "markdown", "save"), ("words", "operator", "model")
 _TENSORS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The options of every command that loads a model."""
+
+    model: ModelName = DEFAULT_MODEL
+    dtype: Annotated[
+        str, typer.Option(help="float32, float64, bfloat16, float16, or auto (as stored).", callback=plain)
+    ] = "float32"
+    device: Annotated[Optional[str], typer.Option(help="Such as cpu or cuda:0.", callback=plain)] = None
+    device_map: Annotated[Optional[str], typer.Option(help="Spread the layers, such as auto.", callback=plain)] = None
+    revision: Annotated[Optional[str], typer.Option(help="A hub model's branch, tag or commit.", callback=plain)] = None
+    bos: Bos = None
+    gate: Annotated[Gate, typer.Option(help="Freeze act(gate) (the paper), freeze up, or the mean of both.")] = (
+        "activation"
+    )
+    memory: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Memory for sweeps beside the map, such as 2GB. Default: a quarter of what is free.", callback=plain
+        ),
+    ] = None
+
+    def load(self) -> Model:
+        """Load the model."""
+        with importing():
+            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (what load will ask for)
+
+            from loclin.models import load
+        with step(f"loading {self.model}"):
+            return load(
+                self.model,
+                dtype=self.dtype,
+                device=self.device,
+                device_map=self.device_map,
+                revision=self.revision,
+            )
+
+
+@dataclass(frozen=True)
+class Freezing(Loading):
+    """The options of every command that freezes a model at a prompt."""
+
+    precision: Annotated[
+        Literal["auto", "stock", "single", "double"],
+        typer.Option(help="The map's own precision: the model's (stock), float32, float64; auto: at least float32."),
+    ] = "auto"
+
+    def linearize(self, text: str) -> Linearization:
+        """Load the model and freeze it at a prompt."""
+        with importing():
+            from loclin.linearization import linearize
+        loaded = self.load()
+        Steps()("reading the prompt")
+        return linearize(loaded, text, gate=self.gate, precision=self.precision, bos=self.bos, memory=self.memory)
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take the options of a group, each under its own name, in the place of the group."""
+    hints, parameters = get_type_hints(command, include_extras=True), []
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint):
+            groups[parameter.name] = hint
+            of_group = get_type_hints(hint, include_extras=True)
+            parameters += [
+                inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=of_group[f.name])
+                for f in fields(hint)
+            ]
+        else:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        command(**made, **given)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
 
 
 running: ContextVar[Any] = ContextVar("running")
@@ -183,6 +240,9 @@ def check() -> None:
     exclude("device", "device_map", why="one device, or layers that are spread")
     if given.get("fresh") and "json" not in given:
         raise OptionError("--fresh is about the JSON file; name it with --json")
+    is_record = "fresh" in given and "json" in given
+    goes_on = f"what is finished is kept: the same command goes on ({given.get('json')})"
+    kept.set(goes_on if is_record else NOTHING)
     outputs = {f"--{name}": given[name] for name in _OUTPUTS if name in given}
     for path in outputs.values():
         check_writable(path)
@@ -192,16 +252,13 @@ def check() -> None:
         outputs["--save's facts"] = save.with_name(f"{save.name}.json")
         check_writable(outputs["--save's facts"])
     check_apart(outputs, {f"--{name}": Path(given[name]) for name in _INPUTS if _is_file(given.get(name))})
-    if "html" in given:
-        with importing():
-            from loclin.report import check_plotly
-
-        check_plotly()
+    if "html" in given and find_spec("plotly") is None:
+        raise MissingExtraError("an HTML page", "plotly", "html")
     if "memory" in given:
         with importing():
             from loclin.network import memory as budgets
 
-        budgets.parse(given["memory"])
+        budgets.parse_memory(given["memory"])
 
 
 def _is_file(value: Any) -> bool:
@@ -217,43 +274,3 @@ def read(prompt: str) -> str:
         When it is empty, or not text.
     """
     return arguments.text("the prompt", read_prompt()) if prompt == "-" else prompt
-
-
-def linearized(
-    text: str,
-    model: str,
-    *,
-    gate: GateOption,
-    precision: PrecisionOption,
-    dtype: str,
-    device: str | None,
-    device_map: str | None,
-    revision: str | None,
-    bos: bool | None,
-    memory: str | None,
-) -> Linearization:
-    """Load a model and freeze it at a prompt."""
-    with importing():
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (what load will ask for)
-
-        from loclin.linearization import linearize
-        from loclin.models import load
-
-    with step(f"loading {model}"):
-        loaded = load(model, dtype=dtype, device=device, device_map=device_map, revision=revision)
-    Steps()("reading the prompt")
-    return linearize(loaded, text, gate=gate.value, precision=precision.value, bos=bos, memory=memory)
-
-
-def write(path: Path | None, make: Callable[[Path], None]) -> None:
-    """Write a result where it was asked for, and name the step: a page takes a while."""
-    if path is not None:
-        Steps()(f"writing {path}")
-        make(path)
-
-
-def wrote(*paths: Path | None) -> None:
-    """Say which files were written."""
-    for path in paths:
-        if path is not None:
-            stderr.print(f"wrote {escape(str(path))}")

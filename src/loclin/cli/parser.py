@@ -8,7 +8,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from loclin.cli import options, streams
-from loclin.cli.console import note, say
+from loclin.cli.console import note, one_clear_line, say
 from loclin.errors import LoclinError
 
 
@@ -26,9 +26,10 @@ class Group(TyperGroup):
     """A command with others below it; the root ends the process."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run what is below."""
+        """Run what is below; whatever goes wrong there is said in one line."""
         options.running.set(ctx)
-        return super().invoke(ctx)
+        with one_clear_line():
+            return super().invoke(ctx)
 
     def main(self, args: Any = None, *more: Any, standalone_mode: bool = True, **others: Any) -> Any:
         """Run the command line and end the process: 0, 1 (not exact), 2 (a mistake), 130 (Ctrl-C), 141 (no reader)."""
@@ -63,6 +64,7 @@ class Group(TyperGroup):
                 raise
             context = getattr(error, "ctx", None)
             where = "loclin" if context is None else context.command_path
-            say(f"{error.format_message().rstrip('.')}; see {where} --help")
+            said = error.format_message().rstrip(".").replace("Value error, ", "")
+            say(f"{said}; see {where} --help")
             return 2
         return code if isinstance(code, int) else 0

@@ -3,38 +3,19 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import Steps, importing, one_clear_line, stdout
-from loclin.cli.console import step as running
-from loclin.cli.options import GateOption
+from loclin.cli.console import Steps, deliver, importing
 from loclin.errors import OptionError
 
-
-class MethodOption(str, Enum):
-    """What can steer, for the parser."""
-
-    operator = "operator"
-    published = "published"
-    basis = "basis"
-    suffix = "suffix"
-    activation = "activation"
-    mean = "mean"
-    random = "random"
+Method = Literal["operator", "published", "basis", "suffix", "activation", "mean", "random"]
 
 
-class FormOption(str, Enum):
-    """The forms of steering, for the parser."""
-
-    add = "add"
-    interpolate = "interpolate"
-
-
+@options.spread
 def steer(
     prompt: Annotated[
         str, typer.Argument(help="The text to go on from; '-' reads it from standard input.", callback=options.plain)
@@ -43,7 +24,6 @@ def steer(
         Optional[list[str]],
         typer.Option(help="A text that means the concept; give it again for more texts.", callback=options.plain),
     ] = None,
-    model: options.ModelName = options.DEFAULT_MODEL,
     layer: Annotated[Optional[int], typer.Option(help="Steer this layer. Default: found by trying.")] = None,
     strength: Annotated[
         Optional[float],
@@ -53,15 +33,16 @@ def steer(
         ),
     ] = None,
     form: Annotated[
-        FormOption, typer.Option(help="Add what steers, scaled to the hidden state's norm, or interpolate (eq. 16).")
-    ] = FormOption.add,
+        Literal["add", "interpolate"],
+        typer.Option(help="Add what steers, scaled to the hidden state's norm, or interpolate (eq. 16)."),
+    ] = "add",
     method: Annotated[
-        MethodOption,
+        Method,
         typer.Option(
             help="The text's map, added at the layer's output (operator), or at its input with the final norm on top "
             "(published, the paper's code); or what it is compared with: see docs/steering.md."
         ),
-    ] = MethodOption.operator,
+    ] = "operator",
     words: Annotated[
         Optional[str],
         typer.Option(
@@ -90,13 +71,8 @@ def steer(
         Optional[float], typer.Option(help="For sampling, with --seed.", callback=options.finite(above=0.0))
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    gate: options.Gate = GateOption.activation,
-    dtype: options.Dtype = "float32",
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = None,
-    bos: options.Bos = None,
-    memory: options.Memory = None,
+    *,
+    loading: options.Loading,
     json: options.Json = None,
     html: options.Html = None,
 ) -> None:
@@ -104,52 +80,38 @@ def steer(
 
     loclin steer "The children are playing with the" --toward "The bank lent the company a large sum of"
     """
-    with one_clear_line():
-        _consistent()
-        text = options.read(prompt)
-        listed = None if words is None else [word.strip() for word in words.split(",") if word.strip()]
-        if listed == []:
-            raise OptionError("--words has no word in it; give some, with commas")
-        with importing():
-            from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (what load will ask for)
-
-            from loclin.models import load
-            from loclin.report import write_text
-            from loclin.report.steering import render_steered, write_steered_html
-            from loclin.steering import Operator
-            from loclin.steering.steer import steer as run
-
-        held = None if operator is None else Operator.load(operator)
-        with running(f"loading {model}"):
-            loaded = load(model, dtype=dtype, device=device, device_map=device_map, revision=revision)
-        sampling = {} if temperature is None else {"temperature": temperature}
-        found, steering = run(
-            loaded,
-            text,
-            toward or (),
-            operator=held,
-            words=listed,
-            method=method.value,
-            layer=layer,
-            strength=strength,
-            form=form.value,
-            rank=rank,
-            normed=normed,
-            gate=gate.value,
-            bos=bos,
-            chat=chat,
-            max_new_tokens=tokens,
-            max_kl=max_kl,
-            seed=seed,
-            memory=memory,
-            progress=Steps(),
-            **sampling,
-        )
-        options.write(save, steering.save)
-        options.write(json, lambda path: write_text(path, found.to_json()))
-        options.write(html, lambda path: write_steered_html(found, path))
-        render_steered(found, stdout)
-        options.wrote(save, json, html)
+    _consistent()
+    text = options.read(prompt)
+    listed = None if words is None else [word.strip() for word in words.split(",") if word.strip()]
+    if listed == []:
+        raise OptionError("--words has no word in it; give some, with commas")
+    with importing():
+        from loclin.steering import Operator
+        from loclin.steering.steer import steer as run
+    held = None if operator is None else Operator.load(operator)
+    found = run(
+        loading.load(),
+        text,
+        toward or (),
+        operator=held,
+        words=listed,
+        method=method,
+        layer=layer,
+        strength=strength,
+        form=form,
+        rank=rank,
+        normed=normed,
+        gate=loading.gate,
+        bos=loading.bos,
+        chat=chat,
+        max_new_tokens=tokens,
+        max_kl=max_kl,
+        seed=seed,
+        memory=loading.memory,
+        progress=Steps(),
+        **({} if temperature is None else {"temperature": temperature}),
+    )
+    deliver(found, json=json, html=html, others={save: found.steering.save} if found.steering else {})
 
 
 def _consistent() -> None:
@@ -160,10 +122,10 @@ def _consistent() -> None:
     made = "a saved operator has its layer, method and rank"
     options.exclude("operator", "layer", "method", "rank", "normed", why=made)
     for option, methods in (("rank", ("operator", "basis")), ("normed", ("operator",))):
-        if option in typed and chosen["method"].value not in methods:
+        if option in typed and chosen["method"] not in methods:
             raise OptionError(f"--{option} is for --method {' and '.join(methods)}; leave it out")
-    if chosen["method"].value not in ("operator", "mean") and len(chosen["toward"] or ()) > 1:
-        raise OptionError(f"--method {chosen['method'].value} takes one --toward; operator and mean take several")
+    if chosen["method"] not in ("operator", "mean") and len(chosen["toward"] or ()) > 1:
+        raise OptionError(f"--method {chosen['method']} takes one --toward; operator and mean take several")
     if chosen["temperature"] is not None and chosen["seed"] is None:
         raise OptionError("--temperature is for sampling: give a --seed, or leave it out")
     searched = chosen["strength"] is None or (chosen["layer"] is None and chosen["operator"] is None)

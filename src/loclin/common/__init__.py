@@ -1,1 +1,1 @@
-"""What every room uses: arguments checked, sums in float64, torch as it is by default."""
+"""Shared by all rooms: checks of arguments, sums in float64, and torch in its default state."""

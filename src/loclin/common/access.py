@@ -1,4 +1,4 @@
-"""Whose a file is: what to say when this user may not use it, and how to leave one that others may."""
+"""File permissions: messages that name a file's owner, and files that others can read."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def reason(fault: OSError, path: Path) -> str:
-    """Say why the system refused: for want of a permission, which file it is that refuses, and whose.
+    """Explain an operating system error; for a missing permission, with the file that refuses and its owner.
 
     Parameters
     ----------
     fault
-        What the system said.
+        The error.
     path
-        What was asked for; the fault's own file name, where it is a whole one, is preferred.
+        The path that was used; the error's own file name is preferred, if it is absolute.
     """
     if not isinstance(fault, PermissionError):
         return fault.strerror or str(fault)
@@ -24,7 +24,7 @@ def reason(fault: OSError, path: Path) -> str:
 
 
 def refusal(path: Path) -> str:
-    """Name the path that refuses access to `path`: itself, or the nearest folder above it that can be seen."""
+    """Name the path that refuses access to `path`: itself, or the nearest parent that exists and can be read."""
     for here in (path, *path.absolute().parents):
         try:
             found = here.stat()
@@ -39,14 +39,14 @@ def refusal(path: Path) -> str:
 def _owner(path: Path, uid: int) -> str:
     try:
         return path.owner()
-    except (KeyError, OSError, NotImplementedError):  # a user of another machine; a system without owners
+    except (KeyError, OSError, NotImplementedError):  # a user of another machine, or a system without owners
         return f"user {uid}"
 
 
 def share(directory: Path) -> None:
-    """Let everyone read, and write, a directory's files who may do so with the directory.
+    """Give a directory's files the directory's own read and write permissions.
 
-    A directory has what the umask leaves; some libraries write files that their owner alone may read.
+    The directory has those of the umask; some libraries write files that only their owner may read.
     """
     mode = stat.S_IMODE(directory.stat().st_mode) & 0o666
     for path in directory.iterdir():

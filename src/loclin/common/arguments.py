@@ -1,4 +1,4 @@
-"""Arguments as they are given, checked before any work: texts, lists of texts, whole numbers and finite ones."""
+"""Checks of arguments before any work: texts, lists of texts, whole numbers and finite numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from loclin.errors import OptionError, PromptError
 
 
 def strings(name: str, given: Any) -> list[str]:
-    """A list of strings; one string alone, which Python would take for the list of its letters, is refused.
+    """A list of strings; a single string, which Python would read as a list of letters, is refused.
 
     Raises
     ------
     OptionError
-        For a string, or for what is no list of strings.
+        For a string, or for anything that is not a list of strings.
     """
     if isinstance(given, str):
-        raise OptionError(f"{name}={given!r} is one string where a list is meant: {name}=[{given!r}]")
+        raise OptionError(f"{name}={given!r} is one string: give a list, {name}=[{given!r}]")
     try:
         found = list(given)
     except TypeError:
@@ -30,7 +30,7 @@ def strings(name: str, given: Any) -> list[str]:
 
 
 def whole(name: str, given: Any, least: int | None = None, most: int | None = None) -> int:
-    """A whole number in a range, also NumPy's or a tensor's, as Python's own; True and False are none.
+    """A whole number in a range, also NumPy's or a tensor's, as an int; True and False are refused.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def whole(name: str, given: Any, least: int | None = None, most: int | None = No
 
 
 def real(name: str, given: Any, least: float | None = None, above: float | None = None) -> float:
-    """A finite number of at least `least`, or above `above`, also NumPy's or a tensor's, as Python's own.
+    """A finite number of at least `least`, or above `above`, also NumPy's or a tensor's, as a float.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def real(name: str, given: Any, least: float | None = None, above: float | None 
     """
     try:
         found = math.nan if isinstance(given, bool | str) else float(given)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # of what is no number, or several
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # not a number, or several
         found = math.nan
     if not math.isfinite(found) or (least is not None and found < least) or (above is not None and found <= above):
         bounds = f" above {above:g}" if above is not None else "" if least is None else f" of {least:g} or more"
@@ -66,7 +66,7 @@ def real(name: str, given: Any, least: float | None = None, above: float | None 
 
 
 def text(name: str, given: str) -> str:
-    """A text that every tokenizer and file can take: not empty, and without half characters.
+    """A text that every tokenizer and file can take: not empty, and without lone surrogates.
 
     Raises
     ------

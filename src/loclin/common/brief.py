@@ -1,4 +1,4 @@
-"""Reprs of results: one short line, whatever they hold."""
+"""Short reprs of results: one line, whatever they contain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LINE, _TEXT, _FEW = 200, 40, 3
 
 
 def brief(self: Any) -> str:
-    """The repr of a dataclass that may hold much: tensors by their shapes, collections by their lengths.
+    """The repr of a large dataclass: tensors by their shapes, collections by their lengths.
 
     Written `__repr__ = brief` in its body. Fields beyond about 200 characters are left out.
     """

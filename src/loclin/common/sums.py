@@ -1,7 +1,7 @@
-"""Sums of squares of large tensors, in float64, and a check of what is summed.
+"""Sums of squares of large tensors in float64, and a check for numbers that are not finite.
 
-PyTorch's own norms add up in the tensor's dtype: of the 2.3 million float32 numbers of a 576 x 4032 matrix they lose
-about 3e-4, and always from the same side, so that nothing built on them is a bound.
+PyTorch's own norms are summed in the tensor's dtype. For the 2.3 million float32 numbers of a 576 x 4032 matrix they
+are too small by about 3e-4, always in the same direction, so they cannot be used for bounds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 from loclin.errors import OptionError
 
 _CHUNK, _CHUNK_ACCELERATOR = 2**15, 2**22
-"""How many numbers are widened at a time: on a CPU what its cache holds."""
+"""How many numbers are converted at a time: on a CPU as many as fit its cache."""
 
 
 def square_sums(x: Tensor, axis: int = 0) -> Tensor:
-    """Sums of squares over `axis` and all that follow it, in float64. No copy of all of `x` is made."""
+    """Sums of squares over `axis` and all later axes, in float64, without a copy of all of `x`."""
     chunk = _CHUNK if x.device.type == "cpu" else _CHUNK_ACCELERATOR
     total = x.new_zeros(x.shape[:axis], dtype=torch.float64)
     summed = tuple(range(axis, x.dim()))
@@ -26,23 +26,23 @@ def square_sums(x: Tensor, axis: int = 0) -> Tensor:
 
 
 def norms(x: Tensor, axis: int = 0) -> Tensor:
-    """Euclidean (Frobenius) norms over `axis` and all that follow it, in float64."""
+    """Euclidean (Frobenius) norms over `axis` and all later axes, in float64."""
     return square_sums(x, axis).sqrt()
 
 
-def relative(difference: Tensor, reference: Tensor) -> float:
+def relative_error(difference: Tensor, reference: Tensor) -> float:
     """|difference| / |reference|, Euclidean norms over everything; 0 / 0 is 0."""
     return (norms(difference) / norms(reference).clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
-def refuse_broken(name: str, vector: Tensor) -> None:
-    """Refuse a vector with NaN or infinite numbers, of which every product would be one too.
+def refuse_non_finite(name: str, vector: Tensor) -> None:
+    """Refuse a vector with NaN or infinite numbers, since every product with it would have them too.
 
     Raises
     ------
     OptionError
-        Saying how many there are.
+        With their number.
     """
     bad = int((~vector.isfinite()).sum()) if vector.is_floating_point() else 0
     if bad:
-        raise OptionError(f"{name} has {bad} of {vector.numel()} numbers that are NaN or infinite")
+        raise OptionError(f"{name} has {bad} of {vector.numel()} numbers that are NaN or infinite: give finite ones")

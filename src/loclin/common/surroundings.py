@@ -1,7 +1,7 @@
-"""What surrounds a call: torch's modes and switches are set aside while loclin computes, and put back afterwards.
+"""Torch's modes and switches: set to their defaults while loclin computes, and restored afterwards.
 
-A result then has the same bits wherever it was asked for: in inference mode, under autocast, without gradients, with
-another default device or dtype, or with TF32 allowed.
+So a result has the same bits whatever surrounds the call: inference mode, autocast, no gradients, another default
+device or dtype, or TF32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _backends: Any = torch.backends
 _NEW = hasattr(_backends.cuda.matmul, "fp32_precision")
-"""Whether torch has a switch for each operation. The older ones then raise where both kinds have been set."""
+"""Whether torch has a switch for each operation. The older switches then raise if both kinds have been set."""
 _ON_CUDA = (_backends.cuda.matmul, *(getattr(_backends.cudnn, name, None) for name in ("conv", "rnn")))
 _ON_CPU = tuple(getattr(_backends.mkldnn, name, None) for name in ("matmul", "conv", "rnn"))
 _SWITCHES: tuple[tuple[Any, str, Any], ...] = (
@@ -36,9 +36,9 @@ _SWITCHES: tuple[tuple[Any, str, Any], ...] = (
 
 
 class _Shared:
-    """A state of the whole process, for as long as any thread needs it: the first in sets it, the last out restores.
+    """A state of the whole process while any thread needs it: the first thread sets it, the last one restores it.
 
-    Each thread restoring what it found would leave the switches set when two overlap.
+    If each thread restored the state that it found, overlapping threads would leave the switches set.
     """
 
     def __init__(self, enter: Callable[[ExitStack], None]) -> None:
@@ -89,9 +89,9 @@ _exact, _plain, _eager = _Shared(_compute_exactly), _Shared(_be_plain), _Shared(
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """No TF32 and no reduced-precision sums inside; afterwards every switch is as it was, also after an error.
+    """Switch TF32 and reduced-precision sums off; every switch is restored afterwards, also after an error.
 
-    The switches belong to the process: what other threads compute meanwhile is exact too.
+    The switches belong to the process: they apply to other threads meanwhile too.
     """
     with _exact():
         yield
@@ -99,23 +99,23 @@ def exact_arithmetic() -> Iterator[None]:
 
 @contextmanager
 def eager_code() -> Iterator[None]:
-    """What is compiled runs as it was written: a compiled graph has no operations to look into."""
+    """Run compiled code eagerly: a compiled graph hides its operations."""
     with _eager():
         yield
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Torch as it is when nothing has been switched: gradients on, no inference mode, no autocast, exact arithmetic.
+    """Set torch to its defaults: gradients on, no inference mode, no autocast, exact arithmetic.
 
-    Also the default device and dtype: the CPU and float32. The dtype belongs to the process, as do the switches of
-    `exact_arithmetic`; all else to the thread.
+    Also the default device and dtype: the CPU and float32. The dtype and the switches of `exact_arithmetic` belong to
+    the process, everything else to the thread.
 
     Raises
     ------
     OptionError
-        Inside a function that torch transforms or traces (`vmap`, `grad`, `jit.trace`, fake tensors): there are no
-        numbers there.
+        Inside a function that torch transforms or traces (`vmap`, `grad`, `jit.trace`, fake tensors), where tensors
+        have no values.
     """
     _refuse_transforms()
     with ExitStack() as stack:
@@ -135,7 +135,7 @@ def plain_torch() -> Iterator[None]:
 
 
 def in_plain_torch(function: F) -> F:
-    """Run a function in `plain_torch`; a generator is in it only while it makes its next value."""
+    """Run a function in `plain_torch`; a generator only while it computes its next value."""
     if not inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -159,7 +159,7 @@ def in_plain_torch(function: F) -> F:
 
 
 def usable(tensor: Tensor) -> Tensor:
-    """A caller's tensor, detached; copied where it was made in inference mode, which autograd does not take."""
+    """A caller's tensor, detached; copied if it was made in inference mode, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 

@@ -1,4 +1,4 @@
-"""Vectors as callers give them, checked before any work."""
+"""Checks of vectors before any work."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loclin.common.sums import refuse_broken
+from loclin.common.sums import refuse_non_finite
 from loclin.common.surroundings import usable
 from loclin.errors import OptionError
 
 
 def is_block(given: Any, dims: int) -> bool:
-    """Whether something has so many dimensions: several vectors at once, and not one."""
+    """Whether something has this many dimensions, so that it is several vectors and not one."""
     try:
         return np.ndim(given) == dims
     except ValueError:  # lists of different lengths
@@ -22,16 +22,16 @@ def is_block(given: Any, dims: int) -> bool:
 
 
 def vectors(name: str, given: Any, **sides: int | None) -> Tensor:
-    """Real numbers in a given shape: a tensor, an array or lists.
+    """Read real numbers of a given shape from a tensor, an array or lists.
 
     Parameters
     ----------
     name
-        What the caller calls them.
+        The argument's name.
     given
-        What was given.
+        Its value.
     sides
-        The sides of the shape, by their names; None for any length.
+        The lengths of the axes, by their names; None for any length.
 
     Raises
     ------
@@ -51,5 +51,5 @@ def vectors(name: str, given: Any, **sides: int | None) -> Tensor:
         raise OptionError(f"{name} has the shape {list(found.shape)}: give [{shape}]")
     if found.is_complex() or found.is_meta or found.layout != torch.strided:
         raise OptionError(f"{name} is complex, sparse, or without numbers: give a dense tensor of real numbers")
-    refuse_broken(name, found)
+    refuse_non_finite(name, found)
     return usable(found)

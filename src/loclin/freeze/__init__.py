@@ -1,17 +1,17 @@
-"""Which coefficients are held: the linear twin of every torch operation, and the context that computes it."""
+"""Freezing: every torch operation also computes a linearised value, with its nonlinear coefficients frozen."""
 
 from loclin.freeze.context import frozen
-from loclin.freeze.hold import Gate, Hold, Precision
 from loclin.freeze.mode import Frozen
-from loclin.freeze.rules import Call, Registration, register
-from loclin.freeze.status import Misuse, Origin
+from loclin.freeze.options import FreezeOptions, Gate, Precision
+from loclin.freeze.rules import ModuleCall, Registration, register
+from loclin.freeze.status import NonlinearUse, Origin
 
 __all__ = [
-    "Call",
+    "ModuleCall",
     "Frozen",
     "Gate",
-    "Hold",
-    "Misuse",
+    "FreezeOptions",
+    "NonlinearUse",
     "Origin",
     "Precision",
     "Registration",

@@ -1,6 +1,7 @@
-"""Attention: the probabilities are held, so all of Q and K; V and the output projection stay live. Equations 11 to 14.
+"""Attention: softmax(Q K^T) is frozen, and with it Q and K; V and the output projection stay live.
 
-Attention that a model spells out (eager) needs no rule: its softmax is held like any other coefficient.
+y = P V W_O with frozen P (paper, equations 11 to 14). Attention that a model computes step by step (eager) needs no
+rule: its softmax is frozen like any other coefficient.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loclin.freeze.operation import Operation, Result
-from loclin.freeze.status import Held, Live
+from loclin.freeze.status import Coefficient, Live
 
 
 def probabilities(
@@ -36,11 +37,11 @@ def probabilities(
             mask = mask.repeat_interleave(groups, dim=-3)
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
-    return probs.nan_to_num(0.0)  # a query that may look at nothing gives nothing
+    return probs.nan_to_num(0.0)  # a query that may attend to nothing
 
 
 def _grouped(per_query_head: Tensor, n_kv_heads: int) -> Tensor:
-    """`[B, H, T, n]` as `[B, H_kv, H/H_kv * T, n]`: grouped queries share a key head without copying it."""
+    """`[B, H, T, n]` as `[B, H_kv, H/H_kv * T, n]`: grouped queries share a key head without a copy of it."""
     return per_query_head.reshape(*per_query_head.shape[:-3], n_kv_heads, -1, per_query_head.shape[-1])
 
 
@@ -50,14 +51,14 @@ def _live(op: Operation, tensor: Tensor) -> Tensor:
 
 
 def attention(op: Operation) -> Result:
-    """`F.scaled_dot_product_attention` with its probabilities held; live as well for the ordinary Jacobian."""
+    """`F.scaled_dot_product_attention` with frozen probabilities; for the ordinary Jacobian they are live."""
     query, key, value = (op.get(i, name) for i, name in enumerate(("query", "key", "value")))
     status = op.status(value)
-    ordinary = op.context.hold.ordinary
-    if isinstance(status, Held):
-        return Held(status.origin)
-    if op.get(4, "dropout_p", 0.0) > 0:  # what it mixes with is drawn anew at each call
-        return op.held()
+    ordinary = op.context.options.ordinary
+    if isinstance(status, Coefficient):
+        return Coefficient(status.origin)
+    if op.get(4, "dropout_p", 0.0) > 0:  # its probabilities are random at each call
+        return op.coefficient()
 
     if ordinary:
         query, key = _live(op, query), _live(op, key)
@@ -70,7 +71,7 @@ def attention(op: Operation) -> Result:
     )
     op.context.keep_probabilities(probs.detach())
     if status is None and not ordinary:
-        return op.held()
+        return op.coefficient()
     live = _live(op, value)
     probs = probs.to(op.context.dtype)
     mixed = _grouped(probs, live.shape[-3]) @ live

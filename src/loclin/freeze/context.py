@@ -1,4 +1,4 @@
-"""The context manager in which a model's forward pass has a linear twin, and its own output is unchanged."""
+"""The context manager in which a forward pass also computes linearised values; the model's output is unchanged."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from loclin.common.surroundings import eager_code, exact_arithmetic
-from loclin.freeze.hold import Hold
 from loclin.freeze.mode import Frozen, Keep
+from loclin.freeze.options import FreezeOptions
 from loclin.freeze.rules import rules_installed
 from loclin.models.replica import exclusive
 
 
 @contextmanager
 def _evaluating(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module of `root`; those that were in training mode are put back into it."""
+    """Set every module of `root` to evaluation mode, and those that were in training mode back at the end."""
     training = [module for module in root.modules() if module.training]
     try:
         for module in training:
@@ -31,32 +31,33 @@ def _evaluating(root: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(
     root: nn.Module,
-    hold: Hold | None = None,
+    options: FreezeOptions | None = None,
     dtype: torch.dtype | None = None,
     *,
     name: str = "",
     collect: bool = False,
     keep: Keep | None = None,
 ) -> Iterator[Frozen]:
-    """Give `root`'s forward passes a linear twin: the coefficients in `hold` are held where the input is.
+    """Compute linearised values in `root`'s forward passes, with the coefficients frozen that `options` say.
 
-    Inside, call `mode.enter(x)` on an input and then `root`; `mode.live(y)` is the output's twin, affine in `x`'s.
-    The model's own values are its own, bit for bit. Graphs built inside stay valid outside. On leaving, hooks and
-    training flags are as they were; weights, classes and registries are never touched. Other threads meet them
-    meanwhile, unless `root` is (part of) a replica (see `loclin.models.replica`), which one thread at a time freezes.
+    Inside, call `mode.enter(x)` on an input and then `root`; `mode.live(y)` is the output's linearised value, affine in
+    that of `x`. The model's own values do not change in any bit. Graphs that are built inside stay valid outside. On
+    leaving, hooks and training flags are as before; weights, classes and registries are never changed. Other threads
+    see the hooks meanwhile, unless `root` is (part of) a replica (see `loclin.models.replica`), which only one thread
+    at a time can freeze.
 
     Parameters
     ----------
     root
         The module to freeze.
-    hold
-        What to hold; the paper's choice by default.
+    options
+        What is frozen; the paper's choice by default.
     dtype
-        The dtype of the linear path; by default what `hold.precision` makes of `root`'s own.
+        The dtype of the linear path; by default from `options.precision` and `root`'s own.
     name
-        `root`'s own path, put in front of the names in error messages.
+        `root`'s own path, a prefix of the names in error messages.
     collect
-        Make a leaf of every constant that is added to a live tensor, in `mode.constants`.
+        Make every constant that is added to a live tensor a leaf, in `mode.constants`.
     keep
         What to remember of each module's attention probabilities `[1, H, T, T]`; nothing by default.
 
@@ -64,10 +65,10 @@ def frozen(
     -----
     Entering costs a walk over `root`'s modules; a forward pass costs two.
     """
-    hold = hold or Hold()
+    options = options or FreezeOptions()
     if dtype is None:
-        dtype = hold.dtype(next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32))
+        dtype = options.dtype(next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32))
     paths = {module: f"{name}.{path}".strip(".") or "model" for path, module in root.named_modules()}
-    mode = Frozen(paths, hold, dtype, collect=collect, keep=keep)
+    mode = Frozen(paths, options, dtype, collect=collect, keep=keep)
     with exclusive(root), exact_arithmetic(), eager_code(), _evaluating(root), rules_installed(paths, mode), mode:
         yield mode

@@ -1,11 +1,11 @@
-"""Operations that are linear in everything they are given: views, sums, casts, and writing one tensor into another."""
+"""Operations that are linear in all their arguments: views, sums, casts, and writes of one tensor into another."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from loclin.freeze.operation import Operation, Result, everywhere, nowhere, words
-from loclin.freeze.status import Held, Live
+from loclin.freeze.status import Coefficient, Live
 
 VIEWS = words(
     "view reshape view_as reshape_as transpose t permute movedim moveaxis swapaxes swapdims T mT H mH flatten "
@@ -13,49 +13,49 @@ VIEWS = words(
     "split_with_sizes tensor_split hsplit vsplit unbind getitem select narrow index_select gather take_along_dim "
     "masked_select diagonal unfold flip roll contiguous clone positive"
 )
-"""A result's every element is one of the argument's."""
+"""Every element of the result is an element of the argument."""
 CASTS = words("to float double half bfloat16 type type_as cpu cuda")
 SUMS = words("sum mean cumsum neg negative diff tril triu diag_embed nansum dropout alpha_dropout")
-"""Linear, with nothing to add."""
+"""Linear, without an added constant."""
 AFFINE = words(
     "add sub subtract rsub iadd isub radd cat concat concatenate stack hstack vstack dstack where masked_fill setitem "
     "index_put index_add index_copy index_fill scatter scatter_add masked_scatter copy fill zero"
 )
-"""Linear, and a constant argument is added to, or put beside, what is live."""
+"""Linear; a constant argument is added to the live ones, or put beside them."""
 _ELEMENTWISE = words("neg negative add sub subtract rsub iadd isub radd clone contiguous") | CASTS
-"""With constants, these keep the result a function of the argument's element."""
+"""Element-wise: with constants, each element of the result is a function of the argument's."""
 
 
 def linear(op: Operation) -> Result:
-    """Do an operation again on the live tensors."""
+    """Apply the operation to the live tensors' linearised values."""
     if op.name in VIEWS and op.status(op.args[0]) is None:
         return None  # only the other tensor's shape was read
     found = op.dependents()
-    held = [status for _, _, status in found if isinstance(status, Held)]
+    coefficients = [status for _, _, status in found if isinstance(status, Coefficient)]
     lives = [status for _, _, status in found if isinstance(status, Live)]
-    if held and not lives:
-        return _pass_on(op, held[0])
+    if coefficients and not lives:
+        return _pass_on(op, coefficients[0])
     additive = _behind_the_condition if op.name == "where" else everywhere if op.name in AFFINE else nowhere
-    linear = op.again(everywhere, additive)
-    same_root = all(status.root is lives[0].root for status in lives) and not held
+    linear = op.recompute(everywhere, additive)
+    same_root = all(status.root is lives[0].root for status in lives) and not coefficients
     root = lives[0].root if same_root and op.name in _ELEMENTWISE else None
     active = lives[0].active and len(lives) == 1 and op.name in VIEWS | _ELEMENTWISE
-    return op.wrap(linear, root, active, op.broken(everywhere))
+    return op.wrap(linear, root, active, op.nonlinear(everywhere))
 
 
 def _behind_the_condition(slot: int | str) -> bool:
     return slot not in (0, "condition")
 
 
-def _pass_on(op: Operation, held: Held) -> Result:
-    """The status of coefficients that were only moved about."""
+def _pass_on(op: Operation, coefficient: Coefficient) -> Result:
+    """The status of a coefficient that was only moved, or summed with others."""
     same = op.name in VIEWS or op.name in CASTS or op.name == "dropout"
-    status = Held(held.origin, held.root, held.probabilities and same)
+    status = Coefficient(coefficient.origin, coefficient.root, coefficient.probabilities and same)
     return status if isinstance(op.out, Tensor) or op.in_place else [status for _ in op.out]
 
 
 def cast(op: Operation) -> Result:
-    """Change of dtype or device: the linear path keeps its own dtype, and follows to the device."""
+    """Change of dtype or device: the linear path keeps its dtype, and moves to the device."""
     status = op.status(op.args[0])
     if not isinstance(status, Live):
         return status
@@ -66,14 +66,14 @@ def cast(op: Operation) -> Result:
 
 
 def same(op: Operation) -> Result:
-    """The tensor itself; where a model stops its gradient, what it computes still depends on the input."""
+    """The tensor itself; also where a model stops the gradient, since the value still depends on the input."""
     return op.status(op.args[0])
 
 
 def pad(op: Operation) -> Result:
     """Padding with zeros is linear; padding with anything else adds a constant that is not collected."""
     mode, value = op.get(2, "mode", "constant"), op.get(3, "value")
-    return op.held() if mode == "constant" and value else linear(op)
+    return op.coefficient() if mode == "constant" and value else linear(op)
 
 
 CONSTANT = words(
@@ -81,4 +81,4 @@ CONSTANT = words(
     "size stride dim numel shape device dtype is_floating_point is_contiguous data_ptr grad item tolist "
     "requires_grad_ record_stream register_hook storage_offset untyped_storage"
 )
-"""Only the shape is read."""
+"""The result depends on the shape only."""

@@ -1,7 +1,8 @@
-"""The mode in which every torch operation is done twice: as the model does it, and on the linear path beside it.
+"""The torch mode that does every operation twice: as the model does it, and on the linear path.
 
-The model's own values are never touched. What depends on the input carries a status (see `loclin.freeze.status`), and
-each operation's result gets its own from those of the arguments.
+For an operation y = f(x) with linearised value A x + b of x, the handler of f (`loclin.freeze.table`) gives the
+linearised value of y. The model's own values are never changed. Tensors that depend on the input carry a status
+(`loclin.freeze.status`).
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from loclin.common.sums import relative
-from loclin.freeze.hold import Hold
+from loclin.common.sums import relative_error
 from loclin.freeze.linear import CASTS
 from loclin.freeze.operation import Operation, Result
-from loclin.freeze.status import Held, Live, Misuse, Origin, Status
+from loclin.freeze.options import FreezeOptions
+from loclin.freeze.status import Coefficient, Live, NonlinearUse, Origin, Status
 from loclin.freeze.table import HANDLERS, is_in_place, plain_name
 from loclin.freeze.widen import without_lowering
 
 UNSEEN = "an operation that loclin cannot see"
 
 Keep = Callable[[Tensor], Tensor]
-"""What to remember of a module's attention probabilities `[B, H, T, T]`."""
+"""Maps a module's attention probabilities `[B, H, T, T]` to what is remembered of them."""
 
-HeldParts = Callable[[tuple[int, ...]], tuple[int, ...]]
-"""(the parts' widths) -> which of them are held."""
+FrozenParts = Callable[[tuple[int, ...]], tuple[int, ...]]
+"""(the widths of the parts of a split) -> which of them are frozen."""
 
 _NOT_THE_MODEL = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
-"""Folders whose code is not the model's; with the separator, for torchao's is beside torch's."""
+"""Folders whose code is not the model's; with the separator, since torchao lies beside torch."""
 _MARK = "_loclin_status"
 _ORDINARY = CASTS | {"scaled_dot_product_attention"}
-"""What is done as ever where nothing is held: the path keeps its own dtype, and attention knows of it."""
+"""Operations with their usual handler for the ordinary Jacobian: casts keep the path's dtype."""
 
 
 class Frozen(TorchFunctionMode):
@@ -46,51 +47,52 @@ class Frozen(TorchFunctionMode):
 
     Attributes
     ----------
-    hold
-        What is held.
+    options
+        What is frozen.
     dtype
         The dtype of the linear path.
     probabilities
-        What `keep` made of attention probabilities, by module path.
+        What `keep` returned for attention probabilities, by module path.
     constants
-        Where constants are collected: (name, leaf) of each that was added to a live tensor.
-    misuses
+        If constants are collected: (name, leaf) of each that was added to a live tensor.
+    nonlinear_uses
         Coefficients that were used as if they were live: with any, the linear path is not the network.
     lookups
-        Rows that other tables than the input embeddings hold of the prompt's tokens: (the table's path, what it gave)
-        by the address of their storage.
-    graph, collect, caps
-        Whether to build the linear path's graph; to make leaves of constants; to take a tanh for a soft cap.
-    unseen
-        True while a rule's module runs whose own operations are of no interest.
+        The rows of the prompt's tokens in tables other than the input embeddings: (the table's path, its output), by
+        the address of the output's storage.
+    graph, collect, soft_caps
+        Whether to build the linear path's graph; to make constants leaves; to treat tanh as a soft cap.
+    opaque
+        True while a module runs whose rule replaces its operations.
     audit
-        A relative error: operations whose twins are further from the model's own values are noted in `misuses`.
+        A relative error: operations whose linearised value is further from the model's own are added to
+        `nonlinear_uses`.
     noise
-        None, or where operations are noted that draw random numbers.
+        None, or a list to which operations are added that draw random numbers.
     """
 
     def __init__(
         self,
         paths: dict[nn.Module, str],
-        hold: Hold,
+        options: FreezeOptions,
         dtype: torch.dtype,
         *,
         collect: bool = False,
         keep: Keep | None = None,
     ) -> None:
         super().__init__()
-        self.hold, self.dtype = hold, dtype
+        self.options, self.dtype = options, dtype
         self.probabilities: dict[str, Tensor] = {}
         self.constants: list[tuple[str, Tensor]] = []
-        self.misuses: list[Misuse] = []
+        self.nonlinear_uses: list[NonlinearUse] = []
         self.lookups: dict[int, tuple[str, Tensor]] = {}
-        self.graph, self.collect, self.caps = True, collect, False
+        self.graph, self.collect, self.soft_caps = True, collect, False
         self.audit: float | None = None
         self.noise: list[Origin] | None = None
-        self.unseen = False
-        self._wide = hold.precision == "double" and not hold.ordinary
+        self.opaque = False
+        self._wide = options.precision == "double" and not options.ordinary
         self._keep, self._paused, self._entered = keep, False, False
-        self._held_parts: dict[str, HeldParts] = {}
+        self._frozen_parts: dict[str, FrozenParts] = {}
         self._paths = {id(module): path for module, path in paths.items()}
         self._modules = {path: module for module, path in paths.items()}
         # with the parameters themselves: the id of one that is offloaded in the meantime would be another's
@@ -103,7 +105,7 @@ class Frozen(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Do the model's own call, then its twin on the linear path."""
+        """Do the model's own call, and then the call on the linear path."""
         if self.noise is None:
             return self._do(func, args, kwargs or {})
         before = _random_states()
@@ -113,9 +115,16 @@ class Frozen(TorchFunctionMode):
         return out
 
     def _do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._wide and self._entered and not self._paused and not self.unseen and args and self._is_model_s(args[0]):
+        if (
+            self._wide
+            and self._entered
+            and not self._paused
+            and not self.opaque
+            and args
+            and self._belongs_to_model(args[0])
+        ):
             func, args, kwargs = without_lowering(func, plain_name(func), args, kwargs)
-        if self._paused or self.unseen or not (self.depends(args) or self.depends(kwargs.values())):
+        if self._paused or self.opaque or not (self.depends(args) or self.depends(kwargs.values())):
             return func(*args, **kwargs)
         in_place = is_in_place(func, args, kwargs)
         before = args[0].detach().clone() if in_place else None
@@ -131,32 +140,32 @@ class Frozen(TorchFunctionMode):
                 self._examine(op, found, self.audit)
         return out
 
-    def _is_model_s(self, value: Any) -> bool:
-        """Whether a tensor is a weight, or depends on the input; the tables of rotations stay as the model has them."""
+    def _belongs_to_model(self, value: Any) -> bool:
+        """Whether a tensor is a weight or depends on the input; tables of rotations stay in the model's dtype."""
         return isinstance(value, nn.Parameter) or self.status(value) is not None
 
     def _examine(self, op: Operation, found: Live, limit: float) -> None:
-        """Note an operation whose twin has another value although its arguments' twins have theirs."""
-        error = _apart(found.linear, op.out)
+        """Note an operation whose linearised value is wrong although those of its arguments are right."""
+        error = _error(found.linear, op.out)
         if not error <= limit:
-            entered = [_apart(s.linear, op.value(tensor)) for _, tensor, s in op.dependents() if isinstance(s, Live)]
+            entered = [_error(s.linear, op.value(tensor)) for _, tensor, s in op.dependents() if isinstance(s, Live)]
             if not op.in_place and all(e <= limit for e in entered):
-                self.misuse(self.origin(op.name), error)
+                self.note_nonlinear_use(self.origin(op.name), error)
 
     def _derive(self, op: Operation) -> Result:
         handler = HANDLERS.get(op.name)
-        if self.hold.ordinary and op.name not in _ORDINARY:
+        if self.options.ordinary and op.name not in _ORDINARY:
             return self._ordinary(op)
-        result = op.held() if handler is None else handler(op)
-        if self._held_parts and op.name == "split" and isinstance(result, list):
-            which = self._held_parts.get(self._module())
-            held = which(tuple(part.shape[-1] for part in op.out)) if which is not None else ()
-            result = [op.held() if index in held else status for index, status in enumerate(result)]
+        result = op.coefficient() if handler is None else handler(op)
+        if self._frozen_parts and op.name == "split" and isinstance(result, list):
+            which = self._frozen_parts.get(self._module())
+            frozen = which(tuple(part.shape[-1] for part in op.out)) if which is not None else ()
+            result = [op.coefficient() if index in frozen else status for index, status in enumerate(result)]
         return result
 
     def _ordinary(self, op: Operation) -> Result:
-        """Nothing held: the operation itself on the live tensors."""
-        return op.wrap(op.again(lambda _slot: True, lambda _slot: False))
+        """Nothing frozen: the operation itself on the live tensors."""
+        return op.wrap(op.recompute(lambda _slot: True, lambda _slot: False))
 
     def depends(self, values: Iterable[Any]) -> bool:
         """Whether any tensor among the values, or in their lists, depends on the input."""
@@ -179,8 +188,8 @@ class Frozen(TorchFunctionMode):
                 self.attach(item, status)
 
     def enter(self, x: Tensor, linear: Tensor | None = None) -> Tensor:
-        """Make `x` an input: returns its twin on the linear path, a leaf (or `linear`, if it is given)."""
-        self._entered = True  # what runs before has no linear path, and is as the model has it
+        """Make `x` an input; returns its linearised value, a leaf (or `linear`, if given)."""
+        self._entered = True  # before this there is no linear path, and nothing is widened
         if linear is None:
             linear = x.detach().to(self.dtype).clone().requires_grad_(self.graph)
         with torch.set_grad_enabled(self.graph):
@@ -189,7 +198,7 @@ class Frozen(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For computing on the linear path itself."""
+        """Compute on the linear path itself, without interception."""
         self._paused = True
         try:
             with torch.set_grad_enabled(self.graph):
@@ -197,57 +206,57 @@ class Frozen(TorchFunctionMode):
         finally:
             self._paused = False
 
-    def hold_parts(self, module: nn.Module, which: HeldParts) -> None:
-        """Where a module's own code splits a tensor, hold some of the parts."""
-        self._held_parts[self._paths[id(module)]] = which
+    def freeze_parts(self, module: nn.Module, which: FrozenParts) -> None:
+        """Freeze some of the parts where a module's own code splits a tensor."""
+        self._frozen_parts[self._paths[id(module)]] = which
 
     def attach(self, tensor: Tensor, status: Status) -> None:
-        """Say what is known of a tensor."""
+        """Set a tensor's status."""
         setattr(tensor, _MARK, (self, status))
 
     def status(self, value: Any) -> Status:
-        """What is known of a tensor."""
+        """A tensor's status."""
         mode, status = getattr(value, _MARK, (None, None)) if isinstance(value, Tensor) else (None, None)
         return status if mode is self else None
 
     def live(self, tensor: Tensor) -> Tensor:
-        """A tensor's twin on the linear path.
+        """A tensor's linearised value.
 
-        A tensor that is a coefficient, or depends on the input by no operation that was seen, is noted in `misuses`,
-        and counts as a constant.
+        A tensor that is a coefficient, or that depends on the input by no operation that was seen, is added to
+        `nonlinear_uses` and counts as a constant.
         """
         status = self.status(tensor)
         if isinstance(status, Live):
-            if status.broken is not None:
-                self.misuse(status.broken.origin, status.broken.error)
+            if status.nonlinear is not None:
+                self.note_nonlinear_use(status.nonlinear.origin, status.nonlinear.error)
             return status.linear
-        self.misuse(status.origin if isinstance(status, Held) else Origin("model", UNSEEN, ""))
+        self.note_nonlinear_use(status.origin if isinstance(status, Coefficient) else Origin("model", UNSEEN, ""))
         return tensor.detach().to(self.dtype)
 
-    def misuse(self, origin: Origin, error: float = 1.0) -> None:
-        """Note a coefficient that is used as if it were live."""
-        if all(origin != known.origin for known in self.misuses):
-            self.misuses.append(Misuse(origin, error))
+    def note_nonlinear_use(self, origin: Origin, error: float = 1.0) -> None:
+        """Note a coefficient that is used as if it were live; once for each origin."""
+        if all(origin != known.origin for known in self.nonlinear_uses):
+            self.nonlinear_uses.append(NonlinearUse(origin, error))
 
     def watch(self, module: nn.Module) -> RemovableHandle:
-        """Note a module that takes something live and gives something that no seen operation ties to it."""
+        """Note a module with a live input whose output depends on it by no operation that is seen."""
         path = self._paths[id(module)]
 
         def left(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             out = output[0] if isinstance(output, tuple) and output else output
             if isinstance(out, Tensor) and out.is_floating_point() and self.status(out) is None:
-                inside = any(known.origin.module.startswith(f"{path}.") for known in self.misuses)
+                inside = any(known.origin.module.startswith(f"{path}.") for known in self.nonlinear_uses)
                 if (
                     not inside
                     and self.depends((*args, *kwargs.values()))
                     and next(module.parameters(), None) is not None
                 ):
-                    self.misuse(Origin(path, UNSEEN, "a fused kernel, compiled code, or not torch"))
+                    self.note_nonlinear_use(Origin(path, UNSEEN, "a fused kernel, compiled code, or not torch"))
 
         return module.register_forward_hook(left, with_kwargs=True)
 
     def constant(self, value: Tensor, original: Any, operation: str) -> Tensor:
-        """A constant that is added to a live tensor; a leaf where constants are collected."""
+        """A constant that is added to a live tensor; a leaf, if constants are collected."""
         if not self.collect or not value.is_floating_point() or not bool(value.any()):
             return value
         known = self._names.get(id(original)) or self._looked_up(original)
@@ -257,7 +266,7 @@ class Frozen(TorchFunctionMode):
         return leaf
 
     def look_up(self, ids: Tensor, embeddings: nn.Module) -> list[RemovableHandle]:
-        """Note what other tables than the input embeddings hold of the prompt's tokens `[1, T]`, for their names."""
+        """Note the rows of the prompt's tokens `[1, T]` in tables other than the input embeddings, for their names."""
         counted = torch.equal(ids[0], torch.arange(ids.shape[1], device=ids.device))  # such ids may be positions
 
         def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -279,7 +288,7 @@ class Frozen(TorchFunctionMode):
             self.probabilities[self._module()] = self._keep(probs if probs.dim() == 4 else probs.unsqueeze(0))
 
     def origin(self, operation: str) -> Origin:
-        """The place in the model that is running: the innermost module on the stack, and its line of code."""
+        """The innermost module on the stack, and its line of code."""
         frame: Any = sys._getframe(1)
         line, path = "", ""
         while frame is not None and not (line and path):
@@ -291,7 +300,7 @@ class Frozen(TorchFunctionMode):
         return Origin(path or "model", operation, line)
 
     def _own_name(self, original: Any) -> str | None:
-        """The name of a parameter in the module that is running, which may have fetched it just now."""
+        """The name of a parameter in the running module, which may have loaded it just now."""
         module = self._modules.get(self._module())
         own = () if module is None else module.named_parameters(recurse=False)
         return next((name for name, parameter in own if parameter is original), None)
@@ -314,6 +323,6 @@ def _has_floats(out: Any) -> bool:
     return isinstance(out, tuple | list) and any(isinstance(o, Tensor) and o.is_floating_point() for o in out)
 
 
-def _apart(linear: Tensor, stock: Tensor) -> float:
+def _error(linear: Tensor, stock: Tensor) -> float:
     wide = stock.detach().to(linear.dtype)
-    return relative(linear.detach() - wide, wide)
+    return relative_error(linear.detach() - wide, wide)

@@ -1,6 +1,6 @@
-"""Norms: 1/rms and 1/std are held, the input (centred for LayerNorm) stays live. Paper, equations 4 to 6.
+"""Norms: x / rms(x) and (x - mean(x)) / std(x), with 1/rms and 1/std frozen (paper, equations 4 to 6).
 
-Norms that a model spells out in arithmetic need no rule: their square roots are held like any other coefficient.
+Norms that a model computes step by step need no rule: their square roots are frozen like any other coefficient.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from loclin.freeze.operation import Operation, Result
 from loclin.freeze.status import Live
 
 Form = Callable[[Operation, Tensor, Live], Live]
-"""(the call, its input, what is known of it) -> the output's status."""
+"""(the call, its input, the input's status) -> the output's status."""
 
 
 def _of_live(form: Form) -> Callable[[Operation], Result]:
-    """A handler for a norm: of something live its form, and of a coefficient another coefficient."""
+    """A handler for a norm: its form if the input is live; a norm of a coefficient is a coefficient."""
 
     @wraps(form)
     def handler(op: Operation) -> Result:
@@ -31,7 +31,7 @@ def _of_live(form: Form) -> Callable[[Operation], Result]:
 
 
 def _wide(op: Operation, x: Tensor) -> Tensor:
-    """The input at no less than float32, in which norms are computed."""
+    """The input in float32 or wider, the dtype of norms."""
     return op.value(x).detach().to(torch.promote_types(op.context.dtype, torch.float32))
 
 
@@ -48,7 +48,7 @@ def _scaled(
 
 @_of_live
 def rms_norm(op: Operation, x: Tensor, status: Live) -> Live:
-    """`F.rms_norm`: x times a held coefficient."""
+    """`F.rms_norm`: x times a frozen coefficient."""
     shape, weight, eps = op.get(1, "normalized_shape"), op.get(2, "weight"), op.get(3, "eps")
     dims = tuple(range(-len(shape), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
@@ -58,7 +58,7 @@ def rms_norm(op: Operation, x: Tensor, status: Live) -> Live:
 
 @_of_live
 def layer_norm(op: Operation, x: Tensor, status: Live) -> Live:
-    """`F.layer_norm`: the centred x times a held coefficient, plus its bias."""
+    """`F.layer_norm`: the centred x times a frozen coefficient, plus its bias."""
     shape, weight, bias = op.get(1, "normalized_shape"), op.get(2, "weight"), op.get(3, "bias")
     dims = tuple(range(-len(shape), 0))
     variance = _wide(op, x).var(dims, unbiased=False, keepdim=True)
@@ -87,6 +87,6 @@ def group_norm(op: Operation, x: Tensor, status: Live) -> Live:
 
 @_of_live
 def normalize(op: Operation, x: Tensor, status: Live) -> Live:
-    """`F.normalize`: x over its held length."""
+    """`F.normalize`: x over its frozen length."""
     length = _wide(op, x).norm(op.get(1, "p", 2.0), op.get(2, "dim", 1), keepdim=True)
     return status.then(status.linear / length.clamp_min(op.get(3, "eps", 1e-12)).to(status.linear.dtype))

@@ -1,4 +1,4 @@
-"""One intercepted torch operation, and how it is done again on the linear path."""
+"""One intercepted torch operation, and its call on the linear path."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from loclin.common.brief import brief
-from loclin.freeze.hold import Hold
-from loclin.freeze.status import Held, Live, Misuse, Origin, Status
+from loclin.freeze.options import FreezeOptions
+from loclin.freeze.status import Coefficient, Live, NonlinearUse, Origin, Status
 
 Result = Status | list[Status]
 Slot = int | str
-"""An argument's place: its position, or its name."""
+"""An argument's position or name."""
 
 
 _NUMBERS: dict[str, tuple[Slot, ...]] = {
@@ -26,25 +26,25 @@ _NUMBERS: dict[str, tuple[Slot, ...]] = {
     "setitem": (2,),
     "fill": (1, "value"),
 }
-"""Where a plain number is a constant that is added, or put beside what is live."""
+"""Slots where a plain number is a constant that is added to live tensors, or put beside them."""
 
 
 @runtime_checkable
 class Context(Protocol):
-    """What an operation needs of the freezing context."""
+    """What an operation needs from the freezing context."""
 
-    hold: Hold
+    options: FreezeOptions
     dtype: torch.dtype
-    caps: bool
+    soft_caps: bool
 
     def status(self, value: Any) -> Status:
-        """What is known of a tensor."""
+        """A tensor's status."""
 
     def origin(self, operation: str) -> Origin:
-        """The place in the model that is running."""
+        """The module that is running, and its line of code."""
 
     def constant(self, value: Tensor, original: Any, operation: str) -> Tensor:
-        """A constant that is added to a live tensor; a leaf where constants are collected."""
+        """A constant that is added to a live tensor; a leaf, if constants are collected."""
 
     def keep_probabilities(self, probs: Tensor) -> None:
         """Remember attention probabilities `[B, H, T, T]`."""
@@ -63,11 +63,11 @@ class Operation:
     func, args, kwargs
         The call.
     in_place
-        Whether it changes its first argument.
+        Whether the call changes its first argument.
     before
-        For calls in place, what the first argument was before.
+        For calls in place, the first argument's value before.
     out
-        What the model's own call gave.
+        The output of the model's own call.
     """
 
     context: Context
@@ -90,11 +90,11 @@ class Operation:
         return self.before if self.in_place and self.before is not None and tensor is self.args[0] else tensor
 
     def status(self, value: Any) -> Status:
-        """What is known of an argument."""
+        """An argument's status."""
         return self.context.status(value)
 
-    def dependents(self) -> list[tuple[Slot, Tensor, Live | Held]]:
-        """The tensor arguments that depend on the input: (place, tensor, status)."""
+    def dependents(self) -> list[tuple[Slot, Tensor, Live | Coefficient]]:
+        """The tensor arguments that depend on the input: (slot, tensor, status)."""
         return [
             (slot, tensor, status)
             for slot, argument in self._slots()
@@ -107,23 +107,23 @@ class Operation:
         yield from self.kwargs.items()
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """A tensor's value in the linear path's dtype: a held coefficient."""
+        """A tensor's value in the linear path's dtype: a frozen coefficient."""
         value = self.value(tensor).detach()
         return value.to(self.context.dtype) if value.is_floating_point() else value
 
-    def again(self, live: Callable[[Slot], bool], additive: Callable[[Slot], bool]) -> Any:
+    def recompute(self, live: Callable[[Slot], bool], additive: Callable[[Slot], bool]) -> Any:
         """The call on the linear path.
 
         Parameters
         ----------
         live
-            The places whose tensors stay live; those of other dependents are held.
+            The slots whose tensors stay live; other tensors that depend on the input are frozen.
         additive
-            The places whose constants are added to what is live.
+            The slots whose constants are added to live tensors.
         """
-        args = [self._twin(slot, value, live, additive) for slot, value in enumerate(self.args)]
+        args = [self._linear_argument(slot, value, live, additive) for slot, value in enumerate(self.args)]
         kwargs = {
-            slot: self._twin(slot, value, live, additive)
+            slot: self._linear_argument(slot, value, live, additive)
             for slot, value in self.kwargs.items()
             if slot not in ("dtype", "out")
         }
@@ -132,9 +132,11 @@ class Operation:
         done = self.func(*args, **kwargs)
         return args[0] if self.in_place else done
 
-    def _twin(self, slot: Slot, value: Any, live: Callable[[Slot], bool], additive: Callable[[Slot], bool]) -> Any:
+    def _linear_argument(
+        self, slot: Slot, value: Any, live: Callable[[Slot], bool], additive: Callable[[Slot], bool]
+    ) -> Any:
         if type(value) in (tuple, list):
-            return type(value)(self._twin(slot, item, live, additive) for item in value)
+            return type(value)(self._linear_argument(slot, item, live, additive) for item in value)
         status = self.status(value)
         if isinstance(status, Live) and live(slot):
             return status.linear
@@ -146,34 +148,38 @@ class Operation:
             return self.context.constant(torch.tensor(float(value), dtype=self.context.dtype), value, self.name)
         return value
 
-    def wrap(self, linear: Any, root: object = None, active: bool = False, broken: Misuse | None = None) -> Result:
-        """Live statuses for what the call gave on the linear path, in the order of its results."""
+    def wrap(
+        self, linear: Any, root: object = None, active: bool = False, nonlinear: NonlinearUse | None = None
+    ) -> Result:
+        """Live statuses for the results of the call on the linear path, in their order."""
         if isinstance(linear, Tensor):
-            return Live(linear, object() if root is None else root, active, broken)
+            return Live(linear, object() if root is None else root, active, nonlinear)
         return [
-            Live(item, active=active, broken=broken) if isinstance(item, Tensor) and item.is_floating_point() else None
+            Live(item, active=active, nonlinear=nonlinear)
+            if isinstance(item, Tensor) and item.is_floating_point()
+            else None
             for item in linear
         ]
 
-    def broken(self, places: Callable[[Slot], bool]) -> Misuse | None:
-        """What makes the twin of a result differ from it: a broken argument, or a coefficient that is added."""
+    def nonlinear(self, slots: Callable[[Slot], bool]) -> NonlinearUse | None:
+        """What makes a result nonlinear: an argument that is nonlinear, or a coefficient that is added."""
         for slot, tensor, status in self.dependents():
-            if places(slot):
-                if isinstance(status, Live) and status.broken is not None:
-                    return status.broken
-                if isinstance(status, Held) and bool(self.value(tensor).any()):
+            if slots(slot):
+                if isinstance(status, Live) and status.nonlinear is not None:
+                    return status.nonlinear
+                if isinstance(status, Coefficient) and bool(self.value(tensor).any()):
                     out = self.out if isinstance(self.out, Tensor) else self.args[0]
                     size = out.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
-                    return Misuse(status.origin, min(1.0, (self.value(tensor).double().norm() / size).item()))
+                    return NonlinearUse(status.origin, min(1.0, (self.value(tensor).double().norm() / size).item()))
         return None
 
-    def held(self, probabilities: bool = False, root: object = None) -> Held:
-        """The status of a result that is not affine."""
-        return Held(self.context.origin(self.name), object() if root is None else root, probabilities)
+    def coefficient(self, probabilities: bool = False, root: object = None) -> Coefficient:
+        """The status of a result that is not affine in the input."""
+        return Coefficient(self.context.origin(self.name), object() if root is None else root, probabilities)
 
 
 def words(names: str) -> frozenset[str]:
-    """A set of operations, written as one text."""
+    """A set of operations, from one string."""
     return frozenset(names.split())
 
 
@@ -190,10 +196,10 @@ def _is_number(value: Any) -> bool:
 
 
 def everywhere(_slot: Slot) -> bool:
-    """Every place."""
+    """Every slot."""
     return True
 
 
 def nowhere(_slot: Slot) -> bool:
-    """No place."""
+    """No slot."""
     return False

@@ -1,11 +1,12 @@
-"""Products: linear in one live factor, the others held at their values."""
+"""Products x * y: linear in one live factor, with the others frozen at their values."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loclin.freeze.operation import Operation, Result, Slot
-from loclin.freeze.status import Held, Live
+from loclin.freeze.status import Coefficient, Live
 
 FACTORS: dict[str, tuple[tuple[Slot, ...], tuple[Slot, ...]]] = {
     "mul": ((0, 1, "other"), ()),
@@ -31,76 +32,76 @@ FACTORS: dict[str, tuple[tuple[Slot, ...], tuple[Slot, ...]]] = {
     "addcmul": ((1, "tensor1", 2, "tensor2"), (0, "input")),
     "einsum": ((1, 2, 3, 4), ()),
 }
-"""Places of the factors, and of what is added to the product."""
+"""The slots of the factors, and of what is added to the product."""
 _SCALES = ("mul", "multiply", "imul", "rmul", "div", "divide", "true_divide", "itruediv")
 MIXERS = ("matmul", "bmm", "einsum")
 
 
 def product(op: Operation) -> Result:
-    """A product: one live factor stays live, every other factor is held.
+    """A product: one live factor stays live, every other factor is frozen.
 
-    Of two live factors the one behind an activation is the gate, and is split as the option says; without an
-    activation the left one is held, as it is where a matrix of weights stands in front of what it mixes. One that is
-    no longer affine is held whatever the option says. A tensor times a function of itself, as in z * sigmoid(z), is
-    an activation.
+    Of two live factors the one behind an activation is the gate, and `FreezeOptions.gate` says which one is frozen.
+    Without an activation the left one is frozen, as attention weights are to the left of what they mix. A factor that
+    is not affine is always frozen. A tensor times a function of itself, such as z * sigmoid(z), is an activation.
     """
     factors, added = FACTORS[op.name]
     found = op.dependents()
     among = [(slot, tensor, status) for slot, tensor, status in found if slot in factors]
     lives = [(slot, tensor, status) for slot, tensor, status in among if isinstance(status, Live)]
-    held = [(tensor, status) for _, tensor, status in among if isinstance(status, Held)]
+    frozen = [(tensor, status) for _, tensor, status in among if isinstance(status, Coefficient)]
     if not among:
-        return op.held()
+        return op.coefficient()
     if not lives:
-        return Held(held[0][1].origin, held[0][1].root, held[0][1].probabilities and op.name in _SCALES)
+        first = frozen[0][1]
+        return Coefficient(first.origin, first.root, first.probabilities and op.name in _SCALES)
 
     if len(lives) == 1:
         (slot, _, one), scale = lives[0], op.name in _SCALES
-        for tensor, status in held:
+        for tensor, status in frozen:
             if status.probabilities and op.name in MIXERS:
                 op.context.keep_probabilities(tensor)
-        own = scale and any(status.root is one.root for _, status in held)
-        active = own or (scale and not held and one.active)
-        return _live(op, slot, root=one.root if scale and (own or not held) else None, active=active)
+        own = scale and any(status.root is one.root for _, status in frozen)
+        active = own or (scale and not frozen and one.active)
+        return _live(op, slot, root=one.root if scale and (own or not frozen) else None, active=active)
     if len(lives) > 2:
         return _live(op, lives[-1][0])
     (left, _, a), (right, _, b) = lives
     if a.root is b.root and op.name in _SCALES:
         return _live(op, left if b.active else right, root=a.root, active=True)
-    if (a.broken is None) != (b.broken is None):  # only one of them can be live
-        return _live(op, right if b.broken is None else left)
+    if (a.nonlinear is None) != (b.nonlinear is None):  # only one of them can be live
+        return _live(op, right if b.nonlinear is None else left)
     if a.active == b.active:
         return _live(op, right)
     gate, up = (left, right) if a.active else (right, left)
-    split = op.context.hold.gate
+    split = op.context.options.gate
     if split == "half":
         linear = 0.5 * (_with_live(op, gate) + _with_live(op, up))
-        return op.wrap(linear, broken=op.broken(lambda slot: slot in (gate, up)))
+        return op.wrap(linear, nonlinear=op.nonlinear(lambda slot: slot in (gate, up)))
     return _live(op, gate if split == "up" else up)
 
 
 def _with_live(op: Operation, one: Slot) -> Tensor:
-    """The product with one factor live, and what is added to it."""
+    """The linearised value with one factor live, and with what is added to the product."""
     added = FACTORS[op.name][1]
-    linear: Tensor = op.again(lambda slot: slot == one or slot in added, lambda slot: slot in added)
+    linear: Tensor = op.recompute(lambda slot: slot == one or slot in added, lambda slot: slot in added)
     return linear
 
 
 def _live(op: Operation, one: Slot, root: object = None, active: bool = False) -> Result:
     added = FACTORS[op.name][1]
-    return op.wrap(_with_live(op, one), root, active, op.broken(lambda slot: slot == one or slot in added))
+    return op.wrap(_with_live(op, one), root, active, op.nonlinear(lambda slot: slot == one or slot in added))
 
 
 def quotient(op: Operation) -> Result:
-    """A quotient: the denominator is held."""
+    """A quotient: the denominator is frozen."""
     numerator = op.status(op.args[0])
     if op.get(2, "rounding_mode") is not None or numerator is None:
-        return op.held()
-    if isinstance(numerator, Held):
-        return Held(numerator.origin, numerator.root)
+        return op.coefficient()
+    if isinstance(numerator, Coefficient):
+        return Coefficient(numerator.origin, numerator.root)
     below = op.get(1, "other")
     status = op.status(below)
-    linear: Tensor = op.again(lambda slot: slot == 0, lambda _slot: False)
+    linear: Tensor = op.recompute(lambda slot: slot == 0, lambda _slot: False)
     constant = status is None
     own = status is not None and status.root is numerator.root
     root = numerator.root if constant or own else None
@@ -108,10 +109,28 @@ def quotient(op: Operation) -> Result:
 
 
 def glu(op: Operation) -> Result:
-    """A * sigmoid(b), the two halves of one tensor: the sigmoid is held."""
+    """A * sigmoid(b), the two halves of one tensor: the sigmoid is frozen."""
     status = op.status(op.args[0])
     if not isinstance(status, Live):
         return status
     dim = op.get(1, "dim", -1)
     gate = op.cast(op.args[0]).chunk(2, dim)[1].sigmoid()
     return status.then(status.linear.chunk(2, dim)[0] * gate)
+
+
+def grouped_mm(op: Operation) -> Result:
+    """`F.grouped_mm(rows, matrices, offs=)` of mixtures of experts: each group of rows has its own matrix.
+
+    Computed group by group on the linear path, so that every dtype works.
+    """
+    rows, matrices = op.args[0], op.args[1]
+    status, offsets, bias = op.status(rows), op.get(2, "offs"), op.get(3, "bias")
+    if not isinstance(status, Live) or op.status(matrices) is not None or offsets is None or bias is not None:
+        return op.coefficient()
+    ends = offsets.tolist()
+    parts = [
+        status.linear[start:end] @ op.cast(matrices[group])
+        for group, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+    ]
+    rest = status.linear.new_zeros(len(rows) - ends[-1], matrices.shape[-1])
+    return status.then(torch.cat([*parts, rest]))

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are stored in a few bits: their kernels cannot be looked into, their weights can."""
+"""Linear layers with quantised weights: their kernels hide the operations, but the weights can be read."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from loclin.models.four_bit import PACKING
 
 _LIBRARIES = ("torchao", "optimum")
-"""Whose tensors stand in for a float weight, and have `dequantize()`."""
+"""Libraries whose tensors represent a float weight, and have `dequantize()`."""
 _STORED = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 _PACKED = ("qweight", "weight_packed", "W_q")
-"""What weights are called that are stored in another shape than their own."""
+"""Names of weights that are stored in another shape."""
 _BY_INPUT = ("act_quant_kwargs", "activation_qtype", "input_quant_func")
-"""What says that the input is rounded too: (in the tensor or the module) then the module is no affine map of it."""
+"""Attributes, of the tensor or the module, that say that the input is rounded too: the module is then not affine."""
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:
-    """The weight `[out, in]` that a linear layer multiplies with; None where the layer is of no known kind.
+    """The weight `[out, in]` that a linear layer multiplies with; None if the layer is of an unknown kind.
 
-    Plain weights are given as they are, in no graph; quantised ones are dequantised at each call.
+    Plain weights are returned without a copy, detached; quantised ones are dequantised at each call.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta:
@@ -35,7 +35,7 @@ def dense_weight(module: nn.Module) -> Tensor | None:
 
 
 def has_dense_weight(module: nn.Module) -> bool:
-    """Whether `dense_weight` gives one. Costs nothing."""
+    """Whether `dense_weight` returns one. Free."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta:
         return False
@@ -51,7 +51,7 @@ def is_quantised(module: nn.Module, _path: str = "") -> bool:
     return _is_four_bit(weight) or (is_traceable_wrapper_subclass(weight) and _home(weight) in _LIBRARIES)
 
 
-def is_unknown(module: nn.Module, _path: str = "") -> bool:
+def is_unreadable(module: nn.Module, _path: str = "") -> bool:
     """Whether a module's own weights are quantised in a way that `dense_weight` cannot read."""
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return not is_quantised(module) and any(
@@ -62,8 +62,8 @@ def is_unknown(module: nn.Module, _path: str = "") -> bool:
     )
 
 
-def why_unknown(module: nn.Module) -> str:
-    """Why a module's quantised weights are of no use."""
+def why_unreadable(module: nn.Module) -> str:
+    """Why a module's quantised weights cannot be used."""
     weight = getattr(module, "weight", None)
     if _rounds_input(module, weight) or type(module).__name__ == "Linear8bitLt":
         return "it rounds its input as well as its weight, so that it is no affine map of its input"
@@ -71,14 +71,14 @@ def why_unknown(module: nn.Module) -> str:
 
 
 def compute_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """The dtype a layer computes in, where it says so and that is coarser than that of its output."""
+    """The dtype in which a layer computes, if it is coarser than that of its output; else the output's."""
     found = torch.bfloat16 if packs(module) else getattr(module, "compute_dtype", None)
     coarser = isinstance(found, torch.dtype) and torch.finfo(found).eps > torch.finfo(dtype).eps
     return found if coarser and isinstance(found, torch.dtype) else dtype
 
 
 def packs(module: nn.Module) -> bool:
-    """Whether bitsandbytes takes its bfloat16 kernel for a layer: some CPUs have one, whatever `compute_dtype` says."""
+    """Whether bitsandbytes uses its bfloat16 kernel for a layer, as on some CPUs, whatever `compute_dtype` says."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not _is_four_bit(weight) or weight.device.type != "cpu":
         return False

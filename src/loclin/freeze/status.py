@@ -1,4 +1,4 @@
-"""What is known of a tensor that depends on the frozen network's input."""
+"""The status of a tensor that depends on the frozen network's input: live, or a coefficient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loclin.common.brief import brief
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an operation took place: the module's path, the operation's name, and its line of code."""
+    """Where an operation was called: the module's path, the operation's name, and its line of code."""
 
     module: str
     operation: str
@@ -22,10 +22,10 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Misuse:
-    """A coefficient that is added to a live tensor, or leaves a layer alone: what it breaks is not linear.
+class NonlinearUse:
+    """A coefficient used where only a live tensor keeps the network linear: in a sum, or as a layer's output.
 
-    `error` is the coefficient's share of what it is added to: |coefficient| / |sum|.
+    `error` is its relative size in the sum: |coefficient| / |sum|.
     """
 
     origin: Origin
@@ -34,30 +34,38 @@ class Misuse:
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """A tensor that is affine in the input: `linear` is its twin on the linear path, and has the graph.
+    """A tensor that is affine in the input.
 
-    `root` names the tensor that this one is a function of, element by element; `active` is True behind an activation,
-    so that a product with it is a gated one. `broken` is set where a coefficient was added: then the twin is not the
-    tensor, and may not leave the network. It may still be a coefficient itself.
+    Attributes
+    ----------
+    linear
+        Its linearised value, with the graph.
+    root
+        Identifies the tensor of which this one is a function, element by element.
+    active
+        Whether it comes from an activation, so that a product with it is a gated one.
+    nonlinear
+        Set where a coefficient was added: the linearised value then differs from the tensor, which may be used as a
+        coefficient, but not leave the network.
     """
 
     linear: Tensor
     root: object = field(default_factory=object)
     active: bool = False
-    broken: Misuse | None = None
+    nonlinear: NonlinearUse | None = None
 
     __repr__ = brief
 
     def then(self, linear: Tensor, root: object = None, active: bool = False) -> Live:
-        """What a linear operation makes of this tensor."""
-        return Live(linear, object() if root is None else root, active, self.broken)
+        """The status of the result of a linear operation on this tensor."""
+        return Live(linear, object() if root is None else root, active, self.nonlinear)
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """A tensor that is not affine in the input: good as a coefficient, and for nothing else.
+class Coefficient:
+    """A tensor that is not affine in the input: it can only be used as a frozen coefficient.
 
-    `probabilities` is True for what a softmax gave, until something is mixed with it.
+    `probabilities` is True for the output of a softmax, until something is multiplied by it.
     """
 
     origin: Origin
@@ -65,5 +73,5 @@ class Held:
     probabilities: bool = False
 
 
-Status = Live | Held | None
+Status = Live | Coefficient | None
 """None: the tensor does not depend on the input."""

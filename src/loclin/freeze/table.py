@@ -1,4 +1,4 @@
-"""What each torch operation becomes on the linear path. What is not in the table gives a coefficient."""
+"""How each torch operation is linearised. The result of an operation that is not in the table is a coefficient."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from torch import Tensor
 
 from loclin.freeze import linear, norms, products, unary
 from loclin.freeze.attention import attention
-from loclin.freeze.grouped import grouped_mm
 from loclin.freeze.operation import Operation, Result
 
 Handler = Callable[[Operation], Result]
 
 
 def _softmax(op: Operation) -> Result:
-    return op.held(probabilities=True)
+    return op.coefficient(probabilities=True)
 
 
 def _nothing(_op: Operation) -> None:
@@ -39,7 +38,7 @@ HANDLERS: Mapping[str, Handler] = {
     "group_norm": norms.group_norm,
     "normalize": norms.normalize,
     "scaled_dot_product_attention": attention,
-    "grouped_mm": grouped_mm,
+    "grouped_mm": products.grouped_mm,
 }
 
 IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv")

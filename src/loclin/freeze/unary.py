@@ -1,4 +1,4 @@
-"""Activations: f(z) is a held ratio times z. Paper, equations 7 to 10."""
+"""Activations: f(z) = f(0) + r z with the frozen secant slope r = (f(z) - f(0)) / z (paper, equations 7 to 10)."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 
 from loclin.freeze.operation import Operation, Result, words
-from loclin.freeze.status import Held, Live
+from loclin.freeze.status import Coefficient, Live
 
 ACTIVATIONS = words(
     "silu gelu relu relu6 mish elu selu celu leaky_relu prelu rrelu hardswish hardshrink softshrink square pow"
 )
-"""What MLPs use between their matrices."""
+"""The activations of MLPs."""
 SQUASHES = words("tanh erf sigmoid hardsigmoid softplus logsigmoid exp exp2 log rsqrt reciprocal sin cos")
-"""Functions of one element that gate, cap or decay: coefficients, but for the tanh of a soft cap on the logits."""
+"""Element-wise functions that gate, cap or decay: coefficients, except for the tanh of a soft cap on the logits."""
 CLAMPS = words("clamp clip clamp_min clamp_max maximum minimum")
-"""The same, but a clamp is no gate."""
+"""Element-wise functions that do not make a gate."""
 
 
 def unary(op: Operation) -> Result:
-    """f(z) as f(0) plus a held ratio times z; a coefficient where f is no activation."""
+    """f(z) as f(0) plus a frozen slope times z; a coefficient if f is not an activation."""
     z = op.args[0] if op.args else op.kwargs["input"]
     status = op.status(z)
     if not isinstance(status, Live):
-        return Held(status.origin, status.root) if isinstance(status, Held) else op.held()
-    if op.name in SQUASHES and not (op.context.caps and op.name == "tanh"):
-        return op.held(root=status.root)
+        return Coefficient(status.origin, status.root) if isinstance(status, Coefficient) else op.coefficient()
+    if op.name in SQUASHES and not (op.context.soft_caps and op.name == "tanh"):
+        return op.coefficient(root=status.root)
     if any(tensor is not z for _, tensor, _ in op.dependents()):
-        return op.held(root=status.root)
+        return op.coefficient(root=status.root)
 
     rest = {name: value for name, value in op.kwargs.items() if name not in ("input", "out", "inplace")}
     form = secant(lambda value: op.func(value, *op.args[1:], **rest), op.value(z), op.out, op.context.dtype)
     if form is None:
-        return op.held(root=status.root)
+        return op.coefficient(root=status.root)
     linear = status.linear * form.ratio
     if form.at_zero is not None:
         linear = linear + op.context.constant(form.at_zero, None, op.name)
@@ -50,9 +50,9 @@ class Secant(NamedTuple):
 
 
 def secant(f: Callable[[Tensor], Tensor], z: Tensor, out: Tensor, dtype: torch.dtype) -> Secant | None:
-    """The line through f(0) and f(z); at z = 0 its limit, with the slope f'(0). None where f(0) is not finite.
+    """The line through f(0) and f(z), element by element; its slope at z = 0 is the limit f'(0).
 
-    Cost: f once more, at zero.
+    None where f(0) is not finite. Cost: f once more, at zero.
     """
     z = z.detach()
     origin = torch.zeros_like(z, requires_grad=True)

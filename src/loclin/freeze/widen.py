@@ -1,7 +1,7 @@
-"""The precision rule for float64 models: what they cast to float32 stays in float64.
+"""The precision rule of float64 linear paths: casts from float64 to a lower dtype are left out.
 
-Norms, softmax, routers and rotations are cast to float32 in the model's own code, whatever the model's dtype; with
-coefficients rounded so, J x stops at 1e-8. Under `precision="double"` such casts are not done.
+Models cast norms, softmax, routers and rotations to float32 in their own code, whatever their dtype. Coefficients that
+are rounded so limit J x to 1e-8. With `precision="double"` such casts are not done.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def _wide(value: Any) -> Any:
 def without_lowering(
     func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The same call, but for what would cast a float64 tensor to less: that is left out."""
+    """The same call without its cast of a float64 tensor to a lower dtype."""
     if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float64:
         return func, args, kwargs
-    if name in FACTORS:  # a weight that was kept in float32 for what was to be cast to it
+    if name in FACTORS:  # a weight in float32, for an input that would have been cast to it
         return func, tuple(_wide(value) for value in args), {key: _wide(value) for key, value in kwargs.items()}
     if name in _CASTS:
         return Tensor.to, (args[0], torch.float64), {}

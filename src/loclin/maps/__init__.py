@@ -1,1 +1,1 @@
-"""The exact linear maps that people hold, their spectra and their certificate."""
+"""Exact linear maps, their spectra and their certificate."""

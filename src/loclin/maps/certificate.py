@@ -1,25 +1,29 @@
-"""Is the map exact, and if not, which module breaks it.
+"""Whether a map is exact, and if not, which module is not linear.
 
-A small reconstruction error certifies bookkeeping only: y x^T / |x|^2 reconstructs too. So the certificate also holds
-the adjoint test, linearity, a vanishing second derivative, and agreement with an independent slow path.
+A small reconstruction error |J x + b - y| proves little: y x^T / |x|^2 reconstructs y too. So the certificate also
+checks <u, J v> = <J^T u, v>, J(a v + w) = a J v + J w, dJ/dx = 0, and rows of J against a slow, independent backward
+pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loclin.common.brief import brief
-from loclin.common.sums import norms, relative
+from loclin.common.sums import norms, relative_error
 from loclin.common.surroundings import in_plain_torch
-from loclin.freeze import Hold, Origin, frozen
+from loclin.freeze import FreezeOptions, Origin, frozen
 from loclin.maps.linear_map import LinearMap
-from loclin.network.link import LayerLink, at_entry, whole_graph
-from loclin.network.route import first, logits_at
+from loclin.models.forward import hidden_output, hooked, logits_at
+from loclin.network.graph import hook_input, network_graph
+from loclin.network.link import LayerLink
 from loclin.network.trace import Trace
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
 
 _ROWS = 3
 _FORWARD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
@@ -27,22 +31,22 @@ _FORWARD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 3
 
 
 _MOST_CANCELLED = 30.0
-"""Where what is summed is larger than the sum by more, the dtype is too coarse for the map to count as exact."""
+"""The most by which the numbers that are summed may exceed their sum: beyond, a dtype is too coarse for a map."""
 
 
 def tolerance(trace: Trace) -> float:
     """The largest relative error at which a map counts as exact, where nothing cancels.
 
     In float32 that is 25 units in the last place: kernels add in an order of their own, and the worst of 81 small
-    networks missed by 4 on any of them, measured in the size of what is summed (see `cancelled`).
+    networks is off by 4, relative to the size of the numbers that are summed (see `cancellation`).
     """
     if trace.dtype == torch.float64:
-        return 1e-6 if trace.hold.keeps_stock(trace.route.dtype) else 1e-12
+        return 1e-6 if trace.options.keeps_stock(trace.sequence.dtype) else 1e-12
     return {torch.float32: 3e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}[trace.dtype]
 
 
-def cancelled(pushed: Tensor, y: Tensor) -> float:
-    """How much larger the numbers that are summed are than their sum: rounding is relative to those.
+def cancellation(pushed: Tensor, y: Tensor) -> float:
+    """By how much the numbers that are summed exceed their sum: rounding is relative to those numbers.
 
     `pushed` `[n, d]` is J applied to the input with random signs: its square is on average the sum of all squares.
     """
@@ -52,7 +56,7 @@ def cancelled(pushed: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Culprit:
-    """An operation that is not linear in its input although its coefficients are held.
+    """An operation that is not linear in its input although its coefficients are frozen.
 
     Attributes
     ----------
@@ -61,7 +65,7 @@ class Culprit:
     kind
         The module's class.
     error
-        How much of the operation's output is not linear: |what a linear twin misses| / |output|.
+        |linearised value - output| / |output| of the operation.
     operation, line
         The operation, and its line of code.
     """
@@ -83,13 +87,13 @@ class Check:
     Attributes
     ----------
     name, formula, meaning
-        What it is: in a word, in symbols, in a sentence.
+        The check in a word, in symbols, and in a sentence.
     value, limit
-        The error, and what it must not pass.
+        The error, and its limit.
     passed
-        Whether it does not.
+        Whether the error is within the limit.
     identical
-        Whether what is compared is equal in every bit.
+        Whether the compared values are equal in every bit.
     """
 
     name: str
@@ -102,7 +106,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Result):
     """How exact a map is. Every error is relative and has no unit.
 
     Attributes
@@ -110,8 +114,8 @@ class Certificate:
     reconstruction_error
         |J x + b - y_frozen| / |y_frozen|, J x by one forward product: is the algebra right?
     forward_error
-        |y_frozen - y_model| / |y_model| over all positions. Zero where the linear path has the model's dtype; else what
-        the model's own rounding amounts to.
+        |y_frozen - y_model| / |y_model| over all positions. Zero where the linear path has the model's dtype; else the
+        size of the model's own rounding.
     bit_identical
         Whether the model's forward pass inside the freeze equals the one outside in every bit.
     std_error
@@ -127,11 +131,13 @@ class Certificate:
     bias_share
         |b| / |y|.
     tolerance
-        What the errors must not pass: rounding in this dtype, more where larger numbers cancel.
+        The limit of the errors: rounding in this dtype, more where larger numbers cancel.
     forward_tolerance
-        What the forward error must not pass: 0 where the linear path has the model's dtype.
+        The limit of the forward error: 0 where the linear path has the model's dtype.
     culprits
         When the certificate fails: the operations that are not linear.
+    provenance, warnings
+        Which map it is of, and warnings about the prompt.
     """
 
     reconstruction_error: float
@@ -146,7 +152,10 @@ class Certificate:
     tolerance: float
     forward_tolerance: float
     culprits: tuple[Culprit, ...]
+    provenance: Provenance | None = None
+    warnings: list[str] = field(default_factory=list)
 
+    derived = ("passed",)
     __repr__ = brief
 
     @property
@@ -186,7 +195,7 @@ class Certificate:
             check(
                 "second derivative",
                 "∂J/∂x = 0",
-                "It no longer depends on its input: nothing nonlinear was left live.",
+                "The map does not depend on its input: every nonlinear coefficient is frozen.",
                 self.second_derivative,
             ),
             check(
@@ -197,14 +206,20 @@ class Certificate:
             ),
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self) | {"culprits": [asdict(culprit) for culprit in self.culprits], "passed": self.passed}
+    def table(self) -> dict[str, list[Any]]:
+        """One row per check: name, formula, value, limit, passed."""
+        checks = self.checks()
+        return {name: [getattr(c, name) for c in checks] for name in ("name", "formula", "value", "limit", "passed")}
+
+    def facts(self) -> dict[str, Any]:
+        """Its errors, and whether it passed, as plain values: what the provenance of other results holds."""
+        left_out = ("provenance", "warnings", "result")
+        return {name: value for name, value in self.to_dict().items() if name not in left_out}
 
 
 @in_plain_torch
 def certify(J: LinearMap, seed: int = 0) -> Certificate:
-    """Certify a map from the embeddings; from then on, what is saved of it carries the certificate.
+    """Certify a map from the embeddings; results that are made of it later carry the certificate.
 
     Cost: about ten columns, one backward pass through the whole frozen model, and one small graph per layer.
     """
@@ -219,16 +234,16 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     products = u.double() @ pushed_v.double(), (J.rmatvec(u).double() * v.double()).sum()
     adjoint = (products[0] - products[1]).abs() / (norms(u) * norms(pushed_v))
     stock = trace.stock_final[0, J.position].to(J.device, J.dtype) if J.target.kind == "final" else y
-    error = relative(reconstruction - y, y)
-    limit = tolerance(trace) * cancelled(torch.stack(signed), y)
+    error = relative_error(reconstruction - y, y)
+    limit = tolerance(trace) * cancellation(torch.stack(signed), y)
     second = max(_second_derivative(link) for link in J.chain.layers)
     row_error = _row_error(J, random)
-    exact = max(error, second, row_error) <= limit and not trace.misuses and not trace.random
+    exact = max(error, second, row_error) <= limit and not trace.nonlinear_uses and not trace.random
     model_final = trace.stock_final.to(J.dtype)
-    keeps = trace.hold.keeps_stock(trace.route.dtype)
+    keeps = trace.options.keeps_stock(trace.sequence.dtype)
     certificate = Certificate(
         reconstruction_error=error,
-        forward_error=relative(trace.final - model_final, model_final),
+        forward_error=relative_error(trace.final - model_final, model_final),
         bit_identical=trace.bit_identical,
         std_error=((reconstruction - stock).std() / stock.std()).item(),
         adjoint_error=adjoint.item(),
@@ -237,12 +252,14 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
         ).item(),
         second_derivative=second,
         row_error=row_error,
-        bias_share=relative(J.bias, y),
+        bias_share=relative_error(J.bias, y),
         tolerance=limit,
-        forward_tolerance=0.0 if keeps else _FORWARD_TOLERANCE[trace.route.dtype],
-        culprits=() if exact else tuple(culprits(trace, J.chain.hold, limit)),
+        forward_tolerance=0.0 if keeps else _FORWARD_TOLERANCE[trace.sequence.dtype],
+        culprits=() if exact else tuple(find_culprits(trace, J.chain.options, limit)),
+        provenance=J.provenance(),
+        warnings=J.warnings,
     )
-    J.certificate = certificate.to_dict()
+    J.certificate = certificate.facts()
     return certificate
 
 
@@ -256,13 +273,13 @@ def _second_derivative(link: LayerLink) -> float:
     if not pulled.requires_grad:
         return 0.0
     (again,) = torch.autograd.grad(pulled.sum(), x, allow_unused=True)
-    return 0.0 if again is None else relative(again * x, pulled.detach())
+    return 0.0 if again is None else relative_error(again * x, pulled.detach())
 
 
 def _row_error(J: LinearMap, random: torch.Generator) -> float:
-    """Sampled rows of J against one backward pass through the whole frozen model, links and sweeps unused."""
+    """Sampled rows of J against one backward pass through the whole frozen model, without links and sweeps."""
     trace = J.chain.trace
-    graph = whole_graph(trace, J.chain.hold)
+    graph = network_graph(trace, J.chain.options)
     leaf, final = graph.points["resid_pre"], graph.points["resid_post"]
     if not final.requires_grad:
         return 1.0
@@ -271,54 +288,50 @@ def _row_error(J: LinearMap, random: torch.Generator) -> float:
     cotangents[range(_ROWS), rows] = 1.0
     slow = [torch.autograd.grad(final[0, J.position, row], leaf, retain_graph=True)[0][0] for row in rows.tolist()]
     reference = torch.stack(slow).to(J.device)
-    return relative(J.rmatmat(cotangents) - reference, reference)
+    return relative_error(J.rmatmat(cotangents) - reference, reference)
 
 
-def culprits(trace: Trace, hold: Hold, limit: float) -> list[Culprit]:
+def find_culprits(trace: Trace, options: FreezeOptions, limit: float) -> list[Culprit]:
     """The operations that are not linear, in the order in which they run.
 
-    Every operation's twin is compared with the model's own value; a module that takes something live and gives
-    something that no operation tied to it is named too. Cost: three forward passes.
+    Every operation's linearised value is compared with the model's own value. A module whose output does not depend on
+    its live input by any operation that loclin sees is named too. Cost: three forward passes.
     """
     hf = trace.model.hf
     kinds = {name or "model": type(module).__name__ for name, module in hf.named_modules()}
 
-    with torch.no_grad(), frozen(hf, hold, trace.dtype) as mode:
-        mode.graph, mode.audit = False, max(10 * limit, 1e-6 if trace.route.dtype == torch.float64 else 1e-4)
-        if trace.route.dtype in (torch.float16, torch.bfloat16):
+    with torch.no_grad(), frozen(hf, options, trace.dtype) as mode:
+        mode.graph, mode.audit = False, max(10 * limit, 1e-6 if trace.sequence.dtype == torch.float64 else 1e-4)
+        if trace.sequence.dtype in (torch.float16, torch.bfloat16):
             mode.audit = 0.1
 
-        def entered(hidden: Tensor) -> None:
+        def enter(hidden: Tensor) -> None:
             mode.enter(hidden)
 
-        handles = [*(mode.watch(module) for module in hf.modules()), at_entry(trace, entered)]
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            if mode.status(hidden_output(output)) is not None:
+                mode.live(hidden_output(output))
 
-        def left_all(_module: nn.Module, _args: Any, output: Any) -> None:
-            if mode.status(first(output)) is not None:
-                mode.live(first(output))
-
-        handles.append(trace.route.exit.register_forward_hook(left_all))
-        try:
+        handles = [*(mode.watch(module) for module in hf.modules()), hook_input(trace, enter)]
+        handles.append(trace.sequence.exit.register_forward_hook(leave))
+        with hooked(handles):
             logits_at(trace.model, trace.input_ids, trace.length - 1)
-        finally:
-            for handle in handles:
-                handle.remove()
-    found = dict.fromkeys(misuse.origin for misuse in (*trace.misuses, *mode.misuses))
-    errors = {misuse.origin: misuse.error for misuse in (*mode.misuses, *trace.misuses)}
+    found = dict.fromkeys(use.origin for use in (*trace.nonlinear_uses, *mode.nonlinear_uses))
+    errors = {use.origin: use.error for use in (*mode.nonlinear_uses, *trace.nonlinear_uses)}
     named = [origin for origin in found if origin.line] or list(found)
     named_errors = [(origin, errors[origin]) for origin in named] + [(o, 1.0) for o in random_operations(trace)]
     return [Culprit(o.module, kinds.get(o.module, "?"), error, o.operation, o.line) for o, error in named_errors]
 
 
 def random_operations(trace: Trace) -> list[Origin]:
-    """The operations that draw random numbers, where the model gives another output at each run; each once.
+    """The operations that draw random numbers, each once, if the model's output differs from run to run.
 
     Cost: three forward passes.
     """
     if not trace.random:
         return []
     hf = trace.model.hf
-    with torch.no_grad(), frozen(hf, trace.hold, trace.dtype) as mode:
+    with torch.no_grad(), frozen(hf, trace.options, trace.dtype) as mode:
         mode.noise = []
         logits_at(trace.model, trace.input_ids, trace.length - 1)
     return list(dict.fromkeys(mode.noise))

@@ -1,7 +1,8 @@
 """The maps of every layer: from the embeddings to each, each layer's own, and from each to the end.
 
-Each is handed on as it is made and not kept. How they are made is a matter of cost: one forward sweep gives all maps
-from the embeddings, one backward sweep all maps to the end.
+With y_l = L_l ... L_1 x, `cumulative` maps are products of the first factors, and all of them are by-products of one
+forward sweep; `suffix` maps are products of the last factors, from one backward sweep. Maps are yielded one by one and
+not kept.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from torch import Tensor
 
 from loclin.common.arguments import strings
 from loclin.common.brief import brief
-from loclin.common.sums import relative
+from loclin.common.sums import relative_error
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
 from loclin.maps.linear_map import LinearMap
 from loclin.network import cost, memory
+from loclin.network.autograd import batched_jvp, push_constants
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
-from loclin.network.link import NormLink, batched_jvp, pushed_constants
+from loclin.network.ends import NormLink
 from loclin.network.points import Point
 from loclin.network.prefix import prefix_maps
 
 Mode = Literal["cumulative", "layerwise", "suffix"]
 """`cumulative`: embed -> the point; `layerwise`: the layer's input -> the point; `suffix`: the point -> final."""
-Route = Literal["forward", "backward"]
+Direction = Literal["forward", "backward"]
 COMPONENTS = ("attn_out", "mlp_out", "resid_post")
 
 
@@ -39,15 +41,15 @@ class LayerMap:
     Attributes
     ----------
     layer, component
-        Which.
+        The layer and the component.
     maps
         Each token's map `[T, d_out, d_in]`, a view that the next layer overwrites.
     joint
         The same side by side, `[d_out, T d_in]`.
     value
-        y, the network's own value at the map's end `[d_out]`.
+        y, the network's own value at the map's target `[d_out]`.
     bias
-        What does not come from the map's source `[d_out]`.
+        b, the part of y that does not come from the map's source `[d_out]`.
     reconstruction_error
         |J x + b - y| / |y|.
     """
@@ -64,39 +66,39 @@ class LayerMap:
 
 
 def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[str, ...]:
-    """The components to look at: those asked for, or all that every layer has.
+    """Read the components: those asked for, or all that every layer has.
 
     Raises
     ------
     OptionError
-        For one that does not exist, or that no module of a layer gives alone.
+        For one that does not exist, or that is not the output of a module in every layer.
     """
     trace = chain.trace
     if components is None:
-        parts = [call.block.parts for call in trace.layers]
-        known = [("attn_out", all(p.attn for p in parts)), ("mlp_out", all(p.mlp for p in parts)), ("resid_post", True)]
-        return tuple(name for name, there in known if there)
+        found = [call.block.sublayers for call in trace.layers]
+        has = {"attn_out": all(s.attn for s in found), "mlp_out": all(s.mlp for s in found), "resid_post": True}
+        return tuple(name for name in COMPONENTS if has[name])
     components = strings("components", components)
     if not components or not set(components) <= set(COMPONENTS):
         raise OptionError(f"components={components!r}: choose some of {', '.join(COMPONENTS)}")
     for component in components:
         for layer in range(trace.n_layers) if component != "resid_post" else ():
-            trace.part(layer, component)
+            trace.sublayer_path(layer, component)
     return tuple(name for name in COMPONENTS if name in components)
 
 
-def plan_route(
+def plan_direction(
     chain: Chain, position: int, components: Sequence[str], budget: int | float | str | None = None
-) -> Route:
-    """The cheaper way to the maps from the embeddings: one forward sweep, or one backward for each component and layer.
+) -> Direction:
+    """Choose how to make the maps from the embeddings: one forward sweep, or one backward for each component and layer.
 
-    By counted flops; the forward sweep is taken where its tangents fit the budget.
+    By counted flops; the forward sweep only where its tangents fit the budget.
     """
     trace = chain.trace
-    forward = cost.prefix_sweep(chain, position, range(trace.length))
+    forward = cost.prefix_sweep_cost(chain, position, range(trace.length))
     embed = Point("embed")
     backward = sum(
-        cost.sweep(chain, embed, Point(name, layer), trace.width).flops
+        cost.sweep_cost(chain, embed, Point(name, layer), trace.width).flops
         for name in components
         for layer in range(trace.n_layers)
     )
@@ -112,7 +114,7 @@ def layer_maps(
     components: Sequence[str],
     *,
     normed: bool = True,
-    route: str | None = None,
+    direction: str | None = None,
     budget: int | float | str | None = None,
     progress: Callable[[int], None] = lambda _columns: None,
 ) -> Iterator[LayerMap]:
@@ -130,12 +132,12 @@ def layer_maps(
         From `check_components`.
     normed
         Put the final norm, frozen at the point's own value, on top of maps that end at a layer.
-    route
-        For `cumulative`: `"forward"` or `"backward"`; `plan_route`'s choice unless given.
+    direction
+        For `cumulative`: `"forward"` or `"backward"`; `plan_direction`'s choice unless given.
     budget
-        Of memory, for sweeps.
+        The memory budget of sweeps.
     progress
-        Told how many columns have passed a layer.
+        Called with the number of columns that have passed a layer.
 
     Yields
     ------
@@ -145,24 +147,24 @@ def layer_maps(
     Raises
     ------
     OptionError
-        For a mode that does not exist.
+        For a mode or a direction that does not exist.
 
     Notes
     -----
-    Cost: `cumulative` one forward sweep (`loclin.network.cost.prefix_sweep`) or (L + 1) / 2 dense maps for each
+    Cost: `cumulative` one forward sweep (`loclin.network.cost.prefix_sweep_cost`) or (L + 1) / 2 dense maps for each
     component; `layerwise` up to one dense map for each component; `suffix` one dense map. All: one column
     for the biases.
     """
-    for name, given, known in (("mode", mode, get_args(Mode)), ("route", route, get_args(Route))):
+    for name, given, known in (("mode", mode, get_args(Mode)), ("direction", direction, get_args(Direction))):
         if given not in known and given is not None:
             raise OptionError(f"{name}={given!r}: choose one of {', '.join(known)}")
-    held = _constants(chain)
+    biases = _push_biases(chain)
     if mode == "suffix":
-        yield from _suffix(chain, position, components, held, progress)
+        yield from _suffix(chain, position, components, biases, progress)
         return
     if mode == "layerwise":
         found = _layerwise(chain, position, components, progress)
-    elif (route or plan_route(chain, position, components, budget)) == "forward":
+    elif (direction or plan_direction(chain, position, components, budget)) == "forward":
         found = _forward(chain, position, components, progress)
     else:
         found = _backward(chain, position, components, budget, progress)
@@ -170,15 +172,15 @@ def layer_maps(
     for point, maps in found:
         layer, name = point.layer, point.kind
         assert layer is not None
-        value, bias = chain.trace.value(point)[position].to(maps), held[layer].at[name][position].to(maps)
+        value, bias = chain.trace.value(point)[position].to(maps), biases[layer].at[name][position].to(maps)
         x = chain.trace.value(Point("resid_pre", layer) if mode == "layerwise" else embed).to(maps)
         if mode == "layerwise":
-            bias = bias - _apply(maps, held[layer].at["resid_pre"])
+            bias = bias - _apply(maps, biases[layer].at["resid_pre"])
         if normed:
             norm = chain.norm(point, position)
             (bias,) = norm.jvp(bias[None]).to(maps)
             bias += sum(c.to(maps) for c in norm.constants().values())
-            value, maps = norm.value().to(maps), _on_top(norm, maps)
+            value, maps = norm.value().to(maps), _apply_norm(norm, maps)
         yield _layer_map(point, maps, value, bias, x)
 
 
@@ -191,11 +193,13 @@ def _layer_map(point: Point, maps: Tensor, value: Tensor, bias: Tensor, x: Tenso
     side_by_side = maps.transpose(0, 1)
     joint = side_by_side.flatten(1) if side_by_side.is_contiguous() else maps.mT.flatten(0, 1).mT
     assert point.layer is not None
-    return LayerMap(point.layer, point.kind, maps, joint, value, bias, relative(_apply(maps, x) + bias - value, value))
+    return LayerMap(
+        point.layer, point.kind, maps, joint, value, bias, relative_error(_apply(maps, x) + bias - value, value)
+    )
 
 
-def _on_top(norm: NormLink, maps: Tensor) -> Tensor:
-    """A frozen norm on top of maps. Cost: d columns through the norm, and a product where it is not diagonal."""
+def _apply_norm(norm: NormLink, maps: Tensor) -> Tensor:
+    """N maps, for a frozen norm N. Cost: d columns through the norm, and a product where it is not diagonal."""
     matrix = norm.jvp(torch.eye(maps.shape[1], dtype=maps.dtype, device=maps.device)).to(maps).mT
     diagonal = matrix.diagonal()
     return maps.mul_(diagonal[:, None]) if torch.equal(matrix, diagonal.diag()) else matrix @ maps
@@ -237,12 +241,15 @@ def _suffix(
     chain: Chain,
     position: int,
     components: Sequence[str],
-    held: list[_Held],
+    biases: list[_LayerBiases],
     progress: Callable[[int], None],
 ) -> Iterator[LayerMap]:
-    """Maps to `final`, by-products of one backward sweep; a source off the residual stream has that stream's map."""
+    """Maps to `final`, by-products of one backward sweep.
+
+    `attn_out` and `mlp_out` reach `final` through the residual stream, and so have the map of the stream behind them.
+    """
     trace, end = chain.trace, Point("final")
-    norm, last = chain.norm(end, position), held[-1].at["resid_post"][position]
+    norm, last = chain.norm(end, position), biases[-1].at["resid_post"][position]
     value = trace.value(end)[position]
     total = norm.jvp(last[None])[0] + sum(norm.constants().values(), start=torch.zeros_like(value))
     basis = torch.eye(len(value), dtype=trace.dtype, device=value.device)
@@ -254,8 +261,8 @@ def _suffix(
         if layer < 0:
             return
         maps = pulled.transpose(0, 1)
-        before_mlp = middle and not held[layer].parallel  # what attention adds passes the MLP, unless that is beside it
-        bias = total.to(maps) - _apply(maps, held[layer].at["resid_mid" if before_mlp else "resid_post"])
+        before_mlp = middle and not biases[layer].parallel  # the attention's output passes the MLP, unless parallel
+        bias = total.to(maps) - _apply(maps, biases[layer].at["resid_mid" if before_mlp else "resid_post"])
         for name in [name for name in components if (name == "attn_out") == middle]:
             point, own = Point(name, layer), bias
             x = trace.value(point).to(maps)
@@ -268,20 +275,20 @@ def _suffix(
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What biases before a layer's points give there `[T, d]`, and whether its MLP stands beside its attention."""
+class _LayerBiases:
+    """What the biases before each of a layer's points add there `[T, d]`, and whether its MLP is parallel."""
 
     at: dict[str, Tensor]
     parallel: bool = False
 
 
-def _constants(chain: Chain) -> list[_Held]:
-    """What biases before a point give there: at every point of every layer. Cost: one column."""
+def _push_biases(chain: Chain) -> list[_LayerBiases]:
+    """What the biases before a point add there, at every point of every layer. Cost: one column."""
     trace, workspace = chain.trace, Workspace()
     stream = torch.zeros(trace.length, trace.width, dtype=trace.dtype, device=trace.layers[0].hidden.device)
     found = []
     for index, link in enumerate(chain.layers):
-        layer, at, parallel = chain.products(index, workspace), {"resid_pre": stream}, False
+        layer, at, parallel = chain.explicit_layer(index, workspace), {"resid_pre": stream}, False
         if layer is not None:
             attended, moved = layer.affine(stream)
             at |= {"attn_out": attended, "mlp_out": moved, "resid_mid": stream + attended.to(stream.device)}
@@ -292,8 +299,8 @@ def _constants(chain: Chain) -> list[_Held]:
             for name in graph.points.keys() - {"resid_pre"}:
                 push = batched_jvp(graph.points[name], graph.points["resid_pre"])
                 (pushed,) = push(stream[None, None].to(link.device))
-                inside = pushed_constants(graph.points[name], graph.constants)
+                inside = push_constants(graph.constants, graph.points[name], lambda block: block[:, 0])
                 at[name] = sum(inside.values(), start=pushed[0])
             stream = at["resid_post"].to(stream.device)
-        found.append(_Held(at | {"resid_post": stream}, parallel))
+        found.append(_LayerBiases(at | {"resid_post": stream}, parallel))
     return found

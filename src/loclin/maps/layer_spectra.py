@@ -1,34 +1,31 @@
-"""Spectra of every layer's maps, taken as the sweep passes, so that memory never holds all maps."""
+"""Spectra of every layer's maps, each taken while its map is in memory, so that memory never holds all maps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from loclin.common.arguments import real, whole
 from loclin.common.brief import brief
-from loclin.common.sums import relative
+from loclin.common.progress import bar
+from loclin.common.sums import relative_error
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
-from loclin.maps.layer_maps import check_components, layer_maps, plan_route
-from loclin.maps.linear_map import LinearMap
+from loclin.maps.describe import describe_map
+from loclin.maps.layer_maps import check_components, layer_maps, plan_direction
 from loclin.network.chain import Chain
 from loclin.network.points import Point
-from loclin.results.result import Provenance, Result
-from loclin.results.table import dataframe
-from loclin.spectral import SVD, Ritz, ritz, stable_rank
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
+from loclin.spectral import SVD, RitzTriples, ritz_svd, stable_rank
 from loclin.spectral.bounds import rounding
 from loclin.spectral.result import near_equal
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-ROUTE = "ritz"
+METHOD = "ritz"
 
 
 @dataclass(frozen=True)
@@ -37,34 +34,35 @@ class LayerSpectra(Result):
 
     Attributes
     ----------
-    mode, normed, route
-        What the maps are, whether the final norm is on top, and which sweeps made them (see `loclin.maps.layer_maps`).
+    mode, normed, direction
+        Which maps they are, whether the final norm is on top, and the direction of the sweeps ("forward" or
+        "backward"; see `loclin.maps.layer_maps`).
     components
         Their C names, in the order of the first axis.
     U, S, Vh, residuals
         Of each token's map: `[C, L, T, d_out, k]`, `[C, L, T, k]`, `[C, L, T, k, d_in]`, `[C, L, T, k]`. Values are
-        Ritz values: never above the true ones, and by about residual^2 / S below, `tolerance` of S at most; the
-        largest by 1e-6 of it, unless another that is not among these is as large.
+        Ritz values: never above the true ones, and below them by about residual^2 / S, which is at most `tolerance` S;
+        for the largest value 1e-6 S, unless another that is not among these is as large.
     frobenius, stable_rank
-        Of each token's map, `[C, L, T]`: the norm summed in float64, and so right to 1e-5.
+        Of each token's map, `[C, L, T]`; right to 1e-5.
     joint_U, joint_S, joint_residuals, joint_frobenius, joint_stable_rank
-        The same of all tokens' maps side by side, `[C, L, d_out, k]`, `[C, L, k]` twice, `[C, L]` twice; None where
-        not asked for.
+        The same of all tokens' maps side by side, `[C, L, d_out, k]`, `[C, L, k]` twice, `[C, L]` twice; None without
+        `joint=True`.
     reconstruction_error
         |J x + b - y| / |y| of each map, `[C, L]`.
     bias_share
         |b| / |y|, `[C, L]`.
     tolerance
-        Of the values.
+        The relative tolerance of the values.
     columns
         How many columns the sweeps pushed or pulled.
-    provenance
-        Which prompt and model; its `target` names the components.
+    provenance, warnings
+        The prompt and the model; its `target` names the components. Warnings about the prompt.
     """
 
     mode: str
     normed: bool
-    route: str
+    direction: str
     components: list[str]
     U: Tensor
     S: Tensor
@@ -82,6 +80,7 @@ class LayerSpectra(Result):
     tolerance: float
     columns: int
     provenance: Provenance | None = None
+    warnings: list[str] = field(default_factory=list)
 
     __repr__ = brief
 
@@ -91,15 +90,15 @@ class LayerSpectra(Result):
         return self.S.shape[1]
 
     def index(self, component: str) -> int:
-        """Where a component is on the first axis.
+        """A component's index on the first axis.
 
         Raises
         ------
         OptionError
-            When it was not asked for.
+            When the result does not have it.
         """
         if component not in self.components:
-            raise OptionError(f"{component!r} is not among the components {', '.join(self.components)}; ask for it")
+            raise OptionError(f"component {component!r} is not in this result: choose {', '.join(self.components)}")
         return self.components.index(component)
 
     def svd(self, component: str, layer: int) -> SVD:
@@ -108,12 +107,12 @@ class LayerSpectra(Result):
         Raises
         ------
         OptionError
-            For a component or a layer that is not there.
+            For a component or a layer that the result does not have.
         """
         at = self._at(component, layer)
         S, residuals = self.S[at], self.residuals[at]
         lower, upper = self._bounds(S, residuals, self.Vh.shape[-1])
-        return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], ROUTE)
+        return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], METHOD)
 
     @in_plain_torch
     def joint_blocks(self, component: str, layer: int) -> list[list[int]]:
@@ -122,43 +121,42 @@ class LayerSpectra(Result):
         Raises
         ------
         OptionError
-            For a component or a layer that is not there, or where joint triples were not asked for.
+            For a component or a layer that the result does not have, or without joint triples.
         """
         at = self._at(component, layer)
         if self.joint_S is None or self.joint_residuals is None:
-            raise OptionError("there are no joint triples: ask for them with joint=True")
+            raise OptionError("this result has no joint triples: make it with joint=True")
         S = self.joint_S[at]
         columns = self.S.shape[2] * self.Vh.shape[-1]
         return near_equal(S, *self._bounds(S, self.joint_residuals[at], columns))
 
     def _at(self, component: str, layer: int) -> tuple[int, int]:
         if not -self.n_layers <= layer < self.n_layers:
-            raise OptionError(f"layer {layer}: there are layers 0 to {self.n_layers - 1}")
+            raise OptionError(f"layer {layer}: choose a layer from 0 to {self.n_layers - 1}")
         return self.index(component), layer
 
     def _bounds(self, S: Tensor, residuals: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Where the true values of maps with so many columns are: rigorous from below, estimated from above."""
+        """Lower and upper bounds on the true values of maps with so many columns: rigorous, and estimated."""
         dtype = S.dtype if self.provenance is None else getattr(torch, self.provenance.dtype)  # the maps' own
         slack = rounding(self.U.shape[-2], columns, dtype) * S[..., :1]
         above = torch.where(S > 0, residuals.square() / S, 0.0) + slack
         return (S - slack).clamp(min=0), S + above
 
-    def to_dataframe(self) -> DataFrame:
-        """One row per component, layer and token; needs pandas."""
+    def table(self) -> dict[str, list[Any]]:
+        """One row per component, layer and token."""
         C, L, T = self.frobenius.shape
         tokens = self.provenance.tokens if self.provenance is not None else [""] * T
-        return dataframe(
-            {
-                "component": [name for name in self.components for _ in range(L * T)],
-                "layer": [layer for _ in range(C) for layer in range(L) for _ in range(T)],
-                "token": list(range(T)) * (C * L),
-                "text": tokens * (C * L),
-                "frobenius_norm": self.frobenius.flatten().tolist(),
-                "stable_rank": self.stable_rank.flatten().tolist(),
-                "reconstruction_error": self.reconstruction_error.unsqueeze(-1).expand(C, L, T).flatten().tolist(),
-            }
-            | {f"singular_value_{j + 1}": self.S[..., j].flatten().tolist() for j in range(self.S.shape[-1])}
-        )
+        errors = self.reconstruction_error.unsqueeze(-1).expand(C, L, T)
+        columns: dict[str, list[Any]] = {
+            "component": [name for name in self.components for _ in range(L * T)],
+            "layer": [layer for _ in range(C) for layer in range(L) for _ in range(T)],
+            "token": list(range(T)) * (C * L),
+            "text": tokens * (C * L),
+            "frobenius_norm": self.frobenius.flatten().tolist(),
+            "stable_rank": self.stable_rank.flatten().tolist(),
+            "reconstruction_error": errors.flatten().tolist(),
+        }
+        return columns | {f"singular_value_{j + 1}": self.S[..., j].flatten().tolist() for j in range(self.S.shape[-1])}
 
 
 @in_plain_torch
@@ -172,56 +170,44 @@ def layer_spectra(
     normed: bool | None = None,
     joint: bool = True,
     tolerance: float = 1e-3,
-    route: str | None = None,
+    direction: str | None = None,
     budget: int | float | str | None = None,
 ) -> LayerSpectra:
-    """Decompose every layer's maps; see `Linearization.layers`."""
+    """Decompose every layer's maps; see `Linearization.layer_spectra`."""
     names, k, tolerance = check_components(chain, components), whole("k", k), real("tolerance", tolerance)
     trace = chain.trace
     if normed and mode == "suffix":
-        raise OptionError("normed=True: maps to `final` pass the final norm as it is; leave it out")
+        raise OptionError("normed=True: maps to `final` include the final norm already; leave it out")
     on_top = mode != "suffix" and normed is not False
-    taken = (route or plan_route(chain, position, names, budget)) if mode == "cumulative" else "backward"
-    found: dict[tuple[int, int], Ritz] = {}
-    together: dict[tuple[int, int], Ritz] = {}
+    taken = (direction or plan_direction(chain, position, names, budget)) if mode == "cumulative" else "backward"
+    found: dict[tuple[int, int], RitzTriples] = {}
+    together: dict[tuple[int, int], RitzTriples] = {}
     errors, shares = torch.zeros(2, len(names), trace.n_layers, dtype=torch.float64)
     columns = 0
     total = len(names) * trace.n_layers
-    with tqdm(total=total, desc=f"{mode} maps", unit="map", delay=2, leave=False, disable=None) as bar:
+    with bar(total=total, desc=f"{mode} maps", unit="map") as progress_bar:
 
         def passed(count: int) -> None:
             nonlocal columns
             columns += count
 
-        maps = layer_maps(chain, mode, position, names, normed=on_top, route=taken, budget=budget, progress=passed)
+        maps = layer_maps(chain, mode, position, names, normed=on_top, direction=taken, budget=budget, progress=passed)
         for item in maps:
             at = (names.index(item.component), item.layer)
-            found[at] = ritz(item.maps, k, item.value, tolerance=tolerance)
+            found[at] = ritz_svd(item.maps, k, item.value, tolerance=tolerance)
             if joint:
-                together[at] = ritz(item.joint[None], k, item.value, tolerance=tolerance)
+                together[at] = ritz_svd(item.joint[None], k, item.value, tolerance=tolerance)
             errors[at] = item.reconstruction_error
-            shares[at] = relative(item.bias, item.value)
-            bar.update()
+            shares[at] = relative_error(item.bias, item.value)
+            progress_bar.update()
 
-    def stacked(results: dict[tuple[int, int], Ritz], field: str) -> Tensor:
-        layers = range(trace.n_layers)
-        rows = [torch.stack([getattr(results[c, layer], field) for layer in layers]) for c in range(len(names))]
-        return torch.stack(rows)
-
-    own = {field: stacked(found, field) for field in ("U", "S", "Vh", "residuals", "frobenius")}
-    fields = ("U", "S", "residuals", "frobenius")
-    all_ = {field: stacked(together, field).squeeze(2) if joint else None for field in fields}
-    ends = Point("embed"), Point("final")
-    described = LinearMap(chain, *ends, position).provenance().to_dict()
-    described |= {"target": ", ".join(f"{name}.*" for name in names), "normed": on_top}
-    if mode == "suffix":
-        described |= {"source": described["target"], "target": "final"}
-    elif mode == "layerwise":
-        described["source"] = "resid_pre.*"
+    sides = ("U", "S", "residuals", "frobenius")
+    own = {field: _stack(found, field) for field in (*sides, "Vh")}
+    all_ = {field: _stack(together, field).squeeze(2) if joint else None for field in sides}
     return LayerSpectra(
         mode=mode,
         normed=on_top,
-        route=taken,
+        direction=taken,
         components=list(names),
         **own,
         stable_rank=stable_rank(own["frobenius"], own["S"][..., 0]),
@@ -236,5 +222,22 @@ def layer_spectra(
         bias_share=shares,
         tolerance=tolerance,
         columns=columns,
-        provenance=Provenance.from_dict(described),
+        provenance=_describe(chain, position, names, mode, on_top),
+        warnings=[],
     )
+
+
+def _stack(results: dict[tuple[int, int], RitzTriples], field: str) -> Tensor:
+    """One field of the results of all components and layers: `[C, L, ...]`."""
+    n_components, n_layers = (1 + max(ends) for ends in zip(*results, strict=True))
+    rows = [[getattr(results[c, layer], field) for layer in range(n_layers)] for c in range(n_components)]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def _describe(chain: Chain, position: int, names: Sequence[str], mode: str, normed: bool) -> Provenance:
+    """The provenance of all layers' maps: one of their ends is named once for all layers, such as `attn_out.*`."""
+    described = describe_map(chain, Point("embed"), Point("final"), position, normed, list(range(chain.trace.length)))
+    points = ", ".join(f"{name}.*" for name in names)
+    if mode == "suffix":
+        return replace(described, source=points, target="final")
+    return replace(described, source="resid_pre.*" if mode == "layerwise" else "embed", target=points)

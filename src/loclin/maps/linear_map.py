@@ -1,32 +1,38 @@
-"""The operator people hold: the exact linear map between two named points. Dense only when asked."""
+"""The exact linear map between two named points, as an operator.
+
+y = J x + b, J = [J_0 ... J_{T-1}] with one block for each source token. Products are sweeps through the layers
+(`loclin.network.chain`): J v is one forward sweep, J^T u one backward sweep. The dense map is J^T applied to the
+identity, and is made only when it is needed.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from loclin.common.progress import bar
 from loclin.common.surroundings import in_plain_torch
+from loclin.common.unpicklable import Unpicklable
 from loclin.common.vectors import is_block, vectors
-from loclin.errors import BudgetError, MissingExtraError, OptionError
+from loclin.errors import BudgetError, OptionError
+from loclin.maps.describe import describe_map
+from loclin.maps.scipy_operator import as_scipy_operator
 from loclin.maps.spectra import Spectra
 from loclin.models.hashing import weights_hash
 from loclin.network import memory
 from loclin.network.chain import Chain
-from loclin.network.link import HeadLink
+from loclin.network.ends import OutputHeadLink
 from loclin.network.points import Point
+from loclin.results import display
 from loclin.results.dense_file import DenseFile
-from loclin.results.result import Provenance, versions
-from loclin.spectral import wide
+from loclin.results.provenance import Provenance
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -49,11 +55,11 @@ class Transposed:
         return self.T.rmatmat(u) if is_block(u, 2) else self.T.rmatvec(u)
 
 
-class LinearMap(Spectra):
+class LinearMap(Unpicklable, Spectra):
     """The map J of y = sum_i J_i x_i + b, from all tokens at `source` to one position at `target` (paper, equation 2).
 
     Made by `Linearization.jacobian`. `T` is the number of source tokens, `d_in` and `d_out` the widths of the points.
-    Products cost columns (see `loclin.network.chain`); the dense map is kept once it has been made.
+    Products cost columns (see `loclin.network.chain`). The dense map is kept once it has been made.
 
     Attributes
     ----------
@@ -61,11 +67,15 @@ class LinearMap(Spectra):
         The points, as `Point`.
     position
         The target's position, from the front.
-    tokens
+    positions
         The source positions, all T of them unless this is one token's block.
     certificate
-        `Certificate.to_dict()`, once this very map has been certified.
+        `Certificate.facts()`, once this map has been certified.
+    warnings
+        Warnings about the prompt, which every result includes.
     """
+
+    instead = "save what you compute from it (J.svd().save(path), J.dense(path)), or linearize the prompt again there"
 
     def __init__(
         self,
@@ -76,29 +86,34 @@ class LinearMap(Spectra):
         *,
         normed: bool = False,
         budget: int | float | str | None = None,
-        whole: LinearMap | None = None,
+        parent: LinearMap | None = None,
         token: int | None = None,
     ) -> None:
         super().__init__()
         chain.check(source, target)
         if normed and target.kind in ("final", "logits"):
-            raise OptionError(f"normed=True puts the final norm on top of a point before it, and {target} is behind it")
+            raise OptionError(f"normed=True adds the final norm, which {target} includes already: leave it out")
         self.chain = chain
         self.source, self.target, self.position, self.normed = source, target, position, normed
-        self.tokens = list(range(chain.trace.length)) if token is None else [token]
+        self.positions = list(range(chain.trace.length)) if token is None else [token]
         self._budget = budget
-        self._whole = whole
+        self._parent = parent
         self._dense: Tensor | None = None
+        self._dense_bytes = self.shape[0] * chain.trace.length * self.shape[2] * self.dtype.itemsize
         self.certificate: dict[str, Any] | None = None
+        self.warnings: list[str] = [] if parent is None else parent.warnings
 
     def __repr__(self) -> str:
         """Name the points and the shape."""
         return f"LinearMap({self.source} -> {self.target}{'.normed' * self.normed} at {self.position}, {self.shape})"
 
+    def _repr_html_(self) -> str:
+        return display.fragment(self)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(d_out, T, d_in)."""
-        return self.chain.width(self.target, self.normed), len(self.tokens), self.chain.trace.width
+        return self.chain.width(self.target, self.normed), len(self.positions), self.chain.trace.width
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +129,7 @@ class LinearMap(Spectra):
     @in_plain_torch
     def input(self) -> Float[Tensor, "T d_in"]:
         """x, the source's value at the prompt, on which J acts."""
-        return self.chain.trace.value(self.source).to(self.device)[self.tokens]
+        return self.chain.trace.value(self.source).to(self.device)[self.positions]
 
     @property
     @in_plain_torch
@@ -168,11 +183,11 @@ class LinearMap(Spectra):
         Parameters
         ----------
         path
-            A `.npy` file to hold J instead of the memory, which then needs the budget only. It is written in chunks of
-            rows (see `rows`); what is there already is not computed again, so that an interrupted run goes on, and a
-            finished file is just opened. `PATH.json` says which map it is. The tensor given back is on the CPU and
-            reads the file; writing to it changes nothing there. Cost, also to open: one read of the model's weights,
-            by which the file knows its map.
+            A `.npy` file that holds J instead of the memory, which then needs the budget only. It is written in chunks
+            of rows (see `rows`). Rows that are in the file already are not computed again: an interrupted run is
+            resumed, and a finished file is only opened. `PATH.json` says which map it is. The returned tensor is on
+            the CPU and reads the file; writing to it does not change the file. Cost, also to open: one read of the
+            model's weights, by which the file identifies its map.
 
         Raises
         ------
@@ -184,9 +199,13 @@ class LinearMap(Spectra):
             When the file is of another map, or was altered.
         """
         if path is not None:
-            return self._dense_file(path)
-        if self._whole is not None:
-            return self._whole.dense()[:, self.tokens]
+            key = self.provenance().key() | {"weights": weights_hash(self.chain.trace.model.hf)}
+            in_file = DenseFile(path, self.shape, self.dtype, key).obtain(lambda start: self.rows(start=start))
+            if self._parent is None and self.device.type == "cpu":
+                self._dense = in_file
+            return in_file
+        if self._parent is not None:
+            return self._parent.dense()[:, self.positions]
         if self._dense is None:
             d_out, length, d_in = self.shape
             if self._dense_bytes > memory.available(self.device):
@@ -195,27 +214,19 @@ class LinearMap(Spectra):
                     "is free; use dense(path=...), or rows()"
                 )
             if self.target.kind == "logits":
-                head = HeadLink(self.chain.trace, self.position)
+                head = OutputHeadLink(self.chain.trace, self.position)
                 columns = self._to_final().dense().flatten(1).T
                 self._dense = head.jvp(columns).T.reshape(d_out, length, d_in).to(self.device)
             else:
                 self._dense = self.rmatmat(torch.eye(d_out, dtype=self.dtype, device=self.device))
         return self._dense
 
-    def _dense_file(self, path: str | os.PathLike[str]) -> Tensor:
-        """J in a file; kept for later calls where the products' results are on the CPU too."""
-        key = self.provenance().key() | {"weights": weights_hash(self.chain.trace.model.hf)}
-        mapped = DenseFile(path, self.shape, self.dtype, key).obtain(lambda start: self.rows(start=start))
-        if self._whole is None and self.device.type == "cpu":
-            self._dense = mapped
-        return mapped
-
     @in_plain_torch
     def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
-        """J in chunks of rows, in order: for what can be summed up without holding J.
+        """J in chunks of rows, in order: for sums over J that need not hold it.
 
         Cost: d columns in all, and one sweep's fixed cost for each chunk. Memory: two chunks and a sweep, within the
-        budget; for the logits also the dense map to `final` and the head's matrix. Costs nothing once J is dense.
+        budget; for the logits also the dense map to `final` and the head's matrix. Free once J is dense.
 
         Parameters
         ----------
@@ -247,35 +258,35 @@ class LinearMap(Spectra):
 
     @in_plain_torch
     def _row_source(self, budget: int) -> Callable[[slice], Tensor]:
-        """How some rows are made: cut out of the dense map, from that of `final` and the head, or by a sweep."""
+        """A function that makes rows: from the dense map, from the head times that of `final`, or by a sweep."""
         d_out, length, d_in = self.shape
-        known = self.known
-        if known is not None:
-            return lambda where: known[where]
+        dense = self.cached_dense
+        if dense is not None:
+            return lambda where: dense[where]
         if self.target.kind == "logits":
-            final = self._to_final().dense()[:, self.tokens].flatten(1)
+            final = self._to_final().dense()[:, self.positions].flatten(1)
             basis = torch.eye(len(final), dtype=self.dtype, device=self.device)
-            head = HeadLink(self.chain.trace, self.position).jvp(basis).T.to(self.device)
+            head = OutputHeadLink(self.chain.trace, self.position).jvp(basis).T.to(self.device)
 
             @in_plain_torch
-            def multiplied(where: slice) -> Tensor:
+            def multiply(where: slice) -> Tensor:
                 return (head[where] @ final).reshape(-1, length, d_in)
 
-            return multiplied
+            return multiply
 
-        def swept(where: slice) -> Tensor:
+        def sweep_rows(where: slice) -> Tensor:
             unit = torch.zeros(where.stop - where.start, d_out, dtype=self.dtype, device=self.device)
             unit[:, where].fill_diagonal_(1)
             return self._pull(unit, budget, progress=False)
 
-        return swept
+        return sweep_rows
 
     def _chunking(self) -> tuple[int, int]:
-        """(rows at a time, bytes for the sweep inside): two chunks, the one in use and the next, and the sweep."""
+        """(rows at a time, bytes for the sweep inside), so that two chunks and the sweep fit the budget."""
         total = memory.budget(self._budget, self.device)
         per_column = self.chain.column_bytes(self.target)
         per_row = 2 * (self.chain.trace.length * self.shape[2] + self.shape[0]) * self.dtype.itemsize
-        if self.known is not None:
+        if self.cached_dense is not None:
             return max(total // per_row, 1), 0
         sweep = min(self.chain.chunk(self.shape[0], self.shape[0]) * per_column, total // 2)
         if min(sweep // per_column, (total - sweep) // per_row) < 1:
@@ -284,16 +295,12 @@ class LinearMap(Spectra):
         return (total - sweep) // per_row, sweep
 
     def _to_final(self) -> LinearMap:
-        """The map from all tokens to `final`, of which that to the logits is made."""
+        """The map from all tokens to `final`; the head times it is the map to the logits."""
         return LinearMap(self.chain, self.source, Point("final"), self.position, budget=self._budget)
-
-    @property
-    def _dense_bytes(self) -> int:
-        return self.shape[0] * self.chain.trace.length * self.shape[2] * self.dtype.itemsize
 
     @in_plain_torch
     def reconstruct(self) -> Float[Tensor, " d_out"]:
-        """J x + b at the prompt's own x, which equals `value`. Cost: one column, or none once the map is dense."""
+        """J x + b at the prompt's own x, which equals `value`. Cost: one column; free once the map is dense."""
         if self._dense is None:
             return self.matvec(self.input) + self.bias
         return torch.einsum("oti,ti->o", self._dense, self.input) + self.bias
@@ -314,7 +321,7 @@ class LinearMap(Spectra):
             self.position,
             normed=self.normed,
             budget=self._budget,
-            whole=self._whole or self,
+            parent=self._parent or self,
             token=i,
         )
 
@@ -323,95 +330,57 @@ class LinearMap(Spectra):
     def bias(self) -> Float[Tensor, " d_out"]:
         """b: everything that does not come from the source's tokens, computed from its sources and never as y - J x.
 
-        Biases behind the source; for `attn_out` and `mlp_out` the residual stream that passes them by; for one
-        token's block the other tokens. Cost: one column.
+        Biases behind the source; for `attn_out` and `mlp_out` also the rest of the residual stream; for one token's
+        block also the other tokens. Cost: one column.
         """
-        if self._whole is None:
+        if self._parent is None:
             constants = self.chain.constants(self.source, self.target, self.position, self.normed)
             return constants["sum"].to(self.device)
-        others = self._whole.input.clone()
-        others[self.tokens] = 0
-        return self._whole.bias + self._whole.matvec(others)
+        others = self._parent.input.clone()
+        others[self.positions] = 0
+        return self._parent.bias + self._parent.matvec(others)
 
     @in_plain_torch
     def bias_by_source(self) -> dict[str, Float[Tensor, " d_out"]]:
-        """The share of `bias` that each bias or constant gives, by its path. Cost: one column each."""
+        """What each bias or constant adds to `bias`, by its path. Cost: one column each."""
         return self.chain.constants(self.source, self.target, self.position, self.normed, by_source=True)
 
     def to_scipy(self) -> LinearOperator:
         """J as a `scipy.sparse.linalg.LinearOperator` of shape (d_out, T d_in); needs SciPy.
 
-        Products cost columns as ever; SciPy's arrays live on the CPU.
+        Products cost the same columns; SciPy's arrays are on the CPU.
         """
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError as error:
-            raise MissingExtraError("to_scipy()", "SciPy", "scipy") from error
-        d_out, length, d_in = self.shape
-        kept = wide(self.dtype)  # NumPy has no bfloat16
-
-        def matmat(columns: np.ndarray) -> np.ndarray:
-            block = torch.as_tensor(columns).T.reshape(-1, length, d_in)
-            return self.matmat(block).T.to("cpu", kept).numpy()
-
-        def rmatmat(columns: np.ndarray) -> np.ndarray:
-            pulled = self.rmatmat(torch.as_tensor(columns).T.contiguous())
-            return pulled.reshape(-1, length * d_in).T.to("cpu", kept).numpy()
-
-        return LinearOperator(
-            shape=(d_out, length * d_in),
-            dtype=str(kept).removeprefix("torch."),
-            matvec=lambda x: matmat(x.reshape(-1, 1)).reshape(-1),
-            rmatvec=lambda u: rmatmat(u.reshape(-1, 1)).reshape(-1),
-            matmat=matmat,
-            rmatmat=rmatmat,
-        )
+        return as_scipy_operator(self)
 
     @property
-    def known(self) -> Tensor | None:
-        """The dense map, where it has been made already."""
-        if self._whole is not None:
-            return None if self._whole.known is None else self._whole.known[:, self.tokens]
+    def cached_dense(self) -> Tensor | None:
+        """The dense map, if it has been made already."""
+        if self._parent is not None:
+            return None if self._parent.cached_dense is None else self._parent.cached_dense[:, self.positions]
         return self._dense
 
     @property
-    def fits(self) -> bool:
-        """Whether the dense map is within the budget, or there already."""
-        return self.known is not None or self._dense_bytes <= memory.budget(self._budget, self.device)
+    def fits_in_budget(self) -> bool:
+        """Whether the dense map is within the budget, or has been made already."""
+        return self.cached_dense is not None or self._dense_bytes <= memory.budget(self._budget, self.device)
 
     def provenance(self) -> Provenance:
         """Which map this is, for what is computed from it."""
-        trace, hold = self.chain.trace, self.chain.hold
-        ids = trace.input_ids[0].tolist()
-        return Provenance(
-            model=trace.model.info,
-            token_ids=ids,
-            tokens=trace.model.decode_each(ids),
-            text=trace.model.decode(ids),
-            gate="ordinary" if hold.ordinary else hold.gate,
-            precision=trace.hold.resolved(trace.route.dtype),
-            dtype=str(self.dtype).removeprefix("torch."),
-            source=str(self.source),
-            target=str(self.target),
-            position=self.position,
-            normed=self.normed,
-            positions=self.tokens,
-            versions=versions(),
-            certificate=(self._whole or self).certificate,
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
+        certificate = (self._parent or self).certificate
+        ends = (self.source, self.target, self.position, self.normed, self.positions)
+        return describe_map(self.chain, *ends, certificate=certificate)
 
     def _push(self, Xs: Tensor) -> Tensor:
         Xs = Xs.to(self.device, self.dtype)
-        if self._whole is not None:
-            spread = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
-            spread[:, self.tokens] = Xs
-            Xs = spread
+        if self._parent is not None:
+            all_tokens = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
+            all_tokens[:, self.positions] = Xs
+            Xs = all_tokens
         return self._sweep(self.chain.forward, Xs)
 
     def _pull(self, Us: Tensor, budget: int | None = None, progress: bool = True) -> Tensor:
         pulled = self._sweep(self.chain.backward, Us.to(self.device, self.dtype), budget, progress)
-        return pulled if self._whole is None else pulled[:, self.tokens]
+        return pulled if self._parent is None else pulled[:, self.positions]
 
     @in_plain_torch
     def _sweep(
@@ -428,11 +397,8 @@ class LinearMap(Spectra):
             raise BudgetError(f"the memory budget is too small: the least that works is {per_column:,} bytes")
         chunk = self.chain.chunk(len(block), room)
         total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
-        silent = None if progress else True  # None: on a terminal only
-        with tqdm(
-            total=total, desc="exact map", unit="col", unit_scale=True, delay=2, leave=False, disable=silent
-        ) as bar:
+        with bar(total=total, desc="exact map", unit="col", unit_scale=True, shown=progress) as progress_bar:
             for swept in sweep(block, self.source, self.target, self.position, self.normed, chunk):
-                bar.update(len(block))
+                progress_bar.update(len(block))
                 last = swept
         return last.to(self.device)

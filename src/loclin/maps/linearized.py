@@ -1,10 +1,12 @@
-"""A model at one prompt: what it predicts, and the linear maps that it exactly is there."""
+"""A model at one prompt: its predictions, and its exact linear maps there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from loclin.common.arguments import whole
 from loclin.common.surroundings import in_plain_torch
-from loclin.errors import NotExactError
-from loclin.freeze import Gate, Hold, Precision
+from loclin.common.unpicklable import Unpicklable
+from loclin.errors import NotExactError, OptionError
+from loclin.freeze import FreezeOptions, Gate, Precision
 from loclin.maps.certificate import Certificate, certify, random_operations
 from loclin.maps.layer_spectra import LayerSpectra, layer_spectra
 from loclin.maps.linear_map import LinearMap
@@ -22,16 +25,19 @@ from loclin.models import Model, wrap
 from loclin.models.prompts import Numbers, Prompt, prompt_warnings, read_prompt
 from loclin.network.chain import Chain
 from loclin.network.memory import budget
-from loclin.network.points import parse
-from loclin.network.trace import Trace, trace
+from loclin.network.points import Point, parse_point
+from loclin.network.record import trace_prompt
+from loclin.network.trace import Trace
+from loclin.results import display
 
 SINK_SHARE, SINK_RATIO = 0.3, 4.0
-"""An attention sink gets this share of later tokens' attention, and this many times what the median token gets."""
+"""An attention sink receives this share of later tokens' attention, and this many times that of the median token."""
 
+F = TypeVar("F", bound=Callable[..., Any])
 L = TypeVar("L", bound="Linearized")
 
 
-class Linearized:
+class Linearized(Unpicklable):
     """A model frozen at one prompt, and its maps. `loclin.Linearization` is one that also answers questions.
 
     Attributes
@@ -41,30 +47,32 @@ class Linearized:
     input_ids
         The prompt's token ids `[1, T]`.
     gate, precision
-        What was held (see `loclin.freeze.Hold`).
+        What is frozen, and the linear path's precision (see `loclin.freeze.FreezeOptions`).
     trace, chain
-        The remembered forward pass, and its links.
+        The traced prompt, and the links of its layers.
     memory
-        The budget of sweeps beside their results, as it was given.
+        The budget of sweeps beside their results, as given.
     prompt_warnings
-        What is odd about the prompt's tokens; see `warnings`.
+        Warnings about the prompt's tokens; see `warnings`.
     padded_error
         |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when no batch
         was run (see `loclin.linearize_batch`).
     """
 
+    instead = "save the results instead, with result.save(path), or linearize the prompt again in the other process"
+
     def __init__(
-        self, model: Model, input_ids: Int[Tensor, "1 T"], hold: Hold, memory: int | float | str | None
+        self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: int | float | str | None
     ) -> None:
         self.model = model
-        self.trace = trace(model, input_ids, hold, keep=budget(memory, model.device) // 4)
+        self.trace = trace_prompt(model, input_ids, options, keep=budget(memory, model.device) // 4)
         self.input_ids = self.trace.input_ids
-        self.gate, self.precision = hold.gate, hold.resolved(self.trace.route.dtype)
+        self.gate, self.precision = options.gate, options.resolved(self.trace.sequence.dtype)
         self.padded_error: float | None = None
         self.prompt_warnings: list[str] = []
         self.memory = memory
         self.chain = Chain(self.trace)
-        self._maps: dict[tuple, LinearMap] = {}
+        self._maps: dict[tuple[Point, Point, int, bool], LinearMap] = {}
         self._certificates: dict[int, Certificate] = {}
 
     @classmethod
@@ -81,14 +89,14 @@ class Linearized:
         memory: int | float | str | None = None,
         strict: bool = True,
     ) -> L:
-        """Freeze a model at one prompt; everything is explained at `loclin.linearize`."""
+        """Freeze a model at one prompt; see `loclin.linearize`."""
         model = model if isinstance(model, Model) else wrap(model)
         ids = read_prompt(model, prompt, attention_mask, bos)
-        result = cls(model, ids, Hold(gate, precision), memory)
+        result = cls(model, ids, FreezeOptions(gate, precision), memory)
         result.prompt_warnings = prompt_warnings(model, ids, appends=isinstance(prompt, str) and bos is None)
         if strict and result.trace.random:
             raise _random(result.trace)
-        if strict and (result.trace.misuses or not all(result.trace.explicit)):
+        if strict and (result.trace.nonlinear_uses or not all(result.trace.explicit)):
             certificate = result.certify()
             if not certificate.passed:
                 blamed = certificate.culprits[0].module if certificate.culprits else ""
@@ -96,17 +104,20 @@ class Linearized:
         return result
 
     def __repr__(self) -> str:
-        """Name the model, the length and what was held."""
+        """Name the model, the length and the gate's split."""
         return f"{type(self).__name__}({self.model.info.name}, {len(self.tokens)} tokens, gate={self.gate!r})"
+
+    def _repr_html_(self) -> str:
+        return display.fragment(self)
 
     @property
     def embeddings(self) -> Float[Tensor, "T d"]:
-        """x, what enters layer 0 and what J acts on; any scale that the family puts on its embeddings included."""
+        """x, the input of layer 0, on which J acts; includes any scale that the model applies to its embeddings."""
         return self.trace.layers[0].value[0]
 
     @cached_property
     def tokens(self) -> list[str]:
-        """The T input tokens, each as it is shown (see `Model.decode_each`); their ids without a tokenizer."""
+        """The T input tokens (see `Model.decode_each`); their ids without a tokenizer."""
         return self.model.decode_each(self.input_ids[0].tolist())
 
     @cached_property
@@ -117,7 +128,7 @@ class Linearized:
     @cached_property
     @in_plain_torch
     def sinks(self) -> list[int]:
-        """Positions that are attention sinks: most layers and heads look at them, whatever they mean."""
+        """Positions that are attention sinks: most layers and heads attend to them, whatever the token."""
         received = self.trace.attention_received[:-1]
         return [
             i
@@ -128,8 +139,14 @@ class Linearized:
         ]
 
     @cached_property
+    def non_words(self) -> list[int]:
+        """Positions that stand for no word: attention sinks, and the beginning token."""
+        begins = self.model.bos is not None and int(self.input_ids[0, 0]) == self.model.bos
+        return sorted({*self.sinks, *([0] if begins else [])})
+
+    @cached_property
     def warnings(self) -> list[str]:
-        """What a reader should know before trusting what is said of this prompt; every analysis passes it on."""
+        """Warnings about this prompt, which every result of an analysis includes."""
         warnings = [*self.prompt_warnings]
         width = cast("Tensor", self.model.hf.get_input_embeddings().weight).shape[-1]
         if width != self.trace.width:
@@ -143,21 +160,21 @@ class Linearized:
         return [
             *warnings,
             f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
-            "the sink and its share says little about the word. Put a beginning token in front: --bos, or bos=True.",
+            "the sink, and its share says little about the word. Put a beginning token first: --bos, or bos=True.",
         ]
 
     @in_plain_torch
     def value(self, point: str) -> Float[Tensor, "T n"]:
         """The frozen network's value at a point (see `loclin.network.points`), `[T, d]`; `[T, V]` for the logits."""
-        return self.trace.value(parse(point, self.trace.n_layers))
+        return self.trace.value(parse_point(point, self.trace.n_layers))
 
     @in_plain_torch
-    def next_tokens(self, k: int = 5, position: int = -1) -> list[tuple[str, float]]:
+    def next_tokens(self, k: int = 5, *, position: int = -1) -> list[tuple[str, float]]:
         """The model's k most probable next tokens, as (text, probability)."""
-        return [(text, probability) for _, text, probability in self.next_token_ids(k, position)]
+        return [(text, probability) for _, text, probability in self.next_token_ids(k, position=position)]
 
     @in_plain_torch
-    def next_token_ids(self, k: int = 5, position: int = -1) -> list[tuple[int, str, float]]:
+    def next_token_ids(self, k: int = 5, *, position: int = -1) -> list[tuple[int, str, float]]:
         """The model's k most probable next tokens, as (id, text, probability)."""
         logits = self.trace.logits(self.trace.position(position))
         top = torch.softmax(logits.double(), dim=-1).topk(min(whole("k", k, 1), logits.shape[0]))
@@ -165,7 +182,7 @@ class Linearized:
         return list(zip(ids, self.model.decode_each(ids), top.values.tolist(), strict=True))
 
     def jacobian(
-        self, source: str = "embed", target: str = "final", position: int = -1, *, normed: bool = False
+        self, source: str = "embed", target: str = "final", *, position: int = -1, normed: bool = False
     ) -> LinearMap:
         """The exact map from all tokens at `source` to one position at `target` (paper, equation 2).
 
@@ -187,67 +204,70 @@ class Linearized:
         Raises
         ------
         OptionError
-            For a point that does not exist or is not downstream.
+            For a point that does not exist, or a target that is not downstream.
         PromptError
             For a position outside the prompt.
         """
         n = self.trace.n_layers
-        start, end, at = parse(source, n), parse(target, n), self.trace.position(position)
+        start, end, at = parse_point(source, n), parse_point(target, n), self.trace.position(position)
         key = (start, end, at, normed)
         if key not in self._maps:
             self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self.memory)
+            self._maps[key].warnings = self.warnings
         return self._maps[key]
 
     def cost(
         self,
         source: str = "embed",
         target: str = "final",
-        position: int = -1,
         *,
+        position: int = -1,
         k: int = 8,
         joint: bool = False,
         tolerance: float = 1e-3,
     ) -> Plan:
-        """What `jacobian(source, target, position).svd(k, joint)` costs by each way; `print` it before running.
+        """The cost of each method for `jacobian(source, target).svd(k, joint=joint)`; `print` it before running.
 
-        Columns, flops, bytes that are held, and seconds on this machine by the speed of one large product.
+        Columns, flops, memory, and seconds on this machine, estimated from the speed of one large product.
         """
-        return self.jacobian(source, target, position).plan(k, joint, tolerance)
+        return self.jacobian(source, target, position=position).plan(k, joint=joint, tolerance=tolerance)
 
-    def ordinary_jacobian(self, position: int = -1) -> LinearMap:
-        """The ordinary Jacobian embed -> final, nothing held: the derivative, which does not rebuild the output."""
-        chain = Chain(self.trace, Hold(ordinary=True))
-        return LinearMap(chain, parse("embed", 0), parse("final", 0), self.trace.position(position), budget=self.memory)
+    def ordinary_jacobian(self, *, position: int = -1) -> LinearMap:
+        """The ordinary Jacobian embed -> final, nothing frozen: the derivative, which does not reconstruct y."""
+        chain = Chain(self.trace, FreezeOptions(ordinary=True))
+        return LinearMap(
+            chain, parse_point("embed", 0), parse_point("final", 0), self.trace.position(position), budget=self.memory
+        )
 
     @in_plain_torch
-    def ordinary_reconstruction(self, position: int = -1) -> Float[Tensor, " d"]:
-        """J_ordinary x: the output as the ordinary Jacobian, nothing held, would rebuild it (the paper's Figure 3).
+    def ordinary_reconstruction(self, *, position: int = -1) -> Float[Tensor, " d"]:
+        """J_ordinary x: the reconstruction of the output by the ordinary Jacobian (the paper's Figure 3).
 
         Cost: one column with live coefficients.
         """
-        J = self.ordinary_jacobian(position)
+        J = self.ordinary_jacobian(position=position)
         return J.matvec(J.input)
 
     @in_plain_torch
-    def layers(
+    def layer_spectra(
         self,
+        *,
         components: Sequence[str] | None = None,
         mode: str = "cumulative",
         k: int = 8,
         position: int = -1,
-        *,
         normed: bool | None = None,
         joint: bool = True,
         tolerance: float = 1e-3,
-        route: str | None = None,
+        direction: str | None = None,
     ) -> LayerSpectra:
         """Spectra of every layer's exact maps to one position, from one sweep (paper, section 3.4 and Figure 6).
 
         Parameters
         ----------
         components
-            Some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; all that every layer has, unless given. In a parallel
-            block, attention and MLP both read the layer's input, and their maps are from there as ever.
+            Some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; by default all that every layer has. In a parallel
+            block, attention and MLP both read the layer's input.
         mode
             `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
             from each layer to `final`, where attention's and the MLP's output reach it through the residual stream.
@@ -256,31 +276,31 @@ class Linearized:
         position
             Where the maps end.
         normed
-            Put the final norm, frozen at the point's own value, on top of maps that end at a layer: what a vector
-            writes is then read as the output head would read it. The default, but for `"suffix"`.
+            Put the final norm, frozen at the point's own value, on top of maps that end at a layer, so that the output
+            head can read what vectors write. The default, except for `"suffix"`.
         joint
             Also decompose all tokens' maps side by side.
         tolerance
-            How far singular values may be off, as a share of each.
-        route
-            For `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); the cheaper
-            one, unless given.
+            The largest relative error of singular values, below 1.
+        direction
+            For `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); by default
+            the cheaper one.
 
         Raises
         ------
         OptionError
-            For a component, mode or k that there is not; the message names a layer that has no such component.
+            For a component, mode or k that does not exist; the message names a layer without the component.
         PromptError
             For a position outside the prompt.
 
         Notes
         -----
         Cost: about two and a half dense maps for `"cumulative"` with explicit products and a short prompt (see
-        `loclin.network.cost.prefix_sweep`), one at most for each component of `"layerwise"`, one for `"suffix"`; and
-        the triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's maps;
-        and the triples of all of them.
+        `loclin.network.cost.prefix_sweep_cost`), one at most for each component of `"layerwise"`, one for `"suffix"`;
+        and the triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's
+        maps; and the triples of all of them.
         """
-        return layer_spectra(
+        found = layer_spectra(
             self.chain,
             self.trace.position(position),
             components=components,
@@ -289,17 +309,18 @@ class Linearized:
             normed=normed,
             joint=joint,
             tolerance=tolerance,
-            route=route,
+            direction=direction,
             budget=self.memory,
         )
+        return replace(found, warnings=self.warnings)
 
     def followed_by(self: L, token: int) -> L:
-        """The same prompt with one more token, frozen there in the same way."""
+        """The same prompt with one more token, frozen in the same way."""
         ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", token)]])], dim=1)
         return self.at(self.model, ids, gate=self.gate, precision=self.precision, memory=self.memory, strict=False)
 
     @in_plain_torch
-    def certify(self, position: int = -1) -> Certificate:
+    def certify(self, *, position: int = -1) -> Certificate:
         """How exact the map embed -> final is at a position. Cost: see `loclin.maps.certificate.certify`."""
         J = self.jacobian(position=position)
         if J.position not in self._certificates:
@@ -307,25 +328,48 @@ class Linearized:
         return self._certificates[J.position]
 
 
+def question(function: F) -> F:
+    """Run an analysis of a linearized prompt, its first argument, in `plain_torch`; anything else is refused.
+
+    Raises
+    ------
+    OptionError
+        For a first argument that is not a linearized prompt.
+    """
+    plain = in_plain_torch(function)
+
+    @functools.wraps(function)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        lin = args[0] if args else kwargs.get("lin")
+        if not isinstance(lin, Linearized):
+            raise OptionError(
+                f"{function.__name__} takes a linearized prompt, not {type(lin).__name__}: give the result of "
+                "loclin.linearize(model, prompt)"
+            )
+        return plain(*args, **kwargs)
+
+    return ask  # type: ignore[return-value]
+
+
 def _random(trace: Trace) -> NotExactError:
-    """Why a model is refused that gives another output each time it runs."""
+    """Why a model is refused whose output differs from run to run."""
     found = random_operations(trace)
     where = "; ".join(f"{origin.operation} in {origin.module} at {origin.line}" for origin in found[:3])
     return NotExactError(
-        f"{trace.model.info.name} gives another output each time it runs, so no map is its map: "
-        f"{where or 'it keeps a state, or draws random numbers elsewhere than in torch'}. It is in evaluation mode "
-        "already: set the dropout or noise to 0 in its code or config",
+        f"{trace.model.info.name} gives another output each time it runs, so that no map is exact: "
+        f"{where or 'it keeps a state, or draws random numbers outside of torch'}; it is in evaluation mode already, "
+        "so set its dropout or noise to 0 in its code or config",
         found[0].module if found else "",
     )
 
 
 def _refusal(model: Model, certificate: Certificate) -> str:
-    """Why a model is refused, which module is to blame, and what can be done."""
+    """Why a model is refused, which module is not linear, and what can be done."""
     found = "; ".join(str(culprit) for culprit in certificate.culprits[:3])
     more = f" and {len(certificate.culprits) - 3} more" if len(certificate.culprits) > 3 else ""
     kind = certificate.culprits[0].kind if certificate.culprits else "ItsClass"
     return (
-        f"{model.info.name} ({model.info.family}) is not exact. Not linear although its coefficients are held: "
-        f"{found or f'no single operation (error {certificate.reconstruction_error:.1e})'}{more}. "
-        f'Say what to hold there with loclin.freeze.register("{kind}", form), or pass strict=False to look at it'
+        f"{model.info.name} ({model.info.family}) is not exact; not linear although its coefficients are frozen: "
+        f"{found or f'no single operation (error {certificate.reconstruction_error:.1e})'}{more}; "
+        f'describe it with loclin.freeze.register("{kind}", form), or pass strict=False to inspect it'
     )

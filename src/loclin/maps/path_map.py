@@ -1,9 +1,10 @@
-"""Maps through named parts only: one head, or a path of heads, attentions and MLPs as a product of their maps.
+"""Maps through named components only: one head, or a path of heads, attentions and MLPs.
 
-Between the parts of a path nothing but the residual stream carries on, so the map of a path is the product of theirs.
-The maps of all paths sum to the whole map: the stream is a sum, and every part is linear.
+Between the components of a path only the residual stream passes, so the map of a path is the product of theirs:
+J_path = R C_m ... C_1, with R as for `loclin.network.chain`. The maps of all paths sum to the whole map, since the
+stream is a sum and every component is linear.
 """
-# ruff: noqa: ARG002 (a path's sweeps are called as a chain's are)
+# ruff: noqa: ARG002 (a path's sweeps have the arguments of a chain's)
 
 from __future__ import annotations
 
@@ -18,29 +19,31 @@ from torch import Tensor
 from loclin.errors import OptionError
 from loclin.maps.linear_map import LinearMap
 from loclin.network.chain import Chain
-from loclin.network.link import HeadLink
-from loclin.network.parts import Part, PartLink
+from loclin.network.components import Component, ComponentLink
 from loclin.network.points import KINDS, Point
-from loclin.results.result import Provenance
+from loclin.results.provenance import Provenance
 
 
 class PathChain(Chain):
-    """Sweeps through some parts alone, in their order, with nothing but the stream between them."""
+    """Sweeps through some components in order, with nothing but the stream between them."""
 
-    def __init__(self, chain: Chain, parts: Sequence[Part]) -> None:
-        super().__init__(chain.trace, chain.hold, explicit=False)
-        self.parts = [PartLink(self.layers[part.layer], part) for part in parts]
-        for before, after in pairwise(self.parts):
-            beside = before.part.layer == after.part.layer and not after.behind_attention
-            if before.part.rank >= after.part.rank or beside:
-                raise OptionError(f"a path goes up: {after.part} does not read what {before.part} writes")
+    def __init__(self, chain: Chain, components: Sequence[Component]) -> None:
+        super().__init__(chain.trace, chain.options, explicit=False)
+        self.links = [ComponentLink(self.layers[component.layer], component) for component in components]
+        for before, after in pairwise(self.links):
+            beside = before.component.layer == after.component.layer and not after.behind_attention
+            if before.component.rank >= after.component.rank or beside:
+                raise OptionError(
+                    f"{after.component} does not read what {before.component} writes: a path goes up, from lower "
+                    "layers to higher ones"
+                )
 
     def __str__(self) -> str:
-        return " > ".join(str(link.part) for link in self.parts)
+        return " > ".join(str(link.component) for link in self.links)
 
     def steps(self, source: Point, target: Point, halves: bool = False) -> list[tuple[int, str, str]]:
-        """A step for each part."""
-        return [(link.part.layer, "resid_pre", "resid_post") for link in self.parts]
+        """A step for each component."""
+        return [(link.component.layer, "resid_pre", "resid_post") for link in self.links]
 
     def backward(
         self,
@@ -52,20 +55,17 @@ class PathChain(Chain):
         chunk: int | None = None,
         halves: bool = False,
     ) -> Iterator[Float[Tensor, "n T d"]]:
-        """As for `Chain`. Cost: n columns of each part."""
-        if target.kind == "logits":
-            cotangents = HeadLink(self.trace, position).vjp(cotangents)
-        if target.kind in ("final", "logits") or normed:
-            cotangents = self.norm(target, position).vjp(cotangents)
-        block = cotangents.new_zeros(len(cotangents), self.trace.length, self.trace.width)
-        block[:, position] = cotangents
+        """As for `Chain`. Cost: n columns of each component."""
+        at_position = self.readout(target, position, normed).vjp(cotangents)
+        block = at_position.new_zeros(len(at_position), self.trace.length, self.trace.width)
+        block[:, position] = at_position
         yield block
-        yield from self.through(block, chunk)
+        yield from self.pull_stream(block, chunk)
 
-    def through(self, block: Float[Tensor, "n T d"], chunk: int | None = None) -> Iterator[Float[Tensor, "n T d"]]:
-        """Pull cotangents at the end of the stream back through the parts, the last part first."""
-        for link in reversed(self.parts):
-            block = _chunked(link.vjp, block, chunk)
+    def pull_stream(self, block: Float[Tensor, "n T d"], chunk: int | None = None) -> Iterator[Float[Tensor, "n T d"]]:
+        """Pull cotangents at the end of the stream back through the components, the last one first."""
+        for link in reversed(self.links):
+            block = _apply_in_chunks(link.vjp, block, chunk)
             yield block
 
     def forward(
@@ -77,72 +77,74 @@ class PathChain(Chain):
         normed: bool = False,
         chunk: int | None = None,
     ) -> Iterator[Tensor]:
-        """As for `Chain`. Cost: n columns of each part."""
+        """As for `Chain`. Cost: n columns of each component."""
         pushed = tangents
-        for link in self.parts:
-            pushed = _chunked(link.jvp, pushed, chunk)
+        for link in self.links:
+            pushed = _apply_in_chunks(link.jvp, pushed, chunk)
             yield pushed
-        yield self._leave(pushed[:, position], target, position, normed)
+        yield self.readout(target, position, normed).jvp(pushed[:, position])
 
     def constants(
         self, source: Point, target: Point, position: int, normed: bool = False, by_source: bool = False
     ) -> dict[str, Float[Tensor, " d_out"]]:
-        """What the biases inside the first part give by this path; those of the others begin paths of their own."""
-        first, *others = self.parts
-        found = {}
+        """What the biases inside the first component add by this path; those of the others begin paths of their own."""
+        first, *others = self.links
+        readout, found = self.readout(target, position, normed), {}
         for name, added in first.constants().items():
             block = added[None]
             for link in others:
                 block = link.jvp(block)
-            found[name] = self._leave(block[:, position], target, position, normed)[0]
-        if by_source:
-            return found
-        zero = torch.zeros(
-            self.width(target, normed), dtype=self.trace.dtype, device=self.trace.layers[0].hidden.device
-        )
-        return {"sum": sum((added.to(zero.device) for added in found.values()), start=zero)}
+            found[name] = readout.jvp(block[:, position])[0]
+        return found if by_source else {"sum": self.total(found, target, normed)}
 
 
 class PathMap(LinearMap):
-    """The map by way of some parts alone; made by `Linearization.path` and `Linearization.head`.
+    """The map by way of some components only; made by `Linearization.path` and `Linearization.head`.
 
-    A `LinearMap` in all but this: its `value` is what the parts make of the source, and `bias` what their biases do.
+    It differs from a `LinearMap` in two points: its `value` is what the components make of the source, and its `bias`
+    what their biases add.
     """
 
     chain: PathChain
 
     def __repr__(self) -> str:
-        """Name the points, the parts and the shape."""
+        """Name the points, the components and the shape."""
         return f"PathMap({self.source} -> {self.chain} -> {self.target} at {self.position}, {self.shape})"
 
     @property
     def value(self) -> Float[Tensor, " d_out"]:
-        """What the path gives at the target: for one part, what it writes there; else J x + b."""
-        whole = self.source.kind != "embed" and self.target.kind in KINDS
-        return self.chain.parts[0].value()[self.position].to(self.device) if whole else self.reconstruct()
+        """What the path gives at the target: for one component, what it writes there; else J x + b."""
+        is_one_component = self.source.kind != "embed" and self.target.kind in KINDS
+        return self.chain.links[0].value()[self.position].to(self.device) if is_one_component else self.reconstruct()
 
     def provenance(self) -> Provenance:
-        """Which map this is; its target says by way of what."""
+        """Which map this is; its target names the components."""
         return replace(super().provenance(), target=f"{self.target} by {self.chain}")
 
 
-def _chunked(product: Callable[[Tensor], Tensor], block: Tensor, chunk: int | None) -> Tensor:
+def _apply_in_chunks(product: Callable[[Tensor], Tensor], block: Tensor, chunk: int | None) -> Tensor:
     parts = [product(part).to(block) for part in block.split(chunk or max(1, len(block)))]
     return torch.cat(parts) if parts else block
 
 
-def part_map(chain: Chain, part: Part, position: int, budget: int | float | str | None) -> PathMap:
-    """One part's map, from what enters it to what it writes at a position."""
-    path = PathChain(chain, [part])
-    source = "resid_mid" if path.parts[0].behind_attention else "resid_pre"
-    target = Point(part.kind, part.layer)
-    return PathMap(path, Point(source, part.layer), target, position, budget=budget)
+def component_map(chain: Chain, component: Component, position: int, budget: int | float | str | None) -> PathMap:
+    """One component's map, from what enters it to what it writes at a position."""
+    path = PathChain(chain, [component])
+    source = "resid_mid" if path.links[0].behind_attention else "resid_pre"
+    target = Point(component.kind, component.layer)
+    return PathMap(path, Point(source, component.layer), target, position, budget=budget)
 
 
 def path_map(
-    chain: Chain, parts: Sequence[Part], target: Point, position: int, budget: int | float | str | None
+    chain: Chain, components: Sequence[Component], target: Point, position: int, budget: int | float | str | None
 ) -> PathMap:
-    """A path's map, from the embeddings through its parts alone to a target on the stream or behind it."""
-    if not parts:
-        raise OptionError("a path has at least one part: ['L3H5', 'L10H2']")
-    return PathMap(PathChain(chain, parts), Point("embed"), target, position, budget=budget)
+    """A path's map, from the embeddings through its components only to a target on the stream or behind it.
+
+    Raises
+    ------
+    OptionError
+        Without components, or where one does not read what the one before it writes.
+    """
+    if not components:
+        raise OptionError("a path has no component: give at least one, such as ['L3H5', 'L10H2']")
+    return PathMap(PathChain(chain, components), Point("embed"), target, position, budget=budget)

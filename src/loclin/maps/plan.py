@@ -1,158 +1,206 @@
-"""Which way to a spectrum is the cheapest: dense and LAPACK, dense and block Krylov, or products alone."""
+"""Which method finds singular triples at the lowest cost: LAPACK or block Krylov on the dense map, or matrix-free.
+
+The dense map is d_out columns of one sweep. A matrix-free method takes `expected_columns` columns in many narrow
+sweeps, which may be more or fewer.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Protocol, cast, get_args, runtime_checkable
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.errors import OptionError
 from loclin.network.chain import Chain
-from loclin.network.cost import Cost, products, sweep
+from loclin.network.cost import Cost, algebra_cost, sweep_cost
 from loclin.network.points import Point
-from loclin.spectral import check_rank, wide
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
+from loclin.spectral import TokenMaps, check_rank, wide_dtype
 from loclin.spectral.krylov import CERTIFICATE, PROBES
 
-Way = Literal["auto", "full", "top", "krylov"]
-"""`full`: the dense map and LAPACK; `top`: the dense map and block Krylov; `krylov`: no dense map."""
+Method = Literal["auto", "lapack", "block_krylov", "matrix_free"]
+"""`lapack`: the dense map and LAPACK; `block_krylov`: the dense map and block Krylov; `matrix_free`: no dense map."""
 
 _LAPACK = 0.3
-"""The speed of a full SVD, of about 20 d^3 flops, against that of a large product."""
+"""The speed of a full SVD, of about 20 d^3 flops, relative to that of a large product."""
 _THIN = 0.35
-"""The speed of products with a few columns, and of QR."""
+"""The relative speed of products with a few columns, and of QR."""
 _STEP = 0.12, 0.065
-"""That of a block Krylov method on dense maps: on several at a time, each with a thread of its own, and on one."""
+"""The relative speed of block Krylov on dense maps: several at a time, each with a thread of its own, and one."""
 _MAP_SECONDS = 1.3e-3
-"""What it takes besides for each map: a hundred small operations."""
+"""Its fixed time for each map: a hundred small operations."""
 _BOUNDS = 4.0, 2.0
-"""Its bounds' flops over d_out^2 n, where k is more than a few: for each of several maps, and for one."""
+"""Its bounds' flops over d_out^2 n, where k is more than `_FEW`: for each of several maps, and for one."""
 _FEW = 2
 """Up to so many values are certified by the Frobenius norm of what the basis misses."""
 _NARROW = CERTIFICATE[0]
+"""How many columns of probes and certificate go through the model at a time."""
 _FIXED = PROBES + 2 * math.prod(CERTIFICATE)
-"""The columns of the probes and of one certificate, and how many of them go through the model at a time."""
+"""The columns of the probes and of one certificate."""
 _STEP_SECONDS = 1e-3
-"""What products alone take besides for each step: small decompositions of what is known."""
+"""The fixed time of each matrix-free step: small decompositions."""
 _MARGIN = 0.65, 1.0
-"""Counted columns are an estimate: products alone are taken when they promise this share of the dense map's time; of
-each token's map, where models differ most, and of all together."""
+"""Expected columns are an estimate: matrix-free is chosen if it promises at most this fraction of the dense map's time.
+For each token's map, where models differ most, and for all tokens' maps side by side."""
 _NORM_COLUMNS = 250
-"""What norms to 2 % have taken on SmolLM2; up to twice as many on Gemma 3 270M."""
+"""The columns that norms to 2 % take on SmolLM2; Gemma 3 270M takes up to twice as many."""
 _REACH = 1.6
-"""How many of the expected columns are spent before the dense map takes over."""
+"""The dense map takes over when so many times the expected columns are spent."""
 
 
 @runtime_checkable
-class Map(Protocol):
-    """What a plan needs to know of a map."""
+class Map(TokenMaps, Protocol):
+    """A map between two points of a traced network, whose dense form may be known: what plans and spectra work on."""
 
     chain: Chain
     source: Point
     target: Point
+    positions: list[int]
+    warnings: list[str]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(d_out, T, d_in)."""
+    def value(self) -> Float[Tensor, " d_out"]:
+        """The network's own value at the target."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of products."""
+    def cached_dense(self) -> Tensor | None:
+        """The dense map, if it has been made already."""
+        ...
 
     @property
-    def known(self) -> Tensor | None:
-        """The dense map, where it has been made."""
+    def fits_in_budget(self) -> bool:
+        """Whether the dense map is within the memory budget, or has been made already."""
+        ...
 
-    @property
-    def fits(self) -> bool:
-        """Whether the dense map is within the memory budget."""
+    def dense(self, path: str | os.PathLike[str] | None = None) -> Float[Tensor, "d_out T d_in"]:
+        """All of J."""
+        ...
+
+    def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
+        """J in chunks of rows."""
+        ...
+
+    def provenance(self) -> Provenance:
+        """Which map this is."""
+        ...
 
 
 @dataclass(frozen=True)
-class Route:
-    """One way to the result, and its price."""
+class MethodCost:
+    """One method, and its cost."""
 
-    name: Way
+    name: Method
     cost: Cost
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The ways to a result, cheapest by counted time first.
+class Plan(Result):
+    """The methods for a result, the one with the least expected time first.
 
     Attributes
     ----------
     task
-        What is asked for.
-    routes
-        Every way, the cheapest first.
+        What is to be found.
+    methods
+        Every method and its cost, the fastest first.
     chosen
-        The way that is taken.
+        The method that is used.
     max_columns
-        How many columns `krylov` may spend before the dense map takes over.
+        How many columns `matrix_free` may spend before the dense map takes over.
+    provenance, warnings
+        Which map it is for, and warnings about the prompt.
     """
 
     task: str
-    routes: tuple[Route, ...]
-    chosen: Way
+    methods: tuple[MethodCost, ...]
+    chosen: Method
     max_columns: int
+    provenance: Provenance | None = None
+    warnings: list[str] = field(default_factory=list)
 
     __repr__ = brief
 
+    def table(self) -> dict[str, list[Any]]:
+        """One row per method, the fastest first."""
+        costs = [method.cost for method in self.methods]
+        return {
+            "method": [method.name for method in self.methods],
+            "columns": [cost.columns for cost in costs],
+            "flops": [cost.flops for cost in costs],
+            "seconds": [cost.seconds for cost in costs],
+            "bytes": [cost.nbytes for cost in costs],
+            "chosen": [method.name == self.chosen for method in self.methods],
+        }
+
     def __str__(self) -> str:
-        rows = [f"{'route':8} {'columns':>8} {'Gflop':>9} {'seconds':>9} {'holds':>10}   {self.task}"]
-        for route in self.routes:
-            cost, mark = route.cost, "  <- chosen" if route.name == self.chosen else ""
+        rows = [f"{'method':12} {'columns':>8} {'Gflop':>9} {'seconds':>9} {'memory':>10}   {self.task}"]
+        for method in self.methods:
+            cost, mark = method.cost, "  <- chosen" if method.name == self.chosen else ""
             rows.append(
-                f"{route.name:8} {cost.columns:8} {cost.flops / 1e9:9.1f} {cost.seconds:9.2f} "
+                f"{method.name:12} {cost.columns:8} {cost.flops / 1e9:9.1f} {cost.seconds:9.2f} "
                 f"{cost.nbytes / 1e6:7.0f} MB{mark}"
             )
         return "\n".join(rows)
 
 
-def plan(J: Map, k: int, *, joint: bool, tolerance: float, way: str = "auto") -> Plan:
-    """Count what each way to the k largest triples costs. Nothing is run but one matrix product, once in a process.
+def plan(J: Map, k: int, *, joint: bool, tolerance: float, method: str = "auto") -> Plan:
+    """Count the cost of each method for the k largest triples. Cost: one matrix product, once in a process.
 
     Raises
     ------
     OptionError
-        For a way that does not exist, or a k that the map does not have.
+        For a method that does not exist, or a k that the map does not have.
     """
-    if way not in get_args(Way):
-        raise OptionError(f"plan={way!r}: choose one of {', '.join(get_args(Way))}")
+    if method not in get_args(Method):
+        raise OptionError(f"method={method!r}: choose one of {', '.join(get_args(Method))}")
     d_out, length, d_in = J.shape
-    maps, rows = (1, length * d_in) if joint else (length, d_in)
-    check_rank(k, d_out, rows)
-    short = min(d_out, rows)
-    dense = Cost() if J.known is not None else sweep(J.chain, J.source, J.target, d_out)
-    held = Cost(nbytes=d_out * length * d_in * (J.dtype.itemsize + (wide(J.dtype) != J.dtype) * wide(J.dtype).itemsize))
-    steps = min(short, 4 * (k + 8))
-    lapack = products(20.0 * maps * short * short * max(short, rows / 4), J.chain, _LAPACK)
-    krylov = products(maps * 4.0 * d_out * rows * steps, J.chain, _STEP[joint]) + Cost(seconds=maps * _MAP_SECONDS)
-    if k > _FEW:
-        krylov += products(maps * _BOUNDS[joint] * d_out * short * rows, J.chain)
-    full = dense + held + lapack
-    top = dense + held + krylov + (lapack if steps > short / 2 else Cost())  # it then ends there all the same
-    expected = expected_columns(k, length, joint, short)
-    alone = _alone(J, expected, maps, rows, k)
-    ways: tuple[tuple[Way, Cost], ...] = (("full", full), ("top", top), ("krylov", alone))
-    routes = sorted((Route(name, cost) for name, cost in ways), key=lambda route: route.cost.seconds)
-    chosen, most = cast("Way", way), int(_REACH * expected)
-    if way == "auto" and not J.fits:
-        chosen, most = "krylov", 4 * d_out
-    elif way == "auto":
-        best = min((route for route in routes if route.name != "krylov"), key=lambda route: route.cost.seconds)
-        certain = wide(J.dtype) == J.dtype and J.known is None and alone.seconds < _MARGIN[joint] * best.cost.seconds
-        chosen = "krylov" if certain else best.name
+    maps, columns = (1, length * d_in) if joint else (length, d_in)  # `maps` matrices [d_out, columns]
+    check_rank(k, d_out, columns)
+    expected = expected_columns(k, length, joint, min(d_out, columns))
+    matrix_free = _matrix_free_cost(J, expected, maps, columns, k)
+    costs: dict[Method, Cost] = {**_dense_costs(J, maps, columns, k, joint), "matrix_free": matrix_free}
+    routes = sorted((MethodCost(name, cost) for name, cost in costs.items()), key=lambda each: each.cost.seconds)
+    chosen, most = cast("Method", method), int(_REACH * expected)
+    if method == "auto" and not J.fits_in_budget:
+        chosen, most = "matrix_free", 4 * d_out
+    elif method == "auto":
+        best = next(each for each in routes if each.name != "matrix_free")
+        is_wide = wide_dtype(J.dtype) == J.dtype
+        pays = is_wide and J.cached_dense is None and matrix_free.seconds < _MARGIN[joint] * best.cost.seconds
+        chosen = "matrix_free" if pays else best.name
     what = f"{k} largest triples of {'all tokens together' if joint else f'each of {length} tokens'} to {tolerance:g}"
     return Plan(what, tuple(routes), chosen, most)
 
 
+def _dense_costs(J: Map, maps: int, columns: int, k: int, joint: bool) -> dict[Method, Cost]:
+    """The cost of the methods that need the dense map, with that map's own cost if it has not been made."""
+    d_out, length, d_in = J.shape
+    short, wide = min(d_out, columns), wide_dtype(J.dtype)
+    dense = Cost() if J.cached_dense is not None else sweep_cost(J.chain, J.source, J.target, d_out)
+    copies = J.dtype.itemsize + (wide.itemsize if wide != J.dtype else 0)
+    dense += Cost(nbytes=d_out * length * d_in * copies)
+    lapack = algebra_cost(20.0 * maps * short * short * max(short, columns / 4), J.chain, _LAPACK)
+    steps = min(short, 4 * (k + 8))
+    krylov = algebra_cost(maps * 4.0 * d_out * columns * steps, J.chain, _STEP[joint])
+    krylov += Cost(seconds=maps * _MAP_SECONDS)
+    if k > _FEW:
+        krylov += algebra_cost(maps * _BOUNDS[joint] * d_out * short * columns, J.chain)
+    if steps > short / 2:  # the basis becomes too large, and LAPACK takes over
+        krylov += lapack
+    return {"lapack": dense + lapack, "block_krylov": dense + krylov}
+
+
 def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
-    """How many columns the products-only way takes on a language model's map, the certificate's 48 included.
+    """How many columns the matrix-free method takes on a language model's map, the certificate's 48 included.
 
     Measured at 1e-2 and 1e-3 on SmolLM2, and on models of random weights whose spectra decay like its own, d = 512 to
     2048: for k = 1 and 8, 93 and 160 (2 tokens) to 190 for all tokens together; 97 and 220 for each of 2, 110 to 150
@@ -165,24 +213,26 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 
-def cheaper_alone(J: Map) -> bool:
-    """Whether norms to a few percent cost less by products alone than by the dense map and its singular values."""
-    if wide(J.dtype) != J.dtype and J.fits:
+def matrix_free_is_cheaper(J: Map) -> bool:
+    """Whether norms to a few percent cost less matrix-free than by the dense map and its singular values."""
+    if wide_dtype(J.dtype) != J.dtype and J.fits_in_budget:
         return False
-    if J.known is not None or not J.fits:
-        return J.known is None
+    if J.cached_dense is not None or not J.fits_in_budget:
+        return J.cached_dense is None
     d_out, length, d_in = J.shape
-    dense = sweep(J.chain, J.source, J.target, d_out) + products(4.0 * length * d_out * d_in**2, J.chain, _LAPACK)
+    dense = sweep_cost(J.chain, J.source, J.target, d_out)
+    dense += algebra_cost(4.0 * length * d_out * d_in**2, J.chain, _LAPACK)
     expected = min(_NORM_COLUMNS, 2 * min(d_out, d_in))
-    return _alone(J, expected, length, d_in, 8).seconds < _MARGIN[False] * dense.seconds
+    return _matrix_free_cost(J, expected, length, d_in, 8).seconds < _MARGIN[False] * dense.seconds
 
 
-def _alone(J: Map, columns: int, maps: int, rows: int, k: int) -> Cost:
-    """Products in blocks of k + 8, half of them forward, and the linear algebra on the basis."""
+def _matrix_free_cost(J: Map, columns: int, maps: int, width: int, k: int) -> Cost:
+    """Products in blocks of k + 8, half of them forward, and linear algebra on a basis of vectors of this width."""
     block, basis = k + 8, columns // 2
-    narrow, one = (sweep(J.chain, J.source, J.target, n) for n in (_NARROW, block))
-    few, many = _FIXED / _NARROW, (columns - _FIXED) / block
-    flops, seconds = (few * a + many * b for a, b in ((narrow.flops, one.flops), (narrow.seconds, one.seconds)))
-    algebra = products(maps * (2.0 * basis * basis * rows + 12.0 * basis**3), J.chain, _THIN, torch.float64)
+    narrow, full = (sweep_cost(J.chain, J.source, J.target, n) for n in (_NARROW, block))
+    n_narrow, n_full = _FIXED / _NARROW, (columns - _FIXED) / block
+    flops = n_narrow * narrow.flops + n_full * full.flops
+    seconds = n_narrow * narrow.seconds + n_full * full.seconds + (n_narrow + n_full) * _STEP_SECONDS
+    algebra = algebra_cost(maps * (2.0 * basis * basis * width + 12.0 * basis**3), J.chain, _THIN, torch.float64)
     nbytes = basis * J.shape[1] * J.shape[2] * J.dtype.itemsize
-    return Cost(columns, flops, seconds + (few + many) * _STEP_SECONDS, nbytes) + algebra
+    return Cost(columns, flops, seconds, nbytes) + algebra

@@ -1,4 +1,4 @@
-"""Bring me a model: from a package, a hub, a directory, a GGUF file, or your own hands."""
+"""Models: from a package, the hub, a directory, a GGUF file, or loaded by the user."""
 
 from loclin.models.loading import load
 from loclin.models.model import Model, ModelInfo, wrap

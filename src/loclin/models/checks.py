@@ -1,4 +1,4 @@
-"""Which models are refused, and why: said before weights load where the config already tells."""
+"""Refuses models that cannot become an exact map; from the config alone where possible, before weights load."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 
 NAMES_SHOWN = 3
 HIDDEN_ATTENTION = ("flash", "flex", "paged")
-"""How the attention implementations begin that are one kernel, without a result that tells who looks at whom."""
+"""Prefixes of attention implementations that are one kernel, and do not return the probabilities."""
 
 
-def some(names: list[str]) -> str:
+def list_some(names: list[str]) -> str:
     """Join the first few names, and say how many more there are."""
     rest = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def refuse_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse an architecture that is no causal decoder, from its config alone.
+    """Refuse an architecture that is not a causal decoder, from its config.
 
     Raises
     ------
     ModelError
-        When the model has an encoder, or looks at later tokens.
+        When the model has an encoder, or attends to later tokens.
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model ({kind}); loclin needs a causal decoder.")
+        raise ModelError(f"{name} is an encoder-decoder model ({kind}); give a causal decoder")
     # A family that also has a masked-LM class is an encoder, unless its config says it was trained as a
     # decoder. Its "causal LM" class does not help: without `is_decoder` it attends in both directions.
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
-        raise ModelError(f"{name} is an encoder ({kind}, is_decoder=False); loclin needs a causal decoder.")
+        raise ModelError(f"{name} is an encoder ({kind}, is_decoder=False); give a causal decoder")
 
 
 def refuse_unknown_family(config: PreTrainedConfig, name: str) -> None:
@@ -57,12 +57,12 @@ def refuse_unknown_family(config: PreTrainedConfig, name: str) -> None:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "auto_map"):
         raise ModelError(
             f"{name}: transformers has no causal language model for the family {config.model_type!r}; "
-            "load it yourself and pass it to loclin.wrap()."
+            "load it yourself and pass it to loclin.wrap()"
         )
 
 
 def refuse_missing(report: dict[str, Any], name: str) -> None:
-    """Refuse a checkpoint that lacks weights: transformers makes up random ones and only warns.
+    """Refuse a checkpoint that lacks weights, which transformers would replace by random ones with a warning.
 
     Raises
     ------
@@ -71,7 +71,9 @@ def refuse_missing(report: dict[str, Any], name: str) -> None:
     """
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ModelError(f"{name} lacks weights that its config asks for: {some(missing)}.")
+        raise ModelError(
+            f"{name} lacks weights that its config asks for: {list_some(missing)}; give a complete checkpoint"
+        )
 
 
 def refuse_model(hf: PreTrainedModel, name: str) -> None:
@@ -86,12 +88,12 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
     """
     refuse_config(hf.config, name)
     if hf.get_output_embeddings() is None:
-        raise ModelError(
-            f"{name} ({type(hf).__name__}) has no output embeddings; load it with its language-model head "
-            "(AutoModelForCausalLM)."
-        )
+        raise ModelError(f"{name} ({type(hf).__name__}) has no output head; load it with AutoModelForCausalLM")
     if not isinstance(getattr(hf.get_input_embeddings(), "weight", None), torch.Tensor):
-        raise ModelError(f"{name} ({type(hf).__name__}) has no single table of input embeddings.", "input embeddings")
+        raise ModelError(
+            f"{name} ({type(hf).__name__}) has no single table of input embeddings; give a model with one",
+            "input embeddings",
+        )
     _refuse_kernels(hf, name)
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:
@@ -102,37 +104,39 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             if value.is_meta and not hasattr(module, "_hf_hook")
         ]
         if empty:
-            raise ModelError(f"{name} has parameters without values (meta device): {some(empty)}.")
+            raise ModelError(
+                f"{name} has parameters without values (meta device): {list_some(empty)}; load its weights"
+            )
     if any(parameter.is_inference() for parameter in hf.parameters()):
         raise ModelError(
-            f"{name} was loaded inside torch.inference_mode(), whose tensors have no derivatives; load it outside."
+            f"{name} was loaded inside torch.inference_mode(), whose tensors have no derivatives; load it outside"
         )
     broken = non_finite(hf)
     if broken:
-        raise ModelError(f"{name} has weights that are NaN or infinite: {some(broken)}.")
+        raise ModelError(
+            f"{name} has weights that are NaN or infinite: {list_some(broken)}; give a checkpoint with finite ones"
+        )
 
 
 def _refuse_kernels(hf: PreTrainedModel, name: str) -> None:
-    """Refuse attention and layers that run where no operation can be seen."""
+    """Refuse kernels that hide the operations of attention or of layers."""
     if getattr(hf, "use_kernels", False):
-        raise ModelError(
-            f"{name} uses kernels from the hub, which loclin cannot look into; load it without use_kernels."
-        )
+        raise ModelError(f"{name} uses kernels from the hub, which hide their operations; load it without use_kernels")
     attention = str(getattr(hf.config.get_text_config(), "_attn_implementation", None))
     if "/" in attention or attention.startswith(HIDDEN_ATTENTION):
         raise ModelError(
-            f"{name} computes its attention with {attention}, which loclin cannot look into: "
-            "model.set_attn_implementation('sdpa') first, or load it with attn_implementation='sdpa'."
+            f"{name} computes its attention with {attention}, which hides the probabilities: call "
+            "model.set_attn_implementation('sdpa') first, or load it with attn_implementation='sdpa'"
         )
 
 
 def non_finite(module: nn.Module) -> list[str]:
-    """Name the parameters that hold NaN or Inf: one sum per tensor, an exact look where it is not finite."""
+    """The names of parameters with NaN or Inf: by one sum per tensor, and an exact check if it is not finite."""
     names = []
     with torch.no_grad():
         for name, value in module.named_parameters():
             if value.is_meta or not value.is_floating_point() or is_traceable_wrapper_subclass(value):
-                continue  # what stands in for a quantised weight has no sum
+                continue  # the tensors of quantised weights have no sum
             wide = value.float() if value.element_size() == 1 else value  # float8 has no sum
             # A finite tensor may overflow its sum; a tensor with NaN or Inf never has a finite one.
             if not wide.sum().isfinite() and not wide.isfinite().all():

@@ -1,4 +1,4 @@
-"""Hashes of files, in a way that other threads can work beside it, and of tensors."""
+"""Hashes of files, without blocking other threads, and of tensors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def sha256(*paths: Path) -> str:
 
 
 def blocks(path: Path) -> Iterable[memoryview]:
-    """Give a file's content in large blocks.
+    """A file's content in large blocks.
 
-    Hashing lets go of the interpreter lock but takes it back after each block, and a parser beside it may
-    hold that lock for seconds: the fewer blocks, the less waiting. Ctrl-C has to wait for one block.
+    Hashing releases the interpreter lock during a block and takes it back after each, and a parser in another thread
+    may hold the lock for seconds: fewer blocks wait less. Ctrl-C has to wait for one block.
     """
-    if path.stat().st_size == 0:  # nothing cannot be mapped
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
         return
     with (
         path.open("rb") as file,

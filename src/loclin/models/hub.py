@@ -1,4 +1,4 @@
-"""Is the hub there, and does it have this model? Asked once: no network is one line, not minutes."""
+"""One request to the hub for a model's exact revision: without a network the answer is one line, not minutes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from loclin.errors import ModelError
 TIMEOUT = 10.0  # seconds
 
 
-def reach(name: str, revision: str | None, token: Any = None, cache_dir: Any = None) -> dict[str, Any]:
-    """Find out how a hub model can be had. Cost: one request, no retries.
+def resolve_revision(name: str, revision: str | None, token: Any = None, cache_dir: Any = None) -> dict[str, Any]:
+    """Resolve a hub model's revision, or find its downloaded copy. Cost: one request, no retries.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def reach(name: str, revision: str | None, token: Any = None, cache_dir: Any = N
     Raises
     ------
     ModelError
-        When there is neither the hub nor a copy, or the hub does not give this model.
+        When neither the hub nor a copy is available, or the hub refuses this model.
     """
     from huggingface_hub import constants, model_info, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -46,15 +46,19 @@ def reach(name: str, revision: str | None, token: Any = None, cache_dir: Any = N
         try:
             return {"revision": model_info(name, revision=revision, token=token, timeout=TIMEOUT).sha}
         except GatedRepoError as fault:
-            raise ModelError(gated(name)) from fault
+            raise ModelError(describe_gated(name)) from fault
         except RevisionNotFoundError as fault:
-            raise ModelError(f"{name} has no revision {revision!r} on the hub.") from fault
+            raise ModelError(
+                f"{name} has no revision {revision!r} on the hub: give a branch, tag or commit that exists"
+            ) from fault
         except RepositoryNotFoundError as fault:
             raise ModelError(
-                f"The hub has no model {name}, or it is private: check the name, or log in (hf auth login)."
+                f"the hub has no model {name}, or it is private: check the name, or log in (hf auth login)"
             ) from fault
         except HFValidationError as fault:
-            raise ModelError(f"{name!r} is not a hub id, and no such directory or .gguf file exists.") from fault
+            raise ModelError(
+                f"{name!r} is not a hub id, and no such directory or .gguf file exists: check the name"
+            ) from fault
         except Exception as fault:  # no network, in any of the ways the HTTP client may say so
             unreachable = fault
     else:
@@ -66,11 +70,11 @@ def reach(name: str, revision: str | None, token: Any = None, cache_dir: Any = N
             "local_files_only": True,
         }  # …/snapshots/COMMIT/config.json
     raise ModelError(
-        f"The hub cannot be reached to get {name}, and no downloaded copy of it is here. "
-        "A local directory or a .gguf file works without the hub."
+        f"the hub cannot be reached to get {name}, and there is no downloaded copy; give a local directory or a .gguf "
+        "file, which need no hub"
     ) from unreachable
 
 
-def gated(name: str) -> str:
+def describe_gated(name: str) -> str:
     """Say what to do about a gated model."""
-    return f"{name} is gated: accept its terms on its hub page and log in (hf auth login)."
+    return f"{name} is gated: accept its terms on its hub page and log in (hf auth login)"

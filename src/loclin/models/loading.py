@@ -1,4 +1,4 @@
-"""`load`: one name in, one model out, whatever the name stands for."""
+"""`load`: a model from the name of a packaged model, a hub id, a directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -65,15 +65,17 @@ def load(
         When the model cannot be found, read or used; the message names the fault and the fix.
     """
     if not isinstance(name, str | Path) or not str(name).strip():
-        raise ModelError(f"The model {name!r} has no name: give a package, a hub id, a directory or a GGUF file.")
+        raise ModelError(
+            f"{name!r} is not the name of a model: give a packaged model, a hub id, a directory or a GGUF file"
+        )
     chosen = parse_dtype(dtype)
     where = None if device is None else parse_device(device)
     if device_map is not None:
         if where is not None:
-            raise ModelError("Give device or device_map, not both.")
+            raise ModelError("device and device_map are both given: give one of them")
         require("accelerate", "device_map", "accelerate")
     if from_pretrained_kwargs.pop("use_kernels", False) or "/" in (attn_implementation or ""):
-        raise ModelError("Kernels from the hub are not supported: they replace the modules that loclin looks into.")
+        raise ModelError("kernels from the hub hide the operations of the model: load it without them")
     optional = {
         "device_map": device_map,
         "quantization_config": quantization_config,
@@ -88,7 +90,7 @@ def load(
         model = _load(name, revision, arguments)
     except PermissionError as fault:
         raise ModelError(
-            f"Cannot read {name}: {access.reason(fault, Path(name))}; chmod it, or copy it to where you can read it."
+            f"cannot read {name}: {access.reason(fault, Path(name))}; chmod it, or copy it to where you can read it"
         ) from fault
     if where is not None:
         hf: torch.nn.Module = model.hf  # transformers' own `to` has no types
@@ -97,34 +99,34 @@ def load(
 
 
 def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> Model:
-    """Decide what the name stands for."""
+    """Load what the name stands for."""
     label = str(name)
     try:
         path = Path(name).expanduser()
     except RuntimeError as fault:  # the home of a user that there is not
-        raise ModelError(f"There is no directory {label}: {fault}") from fault
+        raise ModelError(f"there is no directory {label}: {fault}") from fault
     packaged = PACKAGED.get(label)
     on_disk = packaged is not None or path.exists() or path.suffix.lower() == ".gguf"
     if on_disk and revision is not None:
-        raise ModelError(f"{label} is not a hub model: it has no revision.")
+        raise ModelError(f"{label} is not a hub model: leave revision out")
     if packaged is not None:
         return converted.load(packaged.source(), label, "package", arguments, bos_token=packaged.bos)
     if path.is_dir():
         return pretrained.load_directory(path, label, arguments)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ModelError(f"There is no file {label}.")
+            raise ModelError(f"there is no file {label}: check the path")
         return converted.load(gguf_file(path), label, "gguf", arguments)
     if path.is_file():
-        raise ModelError(f"{label} is a file, but not a .gguf file; give the directory that holds the model.")
+        raise ModelError(f"{label} is not a .gguf file; give the directory that holds the model")
     if "/" not in label:
         near = difflib.get_close_matches(label.lower(), PACKAGED, n=2, cutoff=0.4)
-        guess = f" Did you mean {' or '.join(near)}?" if near else ""
+        guess = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise ModelError(
-            f"There is no model {label!r}.{guess} Packaged models: {', '.join(PACKAGED)}; "
-            "or give a directory, a .gguf file, or a hub id like org/name."
+            f"there is no model {label!r}{guess}: give a packaged model ({', '.join(PACKAGED)}), a directory, a .gguf "
+            "file, or a hub id such as org/name"
         )
     if label.count("/") > 1 or label.startswith((".", "/", "~")):
-        raise ModelError(f"There is no directory {label}.")
-    found = hub.reach(label, revision, arguments.get("token"), arguments.get("cache_dir"))
+        raise ModelError(f"there is no directory {label}: check the path")
+    found = hub.resolve_revision(label, revision, arguments.get("token"), arguments.get("cache_dir"))
     return pretrained.load_hub(label, {**arguments, **found})

@@ -1,4 +1,4 @@
-"""A model as loclin holds it: the transformers objects, and where they came from."""
+"""A model and its tokenizer, with where they came from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from loclin.models import encoding
 from loclin.models.checks import refuse_model
 from loclin.models.replica import replicate
 from loclin.models.tokens import Tokens
-from loclin.models.unwrap import unwrapped
 
 Source = Literal["package", "hub", "directory", "gguf", "wrapped"]
 
@@ -85,7 +84,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids have to be."""
+        """The device of token ids."""
         embeddings: Any = self.hf.get_input_embeddings()
         weight: torch.Tensor = embeddings.weight
         if weight.is_meta:  # offloaded: its hook knows where it runs
@@ -95,7 +94,7 @@ class Model:
     def replicate(self) -> Model:
         """The same with modules of its own around the same weights (see `loclin.models.replica`)."""
         made = replace(self, hf=replicate(self.hf))
-        vars(made)["tokens"] = self.tokens  # with all that they know of the vocabulary
+        vars(made)["tokens"] = self.tokens  # with what they have decoded already
         return made
 
     def encode(self, prompt: str, bos: bool | str | None = None) -> torch.Tensor:
@@ -106,8 +105,8 @@ class Model:
         prompt
             The text.
         bos
-            The beginning-of-text token. None: what the tokenizer does by itself. True: put one in front.
-            False: none. A string: put that token in front. One that already begins the text is not doubled.
+            The beginning-of-text token. None: what the tokenizer does by itself. True: one is put first. False: none.
+            A string: that token is put first. One with which the text begins already is not doubled.
 
         Returns
         -------
@@ -122,35 +121,35 @@ class Model:
             When the prompt has no tokens, too many, or ones that the model has no embedding for.
         """
         if self.tokenizer is None:
-            raise ModelError(f"{self.info.name} has no tokenizer; pass token ids [1, T] instead of text.")
+            raise ModelError(f"{self.info.name} has no tokenizer; pass token ids [1, T] instead of text")
         ids = encoding.encode(self.tokenizer, prompt, bos, self.bos)
         if self.context_length is not None and len(ids) > self.context_length:
             raise PromptError(
-                f"The prompt has {len(ids)} tokens; {self.info.name} takes at most {self.context_length}."
+                f"the prompt has {len(ids)} tokens; {self.info.name} takes at most {self.context_length}: shorten it"
             )
         embeddings: Any = self.hf.get_input_embeddings()
         vocabulary: int = embeddings.weight.shape[0]
         if max(ids) >= vocabulary:
             raise PromptError(
-                f"The tokenizer gave token {max(ids)}, but {self.info.name} has {vocabulary} embeddings: "
-                "this tokenizer belongs to another model."
+                f"the tokenizer returned token {max(ids)}, but {self.info.name} has {vocabulary} embeddings: give the "
+                "model's own tokenizer"
             )
         return torch.tensor([ids], device=self.device)
 
     @cached_property
     def tokens(self) -> Tokens:
-        """From ids to what is shown and to text."""
+        """The text of ids, token by token and together."""
         return Tokens(self.tokenizer)
 
     @property
     def stops(self) -> set[int]:
-        """The tokens at which generation stops by itself; none where the model does not say."""
+        """The tokens at which generation stops; empty if the model names none."""
         config: Any = getattr(self.hf, "generation_config", None)
         named = None if config is None else config.eos_token_id
         return {token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)}
 
     def decode_each(self, ids: Sequence[int]) -> list[str]:
-        """What is shown of each token: its own text, with the space it stands for; no two look the same.
+        """Each token's own text, with the space that it includes, so that different tokens look different.
 
         Bytes that are no whole character are written `⟨F0 9F⟩`, ids without a token `⟨unused 49160⟩`; without a
         tokenizer, ids are shown as numbers. For a text, see `decode`.
@@ -158,7 +157,7 @@ class Model:
         return self.tokens.shown(ids)
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
-        """The text of all tokens together, with or without special tokens; `tokens.offsets` says where each one is."""
+        """The text of all tokens together, with or without special tokens; see `tokens.offsets` for their places."""
         return self.tokens.text(ids, special=special)
 
     def __repr__(self) -> str:
@@ -182,7 +181,7 @@ def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, 
     tokenizer
         Its tokenizer. Without one, prompts are token ids.
     name
-        What results call it; by default the name it was loaded by.
+        Its name in results; by default the name by which it was loaded.
 
     Returns
     -------
@@ -192,13 +191,13 @@ def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, 
     Raises
     ------
     ModelError
-        When it is no causal decoder with a head, or its weights are missing or not finite.
+        When it is not a causal decoder with an output head, or its weights are missing or not finite.
     """
     given = type(hf_model).__name__
-    hf_model = unwrapped(hf_model)
+    hf_model = unwrap(hf_model)
     if not isinstance(hf_model, PreTrainedModel):
         inside = "" if type(hf_model).__name__ == given else f" (around {type(hf_model).__name__})"
-        raise ModelError(f"loclin.wrap takes a transformers PreTrainedModel, not {given}{inside}.")
+        raise ModelError(f"loclin.wrap takes a transformers PreTrainedModel, not {given}{inside}: give one")
     name = name or hf_model.config.name_or_path or type(hf_model).__name__
     return describe(hf_model, tokenizer, name=name, source="wrapped")
 
@@ -214,7 +213,7 @@ def describe(
     stored_dtype: str | None = None,
     bos_token: str | None = None,
 ) -> Model:
-    """Check a transformers model and hold it with what is known about it.
+    """Check a transformers model, and combine it with what is known about it.
 
     Raises
     ------
@@ -247,3 +246,33 @@ def _context_length(text_config: Any) -> int | None:
     """The most tokens a model takes; families without a limit write -1, or nothing."""
     length = getattr(text_config, "max_position_embeddings", None)
     return length if length is not None and length > 0 else None
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside `torch.compile`'s module or a `PeftModel`, whose adapters stay in its layers.
+
+    Raises
+    ------
+    ModelError
+        For an adapter that is not inside the layers: a learned prompt or prefix.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            _refuse_prompts(model)
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _refuse_prompts(model: Any) -> None:
+    """Refuse adapters that act outside the base model's layers."""
+    for name in (model.active_adapter,) if isinstance(model.active_adapter, str) else model.active_adapter:
+        config = model.peft_config[name]
+        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            raise ModelError(
+                f"the adapter {name!r} ({kind}) acts in front of the model's layers, in {type(model).__name__}, and "
+                "not inside them; use an adapter inside layers, such as LoRA"
+            )

@@ -1,4 +1,4 @@
-"""What a person may ask of `load`, checked before anything is read: dtype, device, optional packages."""
+"""Options of `load`, checked before anything is read: dtype, device, optional packages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from loclin.errors import MissingExtraError, ModelError
+from loclin.errors import MissingExtraError, OptionError
 
 DTYPES = {
     "float32": torch.float32,
@@ -21,14 +21,14 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
     Raises
     ------
-    ModelError
+    OptionError
         Listing the valid ones.
     """
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    raise ModelError(f"Unknown dtype {str(dtype)!r}; choose one of {', '.join(DTYPES)}, auto.")
+    raise OptionError(f"dtype={str(dtype)!r}: choose one of {', '.join(DTYPES)}, auto")
 
 
 def available_devices() -> list[str]:
@@ -45,8 +45,8 @@ def parse_device(device: str | torch.device) -> torch.device:
 
     Raises
     ------
-    ModelError
-        Naming the devices there are.
+    OptionError
+        Listing the available devices.
     """
     devices = available_devices()
     try:
@@ -55,12 +55,12 @@ def parse_device(device: str | torch.device) -> torch.device:
         parsed = None
     # "cuda" means its first one; the processor has no others to number
     if parsed is None or f"{parsed.type}:{parsed.index or 0}" not in [*devices, "cpu:0"]:
-        raise ModelError(f"There is no device {str(device)!r} here; available: {', '.join(devices)}.")
+        raise OptionError(f"device={str(device)!r}: choose one of {', '.join(devices)}")
     return parsed
 
 
 def installed(module: str) -> bool:
-    """Say whether a module can be imported, without importing it."""
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ValueError:  # a module that was taken out on purpose

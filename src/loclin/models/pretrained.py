@@ -1,16 +1,16 @@
-"""Load a checkpoint in transformers' own format, and turn what goes wrong into one line."""
+"""Load a checkpoint in transformers' own format; every failure is one line."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loclin.errors import ModelError, first_line
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
 from loclin.models.four_bit import keep_from_packing
-from loclin.models.hub import gated
+from loclin.models.hub import describe_gated
 from loclin.models.model import Model, describe
 from loclin.models.quiet import quiet
 
@@ -54,7 +54,7 @@ def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
     if not (inside / "config.json").is_file():
         ggufs = sorted(inside.glob("*.gguf"))
         hint = f"; to load its GGUF file, give {ggufs[0]}" if ggufs else ""
-        raise ModelError(f"The directory {name} has no config.json{hint}.")
+        raise ModelError(f"the directory {name} has no config.json{hint or ': give the directory of a model'}")
     stored = stored_dtype(inside)
     arguments = {**arguments, "local_files_only": True}
     config = read_config(str(path), name, arguments)
@@ -62,7 +62,7 @@ def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
     tokenizer = None
     if any((inside / file).exists() for file in TOKENIZER_FILES):
         tokenizer = read_tokenizer(str(path), name, arguments)
-    hf = read(str(path), name, arguments)
+    hf = read_weights(str(path), name, arguments)
     return describe(hf, tokenizer, name=name, source="directory", stored_dtype=stored)
 
 
@@ -77,7 +77,7 @@ def load_hub(name: str, arguments: dict[str, Any]) -> Model:
     config = read_config(name, name, arguments)
     stored = quantized(config) or config_dtype(config)
     tokenizer = read_tokenizer(name, name, arguments)
-    hf = read(name, name, arguments)
+    hf = read_weights(name, name, arguments)
     return describe(hf, tokenizer, name=name, source="hub", revision=arguments["revision"], stored_dtype=stored)
 
 
@@ -95,7 +95,7 @@ def read_config(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedC
         with quiet():
             config = AutoConfig.from_pretrained(place, **_where(arguments))
     except Exception as fault:  # many kinds, from JSON to the hub
-        raise ModelError(explain(name, "config", fault)) from fault
+        raise ModelError(describe_failure(name, "config", fault)) from fault
     refuse_config(config, name)
     refuse_unknown_family(config, name)
     return config
@@ -116,11 +116,11 @@ def read_tokenizer(place: str, name: str, arguments: dict[str, Any]) -> PreTrain
             return AutoTokenizer.from_pretrained(place, **_where(arguments))
     except Exception as fault:
         raise ModelError(
-            f"{explain(name, 'tokenizer', fault)} To go without it, load the model yourself and wrap() it."
+            f"{describe_failure(name, 'tokenizer', fault)}; to do without it, load the model yourself and wrap() it"
         ) from fault
 
 
-def read(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+def read_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
     """Read a checkpoint's weights into a model in eval mode.
 
     Raises
@@ -134,58 +134,48 @@ def read(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(place, **{**arguments, "output_loading_info": True})
     except Exception as fault:
-        raise ModelError(explain(name, "model", fault)) from fault
+        raise ModelError(describe_failure(name, "model", fault)) from fault
     hf, report = loaded
     refuse_missing(report, name)
     keep_from_packing(hf)
     return hf.eval()
 
 
-def explain(name: str, what: str, fault: Exception) -> str:
-    """Say in one line why a checkpoint's config, tokenizer or weights could not be read."""
+def describe_failure(name: str, what: str, fault: Exception) -> str:
+    """One line for why a checkpoint's config, tokenizer or weights cannot be read."""
     causes = [fault, fault.__cause__, fault.__context__]
     kinds = {kind.__name__ for cause in causes if cause is not None for kind in type(cause).__mro__}
     if "GatedRepoError" in kinds or "gated repo" in str(fault):
-        return gated(name)
+        return describe_gated(name)
     if "SafetensorError" in kinds:
-        return f"The weights of {name} are cut off or damaged: {first_line(fault)}"
-    return f"The {what} of {name} cannot be read: {first_line(fault)}"
+        return f"the weights of {name} are cut off or damaged ({first_line(fault)}): get them again"
+    return f"cannot read the {what} of {name}: {first_line(fault)}"
 
 
 def stored_dtype(directory: Path) -> str | None:
-    """Name the dtype that most weights of a directory have, from its safetensors headers; None without any.
+    """The dtype that most weights of a directory are stored in, from its safetensors headers; None without any.
 
     Raises
     ------
     ModelError
-        When a file is shorter or longer than its header says.
+        When a file is damaged, or its size is not the one that its header says.
     """
+    from safetensors import SafetensorError, safe_open
+
     elements: Counter[str] = Counter()
     for path in sorted(directory.glob("*.safetensors")):
-        for kind, n_bytes in _tensors(path):
-            elements[kind] += n_bytes
+        try:
+            path.open("rb").close()  # `safe_open` says of a file without permission that it does not exist
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it is not a dictionary)
+                    tensor = file.get_slice(name)
+                    elements[tensor.get_dtype()] += prod(tensor.get_shape())
+        except SafetensorError as fault:
+            raise ModelError(f"{path} is cut off or damaged ({first_line(fault)}): get it again") from fault
     if not elements:
         return None
     kind = elements.most_common(1)[0][0]
     return SAFETENSORS_DTYPES.get(kind, kind)
-
-
-def _tensors(path: Path) -> list[tuple[str, int]]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        try:
-            if length > size - 8:
-                raise ValueError("its header is cut off")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = [(entry["dtype"], *entry["data_offsets"]) for entry in header.values()]
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise ModelError(f"{path} is cut off or damaged: {first_line(fault)}.") from fault
-    expected = 8 + length + max((end for _, _, end in tensors), default=0)
-    if size != expected:
-        raise ModelError(f"{path} is cut off or damaged: it should have {expected:,} bytes and has {size:,}.")
-    return [(kind, end - start) for kind, start, end in tensors]
 
 
 def quantized(config: PreTrainedConfig) -> str | None:

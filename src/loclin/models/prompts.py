@@ -1,4 +1,4 @@
-"""What can be given as a prompt, as token ids; and what a reader should know about them."""
+"""Prompts in every form as token ids, and warnings about them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from torch import Tensor
 
 from loclin.errors import PromptError
 from loclin.models import Model
-from loclin.models.encoding import appended
-from loclin.models.padding import without_padding
+from loclin.models.encoding import appended_tokens, strip_padding
 
 Prompt = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
 """What can be given as a prompt: see `read_prompt`."""
 Numbers = Tensor | np.ndarray | Sequence[Any]
 _SHAPE = "token ids must have the shape [1, T] with T > 0"
 _KINDS = ("image", "video", "audio", "vision")
-"""What the names of placeholder tokens begin with, in the configs of models that take more than text."""
+"""Prefixes of the names of placeholder tokens, in the configs of models that take more than text."""
 
 
 def read_prompt(
     model: Model, prompt: Prompt, attention_mask: Numbers | None = None, bos: bool | str | None = None
 ) -> Int[Tensor, "1 T"]:
-    """A text, token ids in any form, or a tokenizer's output as ids `[1, T]`, without padding.
+    """Read a text, token ids in any form, or a tokenizer's output as ids `[1, T]`, without padding.
 
     Ids are a tensor or array `[T]` or `[1, T]`, or a list of numbers; a tokenizer's output is a mapping with
     `input_ids`, whose `attention_mask` is used.
@@ -34,40 +33,43 @@ def read_prompt(
     Raises
     ------
     PromptError
-        For anything else, several prompts, or ids that the model has no place for; for padding between tokens.
+        For anything else, several prompts, or ids that the model does not have; for padding between tokens.
     """
     if isinstance(prompt, str):
         if attention_mask is not None:
-            raise PromptError("an attention mask belongs to token ids; text has no padding")
+            raise PromptError("an attention mask belongs to token ids; text has no padding: leave the mask out")
         return model.encode(prompt, bos=bos)
     if isinstance(prompt, Mapping):
         if "input_ids" not in prompt:
-            raise PromptError(f"a prompt with {', '.join(map(str, prompt)) or 'nothing'} lacks input_ids")
+            raise PromptError(
+                f"the prompt has {', '.join(map(str, prompt)) or 'nothing'}, but no input_ids: give what a tokenizer "
+                "returns"
+            )
         mask = prompt.get("attention_mask") if attention_mask is None else attention_mask
         prompt, attention_mask = prompt["input_ids"], mask
     ids = _row(as_ids(prompt))
     if attention_mask is not None:
-        (ids,) = without_padding(ids, _row(as_ids(attention_mask, bools=True)))
-    return checked(model, ids)
+        (ids,) = strip_padding(ids, _row(as_ids(attention_mask, bools=True)))
+    return check_ids(model, ids)
 
 
 def as_ids(given: Any, *, bools: bool = False) -> Tensor:
-    """Whole numbers of a tensor, an array or (nested) lists as a tensor of integers; True and False are none.
+    """Convert a tensor, an array or (nested) lists of whole numbers to a tensor of integers; bools are refused.
 
     Raises
     ------
     PromptError
-        For other numbers, lists of several lengths, and what is no list of numbers at all.
+        For other numbers, lists of different lengths, and anything else.
     """
     if not isinstance(given, Tensor):
         if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, (str, bytes)):
-            raise PromptError(f"a prompt is a text or token ids, not {type(given).__name__}")
+            raise PromptError(f"the prompt is {type(given).__name__}: give a text or token ids")
         if isinstance(given, Sequence) and given and all(isinstance(row, Tensor) for row in given):
             given = [row.tolist() for row in given]
         if isinstance(given, Sequence) and any(isinstance(one, str) for one in given):
-            raise PromptError("a list of texts is several prompts: loclin.linearize_batch takes them")
+            raise PromptError("a list of texts is several prompts: use loclin.linearize_batch")
         if not bools and _holds_bool(given):
-            raise PromptError("True and False are no token ids; an attention mask goes into attention_mask=")
+            raise PromptError("True and False are not token ids: give an attention mask as attention_mask=")
         try:
             given = torch.as_tensor(np.asarray(given))
         except (TypeError, ValueError):  # lists of several lengths, or of anything
@@ -79,19 +81,20 @@ def as_ids(given: Any, *, bools: bool = False) -> Tensor:
     return cast("Tensor", given.long())
 
 
-def checked(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
-    """Refuse token ids that the model has no place for.
+def check_ids(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
+    """Refuse token ids that the model does not have.
 
     Raises
     ------
     PromptError
-        For another shape, too many, or one that the model has no embedding for.
+        For another shape, too many ids, or an id without embedding.
     """
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
         raise PromptError(f"{_SHAPE}, not {list(input_ids.shape)}")
     if model.context_length is not None and input_ids.numel() > model.context_length:
         raise PromptError(
-            f"The prompt has {input_ids.numel()} tokens; {model.info.name} takes at most {model.context_length}."
+            f"the prompt has {input_ids.numel()} tokens; {model.info.name} takes at most {model.context_length}: "
+            "shorten it"
         )
     vocabulary = cast("Tensor", model.hf.get_input_embeddings().weight).shape[0]
     if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
@@ -99,18 +102,32 @@ def checked(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
     return input_ids
 
 
-def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: bool = False) -> list[str]:
-    """What is odd about a prompt's ids: ends, padding, placeholders, ids without a token.
+def prompt_list(prompts: Any) -> list[Any]:
+    """Several prompts as a list.
 
-    `appends` says that the prompt was a text that the tokenizer would have put an end behind.
+    Raises
+    ------
+    PromptError
+        For anything that is not a sequence of prompts.
+    """
+    try:
+        return list(prompts)
+    except TypeError:
+        raise PromptError(f"the prompts are {type(prompts).__name__}: give a list of texts or of token ids") from None
+
+
+def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: bool = False) -> list[str]:
+    """Warnings about a prompt's ids: ends, padding, placeholders, ids without a token.
+
+    `appends`: the prompt was a text to which the tokenizer would have appended an end.
     """
     ids, found = input_ids[0].tolist(), []
     ends, pad = _ends(model), _pad(model)
-    if appends and model.tokenizer is not None and (behind := appended(model.tokenizer)):
+    if appends and model.tokenizer is not None and (behind := appended_tokens(model.tokenizer)):
         names = " ".join(model.decode_each(behind))
         found.append(
-            f"The tokenizer puts {names} behind every text; it is left out, so that the prediction is what follows the "
-            "text. Give token ids to keep it."
+            f"The tokenizer appends {names} to every text. It is left out, so that the prediction follows the text. "
+            "Give token ids to keep it."
         )
     if ids[-1] in ends and len(ids) > 1:
         found.append(
@@ -133,7 +150,7 @@ def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: boo
                 "is that of the placeholder's own embedding."
             )
         elif model.tokenizer is not None and not model.tokens.knows(token):
-            found.append(f"Token {token} is none of the tokenizer's: nobody can have trained its embedding.")
+            found.append(f"Token {token} is not in the tokenizer's vocabulary: its embedding cannot have been trained.")
     return found
 
 
@@ -168,7 +185,7 @@ def _pad(model: Model) -> int | None:
 
 
 def _placeholders(model: Model) -> dict[int, str]:
-    """The ids that stand for what is no text, and for what."""
+    """The ids that stand for images and other inputs that are not text, and for which kind."""
     named = {**vars(model.hf.config.get_text_config()), **vars(model.hf.config)}
     return {
         token: name.partition("_")[0]

@@ -1,4 +1,4 @@
-"""What a person sees while a model loads: one status line on a terminal, none of the libraries' own noise."""
+"""Output while a model loads: one status line on a terminal, and none of the libraries' own messages."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ logger = logging.getLogger("loclin")
 def quiet() -> Iterator[None]:
     """Silence transformers' log and progress bars inside the block, and put both back as they were.
 
-    Downloads keep their bars: those belong to the hub's client. The GGUF reader's bar listens to no setting,
-    so it is replaced.
+    Downloads keep their bars, which belong to the hub's client. The GGUF reader's bar has no setting, so it is
+    replaced.
     """
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -59,7 +59,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def status(text: str) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on stderr and only on a terminal; the log always gets it.
+    """Show the current stage on stderr, only on a terminal; it is always logged.
 
     Yields
     ------

@@ -1,8 +1,8 @@
-"""A model's modules anew, around the same weights.
+"""A replica of a model: new module objects that share the model's weights.
 
-Hooks and flags on a replica are seen by nobody else: another thread's forward pass, a training step and the user's own
-hooks go on as they were; and what is switched on the model later (hooks, adapters, steering, training) does not reach
-the replica.
+Hooks and flags on a replica do not affect the model: other threads' forward passes, training steps and the user's own
+hooks are unchanged. What is changed on the model later (hooks, adapters, steering, training) does not affect the
+replica.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _LOCK = "_loclin_lock"
 _COMPILED_FROM = "_torchdynamo_orig_callable"
 _CONTAINERS = (list, dict, set, OrderedDict)
 _CHANGES_ITS_WEIGHTS = ("RwkvModel",)
-"""Divides them by powers of two when it first runs in evaluation mode."""
+"""Models that change their weights in a forward pass: here, division by powers of two."""
 _PLAIN = (bool, int, float, str, torch.Tensor)
 
 
 def replicate(root: M) -> M:
-    """The same modules anew, in evaluation mode: parameters and buffers are shared, all else is their own.
+    """Copy the modules, in evaluation mode: parameters and buffers are shared, everything else is new.
 
-    Attributes that lead to other modules, such as the `forward` that accelerate puts on a module, lead to the new ones.
-    What was compiled runs as it was written. Cost: milliseconds; no weight is read or copied.
+    Attributes that refer to other modules, such as the `forward` that accelerate puts on a module, refer to the copies.
+    Compiled code is replaced by its source. Cost: milliseconds; no weight is read or copied.
     """
     compiled = {id(module): module._modules["_orig_mod"] for module in root.modules() if "_orig_mod" in module._modules}
     own = [module for module in root.modules() if id(module) not in compiled and not isinstance(module, ScriptModule)]
@@ -51,7 +51,7 @@ def replicate(root: M) -> M:
 
 
 def copy_weights(root: nn.Module) -> None:
-    """Give a replica weights of its own."""
+    """Copy a replica's weights, so that it no longer shares them."""
     for module in root.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -59,7 +59,7 @@ def copy_weights(root: nn.Module) -> None:
 
 
 def _renew(value: Any, new: dict[int, Any]) -> Any:
-    """A value of a module's attribute, with the modules that it leads to replaced; containers become copies."""
+    """An attribute's value with the modules that it refers to replaced; containers are copied."""
     if value is None or isinstance(value, _PLAIN):
         return value
     if id(value) in new:
@@ -90,6 +90,6 @@ def _renew(value: Any, new: dict[int, Any]) -> Any:
 
 @contextmanager
 def exclusive(module: nn.Module) -> Iterator[None]:
-    """Let one thread at a time put hooks on a replica and run it; nothing to wait for on other modules."""
+    """Let only one thread at a time put hooks on a replica and run it; other modules have no lock."""
     with vars(module).get(_LOCK, threading.RLock()):
         yield

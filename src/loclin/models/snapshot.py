@@ -1,4 +1,4 @@
-"""Whether a model's weights are still those that something was computed with."""
+"""Checks that a model's weights have not changed since something was computed with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAMPLE = 64
 
 
 def sample(weight: Tensor) -> bytes:
-    """64 numbers of a weight, evenly spread over it; none of one that is not in memory."""
+    """64 numbers of a weight, evenly spaced, as bytes; empty if it is not in memory."""
     if weight.is_meta or is_traceable_wrapper_subclass(weight):
         return b""
     flat = weight.detach().flatten()
@@ -22,11 +22,11 @@ def sample(weight: Tensor) -> bytes:
 
 
 class Snapshot:
-    """What a module's parameters were at one time, without a copy of them.
+    """The state of a module's parameters at one time, without a copy of them.
 
     A change shows in a parameter's version counter (every operation in place), in its storage and dtype (`.to`,
     `load_state_dict(assign=True)`, `.data = ...`), or in 64 of its numbers (`.data.mul_(...)`, a merged adapter).
-    Parameters that are offloaded are not looked at. Cost: milliseconds, to make and for all parameters to check.
+    Offloaded parameters are not checked. Cost: milliseconds, to make it and to check all parameters.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -34,7 +34,7 @@ class Snapshot:
         self._dtypes = {name: weight.dtype for name, weight in root.named_parameters()}
 
     def changed(self, module: nn.Module) -> list[str]:
-        """The names of those parameters of a part of the model that are not what they were."""
+        """The names of the changed parameters in a part of the model."""
         found = []
         for weight in module.parameters():
             name, _, marks = self._known.get(id(weight), ("", weight, None))
@@ -43,7 +43,7 @@ class Snapshot:
         return found
 
     def changed_itself(self, root: nn.Module) -> list[str]:
-        """The same for the whole model, but for what its own layers converted: some take a bias to their dtype."""
+        """The same for the whole model, without those that its own layers converted to another dtype."""
         return [name for name in self.changed(root) if root.get_parameter(name).dtype == self._dtypes[name]]
 
     def check(self, module: nn.Module, model: str) -> None:
@@ -58,14 +58,14 @@ class Snapshot:
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ModelError(
-                f"{model}: the weights have changed since this prompt was linearized ({changed[0]}{more}): by "
-                "training, an adapter, another dtype or device, or by hand. Linearize it again",
+                f"{model}: the weights have changed since this prompt was linearized ({changed[0]}{more}), by "
+                "training, an adapter, another dtype or device, or by hand; linearize the prompt again",
                 changed[0],
             )
 
 
 def _marks(weight: Tensor) -> tuple[Any, ...] | None:
-    """What shows a change; None for what is not in memory."""
+    """What differs after a change; None for weights that are not in memory."""
     if weight.is_meta:
         return None
     place = None if is_traceable_wrapper_subclass(weight) else weight.data_ptr()

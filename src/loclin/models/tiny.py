@@ -47,16 +47,18 @@ def build(
         When the family is unknown, or something that it needs is not here.
     """
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"There is no family {family!r} with a causal language model in transformers.")
+        raise ModelError(
+            f"transformers has no causal language model for the family {family!r}: choose one of tiny.families()"
+        )
     if family in REFUSED:
-        raise ModelError(f"There is no tiny {family}: {REFUSED[family]}.")
+        raise ModelError(f"there is no tiny {family}: {REFUSED[family]}")
     with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _marked_garbage():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
             model = _model(family, attn)
         except Exception as fault:  # as many kinds as there are families
-            raise ModelError(f"There is no tiny {family} here: {_reason(fault)}") from fault
+            raise ModelError(f"there is no tiny {family} here: {_reason(fault)}") from fault
         _fill(model, seed)
         nn.Module.to(model, dtype).eval()
         for path, module in model.named_modules():
@@ -89,7 +91,7 @@ def _config(kind: type[PreTrainedConfig], family: str, more: dict[str, Any] | No
 
 
 def _size(name: str, usual: PreTrainedConfig, family: str) -> Any:
-    """Give a field's tiny value; None where it stays as it is."""
+    """A field's tiny value; None if it keeps its own."""
     if name in SIZES or name in KINDS:
         return {**SIZES, **KINDS}[name]
     value = vars(usual).get(name)
@@ -152,7 +154,7 @@ def _reason(fault: Exception) -> str:
 
 @contextmanager
 def _marked_garbage() -> Iterator[None]:
-    """Make what nobody initialises NaN rather than whatever lay in memory, so that it can be told."""
+    """Fill uninitialised memory with NaN, so that parameters without initialisation can be recognised."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     switch: Any = torch.utils.deterministic
     fill = switch.fill_uninitialized_memory

@@ -1,4 +1,4 @@
-"""From token ids to what is shown, each token by itself, and to text, all of them together."""
+"""The text of token ids: of each token by itself, and of all of them together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BYTES = _byte_signs()
 
 
 class Tokens:
-    """What a tokenizer's ids stand for.
+    """The texts of a tokenizer's ids.
 
     Parameters
     ----------
@@ -41,14 +41,14 @@ class Tokens:
         self._shown: dict[int, str] = {}
 
     def shown(self, ids: Sequence[int]) -> list[str]:
-        """Each token by itself, with the space that it stands for, so that no two look the same.
+        """Each token by itself, with the space that it includes, so that different tokens look different.
 
         Bytes that are no whole character are written `⟨F0 9F⟩`, ids without a token `⟨unused 49160⟩`, and tokens
         without any text `⟨empty 7⟩`. Cost: some microseconds for each new id.
         """
         if self._tokenizer is None:
             return [str(int(token)) for token in ids]
-        if self._size != len(self._tokenizer):  # tokens were added since
+        if self._size != len(self._tokenizer):  # tokens have been added
             self._size, self._shown = len(self._tokenizer), {}
         new = [token for token in dict.fromkeys(map(int, ids)) if token not in self._shown]
         if new:
@@ -73,7 +73,7 @@ class Tokens:
         return "".join(pieces)
 
     def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Where each token is in their `text`: `(start, end)`. Tokens that make one character together share its place.
+        """The place `(start, end)` of each token in their `text`. Tokens that form one character share its place.
 
         Cost: a decoding of a few tokens for each; of all before it, where a tokenizer changes text behind itself.
         """
@@ -93,7 +93,7 @@ class Tokens:
         return [(a, b) for a, b, (n, _) in zip([0, *ends], ends, groups, strict=False) for _ in range(n)]
 
     def continuation(self, before: Sequence[int], ids: Sequence[int], *, special: bool = True) -> str:
-        """The text of `ids` as it goes on from others: a space at its beginning stays."""
+        """The text of `ids` as a continuation of others: a space at its beginning stays."""
         if not ids:
             return ""
         if self._tokenizer is None:
@@ -106,7 +106,7 @@ class Tokens:
         return self.text(both)[self.offsets(both)[len(context)][0] :] if ids else ""
 
     def alike(self, text: str) -> list[int]:
-        """The ids of the tokens that are shown as this text; of all that are decoded to it, where it says nothing.
+        """The ids of the tokens that are shown as this text; if it has no characters, of all that are decoded to it.
 
         Cost: the whole vocabulary is decoded, some microseconds for each token.
         """
@@ -117,7 +117,7 @@ class Tokens:
         return [token for token, own in zip(ids, texts, strict=True) if own == text]
 
     def knows(self, token: int) -> bool:
-        """Whether an id has a token; models may have more rows than their tokenizer has tokens."""
+        """Whether an id has a token; models may have more embeddings than their tokenizer has tokens."""
         return self._tokenizer is None or self._raw(token) is not None
 
     def special(self) -> set[int]:
@@ -139,7 +139,7 @@ class Tokens:
         return raw
 
     def _made(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-        """What is shown for ids: what each one adds to a text that has begun."""
+        """The shown texts of ids: what each one appends to a text."""
         raws = [self._raw(token) for token in ids]
         context = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         known = [token for token, raw in zip(ids, raws, strict=True) if raw is not None]
@@ -162,7 +162,7 @@ class Tokens:
         return found
 
     def _bytes_shown(self, raw: Any, text: str) -> str:
-        """A token's text; its bytes where they are no whole character, or where the character is another token's."""
+        """A token's text; its bytes, if they are not a whole character or another token has that character."""
         byte = _BYTE.fullmatch(raw) if isinstance(raw, str) else None
         if byte is not None:
             taken = text == " " or _BROKEN in text or self._has(text)
@@ -192,6 +192,6 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: bool =
 
 
 def _word_prefix(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What begins a WordPiece token that goes on with a word; None for other tokenizers."""
+    """The prefix of WordPiece tokens that continue a word; None for other tokenizers."""
     decoder: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     return str(decoder.prefix) if type(decoder).__name__ == "WordPiece" else None

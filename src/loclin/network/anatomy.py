@@ -1,12 +1,11 @@
-"""Where a model keeps its layers and its head: found by looking, so that a new family needs no line here.
+"""A model's decoder, layers and output head: found by inspection, so that a new family needs no line here.
 
-What a table still says is only which weights explicit links may multiply with.
+The only table says which weights explicit products multiply with.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,10 +16,10 @@ from loclin.errors import ModelError
 
 @dataclass(frozen=True)
 class Weights:
-    """Paths, from a layer, of the parts on the linear path: what explicit links multiply with.
+    """Paths, from a layer, of the modules that explicit products multiply with.
 
-    The `_norm`s stand before a block, the `_post` ones behind it; None where there is none. `fused`: v is the last part
-    of one matrix with q and k, and the gate is the first half of one matrix with up.
+    The `_norm`s stand before attention and MLP, the `_post` ones behind them; None where there is none. `fused`: v is
+    the last part of one matrix with q and k, and the gate is the first half of one matrix with up.
     """
 
     attn_norm: str | None = "input_layernorm"
@@ -36,12 +35,12 @@ class Weights:
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """The paths of what has a weight matrix."""
+        """The paths of the modules with a weight matrix."""
         return self.v, self.o, self.gate, self.up, self.down
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All paths there are."""
+        """All paths."""
         norms = (self.attn_norm, self.attn_post, self.mlp_norm, self.mlp_post)
         return (*self.matrices, *(path for path in norms if path is not None))
 
@@ -64,15 +63,15 @@ EXPLICIT: dict[str, Weights] = {
     **dict.fromkeys(("olmo2", "olmo3"), _NORMS_BEHIND),
     "phi3": _FUSED,
 }
-"""Families whose layers have explicit products; generic links serve every other."""
+"""Families whose layers have explicit products; all others have generic products, by autograd."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """The parts of one model.
 
-    `decoder` is the text decoder, `layers` its blocks, `head` the output embeddings. `weights` is given where explicit
-    links know the family.
+    `decoder` is the text decoder, `layers` its blocks, `head` the output head. `weights` is None where the family has
+    no explicit products.
     """
 
     decoder: nn.Module
@@ -82,13 +81,8 @@ class Anatomy:
 
     __repr__ = brief
 
-    @property
-    def head_weight(self) -> Tensor:
-        """The output head's matrix `[V, d]`, detached."""
-        return cast("Tensor", self.head.weight).detach()
 
-
-def anatomy(model: PreTrainedModel) -> Anatomy:
+def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """Find a model's decoder, its layers and its output head. Cost: a walk over its modules.
 
     Raises
@@ -101,7 +95,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         decoder = model.base_model
     head = model.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise ModelError(f"{type(model).__name__} has no output head: loclin needs a causal language model")
+        raise ModelError(f"{type(model).__name__} has no output head: give a causal language model")
     family = model.config.get_text_config().model_type
     layers, weights = _blocks(decoder) or _blocks(model), EXPLICIT.get(family)
     known = weights is not None and all(_has(layer, weights) for layer in layers)
@@ -109,7 +103,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
 
 def _has(layer: nn.Module, weights: Weights) -> bool:
-    """Whether a layer is the family's own, with every part in its place; code beside it may borrow its config."""
+    """Whether a layer is transformers' own, with every part in its place; custom code may reuse a family's config."""
     own = type(layer).__module__.startswith("transformers.models.")
     return own and set(weights.paths) <= {path for path, _ in layer.named_modules()}
 

@@ -1,4 +1,8 @@
-"""Links in order: sweeps backward from any target and forward from any source.
+"""The layers' links in order: sweeps backward from any target and forward from any source.
+
+The network is y = R L_n ... L_1 x + b, with one linear map L_l for each layer and R for the final norm and the head as
+far as the target includes them (`loclin.network.ends`). A backward sweep computes u -> L_1^T ... L_n^T R^T u for a
+block of cotangents, a forward sweep v -> R L_n ... L_1 v for a block of tangents.
 
 Cost is counted in columns: one column is one vector pushed through all T positions of every layer between source and
 target, 2 T P flops where P counts the V, O, up and down weights of those layers.
@@ -14,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.errors import OptionError
-from loclin.freeze import Hold
-from loclin.network.blocks import Started, Workspace
+from loclin.freeze import FreezeOptions
+from loclin.network.blocks import CausalBlock, Workspace
+from loclin.network.ends import NormLink, Readout
 from loclin.network.explicit import ExplicitLayer
-from loclin.network.link import HeadLink, LayerLink, NormLink
+from loclin.network.link import LayerLink
 from loclin.network.points import Point
 from loclin.network.trace import Trace
 
@@ -28,32 +33,27 @@ _CHUNK_ROWS_ACCELERATOR = 65536
 
 
 class Chain:
-    """The links of one trace.
+    """The links of one traced prompt.
 
     Parameters
     ----------
     trace
-        The remembered forward pass.
-    hold
-        What to hold; the trace's own by default. `Hold(ordinary=True)` gives the sweeps of the ordinary Jacobian.
+        The traced prompt.
+    options
+        What is frozen; as in the trace by default. `FreezeOptions(ordinary=True)` gives the ordinary Jacobian's sweeps.
     explicit
         Use explicit products (see `loclin.network.explicit`) where the family has them.
     """
 
-    def __init__(self, trace: Trace, hold: Hold | None = None, explicit: bool = True) -> None:
+    def __init__(self, trace: Trace, options: FreezeOptions | None = None, explicit: bool = True) -> None:
         self.trace = trace
-        self.hold = hold or trace.hold
+        self.options = options or trace.options
         self.explicit = explicit
-        self.layers = [LayerLink(trace, index, self.hold) for index in range(trace.n_layers)]
+        self.layers = [LayerLink(trace, index, self.options) for index in range(trace.n_layers)]
 
-    def width(self, point: Point, normed: bool = False) -> int:
-        """How many numbers a point has at one position, or `normed` the final norm on top of it.
-
-        d, that of `final`, or the vocabulary's size for the logits.
-        """
-        if point.kind == "logits":
-            return self.trace.stock_logits.shape[0]
-        return self.trace.final.shape[-1] if normed or point.kind == "final" else self.trace.width
+    def width(self, target: Point, normed: bool = False) -> int:
+        """d_out of a target: d, that of `final`, or the size of the vocabulary."""
+        return self.readout(target, -1, normed).width
 
     def chunk(self, columns: int, most: int) -> int:
         """How many columns go through a layer at a time: equal parts of at most `most`, that fill a product's rows."""
@@ -73,9 +73,9 @@ class Chain:
         n = self.trace.n_layers
         before, after = source.node(n), target.node(n)
         if source.kind in ("final", "logits"):
-            raise OptionError(f"source {source}: a source lies before the final norm")
+            raise OptionError(f"source {source}: choose a source before the final norm")
         if source != target and (after < before or (after == before and not target.on_stream)):
-            raise OptionError(f"target {target} is not downstream of source {source}")
+            raise OptionError(f"target {target} is not downstream of source {source}: choose a later target")
 
     def column_bytes(self, target: Point) -> int:
         """An upper estimate of the memory of one column inside a sweep, in bytes.
@@ -108,18 +108,17 @@ class Chain:
         Cost: n columns. Memory: `[n, T, d]`, and what a chunk needs inside a layer.
         """
         trace = self.trace
-        if target.kind == "logits":
-            cotangents = HeadLink(trace, position).vjp(cotangents)
-        if target.kind in ("final", "logits") or normed:
-            cotangents = self.norm(target, position).vjp(cotangents)
-        # laid out as [T, n, d]: what belongs to one position is then one matrix
-        pulled = cotangents.new_zeros((trace.length, len(cotangents), trace.width)).transpose(0, 1)
-        pulled[:, position] = cotangents
+        # R^T u, at the target's position; all other positions have no cotangent yet.
+        at_position = self.readout(target, position, normed).vjp(cotangents)
+        # Laid out as [T, n, d], and seen as [n, T, d]: what belongs to one position is then one matrix.
+        pulled = at_position.new_zeros((trace.length, len(at_position), trace.width)).transpose(0, 1)
+        pulled[:, position] = at_position
         active, workspace = slice(position, position + 1), Workspace()
         yield pulled
+        # L_l^T, from the last layer to the first. Each attention spreads the cotangents over more positions.
         for index, below, above in reversed(self.steps(source, target, halves)):
             if halves and not trace.explicit[index] and self.layers[index].parallel:
-                # The MLP reads the layer's input: it is passed with the attention.
+                # A parallel MLP reads the layer's input: it is passed in one step with the attention.
                 below, above = ("resid_post" if below == "resid_mid" else below), "resid_post"
             if below != above:
                 active = self.pull(pulled, index, below, above, active, workspace, chunk)
@@ -135,16 +134,16 @@ class Chain:
         workspace: Workspace,
         chunk: int | None = None,
     ) -> slice:
-        """Pull a block of cotangents through one layer, in place; gives the positions that they have reached.
+        """Pull a block of cotangents through one layer, in place; returns the positions that they have reached.
 
         The block is a transposed `[T, n, d]`, zero outside the `active` positions. Cost: n columns of the layer.
         """
-        layer, trace = self.products(index, workspace), self.trace
+        layer, trace = self.explicit_layer(index, workspace), self.trace
         reached = slice(0, active.stop if trace.causal else trace.length)
         if layer is not None and len(block):
             layer.vjp(block.transpose(0, 1), active, reached, chunk, below, above)
         else:
-            _through(self.layers[index].vjp, block, below, above, chunk)
+            _apply_in_chunks(self.layers[index].vjp, block, below, above, chunk)
         return reached if below == "resid_pre" else active
 
     def forward(
@@ -162,21 +161,22 @@ class Chain:
         the last is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
         """
         trace, workspace = self.trace, Workspace()
+        # A copy laid out as [T, n, d], and seen as [n, T, d].
         pushed = tangents.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
         steps = self.steps(source, target)
+        seen = slice(0, position + 1 if trace.causal else trace.length)  # what the target can depend on
         for index, below, above in steps:
-            layer = self.products(index, workspace)
-            seen = slice(0, position + 1 if trace.causal else trace.length)  # what the target can depend on
+            layer = self.explicit_layer(index, workspace)
             if layer is not None and len(pushed):
-                last = index == steps[-1][0]
-                wanted = slice(position, position + 1) if last else seen
-                layer.jvp([Started(0, pushed.transpose(0, 1)[seen])], wanted, chunk, below, above)
+                is_last = index == steps[-1][0]
+                wanted = slice(position, position + 1) if is_last else seen
+                layer.jvp([CausalBlock(0, pushed.transpose(0, 1)[seen])], wanted, chunk, below, above)
             else:
-                _through(self.layers[index].jvp, pushed, below, above, chunk)
+                _apply_in_chunks(self.layers[index].jvp, pushed, below, above, chunk)
             yield pushed
-        yield self._leave(pushed[:, position], target, position, normed)
+        yield self.readout(target, position, normed).jvp(pushed[:, position])
 
-    def products(self, index: int, workspace: Workspace) -> ExplicitLayer | None:
+    def explicit_layer(self, index: int, workspace: Workspace) -> ExplicitLayer | None:
         """A layer's explicit products, where it has them."""
         return self.layers[index].explicit(workspace) if self.explicit else None
 
@@ -185,8 +185,8 @@ class Chain:
     ) -> dict[str, Float[Tensor, " d_out"]]:
         """What does not come from `source`: every bias behind it, pushed to `target`.
 
-        Where `source` is added to the residual stream (`attn_out`, `mlp_out`), the stream that passes it by is one of
-        the constants. With `by_source` one vector for each, else their sum under the name `"sum"`.
+        Where `source` is added to the residual stream (`attn_out`, `mlp_out`), the rest of the stream is one of the
+        constants. With `by_source` one vector for each, else their sum under the name `"sum"`.
 
         Cost: one column; with `by_source` as many as there are biases.
         """
@@ -207,35 +207,26 @@ class Chain:
             add({f"resid past {source}": trace.stream(node)[0]})
         for index, below, above in self.steps(source, target):
             if len(block):
-                block = _through(self.layers[index].jvp, block, below, above, None)
-            if self.trace.biased[index] or self.hold != self.trace.hold:
+                block = _apply_in_chunks(self.layers[index].jvp, block, below, above, None)
+            if trace.biased[index] or self.options != trace.options:
                 add(self.layers[index].constants(below, above))
-        found = dict(zip(names, self._leave(block[:, position], target, position, normed), strict=True))
-        if target.kind in ("final", "logits") or normed:
-            ends = self.norm(target, position).constants()
-            if target.kind == "logits":
-                head = HeadLink(trace, position)
-                ends = {name: head.jvp(value[None])[0] for name, value in ends.items()} | head.constants()
-            found |= ends
-        if by_source:
-            return found
-        device = block.device
-        zero = torch.zeros(self.width(target, normed), dtype=trace.dtype, device=device)
-        return {"sum": sum((value.to(device) for value in found.values()), start=zero)}
+        readout = self.readout(target, position, normed)
+        found = dict(zip(names, readout.jvp(block[:, position]), strict=True)) | readout.constants()
+        return found if by_source else {"sum": self.total(found, target, normed)}
+
+    def total(self, found: dict[str, Tensor], target: Point, normed: bool) -> Float[Tensor, " d_out"]:
+        """The sum of vectors at a target, on the device of the first layer."""
+        device = self.trace.layers[0].hidden.device
+        zero = torch.zeros(self.width(target, normed), dtype=self.trace.dtype, device=device)
+        return sum((value.to(device) for value in found.values()), start=zero)
 
     def norm(self, target: Point, position: int) -> NormLink:
         """The final norm on top of a target, frozen at the target's own value there."""
-        if target.kind in ("final", "logits"):
-            return NormLink(
-                self.trace, self.trace.end.hidden[0, position], self.trace.end.value[0, position], self.hold
-            )
-        value = self.trace.value(target)[position]
-        return NormLink(self.trace, value.to(self.trace.end.hidden.dtype), value, self.hold)
+        return self.readout(target, position, normed=True).norm()
 
-    def _leave(self, pushed: Tensor, target: Point, position: int, normed: bool) -> Tensor:
-        if target.kind in ("final", "logits") or normed:
-            pushed = self.norm(target, position).jvp(pushed)
-        return HeadLink(self.trace, position).jvp(pushed) if target.kind == "logits" else pushed
+    def readout(self, target: Point, position: int, normed: bool = False) -> Readout:
+        """From the residual stream to a target: the final norm and the head, as far as the target includes them."""
+        return Readout(self.trace, self.options, target, position, normed)
 
     def steps(self, source: Point, target: Point, halves: bool = False) -> list[tuple[int, str, str]]:
         """(layer, from its point, to its point) for each layer, or half of one, between two points, in forward order.
@@ -250,14 +241,14 @@ class Chain:
         while node < end:
             layer = node // 2
             above = min(node + 1 if halves else 2 * layer + 2, end)
-            last = above == end and not target.on_stream
+            is_last = above == end and not target.on_stream
             names = ("resid_pre", "resid_mid", "resid_post")
-            steps.append((layer, names[node - 2 * layer], target.kind if last else names[above - 2 * layer]))
+            steps.append((layer, names[node - 2 * layer], target.kind if is_last else names[above - 2 * layer]))
             node = above
         return steps
 
 
-def _through(
+def _apply_in_chunks(
     product: Callable[..., Iterator[Tensor]], block: Tensor, below: str, above: str, chunk: int | None
 ) -> Tensor:
     """Put a block through one link in chunks, in place: the whole block is held once."""

@@ -1,4 +1,4 @@
-"""What sweeps cost before they are run: columns, flops, and seconds on this machine."""
+"""What sweeps cost, before they are run: columns, flops, and seconds on this machine."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from loclin.network.points import Point
 
 _SIDE = 1024
 _GENERIC = 1.3
-"""Autograd's products against the flops of the linear path (a jvp is two vjps, less what is not asked for)."""
+"""Flops of autograd's products, relative to those of the linear path."""
 _BYTES_PER_SECOND = 1.5e10
 _SECONDS_PER_LAYER = 5e-4
-"""What a layer takes besides its flops: reading the weights, and the calls."""
+"""The time of a layer beside its flops: the calls."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The price of something: columns pushed or pulled, floating-point operations, seconds, bytes held."""
+    """Columns pushed or pulled, floating-point operations, seconds, and bytes held."""
 
     columns: int = 0
     flops: float = 0.0
@@ -55,56 +55,60 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * _SIDE**3 / fastest
 
 
-def products(flops: float, chain: Chain, efficiency: float = 1.0, dtype: torch.dtype | None = None) -> Cost:
-    """Dense linear algebra of so many flops, at a share of the speed of one large product."""
+def algebra_cost(flops: float, chain: Chain, efficiency: float = 1.0, dtype: torch.dtype | None = None) -> Cost:
+    """The cost of dense linear algebra, at a fraction `efficiency` of the speed of one large product."""
     trace = chain.trace
     speed = rate(trace.layers[0].hidden.device, dtype or trace.dtype)
     return Cost(flops=flops, seconds=flops / (speed * efficiency))
 
 
-def sweep(chain: Chain, source: Point, target: Point, columns: int) -> Cost:
-    """One sweep of a block of columns between two points, forward or backward.
+def sweep_cost(chain: Chain, source: Point, target: Point, columns: int) -> Cost:
+    """The cost of one sweep of a block of columns between two points, forward or backward.
 
     With explicit products: 2 T n d_head d (H + H_kv) for O and V, 2 n T^2 d_head H for mixing, and for the MLP
     4 T n d f (its factors) or 2 T d^2 (f + n) (its matrices formed), whichever is less. In the last layer only the
     target's position counts for all but V.
     """
-    trace, flops, nbytes, layers = chain.trace, 0.0, 0, 0
+    trace, flops, nbytes = chain.trace, 0.0, 0
     steps = chain.steps(source, target)
     for index, below, above in steps:
         active = 1 if index == steps[-1][0] else trace.length
-        own, weights = _layer(chain, index, columns, chain.explicit and trace.explicit[index], (below, above), active)
-        flops, nbytes, layers = flops + own, nbytes + weights, layers + 1
-    seconds = products(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + layers * _SECONDS_PER_LAYER
+        explicit = chain.explicit and trace.explicit[index]
+        own_flops, weight_bytes = _layer_cost(chain, index, columns, explicit, (below, above), active)
+        flops += own_flops
+        nbytes += weight_bytes
+    seconds = algebra_cost(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + len(steps) * _SECONDS_PER_LAYER
     held = columns * trace.length * trace.width * trace.dtype.itemsize
     return Cost(columns, flops, seconds if columns else 0.0, held)
 
 
-def prefix_sweep(chain: Chain, position: int, tokens: range) -> Cost:
-    """One forward sweep of d columns for each of some tokens, from the embeddings through every layer.
+def prefix_sweep_cost(chain: Chain, position: int, tokens: range) -> Cost:
+    """The cost of one forward sweep of d columns for each of some tokens, from the embeddings through every layer.
 
-    A token's columns are zero before it, so explicit products take them through the positions behind it alone, and
-    form each position's MLP once for all tokens: 2 T d^2 f, and 2 d^3 + 2 d^2 d_head (H + H_kv) for each two tokens.
+    A token's columns are zero before it, so explicit products compute only the positions behind it, and form each
+    position's MLP once for all tokens: 2 T d^2 f, and 2 d^3 + 2 d^2 d_head (H + H_kv) for each pair of tokens.
     """
-    trace, d, flops, nbytes = chain.trace, chain.trace.width, 0.0, 0
+    trace, d = chain.trace, chain.trace.width
+    flops, nbytes = 0.0, 0
     spans = [position + 1 - i if trace.causal else trace.length for i in tokens if i <= position or not trace.causal]
     for index in range(trace.n_layers):
         if not (chain.explicit and trace.explicit[index]):
-            own, weights = _layer(chain, index, d * len(spans), explicit=False, active=trace.length)
+            own_flops, weight_bytes = _layer_cost(chain, index, d * len(spans), explicit=False, active=trace.length)
         else:
             f, inner, values, branches = _sizes(chain, index)
             pairs, mixed = sum(spans), sum(span * span for span in spans)
             formed = 2 * max(spans, default=0) * d * d * branches * f
-            own = float(formed + 2 * pairs * d * d * (d + inner + values) + 2 * mixed * d * inner)
-            weights = d * ((1 + branches) * f + inner + values) * trace.dtype.itemsize
-        flops, nbytes = flops + own, nbytes + weights
-    seconds = products(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + trace.n_layers * _SECONDS_PER_LAYER
+            own_flops = float(formed + 2 * pairs * d * d * (d + inner + values) + 2 * mixed * d * inner)
+            weight_bytes = d * ((1 + branches) * f + inner + values) * trace.dtype.itemsize
+        flops += own_flops
+        nbytes += weight_bytes
+    seconds = algebra_cost(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + trace.n_layers * _SECONDS_PER_LAYER
     # On a CPU, memory that is never touched takes none.
     blocks = sum(spans) if trace.layers[0].hidden.device.type == "cpu" else len(spans) * max(spans, default=0)
     return Cost(d * len(spans), flops, seconds, blocks * d * d * trace.dtype.itemsize)
 
 
-def _layer(
+def _layer_cost(
     chain: Chain,
     index: int,
     columns: int,
@@ -112,7 +116,7 @@ def _layer(
     ends: tuple[str, str] = ("resid_pre", "resid_post"),
     active: int = 1,
 ) -> tuple[float, int]:
-    """(flops, bytes of weights) between two points of a layer, with so many positions that matter behind it."""
+    """(flops, bytes of weights) between two points of a layer, of which `active` positions matter."""
     trace, d = chain.trace, chain.trace.width
     if not explicit:
         modules = trace.layers[index].block.module.modules()
@@ -130,7 +134,7 @@ def _layer(
 
 
 def _sizes(chain: Chain, index: int) -> tuple[int, int, int, int]:
-    """(f, the width of all heads, that of all values, how many branches of the MLP are live) of an explicit layer."""
+    """(f, H d_head, H_kv d_head, how many branches of the MLP are live) of an explicit layer."""
     weights, module = chain.trace.anatomy.weights, chain.trace.layers[index].block.module
     assert weights is not None
     down, o, v = (module.get_submodule(path) for path in (weights.down, weights.o, weights.v))
@@ -138,4 +142,4 @@ def _sizes(chain: Chain, index: int) -> tuple[int, int, int, int]:
     assert isinstance(o, nn.Linear)
     assert isinstance(v, nn.Linear)
     values = (v.out_features - o.in_features) // 2 if weights.fused else v.out_features
-    return down.in_features, o.in_features, values, 2 if chain.hold.gate == "half" else 1
+    return down.in_features, o.in_features, values, 2 if chain.options.gate == "half" else 1

@@ -1,4 +1,4 @@
-"""A memory budget: how many bytes a sweep may use beside its result."""
+"""The memory budget: how many bytes a sweep may use beside its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DEFAULT_MOST = 4 * 2**30
 
 
 def available(device: torch.device) -> int:
-    """Bytes free on a device now (on a CPU: what the system could hand out without swapping)."""
+    """Bytes free on a device now; on a CPU, what the system could allocate without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -28,7 +28,7 @@ def available(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def parse(memory: int | float | str) -> int | float:
+def parse_memory(memory: int | float | str) -> int | float:
     """Read a budget: bytes as an integer, or a fraction of what is free as a float.
 
     Raises
@@ -39,16 +39,18 @@ def parse(memory: int | float | str) -> int | float:
     if isinstance(memory, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
         if not found or found[2] not in _UNITS or len(found[1]) > _DIGITS:
-            raise OptionError(f"memory={memory!r}: write bytes, or a size such as 2GB or 512MiB")
+            raise OptionError(f"memory={memory!r}: give a number of bytes, or a size such as 2GB or 512MiB")
         number = float(found[1])
         memory = number if found[2] == "" and "." in found[1] else int(number * _UNITS[found[2]])
     if isinstance(memory, bool) or not memory > 0 or (isinstance(memory, float) and memory > 1):
-        raise OptionError(f"memory={memory!r}: a budget is a whole number of bytes, or a fraction up to 1.0")
+        raise OptionError(
+            f"memory={memory!r}: give a whole number of bytes, or a fraction of the free memory up to 1.0"
+        )
     return memory
 
 
 def budget(memory: int | float | str | None, device: torch.device) -> int:
-    """A budget in bytes.
+    """Convert a budget to bytes.
 
     Parameters
     ----------
@@ -56,7 +58,7 @@ def budget(memory: int | float | str | None, device: torch.device) -> int:
         Bytes (`2_000_000_000`), a size (`"2GB"`, `"512 MiB"`), a fraction of what is free (`0.5`), or None:
         a quarter of what is free, 4 GiB at most (wider blocks of columns are no faster).
     device
-        Whose memory fractions are of.
+        The device whose free memory a fraction is of.
 
     Raises
     ------
@@ -65,5 +67,5 @@ def budget(memory: int | float | str | None, device: torch.device) -> int:
     """
     if memory is None:
         return min(int(available(device) * _DEFAULT_FRACTION), _DEFAULT_MOST)
-    size = parse(memory)
+    size = parse_memory(memory)
     return size if isinstance(size, int) else int(available(device) * size)

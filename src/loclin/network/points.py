@@ -1,4 +1,4 @@
-"""Names of places along the network, as TransformerLens has them, and their order along the residual stream."""
+"""Names of points along the network, as in TransformerLens, and their order along the residual stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENDS = ("embed", "final", "logits")
 
 @dataclass(frozen=True)
 class Point:
-    """A named place. `kind` is one of `KINDS` (with a layer) or `ENDS` (without)."""
+    """A named point. `kind` is one of `KINDS` (with a layer) or `ENDS` (without)."""
 
     kind: str
     layer: int | None = None
@@ -26,9 +26,9 @@ class Point:
         return self.kind not in ("attn_out", "mlp_out")
 
     def node(self, n_layers: int) -> int:
-        """The point's place along the residual stream: two nodes a layer, then `final`, then `logits`.
+        """The point's number along the residual stream: two nodes a layer, then `final`, then `logits`.
 
-        A point off the stream counts as the node where it has just been added.
+        A point off the stream has the number of the node where it has just been added.
         """
         if self.layer is None:
             return {"embed": 0, "final": 2 * n_layers + 1, "logits": 2 * n_layers + 2}[self.kind]
@@ -37,13 +37,13 @@ class Point:
         )
 
 
-def parse(name: str | Point, n_layers: int) -> Point:
+def parse_point(name: str | Point, n_layers: int) -> Point:
     """Read a point's name, such as `"resid_post.3"`; negative layers count from the end.
 
     Raises
     ------
     OptionError
-        When there is no such point in a model of `n_layers` layers; the message lists the names there are.
+        When a model of `n_layers` layers has no such point; the message lists the names.
     """
     if isinstance(name, Point):
         return name
@@ -53,11 +53,13 @@ def parse(name: str | Point, n_layers: int) -> Point:
     if kind in ENDS and not number:
         return Point(kind)
     if kind not in KINDS:
-        raise OptionError(f"no point {name!r}: there are {', '.join(ENDS)} and {', '.join(f'{k}.L' for k in KINDS)}")
+        raise OptionError(
+            f"no point {name!r}: choose {', '.join(ENDS)} or {', '.join(f'{k}.L' for k in KINDS)} for a layer L"
+        )
     try:
         layer = int(number)
     except ValueError:
-        raise OptionError(f"point {name!r} needs a layer, such as {kind}.0") from None
+        raise OptionError(f"point {name!r} has no layer: write {kind}.0 for layer 0") from None
     if not -n_layers <= layer < n_layers:
         raise OptionError(f"point {name!r}: the model has layers 0 to {n_layers - 1}")
     return Point(kind, layer % n_layers)

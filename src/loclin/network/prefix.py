@@ -1,7 +1,8 @@
-"""Every prefix map (embed -> a point of a layer) from one forward sweep.
+"""Every prefix map, from one token's embedding to a point of a layer, from one forward sweep.
 
-The tangents of token i begin at position i: what comes before is zero and is not computed. Layers with explicit
-products form each position's MLP once for all tokens; the others push each token's columns through their own graph.
+J_i(l) = L_l J_i(l - 1), for all tokens i at once. The tangents of token i begin at position i: those before are zero
+and are not computed. Layers with explicit products form each position's MLP once for all tokens; other layers push each
+token's columns through their own graph.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.network.blocks import Started, Tap, Workspace
+from loclin.network.autograd import batched_jvp
+from loclin.network.blocks import CausalBlock, Probe, Workspace
 from loclin.network.chain import Chain
-from loclin.network.link import batched_jvp
 
 Maps = dict[str, Float[Tensor, "n d_in d"]]
-"""By component: for each of n tokens the transpose of its map."""
+"""By component, the transpose of the map of each of n tokens."""
 
 
 def prefix_maps(
@@ -36,56 +37,56 @@ def prefix_maps(
     position
         Where the maps end.
     tokens
-        Where they begin. Where attention is causal, the maps of tokens behind `position` are zero and cost nothing.
+        Where they begin. With causal attention the maps of tokens behind `position` are zero and cost nothing.
     components
         Some of `attn_out`, `mlp_out` and `resid_post`.
     progress
-        Told how many columns have passed a layer.
+        Called with the number of columns that have passed a layer.
 
     Yields
     ------
     tuple[int, Maps]
-        The layer, and the maps; overwritten by the next layer's.
+        The layer, and the maps, which the next layer overwrites.
 
     Raises
     ------
     OptionError
-        Where no module of a layer gives a component alone.
+        Where a layer has no module whose output is a component.
 
     Notes
     -----
-    Cost: `loclin.network.cost.prefix_sweep`. Memory: d^2 numbers for each token and each position behind it for the
-    tangents (on an accelerator for each token and position), d^2 for each component and token, and a layer's own.
+    Cost: `loclin.network.cost.prefix_sweep_cost`. Memory: d^2 numbers for each token and each position behind it for
+    the tangents (on an accelerator for each token and position), d^2 for each component and token, and a layer's own.
     """
     trace, d = chain.trace, chain.trace.width
     device, stop = trace.layers[0].hidden.device, position + 1 if trace.causal else trace.length
     for component in components:
         if component != "resid_post":
             for layer in range(trace.n_layers):
-                trace.part(layer, component)
+                trace.sublayer_path(layer, component)
     blocks, sources = [], [token for token in tokens if token < stop]
     # One position's tangents lie together, so that they go through its matrix in one product.
-    room = torch.empty(stop, len(sources), d, d, dtype=trace.dtype, device=device)
+    stream = torch.empty(stop, len(sources), d, d, dtype=trace.dtype, device=device)
     for number, token in enumerate(sources):
         start = token if trace.causal else 0
-        block = room[start:, number].zero_()
+        block = stream[start:, number].zero_()
         block[token - start].fill_diagonal_(1)
-        blocks.append(Started(start, block))
+        blocks.append(CausalBlock(start, block))
     found = {name: torch.zeros(len(tokens), d, d, dtype=trace.dtype, device=device) for name in components}
     workspace = Workspace()
 
-    def see(index: int, name: str, columns: slice, pushed: Tensor) -> None:
+    def record(index: int, name: str, columns: slice, pushed: Tensor) -> None:
         if name in found:
             found[name][index, columns] = pushed.to(device)
 
     for layer in range(trace.n_layers):
-        last = layer == trace.n_layers - 1
-        wanted = slice(position, position + 1) if last else slice(0, stop)
-        products = chain.products(layer, workspace)
-        if products is not None:
-            products.jvp(blocks, wanted, chain.chunk(d, d), tap=Tap(position, see))
+        is_last = layer == trace.n_layers - 1
+        wanted = slice(position, position + 1) if is_last else slice(0, stop)
+        explicit = chain.explicit_layer(layer, workspace)
+        if explicit is not None:
+            explicit.jvp(blocks, wanted, chain.chunk(d, d), probe=Probe(position, record))
         else:
-            _generic(chain, layer, blocks, Tap(position, see))
+            _push_through_graph(chain, layer, blocks, Probe(position, record))
         if "resid_post" in found:
             for own, (start, block) in zip(found["resid_post"], blocks, strict=False):  # zero behind the position
                 own.copy_(block[position - start])
@@ -93,26 +94,29 @@ def prefix_maps(
         yield layer, found
 
 
-def _generic(chain: Chain, layer: int, blocks: Sequence[Started], tap: Tap) -> None:
+def _push_through_graph(chain: Chain, layer: int, blocks: Sequence[CausalBlock], probe: Probe) -> None:
     """Push blocks through a layer's own graph, in place."""
     trace, link = chain.trace, chain.layers[layer]
     graph = link.graph()
-    x, parts = graph.source("resid_pre"), [name for name in ("attn_out", "mlp_out") if name in graph.points]
-    # Where both parts have a place, what they add is what the layer adds.
-    pushes = {name: batched_jvp(graph.points[name], x) for name in (parts if len(parts) == 2 else ["resid_post"])}
+    x, sublayers = graph.source("resid_pre"), [name for name in ("attn_out", "mlp_out") if name in graph.points]
+    # Where both sublayers have a module, the layer adds what they add.
+    pushes = {
+        name: batched_jvp(graph.points[name], x) for name in (sublayers if len(sublayers) == 2 else ["resid_post"])
+    }
     chunk = chain.chunk(trace.width, trace.width)
     for index, (start, block) in enumerate(blocks):
         rows = slice(start, start + len(block))
         for first in range(0, block.shape[1], chunk):
             columns = slice(first, first + chunk)
             part = block[:, columns]
+            # [S, n, d] -> [n, 1, T, d], with zeros at the positions before the block
             tangents = part.new_zeros(part.shape[1], 1, trace.length, trace.width)
             tangents[:, 0, rows] = part.transpose(0, 1)
             tangents = tangents.to(link.device)
-            if len(parts) < 2:
+            if len(sublayers) < 2:
                 part.copy_(pushes["resid_post"](tangents)[:, 0, rows].transpose(0, 1))
                 continue
             for name, push in pushes.items():
                 pushed = push(tangents)[:, 0]
-                tap.see(index, name, columns, pushed[:, tap.position])
+                probe.record(index, name, columns, pushed[:, probe.position])
                 part += pushed[:, rows].transpose(0, 1).to(part.device)

@@ -1,8 +1,8 @@
-"""Inside a layer: what its heads give and what its MLP's neurons are, found by watching and proved by their sum.
+"""Inside a layer: its attention's heads and its MLP's neurons, found by watching and proved by their sum.
 
-Heads are equal parts of what enters the attention's output projection, neurons the units that enter the MLP's. Nothing
-here knows families. While a frozen layer runs, its linear modules are noted; the last one through which all of a part's
-output goes, biases behind it aside, is the part's projection.
+Heads are equal parts of what enters the attention's output projection, neurons the numbers that enter the MLP's.
+Nothing here knows families. While a frozen layer runs, the calls of its linear modules are noted. The output projection
+is the last of them through which all of a sublayer's output goes, apart from biases that are added behind it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ from loclin.common.brief import brief
 from loclin.common.sums import square_sums
 from loclin.freeze import Frozen
 from loclin.freeze.status import Live
+from loclin.network.autograd import Constants
 from loclin.network.explicit import AGREEMENT
-from loclin.network.route import Parts
-
-Constants = list[tuple[str, Tensor]]
-"""(name, leaf) of what is added to live tensors."""
-
+from loclin.network.sequence import Sublayers
 
 _COARSE = 0.1
 """How far apart sums may be in half precision, see `AGREEMENT`."""
 
 
 @dataclass(frozen=True)
-class Projection:
+class OutputProjection:
     """The last linear module of an attention or an MLP.
 
     Attributes
@@ -54,7 +51,7 @@ class Projection:
 
     __repr__ = brief
 
-    def alone(self, units: Float[Tensor, "*shape"], index: int) -> Float[Tensor, "*shape"]:
+    def isolate(self, units: Float[Tensor, "*shape"], index: int) -> Float[Tensor, "*shape"]:
         """Heads or neurons side by side in the last dimension, with all but one put to zero."""
         kept = torch.zeros_like(units)
         kept.unflatten(-1, (self.count, -1))[..., index, :] = units.unflatten(-1, (self.count, -1))[..., index, :]
@@ -62,8 +59,8 @@ class Projection:
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
-    """A linear module's call: what entered it, how wide its output was, and whether attention had mixed before."""
+class _LinearCall:
+    """A linear module's call: its input, the width of its output, and how many attentions had mixed before."""
 
     path: str
     source: Tensor
@@ -72,20 +69,20 @@ class _Call:
 
 
 @dataclass
-class Inside:
-    """Watches one frozen pass of a layer; see `LayerLink.graph`.
+class UnitFinder:
+    """Finds heads and neurons during one frozen pass of a layer; see `LayerLink.graph`.
 
     Attributes
     ----------
-    parts
+    sublayers
         Where the layer's attention and MLP end.
     probs
-        The attention probabilities `[H, T, S]`, one map for each query head; None where nothing attends.
+        The attention probabilities `[H, T, S]`, one pattern for each query head; None where nothing attends.
     """
 
-    parts: Parts
+    sublayers: Sublayers
     probs: Tensor | None = None
-    _calls: list[_Call] = field(default_factory=list)
+    _calls: list[_LinearCall] = field(default_factory=list)
     _mixes: int = 0
     _attended: int = 0
     _layer: nn.Module = field(default_factory=nn.Identity)
@@ -101,71 +98,72 @@ class Inside:
         return probs
 
     def hooks(self, mode: Frozen, layer: nn.Module, name: str) -> Iterator[RemovableHandle]:
-        """Hook the linear modules of a layer called `name`; those in a list are experts, which see some tokens only."""
+        """Hook the linear modules of a layer called `name`; not those in a list, which are experts for some tokens."""
         self._layer, self._name, self._mixers = layer, name, mode.probabilities
-        experts = [path for path, module in layer.named_modules() if isinstance(module, nn.ModuleList)]
+        lists = [path for path, module in layer.named_modules() if isinstance(module, nn.ModuleList)]
         for path, module in layer.named_modules():
             weight = getattr(module, "weight", None)
-            listed = any(path.startswith(f"{home}.") for home in experts)
-            if isinstance(weight, Tensor) and weight.dim() == 2 and not listed:
-                yield module.register_forward_hook(self._left(mode, path))
-        if self.parts.attn is not None:
-            yield layer.get_submodule(self.parts.attn).register_forward_hook(self._attention_left)
+            is_expert = any(path.startswith(f"{parent}.") for parent in lists)
+            if isinstance(weight, Tensor) and weight.dim() == 2 and not is_expert:
+                yield module.register_forward_hook(self._leave_linear(mode, path))
+        if self.sublayers.attn is not None:
+            yield layer.get_submodule(self.sublayers.attn).register_forward_hook(self._leave_attention)
 
-    def _attention_left(self, _module: nn.Module, _args: object, _output: object) -> None:
+    def _leave_attention(self, _module: nn.Module, _args: object, _output: object) -> None:
         self._attended = len(self._calls)
 
-    def _left(self, mode: Frozen, path: str) -> Callable[..., None]:
+    def _leave_linear(self, mode: Frozen, path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             status = mode.status(args[0]) if args else None
             if isinstance(status, Live) and isinstance(output, Tensor):
-                self._calls.append(_Call(path, status.linear, output.shape[-1], self._mixes))
+                self._calls.append(_LinearCall(path, status.linear, output.shape[-1], self._mixes))
 
         return hook
 
-    def projection(self, kind: str, output: Float[Tensor, "1 T d"], constants: Constants) -> Projection | None:
-        """Find the projection whose `output` is a layer's `attn_out` or `mlp_out`; None where it has none.
+    def projection(self, kind: str, output: Float[Tensor, "1 T d"], constants: Constants) -> OutputProjection | None:
+        """Find the output projection of a layer's `attn_out` or `mlp_out`; None where it has none.
 
-        Cost: a product with the output's own graph, back to what enters the projection, for each module tried.
+        Cost: for each module that is tried, a product with the graph of the output, back to the module's input.
         """
-        calls = self._behind_heads() if kind == "attn_out" else self._behind_neurons()
+        calls = self._calls_behind_mixing() if kind == "attn_out" else self._calls_behind_mlp_input()
         _, length, width = output.shape
         for call in reversed(calls):
             inner = call.source.shape[-1]
             if call.width == width and call.source.numel() == length * inner and call.source.requires_grad:
                 count = inner if self.probs is None or kind == "mlp_out" else len(self.probs)
-                found = Projection(call.path, call.source, count, _behind(call.source, output, constants))
+                behind = _added_behind(call.source, output, constants)
+                found = OutputProjection(call.path, call.source, count, behind)
                 if inner % count == 0 and _carries_all(found, output):
                     return found
         return None
 
-    def why_whole(self, kind: str) -> str:
+    def why_no_projection(self, kind: str) -> str:
         """Why `projection` finds nothing, naming the module."""
-        path = self.parts.attn if kind == "attn_out" else self.parts.mlp
+        path = self.sublayers.attn if kind == "attn_out" else self.sublayers.mlp
         if path is None:
-            return f"no module of {type(self._layer).__name__} gives {kind} alone"
+            return f"no module of {type(self._layer).__name__} has the output {kind}"
         name = f"{path} ({type(self._layer.get_submodule(path)).__name__})"
         if kind == "mlp_out":
-            return f"{name} has no one projection that its neurons enter (of experts, each has its own)"
-        return f"{name} has no attention heads" if self.probs is None else f"{name} has no output projection to be seen"
+            return f"{name} has no single output projection that its neurons enter (each expert has its own)"
+        return f"{name} has no attention heads" if self.probs is None else f"{name} has no output projection"
 
-    def _behind_heads(self) -> list[_Call]:
-        """The calls behind the last mixing, in the module that mixes."""
+    def _calls_behind_mixing(self) -> list[_LinearCall]:
+        """The calls behind the last mixing of positions, in the module that mixes."""
         if self.probs is None:
             return []
         home, _, _ = [*self._mixers][-1].removeprefix(self._name).strip(".").partition(".")
         return [call for call in self._calls if call.mixed == self._mixes and call.path.startswith(home)]
 
-    def _behind_neurons(self) -> list[_Call]:
-        """The MLP's calls but for the first, whose input is the MLP's own."""
-        own = [call for call in self._calls if call.path.startswith(f"{self.parts.mlp}.")]
+    def _calls_behind_mlp_input(self) -> list[_LinearCall]:
+        """The MLP's calls, except those that take the MLP's own input."""
+        own = [call for call in self._calls if call.path.startswith(f"{self.sublayers.mlp}.")]
         if len(own) < 2:  # the MLP ends in a norm, or in its own last module
             own = self._calls[self._attended :]
         return [call for call in own if call.source is not own[0].source]
 
 
-def _behind(source: Tensor, output: Tensor, constants: Constants) -> Constants:
-    """The constants that the output depends on, and `source` does not."""
+def _added_behind(source: Tensor, output: Tensor, constants: Constants) -> Constants:
+    """The constants on which the output depends, but not `source`."""
     if not constants:
         return []
     leaves = [leaf for _, leaf in constants]
@@ -175,10 +173,10 @@ def _behind(source: Tensor, output: Tensor, constants: Constants) -> Constants:
     return [one for one, out, into in zip(constants, reached, before, strict=True) if out is not None and into is None]
 
 
-def _carries_all(projection: Projection, output: Tensor) -> bool:
-    """Whether an output is the sum of what its projection's source and the constants behind it give.
+def _carries_all(projection: OutputProjection, output: Tensor) -> bool:
+    """Whether an output y is the sum of what its projection's source and the constants behind it add.
 
-    Tried on the output itself: the products of the output with its parts sum to its squared length.
+    If y = sum_i A_i p_i, then |y|^2 = sum_i <A_i^T y, p_i>, which takes one vjp of y.
     """
     parts = [projection.source, *(leaf for _, leaf in projection.behind)]
     pulled = torch.autograd.grad(output, parts, output.detach(), retain_graph=True, allow_unused=True)

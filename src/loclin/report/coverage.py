@@ -1,17 +1,17 @@
-"""The table of families, on a terminal and as a page of the documentation."""
+"""What is said of the families of language models, and the page of the documentation."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.text import Text
 
 from loclin.analyses.coverage.describe import NONE
-from loclin.analyses.coverage.run import Coverage, FamilyResult, Status
-from loclin.report.grid import Column, Grid, show
-from loclin.report.text import error
+from loclin.analyses.coverage.result import Coverage, FamilyResult, Status
+from loclin.report.run import run_of
+from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe
+from loclin.report.table import Column, Table
+from loclin.report.text import error, plain
 
 _STYLES: dict[Status, str] = {
     "exact": "bold green",
@@ -26,9 +26,9 @@ _NUMBERS = ("runs", "float64", "float32", "bias", "forward")
 _PAGE = """\
 # Coverage
 
-Every family that transformers knows as a causal language model, tried on a tiny random model: built with weights far
-from where training starts, frozen at a prompt of seven tokens, and certified in float64 (`precision="double"`) and
-float32 (as the model comes), with each way to split a gate. Written by:
+Every family that transformers knows as a causal language model, tested with a tiny random model: built with weights far
+from those at which training starts, frozen at a prompt of seven tokens, and certified in float64
+(`precision="double"`) and float32 (the model's own dtype), with every gate split. This page is written by:
 
 ```
 loclin coverage --json coverage.json --markdown docs/coverage.md
@@ -38,56 +38,68 @@ loclin coverage --json coverage.json --markdown docs/coverage.md
 
 {counts}
 
-**exact**: with its coefficients held at the prompt, the model is the linear map J x. **affine**: it is J x + b, where b
-comes from its biases. **refused**: loclin says what is not linear and gives no map.
+**exact**: with its coefficients frozen at the prompt, the model is the linear map J x. **affine**: it is J x + b, where
+b comes from its biases. **refused**: loclin names what is not linear, and gives no map.
 
 *float64* and *float32* are the largest reconstruction errors |J x + b − y| / |y|; *bias* is |b| / |y|; *forward* says
-how far holding the coefficients moved the float32 forward pass. The parts are those of the tiny model that the prompt
-runs through, named by its classes and its config; the number of experts is the tiny model's.
+how far freezing the coefficients changes the float32 forward pass. The parts are those of the tiny model that the
+prompt runs through, named by its classes and its config; the number of experts is that of the tiny model.
 """
 
 
-def render_coverage(coverage: Coverage, console: Console) -> None:
-    """Print the families as a table, then why some are not exact, then how many there are of each status."""
-    table = Grid.of(
+@describe.register
+def describe_coverage(coverage: Coverage, _limits: Limits = PAGE) -> Sheet:
+    """Say which families are exact, why others are not, and how many there are of each status."""
+    table = Table.of(
         Column("family", "key"), Column("parts", "words"), *map(Column, _NUMBERS), Column("status", "parts")
     )
     for result in coverage.results:
         parts = Text(" · ".join(part for part in _parts(result) if part != NONE), "dim")
-        numbers = (Text(number) for number in _numbers(result))
-        table.add(Text(result.family, "bold"), parts, *numbers, Text(result.status, _STYLES[result.status]))
-    show(console, table)
-    failed = [result for result in coverage.results if result.reason]
-    if failed:
-        console.print()
-    for result in failed:
-        line = Text.assemble((result.family, "bold"), " ", (result.status, _STYLES[result.status]), ": ")
-        console.print(line.append(_why(result)), soft_wrap=True)
-    console.print()
-    show(console, Text(_counted(coverage), "bold"), Text(_versions(coverage), "dim"))
+        table.add(Text(plain(result.family), "bold"), parts, *_numbers(result), _status(result))
+    failed = [
+        Text.assemble((plain(result.family), "bold"), " ", _status(result), f": {plain(_why(result))}")
+        for result in coverage.results
+        if result.reason
+    ]
+    blank = [Text()] if failed else []
+    return Sheet(
+        title="coverage",
+        about="which families of language models are exact",
+        sections=[Section("", "", [table, *blank, *failed, Text(), Text(_counted(coverage), "bold")])],
+        run=run_of(coverage),
+    )
+
+
+def _status(result: FamilyResult) -> Text:
+    return Text(result.status, _STYLES[result.status])
 
 
 def coverage_markdown(coverage: Coverage) -> str:
-    """Write the page: a table of the certified families, and one for each way of not being so."""
+    """Write the page of the documentation: the certified families, and those of each other status."""
     found = {status: [r for r in coverage.results if r.status == status] for status in _STYLES}
-    certified = [r for r in coverage.results if r.status in _CERTIFIED]
-    pieces = [_PAGE.format(versions=_versions(coverage), counts=f"**{_counted(coverage)}.**")]
-    if certified:
-        heads = ("family", "class", *_PARTS, *_NUMBERS, "status")
-        rows = [[r.family, _code(r.class_name), *map(_escaped, _parts(r)), *_numbers(r), r.status] for r in certified]
-        pieces.append(_section("Certified", heads, rows))
-    for status in ("refused", "error"):
-        failures = ("family", "class", *_PARTS, "runs passed", "module", "reason")
-        rows = [
-            [r.family, _code(r.class_name), *map(_escaped, _parts(r)), _ratio(r), _code(_module(r)), _escaped(r.reason)]
-            for r in found[status]
-        ]
-        if rows:
-            pieces.append(_section(status.capitalize(), failures, rows))
-    if found["not built"]:
-        rows = [[result.family, _escaped(result.reason)] for result in found["not built"]]
-        pieces.append(_section("Not built", ("family", "reason"), rows))
-    return "\n".join(pieces)
+    sections = {"Certified": _certified([r for r in coverage.results if r.status in _CERTIFIED])}
+    sections |= {status.capitalize(): _failures(found[status]) for status in ("refused", "error")}
+    sections["Not built"] = Table.of(Column("family", "key"), Column("reason", "words"))
+    for result in found["not built"]:
+        sections["Not built"].add(result.family, result.reason)
+    page = _PAGE.format(versions=_versions(coverage), counts=f"**{_counted(coverage)}.**")
+    return "\n".join(
+        [page, *(f"## {title}\n\n{table.markdown()}\n" for title, table in sections.items() if table.rows)]
+    )
+
+
+def _certified(results: Sequence[FamilyResult]) -> Table:
+    table = Table.of(*map(Column, ("family", "class", *_PARTS, *_NUMBERS, "status")))
+    for r in results:
+        table.add(r.family, _code(r.class_name), *_parts(r), *_numbers(r), r.status)
+    return table
+
+
+def _failures(results: Sequence[FamilyResult]) -> Table:
+    table = Table.of(*map(Column, ("family", "class", *_PARTS, "runs passed", "module", "reason")))
+    for r in results:
+        table.add(r.family, _code(r.class_name), *_parts(r), _ratio(r), _code(_module(r)), r.reason)
+    return table
 
 
 def _parts(result: FamilyResult) -> list[str]:
@@ -124,15 +136,5 @@ def _versions(coverage: Coverage) -> str:
     return ", ".join(f"{name} {version}" for name, version in coverage.versions.items())
 
 
-def _section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
-    return "\n".join([f"## {title}", "", *lines, ""])
-
-
-def _code(text: str) -> str:
-    return f"`{text}`" if text else NONE
-
-
-def _escaped(text: str) -> str:
-    """Leave nothing in a reason that Markdown or a table would take for its own."""
-    return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", text)
+def _code(text: str) -> Text:
+    return Text(text, "code") if text else Text(NONE)

@@ -1,18 +1,16 @@
-"""The faithfulness study as tables, on a terminal and in Markdown."""
+"""What the faithfulness study says, in tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-
-from rich.console import Console
-from rich.text import Text
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from loclin.analyses.faithfulness import summary
 from loclin.analyses.faithfulness.prompts import HALVES, Half
 from loclin.analyses.faithfulness.statistics import Interval
-from loclin.analyses.faithfulness.study import Study
-from loclin.report.grid import Column, Grid, show
+from loclin.analyses.faithfulness.study import Faithfulness
+from loclin.report.run import run_of
+from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe
+from loclin.report.table import Column, Table
 
 PAPER, BEST = "frozen/activation/logit/zero", "frozen/half/centred/zero"
 """The shares as the paper's map gives them, and as they agree best with what tokens do."""
@@ -20,45 +18,47 @@ _APART = ("removed", "replaced", "share")
 _EFFECTS = ("removed", "replaced")
 
 
-@dataclass(frozen=True)
-class _Sheet:
-    title: str
-    note: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+@describe.register
+def describe_study(study: Faithfulness, _limits: Limits = PAGE) -> Sheet:
+    """Say how far shares agree with what removing tokens does."""
+    return Sheet(
+        title="faithfulness",
+        about="shares against what removing tokens does to the model",
+        sections=list(_sections(study)),
+        run=run_of(study),
+    )
 
 
-def render_faithfulness(study: Study, console: Console) -> None:
-    """Print the study's tables."""
-    for sheet in _sheets(study):
-        first, *others = sheet.header
-        table = Grid.of(Column(first, "key"), *map(Column, others))
-        for row in sheet.rows:
-            table.add(*row)
-        show(console, Text(sheet.title, "bold"), Text(sheet.note, "dim"), table, Text())
-
-
-def faithfulness_markdown(study: Study) -> str:
+def faithfulness_markdown(study: Faithfulness) -> str:
     """Write the study's tables as Markdown."""
-    pieces = []
-    for sheet in _sheets(study):
-        lines = [f"| {' | '.join(row)} |" for row in (sheet.header, ["---"] * len(sheet.header), *sheet.rows)]
-        pieces.append("\n".join([f"### {sheet.title}", "", sheet.note, "", *lines, ""]))
-    return "\n".join(pieces)
+    return "\n".join(
+        f"### {section.title}\n\n{section.note}\n\n{table.markdown()}\n"
+        for section in _sections(study)
+        for table in section.blocks
+        if isinstance(table, Table)
+    )
 
 
-def _sheets(study: Study) -> Iterator[_Sheet]:
+def _sections(study: Faithfulness) -> Iterator[Section]:
     halves = [half for half in HALVES if any(prompt.half == half for prompt in study.prompts)]
     if "development" in halves:
-        yield _correlation_sheet(study, "development", lambda name: name.startswith("frozen/"))
+        yield _correlations(study, "development", lambda name: name.startswith("frozen/"))
     if "held-out" in halves:
-        yield _correlation_sheet(study, "held-out", lambda name: name in (PAPER, BEST) or not _variant(name))
-        yield _advantage_sheet(study)
-        yield _deletion_sheet(study)
-    yield _apart_sheet(study)
-    yield _kind_sheet(study, halves)
+        yield _correlations(study, "held-out", lambda name: name in (PAPER, BEST) or not _variant(name))
+        yield _advantage(study)
+        yield _deletion(study)
+    yield _apart(study)
+    yield _kinds(study, halves)
     if any(prompt.planes for prompt in study.prompts):
-        yield _plane_sheet(study)
+        yield _planes(study)
+
+
+def _section(title: str, note: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Section:
+    first, *others = header
+    table = Table.of(Column(first, "key"), *map(Column, others))
+    for row in rows:
+        table.add(*row)
+    return Section(title, note, [table])
 
 
 def _variant(name: str) -> bool:
@@ -66,7 +66,7 @@ def _variant(name: str) -> bool:
     return name.startswith("frozen/") or (name.startswith("gradient/") and name.endswith("/mean"))
 
 
-def _correlation_sheet(study: Study, half: Half, shown: Callable[[str], bool]) -> _Sheet:
+def _correlations(study: Faithfulness, half: Half, shown: Callable[[str], bool]) -> Section:
     columns = {
         f"{effect}{', with last' * last}": summary.correlations(study, half, effect, last)
         for last in (False, True)
@@ -75,7 +75,7 @@ def _correlation_sheet(study: Study, half: Half, shown: Callable[[str], bool]) -
     columns["by size"] = summary.correlations(study, half, "removed", False, sizes=True)
     columns["hits"] = summary.hits(study, half, "removed", False)
     n = max((found.n for found in columns["removed"].values()), default=0)
-    return _Sheet(
+    return _section(
         f"Rank correlation of shares with what single tokens do: {half} half",
         f"Spearman's, mean over {n} prompts and its 95 % interval; sinks are left out. By size: of |share|, against "
         "removal. Hits: how often the largest share is the token whose removal costs most.",
@@ -88,13 +88,13 @@ def _correlation_sheet(study: Study, half: Half, shown: Callable[[str], bool]) -
     )
 
 
-def _advantage_sheet(study: Study) -> _Sheet:
+def _advantage(study: Faithfulness) -> Section:
     others = [name for name in study.prompts[-1].shares if name != BEST and (name == PAPER or not _variant(name))]
     rows = []
     for other in others:
         found = [summary.advantage(study, "held-out", effect, False, BEST, other) for effect in _EFFECTS]
         rows.append([_name(other), *map(_shown, found)])
-    return _Sheet(
+    return _section(
         f"By how much {_name(BEST)} is ahead, prompt by prompt",
         "Its rank correlation less the other's, on the held-out half.",
         ["than", *_EFFECTS],
@@ -102,10 +102,10 @@ def _advantage_sheet(study: Study) -> _Sheet:
     )
 
 
-def _deletion_sheet(study: Study) -> _Sheet:
+def _deletion(study: Faithfulness) -> Section:
     tests = {test: summary.deletion(study, test) for test in ("first", "last", "first, all")}
     heads = ("largest first", "smallest first", "largest first, last token too")
-    return _Sheet(
+    return _section(
         "Removing tokens in the order of their shares",
         "The fall of the prediction's log-probability in nats, mean over the steps of each curve: the larger the "
         "better where the largest shares go first, the smaller the better where the smallest do.",
@@ -114,8 +114,8 @@ def _deletion_sheet(study: Study) -> _Sheet:
     )
 
 
-def _apart_sheet(study: Study) -> _Sheet:
-    return _Sheet(
+def _apart(study: Faithfulness) -> Section:
+    return _section(
         "What rankings leave out",
         "The fall of the log-probability in nats when one such token goes, and its part of the sum of |share| "
         f"({_name(BEST)}).",
@@ -124,9 +124,9 @@ def _apart_sheet(study: Study) -> _Sheet:
     )
 
 
-def _kind_sheet(study: Study, halves: Sequence[Half]) -> _Sheet:
+def _kinds(study: Faithfulness, halves: Sequence[Half]) -> Section:
     columns = [summary.kinds(study, half, "removed", False, BEST) for half in halves]
-    return _Sheet(
+    return _section(
         "By kind of prompt",
         f"Rank correlation of {_name(BEST)} with the removal of single tokens.",
         ["kind", *(f"{half} half" for half in halves)],
@@ -134,9 +134,9 @@ def _kind_sheet(study: Study, halves: Sequence[Half]) -> _Sheet:
     )
 
 
-def _plane_sheet(study: Study) -> _Sheet:
+def _planes(study: Faithfulness) -> Section:
     found: Mapping[tuple[str, int], Mapping[str, Interval]] = summary.planes(study)
-    return _Sheet(
+    return _section(
         "The input projected off what the map reads most",
         "Off the top k right singular vectors of all tokens' maps together (joint) or of each token's own (each; each "
         "word: attention sinks left alone). random: off random planes. moved: moved as far in random directions.",

@@ -1,151 +1,142 @@
-"""Pieces of HTML that the page and the notebook share; what comes from a model or a prompt is escaped."""
+"""Reports as HTML: a page that needs no other file and no network, and a fragment for a notebook, without scripts.
+
+Templates escape whatever they are given; the pieces that are HTML already are made here and by macros.
+"""
 
 from __future__ import annotations
 
-import re
-from html import escape
-from typing import Any, Protocol, runtime_checkable
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from loclin.analyses.decode import Words
-from loclin.analyses.explain import Explanation, TokenExplanation
-from loclin.report.choose import full_colour
-from loclin.report.text import EMPTY, NEWLINE, SPACE, TAB, error, number, outcome, percent, signed, visible
+from rich.text import Span, Text
 
-_MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
+from loclin.report.assets import asset
+from loclin.report.plot import plotly_script
+from loclin.report.sheet import NOTEBOOK, PAGE, Sheet, describe
+from loclin.report.table import BEYOND, Bar, Cell, pieces
+from loclin.report.text import number, percent, token
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
-@runtime_checkable
-class Warned(Protocol):
-    """What every result has."""
-
-    @property
-    def warnings(self) -> list[str]:
-        """What a reader should know first."""
-
-
-@runtime_checkable
-class Predicted(Protocol):
-    """What every explanation has."""
-
-    @property
-    def predictions(self) -> Words:
-        """The most probable next tokens."""
-
-    @property
-    def target(self) -> dict[str, Any]:
-        """The one that is explained."""
-
-    @property
-    def warnings(self) -> list[str]:
-        """What a reader should know first."""
+_FULL = 0.78
+"""How opaque a full colour is."""
 
 
-def token(text: str, limit: int | None = None) -> str:
-    """Write a token with its drawn whitespace made faint."""
-    return _MARK.sub(lambda mark: f"<i>{mark[0]}</i>", escape(visible(text, limit)))
+def page(result: object) -> str:
+    """Write a result, or several of one prompt, as a self-contained HTML page.
+
+    Raises
+    ------
+    MissingExtraError
+        When it has figures and plotly is not installed.
+    """
+    sheet = describe(result, PAGE)
+    drawn = {figure.id: figure.draw() for section in sheet.sections for figure in section.figures}
+    return write_page("base.html", sheet, {"figures": drawn} if drawn else None, "draw.js")
 
 
-def chips(explanation: Explanation, tag: str = "span") -> str:
-    """Write the prompt as token chips, coloured by share; a line ends where the prompt's line ends."""
-    full = full_colour(explanation.tokens)
-    return "".join(_chip(i, part, full, tag) for i, part in enumerate(explanation.tokens))
+def fragment(result: object) -> str:
+    """Write a result as a piece of HTML for a notebook's output: static, and in the notebook's own colours."""
+    return _environment().get_template("fragment.html").render(sheet=describe(result, NOTEBOOK))
 
 
-def _chip(index: int, part: TokenExplanation, full: float, tag: str) -> str:
-    button = f' type="button" data-token="{index}" aria-pressed="false"' if tag == "button" else ""
-    kinds = ("chip", "sink") if part.is_sink else ("chip",)
-    return chip(part.text, part.share / full, describe(index, part), kinds, tag, button)
+def write_page(template: str, sheet: Sheet, data: Any, *scripts: str, **more: Any) -> str:
+    """Fill a page's template.
+
+    Parameters
+    ----------
+    template
+        Its file; it extends `base.html`.
+    sheet
+        What it shows.
+    data
+        What its scripts read; None for a page without any.
+    scripts
+        Their files, `shared.js` aside.
+    more
+        Whatever else the template names.
+    """
+    code = {} if data is None else {"plotly": plotly_script(), "script": asset("shared.js", *scripts)}
+    page = _environment().get_template(template)
+    return page.render(sheet=sheet, data=None if data is None else embedded(data), **code, **more)
 
 
-def chip(text: str, share: float, title: str, kinds: tuple[str, ...], tag: str = "span", more: str = "") -> str:
-    """Write one token, coloured by its share of the full colour; a line ends where the prompt's line ends."""
-    names = " ".join([*kinds, "neg" if share < 0 else "pos"])
-    start = f'<{tag} class="{names}" style="--a:{0.78 * min(abs(share), 1.0):.2f}" title="{escape(title)}"{more}>'
-    return f"{start}{token(text)}</{tag}>{'<br>' if text.endswith(chr(10)) else ''}"
+def embedded(data: Any) -> str:
+    """Write JSON that can stand in a script element: no text in it can end the element or begin a tag."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
-def describe(index: int, part: TokenExplanation) -> str:
-    """Put a token's numbers into a line."""
-    sink = ", attention sink" if part.is_sink else ""
-    return (
-        f"token {index} {visible(part.text)}{sink}: share {signed(part.share)}, Frobenius norm "
-        f"{number(part.frobenius_norm)}, stable rank {number(part.stable_rank)}"
+@cache
+def _environment() -> Environment:
+    """The templates; jinja2 is imported when the first of them is filled."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    found = Environment(
+        loader=PackageLoader("loclin.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    found.filters |= {"inline": inline, "style": _asset}
+    found.globals |= {"full": _FULL, "beyond": BEYOND, "form_of": lambda block: type(block).__name__}
+    found.globals |= {"token": token, "percent": percent, "number": number}
+    return found
 
 
-def predictions(explanation: Predicted, most: int = 10) -> str:
-    """Write the most probable next tokens with bars."""
-    shown = explanation.predictions[:most]
-    top = max((p for _, p in shown), default=1.0)
-    chosen = (explanation.target["text"], explanation.target["probability"])
-    rows = (
-        f'<li class="{"chosen" if (text, p) == chosen else ""}"><span class="word">{token(text, 24)}</span>'
-        f'<span class="track"><span class="fill" style="width:{100 * p / top:.1f}%"></span></span>'
-        f'<span class="num">{percent(p)}</span></li>'
-        for text, p in shown
-    )
-    return f'<ol class="predictions">{"".join(rows)}</ol>'
+def inline(cell: Cell) -> Markup:
+    """Write a cell: styles become classes, and all text is escaped."""
+    from markupsafe import Markup, escape
+
+    if isinstance(cell, Bar):
+        side, size = "neg" if cell.size < 0 else "pos", abs(cell.size)
+        clipped = " beyond" if size > BEYOND else ""
+        bar = '<span class="balance"><span class="{}" style="width:{:.1f}%"></span></span>'
+        return Markup(bar).format(side + clipped, 50 * min(size, 1.0))
+    if isinstance(cell, str):
+        return escape(cell)
+    if not isinstance(cell, Text):
+        return Markup(" ").join(map(inline, pieces(cell)))
+    spans = [Span(0, len(cell), cell.style), *cell.spans] if cell.style else cell.spans
+    inside = "".join(_nested(cell.plain, 0, len(cell), sorted(spans, key=lambda s: (s.start, -s.end))))
+    return Markup(inside)
 
 
-def verdict(explanation: Explanation) -> str:
-    """Write the certificate's verdict in a line."""
-    certificate = explanation.certificate
-    reconstruction, forward, *_ = certificate.checks()
-    kind, name = ("exact", "EXACT") if certificate.passed else ("inexact", "NOT EXACT")
-    return (
-        f'<p class="verdict {kind}"><strong>{name}</strong> reconstruction error '
-        f"{outcome(reconstruction)}, forward {outcome(forward)}. "
-        f"Std error {error(certificate.std_error)}; "
-        f"the ordinary Jacobian's is {error(explanation.ordinary_error)}.</p>"
-    )
+def _nested(text: str, start: int, end: int, spans: Sequence[Span]) -> Iterator[str]:
+    """Write a piece of text with elements for its spans, those that lie within others inside them."""
+    from markupsafe import escape
+
+    def plain(piece: str) -> str:
+        return str(escape(piece)).replace("\n", "<br>")
+
+    spans = [span for span in spans if span.start < span.end]
+    while spans:
+        first, *others = spans
+        inner = [span for span in others if span.end <= first.end]
+        spans = [span for span in others if span.start >= first.end]
+        yield plain(text[start : first.start])
+        yield f'<span class="{escape(_classes(str(first.style)))}">'
+        yield from _nested(text, first.start, first.end, inner)
+        yield "</span>"
+        start = first.end
+    yield plain(text[start:end])
 
 
-def warnings(found: Warned) -> str:
-    """Write what a reader should know first."""
-    return "".join(f'<p class="warning" role="note">{escape(text)}</p>' for text in found.warnings)
+def _classes(style: str) -> str:
+    """Turn a style of rich into classes, what it takes away aside."""
+    names = style.split()
+    return " ".join(name for name, before in zip(names, ["", *names[:-1]], strict=True) if "not" not in (name, before))
 
 
-def token_table(explanation: Explanation, shown: list[int] | None = None, words: int = 4) -> str:
-    """Write a row for each token shown, the rest in one row, the biases, and the total."""
-    tokens = explanation.tokens
-    shown = list(range(len(tokens))) if shown is None else shown
-    rows = [_token_row(i, tokens[i], words) for i in shown]
-    if len(shown) < len(tokens):
-        rest = sum(t.share for t in tokens) - sum(tokens[i].share for i in shown)
-        rows.append(_sum_row(f"{len(tokens) - len(shown)} others", rest, f"above: the {len(shown)} largest"))
-    rows.append(_sum_row("bias", explanation.bias_share, ""))
-    total = sum(t.share for t in tokens) + explanation.bias_share
-    target = explanation.target
-    note = f"= the {target['kind']}, {number(target['value'])}; rounding {error(abs(explanation.share_residual))}"
-    rows.append(_sum_row("total", total, note))
-    heads = ("", "token", "share", "norm", "stable rank", "writes (σ1)", "reads (σ1)")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    return f'<table class="tokens"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+def _asset(name: str) -> Markup:
+    """Read a file that is part of loclin, as it stands."""
+    from markupsafe import Markup
 
-
-def _token_row(index: int, part: TokenExplanation, words: int) -> str:
-    sink = ' <span class="tag">sink</span>' if part.is_sink else ""
-    block = part.blocks[0] if part.blocks else None
-    sides = (
-        f"<td>{_words(block.writes, words)}</td><td>{_words(block.reads, words)}</td>"
-        if block
-        else '<td colspan="2" class="note">the map is zero</td>'
-    )
-    return (
-        f'<tr data-token="{index}"><td class="num">{index}</td>'
-        f'<th scope="row"><span class="word">{token(part.text, 24)}</span>{sink}</th>'
-        f'<td class="num">{signed(part.share)}</td>'
-        f'<td class="num">{number(part.frobenius_norm)}</td>'
-        f'<td class="num">{number(part.stable_rank)}</td>{sides}</tr>'
-    )
-
-
-def _words(words: Words, most: int) -> str:
-    return " ".join(f'<span class="word">{token(text, 24)}</span>' for text, _ in words[:most])
-
-
-def _sum_row(name: str, value: float, note: str) -> str:
-    return (
-        f'<tr class="sum"><td></td><th scope="row">{name}</th><td class="num">{signed(value)}</td>'
-        f'<td colspan="4" class="note">{note}</td></tr>'
-    )
+    return Markup(asset(name))

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loclin.errors import MissingExtraError
 
 POSITIVE, NEGATIVE, NEUTRAL = "#3b82f6", "#ea6a12", "#8b93a1"
-_MISSING = "an HTML page", "plotly", "html"
-PALETTE = ["#3b82f6", "#ea6a12", "#12a150", "#a855f7", "#e0457b", "#0ea5b7", "#b58900", "#7c86f0"]
-
-
-def check_plotly() -> None:
-    """Refuse a page before any work is done for it.
-
-    Raises
-    ------
-    MissingExtraError
-        When plotly is not installed.
-    """
-    if find_spec("plotly") is None:
-        raise MissingExtraError(*_MISSING)
-
-
-def graph_objects() -> Any:
-    """Plotly's figures and traces, imported when the first figure is drawn.
-
-    Raises
-    ------
-    MissingExtraError
-        When plotly is not installed.
-    """
-    try:
-        import plotly.graph_objects as found
-    except ImportError as missing:
-        raise MissingExtraError(*_MISSING) from missing
-    return found
+PALETTE = [POSITIVE, NEGATIVE, "#12a150", "#a855f7", "#e0457b", "#0ea5b7", "#b58900", "#7c86f0"]
+ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
 def plotly_script() -> str:
@@ -46,7 +20,53 @@ def plotly_script() -> str:
     return str(get_plotlyjs())
 
 
-def plain() -> dict[str, Any]:
-    """Give a figure's layout without colours of its own."""
+def draw(
+    traces: Sequence[Mapping[str, Any]],
+    *,
+    x: str | None,
+    y: str,
+    legend: Mapping[str, Any] | None = None,
+    **layout: Any,
+) -> dict[str, Any]:
+    """Make a figure without colours of its own, which the page gives it, as plain data.
+
+    Parameters
+    ----------
+    traces
+        What it shows, as plotly has it.
+    x, y
+        The axes' titles.
+    legend
+        Where its legend is, such as `ABOVE`; None for none.
+    layout
+        More of plotly's layout, such as `yaxis_type`.
+
+    Raises
+    ------
+    MissingExtraError
+        When plotly is not installed.
+    """
+    try:
+        from plotly.graph_objects import Figure
+    except ImportError as missing:
+        raise MissingExtraError("an HTML page", "plotly", "html") from missing
     clear = "rgba(0,0,0,0)"
-    return {"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear, "hoverlabel": {"align": "left"}}
+    figure = Figure(
+        [dict(trace) for trace in traces],
+        {"template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear, "hoverlabel": {"align": "left"}},
+    )
+    figure.update_layout(
+        showlegend=legend is not None,
+        legend=legend,
+        margin={"l": 70, "r": 12, "t": 44 if legend == ABOVE else 12, "b": 48},
+        xaxis_title=x,
+        yaxis_title=y,
+        **layout,
+    )
+    return dict(json.loads(figure.to_json()))
+
+
+def curve(x: Iterable[Any], y: Any, name: str, colour: str, **more: Any) -> dict[str, Any]:
+    """Make a trace of points joined by lines."""
+    line = {"color": colour, "width": 2} | more.pop("line", {})
+    return {"type": "scatter", "x": list(x), "y": y, "mode": "lines+markers", "name": name, "line": line} | more

@@ -1,61 +1,304 @@
-"""The shell of a page without parts of its own: a heading, sections, and what was run."""
+"""What a report says, whatever it is drawn on: made once for each kind of result by `describe`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from html import escape
-from string import Template
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import singledispatch
 from typing import Any
 
-from loclin.report.assets import asset
-from loclin.report.text import SPACE, visible
+from rich.columns import Columns
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.text import Text
 
-_SHORT = 60
+from loclin.common.brief import brief
+from loclin.report import run
+from loclin.report.table import WIDEST, Cell, Column, Table, put
+from loclin.report.text import number, plain, shortened, token
+from loclin.results.result import Result
+
+PROMPT_HEAD, PROMPT_TAIL = 40, 80
+"""How much of a prompt a terminal shows when it is longer than both together: its beginning and its end."""
 
 
-def sheet(
-    *, title: str, about: str, heading: str, lead: str, body: str, settings: Mapping[str, Any], scripts: str = ""
-) -> str:
-    """Write a page; `title`, `about` and `settings` are text, the other parts are HTML already."""
-    return Template(asset("sheet.html")).substitute(
-        css=asset("page.css", "sheet.css"),
-        title=escape(title),
-        about=escape(about),
-        heading=heading,
-        lead=lead,
-        body=body,
-        settings=listed(settings),
-        scripts=scripts,
+KEY = "full colour: the largest share of a word"
+"""What a prompt's chips are coloured by where they are."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a medium has room for: tokens of a prompt in a table, parts of an attribution, vectors of a token."""
+
+    tokens: int
+    parts: int = 20
+    vectors: int = 3
+
+
+TERMINAL, NOTEBOOK, PAGE = Limits(40), Limits(24), Limits(100_000, 40)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A token of the prompt; `depth` is its part of the full colour, `title` what is said when it is pointed at."""
+
+    text: str
+    depth: float = 0.0
+    title: str = ""
+    marks: Sequence[str] = ()
+
+    __repr__ = brief
+
+
+@dataclass(frozen=True)
+class Shade:
+    """A cell of a `Heat`, as deep in colour as it is large; one that is None is empty."""
+
+    depth: float | None
+    title: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A matrix as coloured cells, on pages and in notebooks.
+
+    Attributes
+    ----------
+    columns
+        The heads, and how many columns each one spans.
+    rows
+        What names a row, its cells, and what stands behind them.
+    note
+        What is said below it.
+    caption
+        What is said above it.
+    """
+
+    columns: list[tuple[Text, int]]
+    rows: list[tuple[Text, list[Shade], Text]]
+    note: str = ""
+    caption: Text | None = None
+
+    __repr__ = brief
+
+    @property
+    def width(self) -> int:
+        """How many columns there are."""
+        return sum(span for _, span in self.columns)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plotly figure, on pages only; drawn when a page is."""
+
+    id: str
+    label: str
+    draw: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that a page shows when they are asked for, and a terminal does not."""
+
+    summary: Text
+    blocks: list[Block]
+
+    __repr__ = brief
+
+
+@dataclass(frozen=True)
+class Sayings:
+    """Texts side by side: a name, the text, and its frame's style."""
+
+    texts: list[tuple[str, Text, str]]
+
+    __repr__ = brief
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Draw them in frames, one below the other where it is narrow."""
+        width = min(options.max_width, WIDEST)
+        half = (width - 1) // 2 if width >= 80 else width
+        yield Columns(
+            [
+                Panel(text, title=f"[bold]{name}[/]", title_align="left", width=half, border_style=style)
+                for name, text, style in self.texts
+            ],
+            padding=(0, 1),
+        )
+
+
+Block = Text | Table | Heat | Figure | Folded | Sayings
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what is said below it, and blocks; without a title its blocks stand alone."""
+
+    title: str
+    note: str
+    blocks: list[Block]
+
+    __repr__ = brief
+
+    @property
+    def figures(self) -> list[Figure]:
+        """What needs a script to be drawn."""
+        return [block for block in self.blocks if isinstance(block, Figure)]
+
+    @property
+    def plain(self) -> list[Block]:
+        """All else."""
+        return [block for block in self.blocks if not isinstance(block, Figure)]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A report.
+
+    Attributes
+    ----------
+    title
+        A line of text.
+    about
+        Which kind of report it is.
+    sections
+        What it shows.
+    heading
+        The title as a page shows it; None for the same.
+    chips
+        The prompt.
+    key
+        What the colours of the chips mean.
+    lead
+        Lines that come first: what is explained, whether the map is exact.
+    notes
+        What is to be known of all numbers.
+    warnings
+        What a reader should know first.
+    run
+        What was run; None where that is not known.
+    """
+
+    title: str
+    about: str
+    sections: list[Section]
+    heading: Text | None = None
+    chips: list[Chip] = field(default_factory=list)
+    key: str = ""
+    lead: list[Text] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    run: run.Run | None = None
+
+    __repr__ = brief
+
+
+def full_size(sizes: Iterable[tuple[float, bool]]) -> float:
+    """Find the size to draw in full: the largest, those of sinks aside, which would dwarf all others."""
+    known = [(abs(size), is_sink) for size, is_sink in sizes]
+    word = max((size for size, is_sink in known if not is_sink), default=0.0)
+    return word or max((size for size, _ in known), default=0.0) or 1.0
+
+
+@singledispatch
+def describe(result: object, _limits: Limits = PAGE) -> Sheet:
+    """Say what a result shows, as much as there is room for."""
+    raise TypeError(f"a {type(result).__name__} has no report")
+
+
+@describe.register
+def describe_table(result: Result, limits: Limits = PAGE) -> Sheet:
+    """Show the table of a result that has no description of its own."""
+    columns, name = result.table(), type(result).__name__
+    table = Table.of(*(_column(title, values) for title, values in columns.items()))
+    rows = list(zip(*columns.values(), strict=True))
+    for row in rows[: limits.tokens]:
+        table.add(*map(_value, columns, row))
+    more = [Text(f"and {len(rows) - limits.tokens} more", "dim italic")] * (len(rows) > limits.tokens)
+    prompt = shortened(run.prompt(result))
+    return Sheet(
+        title=f"{name}: {prompt}" if prompt else name,
+        about=f"a result of loclin: {name}",
+        chips=[Chip(text) for text in run.tokens(result)],
+        sections=[Section(name, str(getattr(result, "task", "")), [table, *more])],
+        warnings=result.warnings,
+        run=run.run_of(result),
     )
 
 
-def section(name: str, note: str, content: str) -> str:
-    """Write a section; the name is text, the rest is HTML."""
-    return f'<section><h2>{escape(name)}</h2><p class="note">{note}</p>{content}</section>'
+def _column(name: str, values: list[Any]) -> Column:
+    is_text = any(isinstance(value, str) for value in values)
+    return Column(name.replace("_", " "), "key" if is_text else "number")
 
 
-def facts(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put what was run into one list, long things left out."""
-    known = {f"model {key}": value for key, value in model.items() if value is not None}
-    plain = {key: value for key, value in settings.items() if key not in ("versions", "token_ids")}
-    return known | plain | settings.get("versions", {})
+def _value(name: str, value: Any) -> Cell:
+    if isinstance(value, str) and name in ("text", "word"):
+        return token(value, "bold")
+    return number(value) if isinstance(value, float) else "" if value is None else plain(str(value))
 
 
-def listed(settings: Mapping[str, Any]) -> str:
-    """Write facts as items of a description list."""
-    return "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in settings.items())
+@describe.register(list)
+def describe_several(results: list[Any], limits: Limits = PAGE) -> Sheet:
+    """Put reports of one prompt together."""
+    sheets = [describe(result, limits) for result in results]
+    coloured = next((sheet for sheet in sheets if any(chip.depth for chip in sheet.chips)), sheets[0])
+    return replace(
+        sheets[0],
+        sections=[section for sheet in sheets for section in sheet.sections],
+        chips=coloured.chips,
+        key=coloured.key,
+        warnings=list(dict.fromkeys(text for sheet in sheets for text in sheet.warnings)),
+    )
 
 
-def shortened(prompt: str) -> str:
-    """Shorten a prompt to a line: its end, where the prediction follows."""
-    line = visible(" ".join(prompt.split())).replace(SPACE, " ")
-    return line if len(line) <= _SHORT else "…" + line[-_SHORT:]
+def show(result: object, console: Console | None = None, *, top: int | None = None) -> None:
+    """Print a result.
+
+    Parameters
+    ----------
+    result
+        Anything that `describe` knows.
+    console
+        Where to print; colours follow it, and nothing depends on them. None for standard output.
+    top
+        How many of the largest shares, or of each token's singular vectors, to show.
+    """
+    limits = TERMINAL if top is None else replace(TERMINAL, parts=top, vectors=top)
+    sheet = describe(result, limits)
+    parts: list[RenderableType] = [*([_prompt(sheet.chips)] if sheet.chips else []), *sheet.lead]
+    for section in sheet.sections:
+        printed = [block for block in section.blocks if isinstance(block, Text | Table | Sayings)]
+        parts += [Text(), Heading(section.title, section.note)] if section.title and printed else []
+        parts += printed
+    closing: list[RenderableType] = [*(Text(note, "dim") for note in sheet.notes), *map(warning, sheet.warnings)]
+    closing += [] if sheet.run is None else [sheet.run.line]
+    put(Console() if console is None else console, *parts, *([Text()] if closing else []), *closing)
 
 
-def embedded(data: Any) -> str:
-    """Write JSON that can stand in a script element: no text in it can end the element or begin a tag."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+def warning(text: str) -> Panel:
+    """Frame what a reader should know first."""
+    return Panel(Text(text), title="warning", title_align="left", border_style="yellow")
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Write a title, and what stands below it; without its line where both would not fit."""
+
+    title: str
+    note: str
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Draw it."""
+        text = Text.assemble((self.title, "bold"), (f"  {self.note}", "dim"))
+        yield text if text.cell_len + 2 > options.max_width else Rule(text, align="left", style="dim")
+
+
+def _prompt(chips: Sequence[Chip]) -> Text:
+    """Write the prompt token by token: every gap is a boundary, since its own spaces are drawn."""
+    shown = [token(chip.text, "bold", ["sink"] if "sink" in chip.marks else []) for chip in chips]
+    hidden = len(shown) - PROMPT_HEAD - PROMPT_TAIL
+    if hidden > 0:
+        shown[PROMPT_HEAD:-PROMPT_TAIL] = [Text(f"… {hidden} more tokens …", "dim italic")]
+    return Text(" ").join(shown)

@@ -1,107 +1,99 @@
-"""A normal and a steered text side by side, with the sweep that found the strength; terminal and page."""
+"""What is said of a steered text: normal and steered side by side, what it costs, and the sweep for the strength."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from html import escape
-from string import Template
 from typing import Any
 
-from rich.columns import Columns
-from rich.console import Console, RenderableType
-from rich.panel import Panel
 from rich.text import Text
 
-from loclin.report import html as parts
-from loclin.report.assets import asset
-from loclin.report.grid import WIDEST, Cell, Column, Grid, show
-from loclin.report.plot import NEUTRAL, PALETTE, graph_objects, plotly_script
-from loclin.report.sheet import embedded
-from loclin.report.terminal import warning
-from loclin.report.text import number, visible
-from loclin.results.files import write_text
-from loclin.steering.search import Continuation, Trial
-from loclin.steering.steer import METHODS, Steered
+from loclin.report.plot import NEUTRAL, PALETTE, curve, draw
+from loclin.report.run import Run, run_of
+from loclin.report.sheet import PAGE, Figure, Folded, Limits, Sayings, Section, Sheet, describe
+from loclin.report.table import Cell, Column, Table
+from loclin.report.text import plain, shortened, visible
+from loclin.steering.methods import METHODS
+from loclin.steering.search import Sweep
+from loclin.steering.steer import Steered
+from loclin.steering.writing import Continuation
 
 
-def render_steered(found: Steered, console: Console) -> None:
-    """Print both texts, what they cost, and the sweep."""
-    width = min(console.width, WIDEST)
-    half = (width - 1) // 2 if width >= 80 else width
-    panels = [
-        Panel(_text(found, text), title=f"[bold]{name}[/]", title_align="left", width=half, border_style=style)
-        for name, text, style in (("normal", found.normal, "dim"), ("steered", found.steered, "green"))
-    ]
-    printed: list[RenderableType] = [
-        Columns(panels, padding=(0, 1)),
-        _facts(found),
-        _what(found),
-        *(warning(text) for text in found.warnings),
-    ]
+@describe.register
+def describe_steered(found: Steered, _limits: Limits = PAGE) -> Sheet:
+    """Say how a text was steered, and what it costs."""
+    run = run_of(found)
+    assert run is not None
+    sayings = Sayings(
+        [("normal", _said(found, found.normal), "dim"), ("steered", _said(found, found.steered), "green")]
+    )
+    listed = Text(f"words: {', '.join(map(visible, found.words))}", "dim")
+    sections = [Section("", "", [sayings, _facts(found), _described(found, run), listed])]
     if found.sweep is not None:
-        limit = f"gain / KL, mean over prompts; at most KL {found.sweep.max_kl:g}"
-        printed += [Text(), Text(limit, "italic"), _sweep(found)]
-    show(console, *printed)
+        sections.append(_swept(found, found.sweep))
+    return Sheet(
+        title=f"{shortened(found.prompt)} …",
+        about=f"a text, steered towards {', '.join(f'“{plain(text)}”' for text in found.toward)}",
+        sections=sections,
+        warnings=found.warnings,
+        run=run,
+    )
 
 
-def _text(found: Steered, written: Continuation) -> Text:
-    line = Text(_plain(found.prompt), "dim")
-    said = Text(_plain(written.text))
-    if (pattern := _pattern(found.words)) is not None:
-        said.highlight_regex(pattern, "bold green")
-    line.append_text(said)
-    return line.append(" ⏹ end of text" if written.ended else " …", "dim")
+def _said(found: Steered, written: Continuation) -> Text:
+    """The prompt, and what was written, with the concept's words marked."""
+    said = Text(plain(written.text))
+    if found.words:
+        pattern = rf"\b(?:{'|'.join(map(re.escape, found.words))})\b"
+        said.highlight_regex(re.compile(pattern, re.IGNORECASE), "bold green")
+    end = " ⏹ end of text" if written.ended else " …"
+    return Text.assemble((plain(found.prompt), "dim"), said, (end, "dim"))
 
 
-def _plain(text: str) -> str:
-    """A text with its own lines and spaces, and nothing in it that could act on a terminal."""
-    return "\n".join(visible(line).replace("·", " ") if line else "" for line in text.split("\n"))
-
-
-def _pattern(words: list[str]) -> re.Pattern[str] | None:
-    if not words:
-        return None
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
-
-
-def _facts(found: Steered) -> Grid:
-    table = Grid.of(Column("text", "key"), Column("normal"), Column("steered"))
-    for name, normal, steered in _rows(found):
-        table.add(name, normal, steered)
-    return table
-
-
-def _rows(found: Steered) -> list[tuple[str, str, str]]:
+def _facts(found: Steered) -> Table:
     """The two texts' numbers, in words."""
     normal, steered = found.normal, found.steered
-    return [
+    table = Table.of(Column("text", "key"), Column("normal"), Column("steered"))
+    for row in (
         ("the concept's words, per hundred", f"{normal.frequency:.1f}", f"{steered.frequency:.1f}"),
         ("loss of the unsteered model, nats per token", f"{normal.loss:.2f}", f"{steered.loss:.2f}"),
         ("repeated three-token sequences", f"{normal.repetition:.0%}", f"{steered.repetition:.0%}"),
         ("next token: gain of the words, nats", "", f"{found.gain:+.2f}"),
         ("next token: KL from the unsteered one, nats", "", f"{found.kl:.2f}"),
-    ]
+    ):
+        table.add(*row)
+    return table
 
 
-def _what(found: Steered) -> Text:
-    text = Text(f"{_described(found)}\n", "dim")
-    return text.append(f"words: {', '.join(map(visible, found.words))}", "dim")
-
-
-def _described(found: Steered) -> str:
+def _described(found: Steered, run: Run) -> Text:
     how = METHODS.get(found.method, found.method)  # type: ignore[call-overload]
-    point = found.settings["point"]
-    gate = f" · gate {found.settings['gate']}" if found.method in ("operator", "basis", "suffix") else ""
-    return f"{found.model['name']} · {found.method}: {how} · {point} · strength {found.strength:g} ({found.form}){gate}"
+    facts = [str(run.model["name"]), f"{found.method}: {how}", str(run.options["target"])]
+    facts.append(f"strength {found.strength:g} ({found.form})")
+    facts += [f"gate {run.options['gate']}"] if found.method in ("operator", "basis", "suffix") else []
+    return Text(" · ".join(facts), "dim")
 
 
-def _sweep(found: Steered) -> Grid:
-    sweep = found.sweep
-    assert sweep is not None
+def _swept(found: Steered, sweep: Sweep) -> Section:
+    """How layer and strength were found."""
+    chosen = (
+        "Of the texts within the limit that say more of the words than the normal one and do not repeat themselves, "
+        "the one that says most is taken, and of equal ones the one that gains most."
+    )
+    return Section(
+        "How layer and strength were found",
+        f"gain / KL, mean over this prompt and neutral ones; at most KL {sweep.max_kl:g}",
+        [
+            Figure("sweep", "Gain against KL for every layer and strength", lambda: _figure(sweep)),
+            _grid(found, sweep),
+            Text(chosen, "dim"),
+            Folded(Text("All numbers"), [_trials(sweep)]),
+        ],
+    )
+
+
+def _grid(found: Steered, sweep: Sweep) -> Table:
+    """A row for each layer, a column for each strength."""
     strengths = sorted({trial.strength for trial in sweep.trials}, reverse=found.form == "interpolate")
-    table = Grid.of(Column("layer", "key"), *(Column(f"{strength:g}") for strength in strengths))
+    table = Table.of(Column("layer", "key"), *(Column(f"{strength:g}") for strength in strengths))
     cells = {(trial.layer, trial.strength): trial for trial in sweep.trials}
     for layer in sorted({trial.layer for trial in sweep.trials}):
         row: list[Cell] = []
@@ -113,115 +105,40 @@ def _sweep(found: Steered) -> Grid:
     return table
 
 
-def write_steered_html(found: Steered, path: str | os.PathLike[str]) -> None:
-    """Write the page to a file, whole or not at all.
-
-    Raises
-    ------
-    OutputError
-        When plotly is not installed or the file cannot be written.
-    """
-    write_text(path, steered_html(found))
-
-
-def steered_html(found: Steered) -> str:
-    """Write both texts, their numbers and the sweep as one self-contained HTML page.
-
-    Raises
-    ------
-    MissingExtraError
-        When plotly is not installed.
-    """
-    figure = _figure(found)
-    return Template(asset("steer.html")).substitute(
-        css=asset("page.css"),
-        plotly="" if figure is None else plotly_script(),
-        figure=embedded(figure),
-        title=escape(visible(found.prompt, 60).replace("·", " ")),
-        toward=", ".join(f"“{escape(text)}”" for text in found.toward),
-        normal=_html(found, found.normal),
-        steered=_html(found, found.steered),
-        warnings=parts.warnings(found),
-        rows="".join(
-            f'<tr><th scope="row">{escape(name)}</th><td class="num">{a}</td><td class="num">{b}</td></tr>'
-            for name, a, b in _rows(found)
-        ),
-        how=escape(_described(found)),
-        words=escape(", ".join(map(visible, found.words))),
-        hidden="hidden" if figure is None else "",
-        limit=number(found.sweep.max_kl) if found.sweep else "",
-        table=_html_sweep(found),
-        settings=_settings(found),
-    )
+def _trials(sweep: Sweep) -> Table:
+    """Every setting's numbers; those of its text only where it wrote one."""
+    heads = ("strength", "gain", "KL", "words per hundred", "repeated")
+    table = Table.of(Column("layer", "key"), *map(Column, heads))
+    for trial in sweep.trials:
+        text = trial.written
+        said = [] if text is None else [f"{text.frequency:.1f}", f"{text.repetition:.0%}"]
+        numbers = [f"{trial.strength:g}", f"{trial.gain:+.2f}", f"{trial.kl:.2f}", *said]
+        table.add(str(trial.layer), *numbers, is_sum=trial == sweep.best)
+    return table
 
 
-def _html(found: Steered, written: Continuation) -> str:
-    said = _plain(written.text)
-    pattern, marked, last = _pattern(found.words), [], 0
-    for hit in pattern.finditer(said) if pattern else ():
-        marked += [escape(said[last : hit.start()]), f"<mark>{escape(hit[0])}</mark>"]
-        last = hit.end()
-    end = ' <span class="note">⏹ end of text</span>' if written.ended else " …"
-    return f'<span class="note">{escape(_plain(found.prompt))}</span>{"".join(marked)}{escape(said[last:])}{end}'
-
-
-def _html_sweep(found: Steered) -> str:
-    if found.sweep is None:
-        return ""
-    rows = (
-        f"<tr{' class=current' if trial == found.sweep.best else ''}>"
-        + "".join(f'<td class="num">{cell}</td>' for cell in _cells(trial))
-        + "</tr>"
-        for trial in found.sweep.trials
-    )
-    heads = "".join(
-        f'<th scope="col" class="num">{name}</th>'
-        for name in ("layer", "strength", "gain", "KL", "words per hundred", "repeated")
-    )
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _cells(trial: Trial) -> list[str]:
-    """One setting's numbers; those of its text only where it wrote one."""
-    text = trial.written
-    said = ["", ""] if text is None else [f"{text.frequency:.1f}", f"{text.repetition:.0%}"]
-    return [str(trial.layer), f"{trial.strength:g}", f"{trial.gain:+.2f}", f"{trial.kl:.2f}", *said]
-
-
-def _settings(found: Steered) -> str:
-    facts = {f"model {k}": v for k, v in found.model.items() if v is not None}
-    facts |= {k: v for k, v in found.settings.items() if k not in ("versions", "token_ids")} | found.settings[
-        "versions"
-    ]
-    return "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items())
-
-
-def _figure(found: Steered) -> Any:
+def _figure(sweep: Sweep) -> dict[str, Any]:
     """Gain against KL: a line for each layer, a marker for each strength."""
-    if found.sweep is None:
-        return None
-    go = graph_objects()
-    sweep, figure = found.sweep, go.Figure()
+    traces = []
     for n, layer in enumerate(sorted({trial.layer for trial in sweep.trials})):
         own = [trial for trial in sweep.trials if trial.layer == layer]
-        figure.add_scatter(
-            x=[0.0, *(trial.kl for trial in own)],
-            y=[0.0, *(trial.gain for trial in own)],
-            text=["unsteered", *(f"layer {layer}, strength {trial.strength:g}" for trial in own)],
-            hovertemplate="%{text}<br>gain %{y:.2f}, KL %{x:.2f}<extra></extra>",
-            mode="lines+markers",
-            name=f"layer {layer}",
-            line={"color": PALETTE[n % len(PALETTE)], "width": 2},
+        traces.append(
+            curve(
+                [0.0, *(trial.kl for trial in own)],
+                [0.0, *(trial.gain for trial in own)],
+                f"layer {layer}",
+                PALETTE[n % len(PALETTE)],
+                text=["unsteered", *(f"layer {layer}, strength {trial.strength:g}" for trial in own)],
+                hovertemplate="%{text}<br>gain %{y:.2f}, KL %{x:.2f}<extra></extra>",
+            )
         )
-    figure.add_scatter(
-        x=[sweep.best.kl], y=[sweep.best.gain], mode="markers", name="chosen", hoverinfo="skip",
-        marker={"size": 16, "symbol": "circle-open", "color": NEUTRAL, "line": {"width": 3}},
-    )  # fmt: skip
-    figure.add_vline(x=sweep.max_kl, line={"color": NEUTRAL, "dash": "dot", "width": 1})
-    clear = "rgba(0,0,0,0)"
-    figure.update_layout(
-        template="none", paper_bgcolor=clear, plot_bgcolor=clear, margin={"l": 60, "r": 12, "t": 12, "b": 48},
-        xaxis_title="fluency lost: KL from the unsteered prediction, nats",
-        yaxis_title="gain of the words, nats",
-    )  # fmt: skip
-    return json.loads(figure.to_json())
+    chosen = {"size": 16, "symbol": "circle-open", "color": NEUTRAL, "line": {"width": 3}}
+    best = curve([sweep.best.kl], [sweep.best.gain], "chosen", NEUTRAL, mode="markers", hoverinfo="skip", marker=chosen)
+    limit = {"type": "line", "x0": sweep.max_kl, "x1": sweep.max_kl, "y0": 0, "y1": 1, "yref": "paper"}
+    return draw(
+        [*traces, best],
+        x="fluency lost: KL from the unsteered prediction, nats",
+        y="gain of the words, nats",
+        legend={},
+        shapes=[limit | {"line": {"color": NEUTRAL, "dash": "dot", "width": 1}}],
+    )

@@ -1,18 +1,25 @@
-"""Tokens and numbers as text that a person can read, the same on a terminal and on a page."""
+"""Tokens, numbers and lines as text that a person can read, the same on a terminal and on a page.
+
+Styled text is rich's `Text`: a terminal draws the styles, and `report.html` makes them classes.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
-if TYPE_CHECKING:
-    from loclin.maps.certificate import Check
+from rich.text import Text
+
+from loclin.maps.certificate import Certificate, Check
 
 SPACE, NEWLINE, TAB, EMPTY, CARRIER = "·", "↵", "⇥", "∅", "◌"
 _NAMED = re.compile(r"(⟨(?:[0-9A-F]{2}(?: [0-9A-F]{2})*|(?:unused|empty) \d+)⟩)")
 """Bytes, and ids without a text, as `loclin.models.tokens` writes them: no space in them is the token's."""
 MARKS = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
+_MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
+_TOKEN = 20
+_LINE = 60
 COMPONENTS = {"resid_post": "residual stream", "attn_out": "attention", "mlp_out": "MLP"}
 
 
@@ -36,10 +43,10 @@ def visible(text: str, limit: int | None = None) -> str:
 
 
 def _drawn(character: str) -> str:
-    return MARKS.get(character) or (character if _plain(character) else _escaped(character))
+    return MARKS.get(character) or (character if _prints(character) else _escaped(character))
 
 
-def _plain(character: str) -> bool:
+def _prints(character: str) -> bool:
     return character.isprintable() and character not in (SPACE, NEWLINE, TAB, EMPTY, CARRIER)
 
 
@@ -85,3 +92,64 @@ def gate_note(gate: object) -> str:
     if gate == "half":
         return f"Gate {agrees}; another gate gives other shares."
     return f"Gate {gate}. Another gate gives other shares; {agrees}."
+
+
+def shortened(prompt: str) -> str:
+    """Shorten a prompt to a line: its end, where the prediction follows."""
+    line = plain(" ".join(prompt.split()))
+    return line if len(line) <= _LINE else "…" + line[-_LINE:]
+
+
+def plain(text: str) -> str:
+    """Give a text with its own lines and spaces, and nothing in it that could act on a terminal."""
+    return "\n".join(visible(line).replace(SPACE, " ") if line else "" for line in text.split("\n"))
+
+
+def token(text: str, style: str = "", marks: Iterable[str] = (), limit: int | None = _TOKEN) -> Text:
+    """Write a token with its drawn whitespace dimmed, and what is special about it behind it.
+
+    The span "word" means something in HTML only; a terminal leaves it out.
+    """
+    shown = Text.assemble((visible(text, limit), "word"))
+    if style:
+        shown.stylize(style)
+    shown.highlight_regex(_MARK, "dim")
+    return shown.append_text(Text.assemble(*((f"◂{mark}", "yellow") for mark in marks)))
+
+
+def words(found: Iterable[tuple[str, float]], most: int | None = None) -> Text:
+    """Put words in a row, the best first."""
+    return Text(" ").join(token(word) for word, _ in list(found)[:most])
+
+
+def verdict(passed: bool, *rest: str | tuple[str, str] | Text) -> Text:
+    """Write the line that says whether maps are exact."""
+    name, style = ("EXACT", "bold green") if passed else ("NOT EXACT", "bold red")
+    line = Text.assemble((name, style), " ", *rest)
+    line.stylize("badge", 0, len(name))
+    return line
+
+
+def certified(certificate: Certificate, ordinary: float | None = None) -> Text:
+    """Write a certificate's line: its errors, those that are too large, and what is to blame for them."""
+    reconstruction, forward, *_ = checks = certificate.checks()
+    line = verdict(
+        certificate.passed,
+        f"reconstruction {outcome(reconstruction)}, forward {outcome(forward)}, std {error(certificate.std_error)}",
+        ("" if ordinary is None else f" (ordinary {error(ordinary)})", "dim"),
+    )
+    for check in checks:
+        if not check.passed:
+            line.append(f"\n  {check.name} error {outcome(check)} is beyond {error(check.limit)}", "red")
+    for culprit in certificate.culprits:
+        line.append(f"\n  {culprit.module} ({culprit.kind}) is not linear: error {error(culprit.error)}", "red")
+    return line
+
+
+def predicted(target: tuple[str, float], others: Sequence[tuple[str, float]] = ()) -> Text:
+    """Write a predicted token with its probability, and those that come after it."""
+    line = Text.assemble(("→ ", "bold green"), token(target[0], "bold green"), (f" {percent(target[1])}", "green"))
+    for i, (text, probability) in enumerate(others):
+        line.append("   then " if i == 0 else "  ", "dim").append_text(token(text))
+        line.append(f" {percent(probability)}", "dim")
+    return line

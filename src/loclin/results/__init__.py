@@ -1,1 +1,1 @@
-"""What is computed, saved, loaded and compared."""
+"""Results: saved, loaded, exported, shown and compared."""

@@ -1,4 +1,4 @@
-"""A dense map in a NumPy file, written row by row: an interrupted run goes on where it stopped."""
+"""A dense map in a NumPy file that is written row by row; an interrupted run is resumed."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from loclin.common.access import reason
+from loclin.common.progress import bar
 from loclin.errors import OptionError, OutputError, ResultError
 from loclin.models.quiet import status
 from loclin.results.files import check_writable, write_text
 
 FORMAT = "loclin dense map 1"
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-"""To map more than there is memory: only what is written to takes some. (Python has its name from 3.13.)"""
+"""Allows a mapping larger than memory: only pages that are written take memory. (Python names it from 3.13 on.)"""
 
 
 class DenseFile:
-    """A dense map `[d_out, T, d_in]` in the file `path`, and what it is of in `PATH.json`.
+    """A dense map `[d_out, T, d_in]` in the file `path`, with a description in `PATH.json`.
 
-    Until all rows are there, they are in `PATH.partial`; the `.json` counts those that are on the disk. The hidden
-    `.lock` beside them may be deleted when nobody writes.
+    Until all rows are written, they are in `PATH.partial`, and the `.json` counts the rows that are on the disk. The
+    hidden `.lock` file may be deleted while no process writes.
 
     Parameters
     ----------
     path
         The `.npy` file.
     shape, dtype
-        The map's.
+        Those of the map.
     key
-        Which map it is, as JSON can hold it. A file with another key is refused.
+        Identifies the map; JSON values. A file with another key is refused.
 
     Raises
     ------
@@ -59,27 +59,27 @@ class DenseFile:
         self._partial = self.path.with_name(f"{self.path.name}.partial")
         self._shape, self._dtype = shape, dtype
         self._key = json.loads(json.dumps(key))
-        self._header = _header(shape, dtype)
+        self._header = _make_header(shape, dtype)
         self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def obtain(self, rows_from: Callable[[int], Iterator[tuple[slice, Tensor]]]) -> Tensor:
-        """Open the file; write what is missing first.
+        """Open the file, after writing the rows that are missing.
 
-        `rows_from(start)` gives the rows from `start` on, in order. Of two processes the second waits for the first.
+        `rows_from(start)` yields the rows from `start` on, in order. A second process waits for the first one.
 
         Returns
         -------
         Tensor
-            `[d_out, T, d_in]` on the CPU, read from the file as it is used; writing to it leaves the file as it is.
+            `[d_out, T, d_in]` on the CPU, read from the file on demand; writing to it does not change the file.
 
         Raises
         ------
         OutputError
             When the file cannot be written, or the disk has no room for it.
         ResultError
-            When there is a file of another map, or one that was altered.
+            When the file is of another map, or was altered.
         """
-        if not os.path.isfile(self.path):  # noqa: PTH113 - which never raises
+        if not os.path.isfile(self.path):  # noqa: PTH113 - it never raises
             check_writable(self.path)
         found = self._read()
         if found is None:
@@ -95,7 +95,7 @@ class DenseFile:
         return found
 
     def _read(self) -> Tensor | None:
-        """As `_open`, with the disk's complaints as errors of loclin."""
+        """Open the file; errors of the operating system become errors of loclin."""
         try:
             return self._open()
         except OSError as error:
@@ -104,7 +104,7 @@ class DenseFile:
             ) from error
 
     def _open(self) -> Tensor | None:
-        """The whole map, mapped; None when it has yet to be written."""
+        """Map the complete file into memory; None if it is not written yet."""
         done = self._rows_done()
         if not self.path.exists():
             return None
@@ -112,9 +112,7 @@ class DenseFile:
             whole = len(self._header) + self._shape[0] * self._row_bytes
             size = os.fstat(file.fileno()).st_size
             if done != self._shape[0] or size != whole or file.read(len(self._header)) != self._header:
-                raise ResultError(
-                    f"{self.path} is not as it was written ({size:,} bytes, not {whole:,}): {self._ways_out}"
-                )
+                raise ResultError(f"{self.path} is not as it was written ({size:,} bytes, not {whole:,}): {self._fix}")
             mapped = mmap.mmap(
                 file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
             )
@@ -122,26 +120,26 @@ class DenseFile:
         return torch.frombuffer(mapped, dtype=self._dtype, count=count, offset=len(self._header)).reshape(self._shape)
 
     @property
-    def _ways_out(self) -> str:
+    def _fix(self) -> str:
         return f"delete it and {self._beside.name}, or choose another path"
 
     def _rows_done(self) -> int:
-        """How many rows are written, by the file beside it; refuses files that belong to something else."""
+        """Read from `PATH.json` how many rows are written; refuse files of other maps."""
         try:
             record = json.loads(self._beside.read_text(encoding="utf-8"))
             done, key = record["rows"], record["key"]
             known = record["format"] == FORMAT
         except FileNotFoundError:
             if self.path.exists():
-                raise ResultError(f"{self.path} is there already, and not by loclin: {self._ways_out}") from None
+                raise ResultError(f"{self.path} exists already, and is not by loclin: {self._fix}") from None
             return 0
         except (ValueError, KeyError, TypeError) as error:
-            raise ResultError(f"{self._beside} cannot be read ({error}): {self._ways_out}") from error
+            raise ResultError(f"{self._beside} cannot be read ({error}): {self._fix}") from error
         if not known:
-            raise ResultError(f"{self._beside} has another format than {FORMAT!r}: {self._ways_out}")
+            raise ResultError(f"{self._beside} has another format than {FORMAT!r}: {self._fix}")
         if key != self._key:
             differing = ", ".join(name for name in {**key, **self._key} if key.get(name) != self._key.get(name))
-            raise ResultError(f"{self.path} is of another map (different: {differing}): {self._ways_out}")
+            raise ResultError(f"{self.path} is of another map (different: {differing}): {self._fix}")
         return done
 
     def _write(self, rows_from: Callable[[int], Iterator[tuple[slice, Tensor]]]) -> None:
@@ -160,26 +158,24 @@ class DenseFile:
             file.seek(start + done * self._row_bytes)
             file.truncate()
             self._note(done)
-            with tqdm(
-                total=total, initial=done, desc="dense map", unit="row", delay=2, leave=False, disable=None
-            ) as bar:
+            with bar(total=total, initial=done, desc="dense map", unit="row") as progress_bar:
                 for where, part in rows_from(done):
-                    for row in part:  # one by one: a chunk is laid out by token, and would be copied whole
+                    for row in part:  # one by one: writing a whole chunk, which is laid out by token, would copy it
                         file.write(row.contiguous().cpu().numpy())
                     file.flush()
                     os.fsync(file.fileno())
                     self._note(where.stop)
-                    bar.update(len(part))
+                    progress_bar.update(len(part))
         self._partial.replace(self.path)
 
     def _note(self, done: int) -> None:
-        """Say how many rows are on the disk."""
+        """Record how many rows are on the disk."""
         record = {"format": FORMAT, "rows": done, "of": self._shape[0], "shape": self._shape, "key": self._key}
         write_text(self._beside, json.dumps(record, ensure_ascii=False, indent=1))
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Write alone."""
+        """Hold the lock of the file, so that only one process writes."""
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             lock.acquire(timeout=0)
@@ -194,8 +190,8 @@ class DenseFile:
             lock.release()
 
 
-def _header(shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:
-    """The beginning of a `.npy` file."""
+def _make_header(shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:
+    """Make the header of a `.npy` file."""
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.bfloat16:
         raise OptionError(f'NumPy has no {name}, so no file can hold this map; linearize with precision="single"')

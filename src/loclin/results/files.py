@@ -1,4 +1,4 @@
-"""Results to files: refused before the work where they cannot be written, and never left half-written."""
+"""Writing files: checked before the computation starts, and never left half-written."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from loclin.common.access import reason, refusal
-from loclin.errors import OutputError
+from loclin.errors import OutputError, ResultError
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a path that cannot be written, before any work is done for it.
+    """Refuse a path that cannot be written, before the computation starts.
 
-    It is tried: a file is made beside the place, and taken away again.
+    The check creates a file in the same directory, and removes it.
 
     Raises
     ------
@@ -24,21 +24,21 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     try:
-        real = Path(os.path.realpath(target))  # a link is written through
+        real = Path(os.path.realpath(target))  # writing through a link keeps the link
         folder = real.parent
         if real.is_dir():
             raise OutputError(f"cannot write {target}: it is a directory; name a file in it")
         if not folder.exists():
             raise OutputError(f"cannot write {target}: there is no directory {folder}; make it first")
         if not folder.is_dir():
-            raise OutputError(f"cannot write {target}: {folder} is not a directory")
+            raise OutputError(f"cannot write {target}: {folder} is not a directory; choose another path")
         with suppress(FileNotFoundError):
-            real.stat()  # a loop of links, or a name that is too long
-        for needed in _written(target):
+            real.stat()  # raises for a loop of links, or a name that is too long
+        for needed in _list_written(target):
             if not os.access(needed, os.W_OK):
                 raise OutputError(f"cannot write {target}: {refusal(needed)}; chmod it or choose another path")
-        if not real.exists() or real.is_file():  # what is neither, a pipe or a device, is written in its place
-            partial = _partial(real)
+        if not real.exists() or real.is_file():  # pipes and devices are written directly
+            partial = _partial_path(real)
             partial.touch()
             partial.unlink()
     except (OSError, ValueError) as error:
@@ -46,21 +46,39 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"cannot write {target}: {why}; choose another path") from error
 
 
-def _written(target: Path) -> list[Path]:
-    """What must be writable for a file to be: its folder, where it is made, and what it takes the place of."""
+def _list_written(target: Path) -> list[Path]:
+    """List what must be writable: the directory, in which the file is created, and a file that it replaces."""
     real = Path(os.path.realpath(target))
     if target.exists() and not target.is_file():
         return [target]
     return [real.parent, *([real] if real.exists() else [])]
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text file in UTF-8.
+
+    Raises
+    ------
+    ResultError
+        When the file is missing, not readable, or not text.
+    """
+    try:
+        return Path(path).read_text("utf-8")
+    except FileNotFoundError as error:
+        raise ResultError(f"cannot read {path}: there is no such file; check its name") from error
+    except UnicodeDecodeError as error:
+        raise ResultError(f"cannot read {path}: it is not text; name a file that save() made") from error
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {reason(error, Path(path))}") from error
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text as `write_bytes` writes bytes, in UTF-8."""
+    """Write a text in UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then moved there.
+    """Write a file completely or not at all: to a temporary file in the same directory, which is then renamed.
 
     Raises
     ------
@@ -70,7 +88,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     check_writable(path)
     target = Path(path)
     try:
-        if target.exists() and not target.is_file():  # a pipe or a device: nothing may take its place
+        if target.exists() and not target.is_file():  # a pipe or a device must not be replaced
             target.write_bytes(data)
         else:
             _replace(Path(os.path.realpath(target)), data)  # a link stays a link
@@ -81,63 +99,63 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def check_apart(
     outputs: Mapping[str, str | os.PathLike[str]], inputs: Mapping[str, str | os.PathLike[str]] | None = None
 ) -> None:
-    """Refuse two results in one file, and a result in the place of what is read or printed.
+    """Refuse two outputs in one file, and an output that would overwrite an input or the printed output.
 
-    Files are told apart by what they are: links, other spellings and hard links of one file are that file.
+    Links, hard links and other spellings of a path count as the same file.
 
     Parameters
     ----------
     outputs
-        Paths that will be written, by what a person calls them.
+        Paths that will be written, by the name of the option.
     inputs
-        Files, and directories of models, that are read.
+        Files and model directories that are read, by the name of the option.
 
     Raises
     ------
     OutputError
-        Naming the two.
+        The message names both.
     """
     written = list(outputs.items())
     for i, (name, path) in enumerate(written):
         for other, second in written[:i]:
-            if _same(path, second):
+            if _is_same(path, second):
                 raise OutputError(f"{other} and {name} are the same file, {path}; name two")
         for other, second in (inputs or {}).items():
-            if _same(path, second) or (Path(second).is_dir() and Path(path).exists() and _within(path, second)):
-                raise OutputError(f"{name} would write over what {other} reads, {path}; name another file")
+            if _is_same(path, second) or (Path(second).is_dir() and Path(path).exists() and _is_within(path, second)):
+                raise OutputError(f"{name} would overwrite what {other} reads, {path}; name another file")
         for stream in (1, 2):
             if _is_stream(path, stream):
-                raise OutputError(f"{name} would write over what is printed, {path}; name another file")
+                raise OutputError(f"{name} would overwrite what is printed, {path}; name another file")
 
 
-def _same(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+def _is_same(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     one, two = (Path(os.path.normcase(os.path.realpath(p))) for p in (path, other))
     if one.exists() and two.exists():
-        return one.samefile(two) and (one.is_file() or one.is_dir())  # a device takes many
+        return one.samefile(two) and (one.is_file() or one.is_dir())  # a device can take several outputs
     return one == two
 
 
-def _within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+def _is_within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
     return Path(os.path.realpath(path)).parent.samefile(folder)
 
 
 def _is_stream(path: str | os.PathLike[str], stream: int) -> bool:
-    """Whether a file is what standard output or error is redirected to."""
+    """Tell whether standard output or error is redirected to this file."""
     try:
         return Path(path).is_file() and os.path.samestat(Path(path).stat(), os.fstat(stream))
     except OSError:
         return False
 
 
-def _partial(target: Path) -> Path:
+def _partial_path(target: Path) -> Path:
     return target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
 
 
 def _replace(target: Path, data: bytes) -> None:
-    partial = _partial(target)
+    partial = _partial_path(target)
     try:
         partial.write_bytes(data)
-        if target.exists():  # who may read it stays as its owner chose
+        if target.exists():  # keep the permissions of the file
             partial.chmod(stat.S_IMODE(target.stat().st_mode))
         partial.replace(target)
     except BaseException:  # Ctrl-C too

@@ -1,177 +1,173 @@
-"""Results that know where they came from: saved, loaded, compared."""
+"""The base class of all results: saving, loading, exporting and showing."""
 
 from __future__ import annotations
 
+import json
 import os
-import platform
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
-from typing import Any, TypeVar
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
-from loclin.common.brief import brief
-from loclin.common.surroundings import in_plain_torch
-from loclin.errors import OptionError, ResultError
-from loclin.models.model import ModelInfo
+from loclin.errors import ResultError
+from loclin.results import display
+from loclin.results.files import read_text, write_text
+from loclin.results.provenance import Provenance
+from loclin.results.serialise import from_plain, to_plain
+from loclin.results.table import dataframe
 from loclin.results.tensor_file import load_tensors, save_tensors
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 R = TypeVar("R", bound="Result")
-_CIRCUMSTANCES = ("versions", "certificate", "date")
-"""What may differ between two computations of the same numbers."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Which map a result is of, and what it was computed with.
-
-    Attributes
-    ----------
-    model
-        Name, family, revision and source of the model.
-    token_ids, tokens, text
-        The prompt, all of it: ids, each one as it is shown, and all together (see `Model.decode`).
-    gate, precision, dtype
-        What was held (`"ordinary"`: nothing), and the dtype of the sweeps.
-    source, target, position, normed
-        The map's ends, as in `Linearization.jacobian`.
-    positions
-        The source positions whose maps are in the result: all, or one token's.
-    versions
-        Of loclin, torch, transformers and Python.
-    certificate
-        `Certificate.to_dict()` of the map, where one had been made.
-    date
-        When, in UTC.
-    """
-
-    model: ModelInfo
-    token_ids: list[int]
-    tokens: list[str]
-    text: str
-    gate: str
-    precision: str
-    dtype: str
-    source: str
-    target: str
-    position: int
-    normed: bool
-    positions: list[int]
-    versions: dict[str, str]
-    certificate: dict[str, Any] | None
-    date: str
-
-    __repr__ = brief
-
-    def key(self) -> dict[str, Any]:
-        """What fixes the numbers: everything but versions, certificate and date."""
-        return {name: value for name, value in self.to_dict().items() if name not in _CIRCUMSTANCES}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Provenance:
-        """The provenance that `to_dict` gave."""
-        return cls(**values | {"model": ModelInfo(**values["model"])})
-
-
-def versions() -> dict[str, str]:
-    """The versions that results depend on."""
-    return {name: version(name) for name in ("loclin", "torch", "transformers")} | {"python": platform.python_version()}
 
 
 class Result:
-    """A dataclass of tensors and plain values that can be saved. Its `provenance` may be None."""
+    """The base class of results, which are dataclasses.
+
+    Attributes
+    ----------
+    provenance
+        Model, prompt and map, and the versions it was computed with; None for a result that is not about one map.
+    warnings
+        What a reader should know before trusting it.
+    """
 
     provenance: Provenance | None
+    warnings: list[str]
+
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Properties that `to_dict` adds to the fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert it to plain values: the name of the class as `result`, every field, and derived properties.
+
+        A tensor becomes its dtype, its shape and its numbers as nested lists. A number that is not finite becomes a
+        text. Fields that are marked as too large are left out.
+        """
+        return {"result": type(self).__name__, **to_plain(self)}
+
+    def to_json(self) -> str:
+        """Convert it to JSON text, see `to_dict`."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls: type[R], values: dict[str, Any]) -> R:
+        """Build the result that `to_dict` described.
+
+        Raises
+        ------
+        ResultError
+            When the values describe something else, or were written by a version with other fields.
+        """
+        return cls._from_plain(values, "it")
+
+    @classmethod
+    def from_json(cls: type[R], text: str) -> R:
+        """Build the result that `to_json` wrote.
+
+        Raises
+        ------
+        ResultError
+            When the text is not JSON, describes something else, or was written by a version with other fields.
+        """
+        return cls._from_json(text, "it")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result to a `.safetensors` file, and what it is, to read, to `PATH.json`.
+        """Write the result to a file, completely or not at all.
+
+        Parameters
+        ----------
+        path
+            `.safetensors` has every field that can be saved, with tensors bit for bit; a readable description is
+            written to `PATH.json`. `.json` has the text of `to_json`.
 
         Raises
         ------
         OutputError
-            When the files cannot be written, or the path has another ending.
+            When a file cannot be written, or the path has another ending.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        plain = {name: value for name, value in values.items() if name not in tensors}
-        if self.provenance is not None:
-            plain["provenance"] = self.provenance.to_dict()
-        save_tensors(path, tensors, {"result": type(self).__name__} | plain)
+        if Path(path).suffix == ".json":
+            write_text(path, self.to_json())
+            return
+        tensors: dict[str, Tensor] = {}
+
+        def store(name: str, tensor: Tensor) -> dict[str, str]:
+            tensors[name] = tensor
+            return {"tensor": name}
+
+        about = to_plain(self, store)
+        save_tensors(path, tensors, {"result": type(self).__name__, **about})
 
     @classmethod
     def load(cls: type[R], path: str | os.PathLike[str]) -> R:
-        """Read a saved result; its tensors are bit for bit those that were saved, on the CPU.
+        """Load a saved result; its tensors are on the CPU.
 
         Raises
         ------
         ResultError
             When the file is missing, altered, or holds something else.
         """
+        if Path(path).suffix == ".json":
+            return cls._from_json(read_text(path), str(path))
         tensors, about = load_tensors(path)
-        kind = about.pop("result", "no result")
-        if kind != cls.__name__:
-            raise ResultError(f"{path} holds {kind}, not {cls.__name__}; load it with the class that saved it")
+        about = {name: {"tensor": name} for name in tensors if "." not in name} | about
+        return cls._from_plain(about, str(path), tensors)
+
+    @classmethod
+    def _from_json(cls: type[R], text: str, name: str) -> R:
         try:
-            if about.get("provenance") is not None:
-                about["provenance"] = Provenance.from_dict(about["provenance"])
-            return cls(**tensors, **about)
-        except TypeError as error:  # fields that one version has and another has not
-            raise ResultError(f"{path} was saved by another version of loclin ({error}); use that one") from error
+            return cls._from_plain(json.loads(text), name)
+        except ValueError as error:
+            raise ResultError(f"{name} is not JSON ({error}): give what to_json() wrote") from error
 
+    @classmethod
+    def _from_plain(cls: type[R], values: Any, name: str, tensors: dict[str, Tensor] | None = None) -> R:
+        kind = values.get("result", "no result") if isinstance(values, dict) else "no result"
+        if kind != cls.__name__:
+            raise ResultError(f"{name} holds {kind}, not {cls.__name__}: load it with the class that saved it")
+        try:
+            return from_plain(values, cls, tensors)
+        except ResultError as error:
+            raise ResultError(
+                f"{name} was saved by another version of loclin ({error}): load it with that one, or compute it again"
+            ) from error
 
-@dataclass(frozen=True)
-class Comparison:
-    """How two results differ.
+    def to_dataframe(self) -> DataFrame:
+        """Make a table of it; this needs pandas (`pip install "loclin[pandas]"`).
 
-    Attributes
-    ----------
-    provenance
-        What is not the same about where they came from, dates and certificates aside: both values, by field.
-    errors
-        |a - b| / |b| of every tensor, by field; 0 where all bits agree.
-    """
+        Raises
+        ------
+        MissingExtraError
+            When pandas is not installed.
+        """
+        return dataframe(self.table())
 
-    provenance: dict[str, tuple[Any, Any]]
-    errors: dict[str, float]
+    def table(self) -> dict[str, list[Any]]:
+        """Return the columns of `to_dataframe`, of equal length; by default one row of the numbers and texts."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: [value] for name, value in found.items() if isinstance(value, bool | int | float | str)}
 
-    __repr__ = brief
+    def show(self) -> None:
+        """Print it as the command line does."""
+        display.show(self)
 
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Render it as a complete HTML page that needs no network, and write that to `path`, if given.
 
-@in_plain_torch
-def compare(a: Result, b: Result) -> Comparison:
-    """Compare two results of one kind: a rerun with what was saved, one gate split with another.
+        Raises
+        ------
+        OutputError
+            When the file cannot be written.
+        MissingExtraError
+            When plotly, which draws the figures, is not installed.
+        """
+        text = display.page(self)
+        if path is not None:
+            write_text(path, text)
+        return text
 
-    Raises
-    ------
-    OptionError
-        When they are of different kinds or shapes, so that their numbers do not correspond.
-    """
-    if type(a) is not type(b):
-        raise OptionError(f"a {type(a).__name__} and a {type(b).__name__} cannot be compared; give two of one kind")
-    first, second = (_described(result) for result in (a, b))
-    names = dict.fromkeys([*first, *second])
-    differing = {n: (first.get(n), second.get(n)) for n in names if first.get(n) != second.get(n)}
-    errors = {}
-    for field in fields(a):  # type: ignore[arg-type]
-        one, other = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(one, Tensor) and isinstance(other, Tensor):
-            if one.shape != other.shape:
-                shapes = f"{list(one.shape)} and {list(other.shape)}"
-                raise OptionError(f"{field.name} has the shapes {shapes}: compare maps of one shape, with the same k")
-            errors[field.name] = _relative(one, other)
-    return Comparison(differing, errors)
-
-
-def _described(result: Result) -> dict[str, Any]:
-    known = result.provenance
-    return {} if known is None else known.key() | {"versions": known.versions}
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.cpu().double(), b.cpu().double()
-    return 0.0 if torch.equal(a, b) else ((a - b).norm() / b.norm()).item()
+    def _repr_html_(self) -> str:
+        return display.fragment(self)

@@ -1,4 +1,4 @@
-"""Results as pandas tables, for those who have pandas."""
+"""Results as pandas tables, if pandas is installed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from loclin.errors import MissingExtraError
-from loclin.results.result import Provenance
+from loclin.results.provenance import Provenance
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
 def dataframe(columns: dict[str, Any]) -> DataFrame:
-    """A table of equally long columns; needs pandas."""
+    """Make a table from columns of equal length.
+
+    Raises
+    ------
+    MissingExtraError
+        When pandas is not installed.
+    """
     try:
         from pandas import DataFrame
     except ImportError as error:
@@ -22,10 +28,10 @@ def dataframe(columns: dict[str, Any]) -> DataFrame:
     return DataFrame(columns)
 
 
-def by_rank(columns: dict[str, Tensor], provenance: Provenance | None) -> DataFrame:
-    """One row per token and rank, of tensors `[T, k]`; one row per rank, of `[k]`.
+def by_rank(columns: dict[str, Tensor], provenance: Provenance | None) -> dict[str, list[Any]]:
+    """Make columns with one row per token and rank from tensors `[T, k]`, or one row per rank from `[k]`.
 
-    Tokens are numbered by their positions in the prompt, and have their text, where the provenance is known.
+    Tokens are numbered by their positions in the prompt, and have a text if the provenance is known.
     """
     first = next(iter(columns.values()))
     k = first.shape[-1]
@@ -36,4 +42,4 @@ def by_rank(columns: dict[str, Tensor], provenance: Provenance | None) -> DataFr
         if provenance is not None:
             named["text"] = [provenance.tokens[position] for position in named["token"]]
     named["rank"] = list(range(k)) * (first.numel() // k)
-    return dataframe(named | {name: column.flatten().tolist() for name, column in columns.items()})
+    return named | {name: column.flatten().tolist() for name, column in columns.items()}

@@ -1,4 +1,4 @@
-"""Named tensors and plain facts about them in one file, checked when it is read."""
+"""Named tensors and their description in one file, with a checksum that is verified on reading."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SUFFIX = ".safetensors"
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write tensors to one `.safetensors` file, with `about` as JSON in its metadata.
 
-    The same facts and the tensors' shapes, to read, are in `PATH.json`; nothing is ever read back from there. Either
-    file is written whole or not at all. Cost: two copies of the tensors in memory.
+    `PATH.json` gets `about` and the tensors' shapes, for people to read; it is never loaded. Each file is written
+    completely or not at all. Memory: two copies of the tensors.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about
     tensors
         Any shapes and dtypes, on any device.
     about
-        What JSON can hold.
+        JSON values.
 
     Raises
     ------
@@ -44,19 +44,19 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about
     """
     check_path(path)
     target = Path(path)
-    beside = _beside(target)
-    # safetensors takes no tensors that share memory
+    beside = _path_beside(target)
+    # safetensors refuses tensors that share memory
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     text = json.dumps(about, ensure_ascii=False)
     write_bytes(target, save(plain, {"loclin": FORMAT, "about": text, "digest": _digest(plain, text)}))
-    shapes = {name: {"shape": list(tensor.shape), "dtype": _name(tensor)} for name, tensor in plain.items()}
+    shapes = {name: {"shape": list(tensor.shape), "dtype": _dtype_name(tensor)} for name, tensor in plain.items()}
     write_text(beside, json.dumps({"file": target.name, "tensors": shapes} | about, ensure_ascii=False, indent=1))
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Refuse a path that `save_tensors` could not write, before any work is done for it.
+    """Refuse a path that `save_tensors` could not write, before the computation starts.
 
     Raises
     ------
@@ -67,11 +67,11 @@ def check_path(path: str | os.PathLike[str]) -> None:
     if target.suffix != SUFFIX:
         raise OutputError(f"cannot write {target}: results are safetensors files; call it {target}{SUFFIX}")
     check_writable(target)
-    check_writable(_beside(target))
+    check_writable(_path_beside(target))
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: the tensors, bit for bit and on the CPU, and what is known about them.
+    """Read what `save_tensors` wrote: the tensors, bit for bit and on the CPU, and `about`.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     target = Path(path)
     try:
-        target.open("rb").close()  # safetensors says of a file that may not be read that there is none
+        target.open("rb").close()  # safetensors reports an unreadable file as missing
         with safe_open(target, "pt") as stored:
             facts = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()} if "loclin" in facts else {}  # noqa: SIM118
@@ -89,29 +89,31 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     except OSError as error:
         raise ResultError(f"cannot read {target}: {reason(error, target)}") from error
     except SafetensorError as error:
-        raise ResultError(f"cannot read {target}: it is cut short or no safetensors file; save it again") from error
+        raise ResultError(f"cannot read {target}: it is cut short, or not a safetensors file; save it again") from error
     if "loclin" not in facts:
         raise ResultError(f"cannot read {target}: loclin did not write it; name a file that save() made")
     if facts["loclin"] != FORMAT:
-        raise ResultError(f"cannot read {target}: it has format {facts['loclin']}, not {FORMAT}; use its loclin")
+        raise ResultError(
+            f"cannot read {target}: it has format {facts['loclin']}, not {FORMAT}; use the loclin that wrote it"
+        )
     text = facts.get("about", "")
     if facts.get("digest") != _digest(tensors, text):
         raise ResultError(f"cannot read {target}: it was altered after it was written; save it again")
     return tensors, json.loads(text)
 
 
-def _beside(target: Path) -> Path:
+def _path_beside(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
 
 
-def _name(tensor: Tensor) -> str:
+def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    """One hash of everything that a file says."""
+    """Hash everything in a file."""
     digest = hashlib.sha256(text.encode("utf-8"))
     for name in sorted(tensors):
-        digest.update(f"\n{name} {_name(tensors[name])} {list(tensors[name].shape)}\n".encode())
+        digest.update(f"\n{name} {_dtype_name(tensors[name])} {list(tensors[name].shape)}\n".encode())
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()

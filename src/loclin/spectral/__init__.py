@@ -1,33 +1,31 @@
-"""Spectra: singular values and vectors, norms, stable rank, and how far to trust them."""
+"""Spectra: singular values and vectors, norms and stable ranks, with their error bounds."""
 
-from loclin.spectral.checks import check_rank, check_tolerance, least_tolerance, wide, widened
-from loclin.spectral.dense import full, top, values
-from loclin.spectral.krylov import krylov_svd
-from loclin.spectral.norms import Estimate, Norms, effective_rank, frobenius, stable_rank, stable_rank_and_norm
-from loclin.spectral.operator import DenseMaps, TokenMaps
+from loclin.spectral.checks import check_fraction, check_rank, check_tolerance, least_tolerance, to_wide, wide_dtype
+from loclin.spectral.dense import block_krylov_svd, lapack_svd, singular_values
+from loclin.spectral.krylov import matrix_free_svd
+from loclin.spectral.norms import Norms, effective_rank, stable_rank, stable_rank_and_norm
+from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import NEAR_EQUAL, SVD
-from loclin.spectral.ritz import Ritz, ritz
+from loclin.spectral.ritz import RitzTriples, ritz_svd
 
 __all__ = [
     "NEAR_EQUAL",
     "SVD",
-    "DenseMaps",
-    "Estimate",
     "Norms",
-    "Ritz",
+    "RitzTriples",
     "TokenMaps",
+    "check_fraction",
     "check_rank",
     "check_tolerance",
     "effective_rank",
-    "frobenius",
-    "full",
-    "krylov_svd",
+    "lapack_svd",
+    "matrix_free_svd",
     "least_tolerance",
-    "ritz",
+    "ritz_svd",
     "stable_rank",
     "stable_rank_and_norm",
-    "top",
-    "values",
-    "wide",
-    "widened",
+    "block_krylov_svd",
+    "singular_values",
+    "wide_dtype",
+    "to_wide",
 ]

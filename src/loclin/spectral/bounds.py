@@ -1,13 +1,13 @@
-"""How large singular values can be, given what a part of the output space shows of the map.
+"""Upper bounds on the singular values of a map that is known on a part of its output space only.
 
-Let Q be orthonormal, B = Q^T J and E = J - Q B. Then J^T J = B^T B + E^T E, so sigma_j(B) <= sigma_j(J). Let further
-the columns of F be input directions whose images lie in the span of Q (they were pushed through J and Q was made to
-hold the result). Then E F = 0, so E^T E <= eta^2 (I - F F^T) for any eta >= ||E||_2, and
+Let Q be orthonormal, B = Q^T J and E = J - Q B. Then J^T J = B^T B + E^T E, so sigma_j(B) <= sigma_j(J). Let the
+columns of F be orthonormal input directions whose images lie in the span of Q (they were pushed through J, and Q was
+extended by the results). Then E F = 0, so E^T E <= eta^2 (I - F F^T) for any eta >= ||E||_2, and
 
     sigma_j(J)^2 <= lambda_j(B^T B + eta^2 (I - F F^T)).
 
-Without F this is Weyl's bound, sigma_j(B)^2 + eta^2. With F it is quadratic: where the j-th right vector of B leaves F
-by a sine of x, it adds about eta^2 x^2, as long as eta^2 plus what B has outside of F stays below sigma_j^2.
+Without F this is Weyl's bound, sigma_j(B)^2 + eta^2. With F it is quadratic: if x is the sine of the angle between the
+j-th right vector of B and F, it adds about eta^2 x^2, as long as eta^2 plus what B has outside of F is below sigma_j^2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loclin.spectral.threads import single_thread
 
 
 def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:
-    """The share of a map's largest singular value that rounding may add to any of them: sqrt(n) eps.
+    """What rounding may add to any singular value of a map, relative to the largest: sqrt(n) eps.
 
     The statistical growth of rounding errors (Higham & Mary 2019), with a floor for small maps.
     """
@@ -50,19 +50,20 @@ def left_svd(B: Float[Tensor, "M m n"]) -> tuple[Float[Tensor, "M m m"], Float[T
 def outside(
     W: Float[Tensor, "*M m m"], values: Float[Tensor, "*M m"], pushed: Float[Tensor, "*M m f"], floor: float
 ) -> Float[Tensor, "*M m m"]:
-    """I - F F^T in the basis of B's right vectors, or a little more of it. Cost: M m f (m + f) flops.
+    """I - F F^T in the basis of B's right vectors, or an upper bound close to it. Cost: M m f (m + f) flops.
 
     Parameters
     ----------
     W, values
         Left singular vectors and values of B.
     pushed
-        F spans B^T `pushed`; any columns will do.
+        Any columns whose B^T `pushed` span F.
     floor
-        Directions of F below this share of the largest value are rounding, and not counted; 1e-6 at least, which
+        Directions of F below this, relative to the largest value, are rounding and not counted; at least 1e-6, which
         float64 needs.
     """
-    # F spans X; X (X^T X + r I)^-1 X^T is at most the projector on it, whatever X's rank.
+    # X = S W^T pushed spans F in the basis of right vectors. With a ridge r > 0, X (X^T X + r I)^-1 X^T is at most the
+    # projector F F^T, whatever the rank of X.
     X = values.unsqueeze(-1) * (W.mT @ pushed)
     ridge = (max(floor, 1e-6) * values[..., :1]).square().clamp(min=torch.finfo(X.dtype).tiny).unsqueeze(-1)
     gram = X.mT @ X
@@ -82,7 +83,7 @@ def bound_matrix(
 def upper_values(
     values: Float[Tensor, "M m"], missed: Float[Tensor, "M m m"], eta: Float[Tensor, " M"]
 ) -> Float[Tensor, "M m"]:
-    """Bound the m largest singular values of J from above (see the head of this file). Cost: about 2 M m^3 flops.
+    """Bound the m largest singular values of J from above (see the top of this file). Cost: about 2 M m^3 flops.
 
     Parameters
     ----------
@@ -95,20 +96,21 @@ def upper_values(
     """
     square = eta.square()
     squares = torch.linalg.eigvalsh(bound_matrix(values, missed, square)).flip(-1)
-    # Input directions that B maps to 0 are not in that basis; there the bound is eta itself.
+    # Input directions that B maps to 0 are not in the basis of its right vectors; for them the bound is eta itself.
     return torch.maximum(torch.maximum(squares, square[:, None]).sqrt(), values)
 
 
 def schatten(E: Float[Tensor, "M d_out n"]) -> Iterator[Float[Tensor, " M"]]:
-    """Ever sharper bounds on ||E||_2, in float64: the Schatten norms of order 2, 4, 8 and 16, and what rounding hides.
+    """Ever sharper upper bounds on ||E||_2, in float64: the Schatten norms of order 2, 4, 8 and 16, plus rounding.
 
-    Cost: each after the first one product of the smaller side's squares.
+    ||E||_2 <= ||E E^T||_F^(1/2) <= ||E||_F, and so on with (E E^T)^2 and (E E^T)^4. Cost: after the first, each takes
+    one product of matrices with the smaller side of E.
     """
     scale = norms(E, 1).clamp(min=torch.finfo(E.dtype).tiny)
     yield scale
     E, limit = E / scale[:, None, None].to(E), rounding(E.shape[-2], E.shape[-1], E.dtype)
     power = E @ E.mT if E.shape[-2] <= E.shape[-1] else E.mT @ E
-    # ||A||_2^2 = ||A A^T||_2, and that product is computed but for rounding: a share of ||A||_F^2.
+    # ||A||_2^2 = ||A A^T||_2, and rounding changes the computed product by at most a fraction of ||A||_F^2.
     lost = [torch.full_like(scale, limit)]
     for order in (4, 8, 16):
         bound = size = norms(power, 1)
@@ -121,7 +123,7 @@ def schatten(E: Float[Tensor, "M d_out n"]) -> Iterator[Float[Tensor, " M"]]:
 
 
 def norm_from_below(E: Float[Tensor, "M d_out n"], steps: int = 4) -> Float[Tensor, " M"]:
-    """At most ||E||_2, and mostly near it, by the power method from the sum of the rows.
+    """A lower bound on ||E||_2, mostly close to it, by the power method from the sum of the rows.
 
     Cost: 4 M d_out n flops a step.
     """
@@ -137,7 +139,7 @@ def norm_from_below(E: Float[Tensor, "M d_out n"], steps: int = 4) -> Float[Tens
 
 
 def chi2_quantile(probability: float, degrees: int) -> float:
-    """The value below which chi-square with so many degrees of freedom falls with a probability, by bisection."""
+    """The quantile of a chi-square distribution, by bisection."""
     half = torch.tensor(degrees / 2, dtype=torch.float64)
     low, high = 0.0, degrees + 40.0 * math.sqrt(degrees)
     for _ in range(200):
@@ -148,11 +150,12 @@ def chi2_quantile(probability: float, degrees: int) -> float:
 
 
 def chebyshev_bound(squares: float, degree: int, level: float, probes: int, failure: float) -> float:
-    """Bound lambda_1(A), up to `failure`, by what a Chebyshev polynomial of A does to Gaussian vectors.
+    """Bound lambda_1(A) from above, except with probability `failure`, from a Chebyshev polynomial of A.
 
-    C(A) has C(x) = cos(degree arccos(2 x / level - 1)), at most 1 on [0, level] and steep beyond. With u the first
-    eigenvector, |C(A) g|^2 >= C(lambda_1)^2 (u g)^2, and the sum of (u g)^2 over the probes is chi-square. Dixon
-    (1983) does this with a power of A; the polynomial needs the root of its degree (Kuczynski & Wozniakowski 1992).
+    C(x) = cos(degree arccos(2 x / level - 1)) is at most 1 on [0, level] and steep beyond. With u the first
+    eigenvector, |C(A) g|^2 >= C(lambda_1)^2 (u g)^2 for Gaussian g, and the sum of (u g)^2 over the probes is
+    chi-square. Dixon (1983) does this with a power of A; the polynomial needs the square root of that degree (Kuczynski
+    & Wozniakowski 1992).
 
     Parameters
     ----------
@@ -161,7 +164,7 @@ def chebyshev_bound(squares: float, degree: int, level: float, probes: int, fail
     degree, level
         Of the polynomial.
     probes, failure
-        How many Gaussian vectors there were, and how likely the bound may fail.
+        The number of Gaussian vectors, and the probability that the bound is wrong.
     """
     growth = math.sqrt(max(1.0, squares / chi2_quantile(failure, probes)))
     return level * (1 + math.cosh(math.acosh(growth) / degree)) / 2

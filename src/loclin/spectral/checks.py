@@ -1,4 +1,4 @@
-"""What may be asked of a spectrum: how many triples, how exactly, and in which dtype."""
+"""Checks of the options of a spectrum: how many triples, which tolerance, and in which dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loclin.common.arguments import whole
 from loclin.errors import OptionError
 
 _LEAST = 50
-"""A tolerance is at least this many units of rounding; below, bounds would state rounding and not the map."""
+"""A tolerance is at least this many units of rounding: below, bounds would measure rounding and not the map."""
 
 
 def check_rank(k: int, d_out: int, d_in: int) -> None:
@@ -31,38 +31,53 @@ def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
     Raises
     ------
     OptionError
-        When the tolerance is below 50 units of rounding; the message names the least.
+        When the tolerance is below 50 units of rounding, or not below 1; the message names the least.
     """
     refuse_half(dtype)
     least = least_tolerance(dtype)
     if not tolerance >= least:
         name = str(dtype).removeprefix("torch.")
         raise OptionError(f"tolerance={tolerance:g}: {name} holds no less than {least:.1e}; use that or a wider dtype")
+    check_fraction(tolerance)
 
 
-def refuse_half(dtype: torch.dtype) -> None:
-    """Refuse to decompose a map by products in float16 or bfloat16 alone: their rounding would be the result.
+def check_fraction(tolerance: float) -> float:
+    """Refuse a tolerance that is not a fraction of what is measured.
 
     Raises
     ------
     OptionError
-        Saying what to do.
+        When it is not between 0 and 1.
     """
-    if wide(dtype) != dtype:
+    if not 0 < tolerance < 1:
+        raise OptionError(f"tolerance={tolerance:g}: give a fraction of each value between 0 and 1, such as 1e-3")
+    return tolerance
+
+
+def refuse_half(dtype: torch.dtype) -> None:
+    """Refuse to decompose a map by products in float16 or bfloat16: their rounding would be the result.
+
+    Raises
+    ------
+    OptionError
+        Naming the alternatives.
+    """
+    if wide_dtype(dtype) != dtype:
         name = str(dtype).removeprefix("torch.")
         raise OptionError(
-            f"products in {name} are too coarse to be decomposed alone: take the dense map, or precision='single'"
+            f"products in {name} are too coarse for a matrix-free method: use method='block_krylov', or linearize with "
+            "precision='single'"
         )
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a spectrum is computed: no decomposition takes float16 or bfloat16."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def widened(maps: Tensor) -> Tensor:
+def to_wide(maps: Tensor) -> Tensor:
     """The same maps in the dtype in which their spectrum is computed."""
-    return maps.to(wide(maps.dtype))
+    return maps.to(wide_dtype(maps.dtype))
 
 
 def least_tolerance(dtype: torch.dtype) -> float:

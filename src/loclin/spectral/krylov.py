@@ -1,4 +1,9 @@
-"""Spectra of token maps that are known by their products alone."""
+"""Singular triples of token maps that are known by their products only: a matrix-free block Krylov method.
+
+The basis Q is grown by Q += span(sum_i w_i J_i J_i^T q). Ritz values sigma_j(Q^T J_i) are lower bounds; upper bounds
+take a bound eta on ||E_i||_2 = ||J_i - Q Q^T J_i||_2 (`loclin.spectral.bounds`), which a probabilistic certificate
+gives.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +18,35 @@ from loclin.common.sums import square_sums
 from loclin.common.surroundings import in_plain_torch
 from loclin.spectral.bounds import bound_matrix, chi2_quantile, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
-from loclin.spectral.dense import shaped
+from loclin.spectral.dense import as_joint
 from loclin.spectral.operator import TokenMaps
-from loclin.spectral.result import SVD, aligned
-from loclin.spectral.sketch import Ritz, Sketch
+from loclin.spectral.result import SVD, align_signs
+from loclin.spectral.sketch import BasisSVD, Sketch
 from loclin.spectral.threads import single_thread
 
 FAILURE = 1e-3
 """The probability with which the bounds of one result may not hold."""
 
-_POWERS = 2
+_SHARED_STEPS = 2
 """Shared steps before single tokens' vectors are pushed."""
 PROBES = 8
 """Gaussian vectors that measure the Frobenius norm of what the basis misses."""
 CERTIFICATE = (4, 5)
-"""Gaussian vectors and polynomial degree of the bound on what the basis misses: 40 columns, within 1.3 of the truth."""
+"""Gaussian vectors and polynomial degree of the certificate of ||E||: 40 columns, within 1.3 of the truth."""
 _LEVEL = 0.35
-"""The ||E||^2 / s_k^2 that is hoped for before anything is known of it."""
-_REACH = 0.95
-"""A value beyond the k-th is pushed too where its bound reaches this share of s_k^2."""
-_HOPELESS = 0.8
-"""From this ||E||^2 / s_k^2 on, pushing more vectors of single maps is worth less than a larger basis."""
+"""The ||E||^2 / s_k^2 that is assumed before it has been measured."""
+_NEAR_K = 0.95
+"""A value beyond the k-th is pushed too if its bound is above this fraction of s_k^2."""
+_TOO_LARGE = 0.8
+"""Above this ||E||^2 / s_k^2 a larger basis gains more than vectors of single maps."""
 
 
 @in_plain_torch
-def krylov_svd(
+def matrix_free_svd(
     op: TokenMaps,
     k: int,
     *,
-    towards: Float[Tensor, " d_out"],
+    align_to: Float[Tensor, " d_out"],
     tolerance: float = 1e-3,
     joint: bool = False,
     block: int | None = None,
@@ -49,13 +54,13 @@ def krylov_svd(
     seed: int = 0,
     callback: Callable[[int], None] | None = None,
 ) -> SVD:
-    """Find the k largest triples of each token's map, or with `joint` of all side by side, from products alone.
+    """Find the k largest triples of each token's map, or with `joint` of all side by side, from products only.
 
-    A block Krylov method (Musco & Musco 2015; Tropp & Webber 2023) with one output basis for all tokens, QR and
-    everything kept. Tokens that lag have their own right vectors pushed through the map and the images taken in. When
-    the bounds would hold for the ||E|| hoped for, a probabilistic certificate of ||E|| is bought; it ends the search or
-    says how far to go. Lower bounds are rigorous, upper ones hold up to `failure`, and are rigorous (and the result
-    exact) where the basis has come to span the output space.
+    A block Krylov method (Musco & Musco 2015; Tropp & Webber 2023) with one output basis for all tokens, which keeps
+    every block. For tokens that converge slowly, right vectors of their own are pushed through the map. When the upper
+    bounds would be within the tolerance for the assumed ||E||, a probabilistic certificate of ||E|| is computed; it
+    ends the search, or says how large ||E|| is. Lower bounds are rigorous, upper ones hold with probability 1 -
+    `failure`. Where the basis spans the output space, both are rigorous and the result is exact.
 
     Parameters
     ----------
@@ -63,20 +68,20 @@ def krylov_svd(
         The maps.
     k
         How many triples.
-    towards
-        The output vector that left vectors are turned to.
+    align_to
+        The output vector with which left vectors have a non-negative product.
     tolerance
-        How far a value may be from its upper bound, as a share of the value, or else twice what rounding leaves open.
+        How far a value may be from its upper bound, relative to the value; or else twice the rounding.
     joint
         Decompose [J_0 ... J_{T-1}] instead of every J_i.
     block
-        The block's width; k + 8 unless given.
+        The block's width; k + 8 by default.
     max_columns
-        Stop before this many columns are passed, with honest bounds. The first block and the probes are always spent.
+        Stop before this many columns are exceeded, with valid bounds. The first block and the probes are always used.
     seed
         Of all random vectors.
     callback
-        Called with the columns spent so far, after each step.
+        Called with the number of columns so far, after each step.
 
     Raises
     ------
@@ -89,21 +94,21 @@ def krylov_svd(
     sketch = Sketch(op, min(block or k + 8, d_out), joint=joint, seed=seed)
     probes = sketch.random(PROBES)
     images = sketch.pull(probes)
-    ritz, upper, eta = search(sketch, k, tolerance, max_columns, callback or (lambda _: None))
+    basis, upper, eta = search(sketch, k, tolerance, max_columns, callback or (lambda _: None))
 
-    # The basis was made without these probes, so that they say what it misses whether or not a certificate was had.
+    # The basis is independent of these probes, so they measure what it misses, with or without a certificate.
     missing = sketch.missing(probes, images)
-    U, S, Vh, left = sketch.triples(ritz, k)
+    U, S, Vh, sines = sketch.triples(basis, k)
     failure = 0.0 if sketch.complete else FAILURE
     if not sketch.complete:
         eta = torch.minimum(eta, frobenius_bound(missing, FAILURE / 2))
-        upper = torch.minimum(upper, upper_values(ritz.values, ritz.missed, eta)[:, :k])
+        upper = torch.minimum(upper, upper_values(basis.values, basis.missed, eta)[:, :k])
     upper = upper.to(S)
     slack = sketch.floor * S[:, :1]
-    # E v = E (I - F F^T) v.
-    residuals = eta[:, None].to(S) * left + slack
+    # J v - s u = E v = E (I - F F^T) v, at most eta times the sine.
+    residuals = eta[:, None].to(S) * sines + slack
     frobenius = frobenius_estimate(sketch, missing)[0].to(S)
-    U, Vh = aligned(U, Vh, towards)
+    U, Vh = align_signs(U, Vh, align_to)
     found = SVD(
         U,
         S,
@@ -113,10 +118,104 @@ def krylov_svd(
         torch.maximum(upper, S) + slack,
         failure,
         frobenius,
-        "krylov",
+        "matrix_free",
         sketch.columns,
     )
-    return shaped(found, length) if joint else found
+    return as_joint(found, length) if joint else found
+
+
+class _Search:
+    """The state of a search between its steps.
+
+    Attributes
+    ----------
+    basis, size
+        The SVD of the sketch's rows, and the number of basis vectors.
+    rounded, scale, allowed
+        What rounding adds to the values `[M, 1]`, the k-th value or that rounding `[M]`, and how far bounds may be from
+        values `[M, k]`.
+    upper, eta
+        The upper bounds so far on the k largest values `[M, k]`, and on ||E|| `[M]`; infinite before a certificate.
+    level
+        ||E||^2 / scale^2: assumed, or measured by the last certificate.
+    """
+
+    def __init__(self, sketch: Sketch, k: int, tolerance: float, most: int | float) -> None:
+        self._sketch, self._k, self._tolerance, self._most = sketch, k, tolerance, most
+        self._certificates, self._next_size, self._steps = 0, 0, 0
+        self.level = _LEVEL
+        self.upper = torch.full((sketch.maps, k), torch.inf, dtype=torch.float64, device=sketch.Q.device)
+        self.eta = self.upper[:, 0]
+
+    def look(self) -> None:
+        """Decompose the sketch, and compute the bounds that follow for the values."""
+        sketch, k = self._sketch, self._k
+        self.basis, self.size = sketch.svd(), sketch.Q.shape[1]
+        self.rounded = 2 * sketch.floor * self.basis.values[:, :1]
+        self.scale = torch.maximum(self.basis.values[:, min(k, self.size) - 1], self.rounded[:, 0])
+        # The bounds have rounding added later.
+        self.allowed = torch.maximum(self._tolerance * self.basis.values[:, :k] - self.rounded, self.rounded)
+        if self._certificates:  # a bound on ||E|| stays one while the basis grows
+            bound = upper_values(self.basis.values, self.basis.missed, self.eta)[:, :k]
+            self.upper = torch.minimum(self.upper, bound)
+
+    def is_settled(self, bound: Tensor) -> bool:
+        """Whether upper bounds are within the tolerance of the values."""
+        k = self._k
+        return bool((bound[:, :k] - self.basis.values[:, :k] <= self.allowed).all())
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether the upper bounds that are proved are within the tolerance."""
+        return self._certificates > 0 and self.is_settled(self.upper)
+
+    @property
+    def assumed_eta(self) -> Tensor:
+        """||E|| at the present level."""
+        return self.level**0.5 * self.scale
+
+    def is_ready(self, assumed: Tensor, wanted: int) -> bool:
+        """Whether the bounds would be within the tolerance at the present level, or no vector of single maps helps."""
+        is_stuck = self._sketch.maps > 1 and self._steps >= _SHARED_STEPS and not wanted
+        return self.is_settled(assumed) or is_stuck
+
+    def certify(self) -> bool:
+        """Compute a certificate of ||E||, if it pays and there are columns for it."""
+        sketch = self._sketch
+        price = 2 * math.prod(CERTIFICATE)
+        is_large = self.size >= max(self._k, self._next_size)
+        if not is_large or price >= sketch.Q.shape[0] - self.size or sketch.columns + price > self._most:
+            return False
+        self._certificates += 1
+        self._next_size = self.size + self.size // 4
+        # All certificates together fail with probability FAILURE / 2.
+        failure = FAILURE / 2 ** (self._certificates + 1)
+        self.level = sketch.bound_missing(self.scale, _LEVEL, *CERTIFICATE, failure)
+        self.eta = torch.minimum(self.eta, self.level**0.5 * self.scale)
+        return True
+
+    def grow(self, wanted: list[Tensor]) -> bool:
+        """Extend the basis by the step that helps most; False if that takes more columns than are left.
+
+        The steps are: random vectors up to the whole output space, if that costs no more; a shared Krylov step; the
+        vectors of single maps that are `wanted`.
+        """
+        sketch, pushes = self._sketch, sum(part.shape[1] for part in wanted)
+        is_shared = sketch.maps == 1 or self._steps < _SHARED_STEPS or self.level > _TOO_LARGE or not pushes
+        to_complete = sketch.Q.shape[0] - self.size
+        cost = min(2 * (sketch.newest if is_shared else pushes), to_complete)
+        if sketch.columns + cost > self._most:
+            return False
+        if cost == to_complete:
+            sketch.grow(sketch.random(cost))
+        elif is_shared:
+            sketch.krylov_step()
+            self._steps += 1
+            if self.level > _TOO_LARGE:
+                self.level = _LEVEL
+        else:
+            sketch.push_chosen(wanted)
+        return True
 
 
 def search(
@@ -126,90 +225,67 @@ def search(
     max_columns: int | None,
     callback: Callable[[int], None],
     certify: bool = True,
-) -> tuple[Ritz, Float[Tensor, "M k"], Float[Tensor, " M"]]:
+) -> tuple[BasisSVD, Float[Tensor, "M k"], Float[Tensor, " M"]]:
     """Grow a sketch until the k largest values of all its maps are certified, or the columns are spent.
 
-    Without `certify` it ends where the bounds would hold if ||E||^2 were at most 0.35 s_k^2, which nothing proves.
-    Returns the last Ritz values, upper bounds on the maps' own (infinite where nothing is certified), and on ||E||.
+    Without `certify` it ends when the bounds would be within the tolerance if ||E||^2 were at most 0.35 s_k^2, which is
+    not proved. Returns the last decomposition, upper bounds on the maps' values (infinite without a certificate), and
+    on ||E||.
     """
-    d_out, most = sketch.Q.shape[0], float("inf") if max_columns is None else max_columns
-    level, attempts, tried = _LEVEL, 0, 0
-    steps = 0
-    upper = torch.full((sketch.maps, k), torch.inf, dtype=torch.float64, device=sketch.Q.device)
-    eta = upper[:, 0]
+    state = _Search(sketch, k, tolerance, math.inf if max_columns is None else max_columns)
     while True:
         callback(sketch.columns)
-        ritz, size = sketch.ritz(), sketch.Q.shape[1]
-        if sketch.complete:
-            return ritz, ritz.values[:, :k], torch.zeros_like(eta)
-        rounded = 2 * sketch.floor * ritz.values[:, :1]
-        scale = torch.maximum(ritz.values[:, min(k, size) - 1], rounded[:, 0])
-        allowed = torch.maximum(tolerance * ritz.values[:, :k] - rounded, rounded)  # the bounds add rounding later
-
-        def settled(bound: Tensor, ritz: Ritz = ritz, allowed: Tensor = allowed) -> bool:
-            return bool((bound[:, :k] - ritz.values[:, :k] <= allowed).all())
-
-        # A bound on ||E|| that was bought stays one while the basis grows.
-        if attempts:
-            upper = torch.minimum(upper, upper_values(ritz.values, ritz.missed, eta)[:, :k])
-            if settled(upper):
-                return ritz, upper, eta
-        hoped = upper_values(ritz.values, ritz.missed, level**0.5 * scale)
-        wanted = _wanted(ritz, allowed, level * scale.square())
-        pushes = sum(part.shape[1] for part in wanted)
-        ready = settled(hoped) or (sketch.maps > 1 and steps >= _POWERS and not pushes)
-        if ready and not certify and size >= k:
-            return ritz, hoped[:, :k], level**0.5 * scale
-        price = 2 * math.prod(CERTIFICATE)
-        if certify and size >= max(k, tried) and ready and price < d_out - size and sketch.columns + price <= most:
-            attempts, tried = attempts + 1, size + size // 4
-            share = sketch.largest_missing(scale, _LEVEL, *CERTIFICATE, FAILURE / 2 ** (attempts + 1))
-            eta = torch.minimum(eta, share**0.5 * scale)
-            level = share
-            continue
-
-        shared = sketch.maps == 1 or steps < _POWERS or level > _HOPELESS or not pushes
-        cost = 2 * (sketch.newest if shared else pushes)
-        if cost >= d_out - size:
-            cost = d_out - size
-        if sketch.columns + cost > most:
-            return ritz, upper, eta
-        if cost == d_out - size:
-            sketch.grow(sketch.random(cost))
-        elif shared:
-            sketch.power()
-            level, steps = (_LEVEL if level > _HOPELESS else level), steps + 1
-        else:
-            sketch.polish(wanted)
+        state.look()
+        if sketch.complete:  # E = 0, and the Ritz values are the maps' own
+            return state.basis, state.basis.values[:, :k], torch.zeros_like(state.eta)
+        if state.is_certified:
+            return state.basis, state.upper, state.eta
+        # What the upper bounds would be if ||E|| were as assumed, and which vectors would have to be pushed for less.
+        assumed = upper_values(state.basis.values, state.basis.missed, state.assumed_eta)
+        wanted = _choose_vectors(state.basis, state.allowed, state.level * state.scale.square())
+        if state.is_ready(assumed, sum(part.shape[1] for part in wanted)):
+            if not certify and state.size >= k:
+                return state.basis, assumed[:, :k], state.assumed_eta
+            if certify and state.certify():
+                continue
+        if not state.grow(wanted):
+            return state.basis, state.upper, state.eta
 
 
 @single_thread()
-def _wanted(ritz: Ritz, allowed: Float[Tensor, "M k"], square: Float[Tensor, " M"]) -> list[Tensor]:
-    """What to push if ||E||^2 is `square`: for each map `[m, c]`, the directions of which the upper bounds are made."""
-    squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(bound_matrix(ritz.values, ritz.missed, square)))
-    added = square[:, None] * (vectors * (ritz.missed @ vectors)).sum(dim=1)
-    smallest = ritz.values[:, allowed.shape[1] - 1, None]
-    wanted = (squares > _REACH * smallest.square()) & (added > 0.5 * allowed[:, -1:] * smallest)
-    # Values far below the k-th have right vectors that are too inexact to build on.
-    inverse = torch.where(ritz.values > 1e-3 * smallest, 1 / ritz.values.clamp(min=1e-300), 0.0)
+def _choose_vectors(basis: BasisSVD, allowed: Float[Tensor, "M k"], square: Float[Tensor, " M"]) -> list[Tensor]:
+    """The right vectors to push if ||E||^2 is `square`: for each map coefficients `[m, c]` on its rows.
+
+    They are the eigenvectors x of B^T B + eta^2 (I - F F^T) with values near s_k^2 or above, of which the part
+    eta^2 x^T (I - F F^T) x is too large for the tolerance.
+    """
+    squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(bound_matrix(basis.values, basis.missed, square)))
+    added = square[:, None] * (vectors * (basis.missed @ vectors)).sum(dim=1)
+    smallest = basis.values[:, allowed.shape[1] - 1, None]
+    wanted = (squares > _NEAR_K * smallest.square()) & (added > 0.5 * allowed[:, -1:] * smallest)
+    # Right vectors V = B^T W diag(1 / values); those of values far below the k-th are too inexact to build on.
+    inverse = torch.where(basis.values > 1e-3 * smallest, 1 / basis.values.clamp(min=1e-300), 0.0)
     parts = []
     for i in range(len(squares)):
-        part = ritz.W[i] @ (inverse[i, :, None] * vectors[i][:, wanted[i]])
+        part = basis.W[i] @ (inverse[i, :, None] * vectors[i][:, wanted[i]])
         parts.append(part / part.norm(dim=0).clamp(min=1e-300))
     return parts
 
 
 def frobenius_bound(missing: Float[Tensor, "M s"], failure: float) -> Float[Tensor, " M"]:
-    """Bound all ||E_i||_F, up to `failure`, by |E_i^T g|^2 of Gaussian vectors that E is independent of.
+    """Bound all ||E_i||_F, except with probability `failure`, by |E_i^T g|^2 of Gaussian g independent of E.
 
-    Their sum is a sum of chi-squares weighted by sigma_j(E)^2. Of all weights with a given sum, it is a single one that
-    makes a small value the likeliest (Roosta-Khorasani, Szekely & Ascher 2015), and the tokens share the failure.
+    The sum of |E^T g|^2 is a sum of chi-squares with weights sigma_j(E)^2. Of all weights with the same sum, a single
+    one makes a small value the likeliest (Roosta-Khorasani, Szekely & Ascher 2015). The tokens share the failure.
     """
     return (missing.sum(dim=1) / chi2_quantile(failure / len(missing), missing.shape[1])).sqrt()
 
 
 def frobenius_estimate(sketch: Sketch, missing: Float[Tensor, "M s"]) -> tuple[Tensor, Tensor]:
-    """||J_i||_F and its relative standard error, both `[M]`: deflated Hutchinson (Meyer et al. 2021, Hutch++)."""
+    """||J_i||_F and its relative standard error, both `[M]`: ||B_i||_F^2 + mean |E_i^T g|^2.
+
+    Deflated Hutchinson (Hutchinson 1990; Meyer et al. 2021, Hutch++).
+    """
     if sketch.complete:
         missing = torch.zeros_like(missing)
     square = square_sums(sketch.B, 1) + missing.mean(dim=1)

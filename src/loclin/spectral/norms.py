@@ -1,8 +1,12 @@
-"""Norms and ranks of token maps, from products alone or from singular values."""
+"""Norms and ranks of token maps: matrix-free, or from singular values.
+
+Stable rank ||J||_F^2 / sigma_1^2, effective rank exp(-sum_j p_j log p_j) with p_j = sigma_j / sum sigma.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,6 +14,8 @@ from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.common.surroundings import in_plain_torch
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
 from loclin.spectral.checks import check_tolerance
 from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
 from loclin.spectral.operator import TokenMaps
@@ -19,7 +25,7 @@ _BLOCK = 16
 
 
 @dataclass(frozen=True)
-class Norms:
+class Norms(Result):
     """Norms of each token's map; everything is `[T]`.
 
     Attributes
@@ -27,11 +33,13 @@ class Norms:
     largest, frobenius, stable_rank
         sigma_1, ||J_i||_F and ||J_i||_F^2 / sigma_1^2.
     largest_error
-        How far sigma_1 may be above `largest`, relative; holds up to `failure`.
+        How far sigma_1 may be above `largest`, relative; holds with probability 1 - `failure`.
     frobenius_error
         The relative standard error of `frobenius`.
     failure, columns
-        The probability of a wrong bound, and what products have cost.
+        The probability of a wrong bound, and the columns that products took.
+    provenance, warnings
+        Which map this is of, and warnings about the prompt.
     """
 
     largest: Tensor
@@ -41,55 +49,40 @@ class Norms:
     frobenius_error: Tensor
     failure: float
     columns: int
+    provenance: Provenance | None = None
+    warnings: list[str] = field(default_factory=list)
 
     __repr__ = brief
+
+    def table(self) -> dict[str, list[Any]]:
+        """One row per token."""
+        names = ("largest", "frobenius", "stable_rank", "largest_error", "frobenius_error")
+        tokens = range(len(self.largest)) if self.provenance is None else self.provenance.positions
+        texts = {} if self.provenance is None else {"text": [self.provenance.tokens[token] for token in tokens]}
+        return {"token": list(tokens), **texts, **{name: getattr(self, name).tolist() for name in names}}
 
     @property
     def stable_rank_error(self) -> Tensor:
-        """The relative error of the stable rank that the two others leave open."""
+        """The relative error of the stable rank, from those of the two norms."""
         return 2 * (self.largest_error + self.frobenius_error)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value `[T]`, its relative standard error `[T]`, and the columns it took."""
-
-    value: Tensor
-    error: Tensor
-    columns: int
-
-    __repr__ = brief
-
-
-def frobenius(op: TokenMaps, *, tolerance: float = 0.01, seed: int = 0) -> Estimate:
-    """||J_i||_F of all tokens: a shared basis takes the large part exactly, and Gaussian probes what it misses.
-
-    Deflated Hutchinson (Hutchinson 1990; Meyer et al. 2021, Hutch++). Cost: 24 columns, and 32 for each step until
-    every token's relative standard error is at most `tolerance`; the values are exact where the basis is complete.
-    """
-    sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed)
-    probes = sketch.random(PROBES)
-    images = sketch.pull(probes)
-    value, error = _refined(sketch, probes, images, tolerance)
-    return Estimate(value.to(sketch.B), error.to(sketch.B), sketch.columns)
-
-
-def _refined(sketch: Sketch, probes: Tensor, images: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """||J_i||_F and its relative standard error, the sketch grown until that is within the tolerance."""
+def _refine_frobenius(sketch: Sketch, probes: Tensor, images: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Grow the sketch until ||J_i||_F has a relative standard error within the tolerance; returns both, `[T]`."""
     while True:
         value, error = frobenius_estimate(sketch, sketch.missing(probes, images))
         if sketch.complete or (error <= tolerance).all():
             return value, error
-        sketch.power()
+        sketch.krylov_step()
 
 
 @in_plain_torch
 def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: bool = True, seed: int = 0) -> Norms:
     """sigma_1, ||J_i||_F and stable rank of all tokens to a relative tolerance, from one basis and its probes.
 
-    The stable rank takes twice the relative errors of both norms, so each of these gets a quarter of the tolerance.
-    With `certify=False` sigma_1 is not certified, which saves the certificate's columns: `largest_error` then holds if
-    the directions that were never pushed hold no singular value above 0.6 sigma_1, and `failure` is 1.
+    The stable rank has twice the relative errors of both norms, so each of these gets a quarter of the tolerance. With
+    `certify=False` sigma_1 is not certified, which saves the certificate's columns: `largest_error` then holds if no
+    singular value above 0.6 sigma_1 is outside of what was pushed, and `failure` is 1.
 
     Raises
     ------
@@ -100,9 +93,9 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: boo
     sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed)
     probes = sketch.random(PROBES)
     images = sketch.pull(probes)
-    ritz, upper, _ = search(sketch, 1, tolerance / 4, None, lambda _: None, certify)
-    norm, norm_error = _refined(sketch, probes, images, tolerance / 4)
-    largest = ritz.values[:, 0]
+    basis, upper, _ = search(sketch, 1, tolerance / 4, None, lambda _: None, certify)
+    norm, norm_error = _refine_frobenius(sketch, probes, images, tolerance / 4)
+    largest = basis.values[:, 0]
     slack = sketch.floor * largest
     above = torch.where(largest > 0, (upper[:, 0] + slack - largest) / largest, 0.0)
     rank = stable_rank(norm, largest)

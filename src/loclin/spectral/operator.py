@@ -1,4 +1,4 @@
-"""What a spectrum is taken of: token maps side by side, known by their products alone or in full."""
+"""The operator that matrix-free methods work on: token maps side by side."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TokenMaps(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where products live."""
+        """The device of products."""
         ...
 
     def matmat(self, Xs: Float[Tensor, "n T d_in"]) -> Float[Tensor, "n d_out"]:
@@ -38,37 +38,3 @@ class TokenMaps(Protocol):
     def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
         """Every J_i^T u of n vectors. Cost: n columns."""
         ...
-
-
-class DenseMaps:
-    """Token maps from a dense tensor `[d_out, T, d_in]`. `columns` counts what products have cost."""
-
-    def __init__(self, dense: Float[Tensor, "d_out T d_in"]) -> None:
-        self.dense = dense
-        self.columns = 0
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(d_out, T, d_in)."""
-        d_out, length, d_in = self.dense.shape
-        return d_out, length, d_in
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The tensor's dtype."""
-        return self.dense.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensor lives."""
-        return self.dense.device
-
-    def matmat(self, Xs: Float[Tensor, "n T d_in"]) -> Float[Tensor, "n d_out"]:
-        """sum_i J_i x_i of n blocks of vectors. Cost: n columns, 2 n d_out T d_in flops."""
-        self.columns += len(Xs)
-        return Xs.flatten(1) @ self.dense.flatten(1).T
-
-    def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
-        """Every J_i^T u of n vectors. Cost: n columns, 2 n d_out T d_in flops."""
-        self.columns += len(Us)
-        return (Us @ self.dense.flatten(1)).unflatten(1, self.dense.shape[1:])

@@ -1,9 +1,9 @@
-"""Singular triples with their error bounds, signs, and blocks of near-equal values."""
+"""Singular triples J_i v = s u with their error bounds, their signs, and blocks of near-equal values."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,22 +11,20 @@ from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.common.surroundings import in_plain_torch
-from loclin.results.result import Provenance, Result
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
 from loclin.results.table import by_rank
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
 NEAR_EQUAL = 1e-3
-"""Neighbouring singular values closer than this share of the larger one are one block: single vectors in it are not
-defined, only the subspace is."""
+"""Neighbouring singular values closer than this, relative to the larger one, are one block: their vectors are not
+defined, only the subspace that they span."""
 
 
 @dataclass(frozen=True)
 class SVD(Result):
-    """The k largest singular triples of each token's map (paper, section 3.3), and how far to trust them.
+    """The k largest singular triples of each token's map (paper, section 3.3), with their error bounds.
 
-    Of a joint decomposition, `U [d_out, k]`, `Vh [k, T, d_in]`, and everything else loses its token axis.
+    A joint decomposition has `U [d_out, k]`, `Vh [k, T, d_in]`, and no token axis in everything else.
 
     Attributes
     ----------
@@ -35,20 +33,21 @@ class SVD(Result):
     residuals
         `[T, k]`: the larger of |J v - s u| and |J^T u - s v|, or a bound on it, in S's units.
     lower, upper
-        `[T, k]`: bounds on the map's own j-th singular value, rounding included.
+        `[T, k]`: bounds on the true j-th singular value, rounding included.
     failure
         The probability with which some upper bound (or bound on a residual) may not hold; 0 when all are rigorous, 1
         when the upper ones are estimates.
     frobenius
         `[T]`: the Frobenius norms; where `failure` is positive, estimates.
-    route
-        How they were found: "full", "top", "krylov" or "ritz".
+    method
+        How they were found: "lapack", "block_krylov" (on the dense map), "matrix_free", or "ritz" (block Krylov on the
+        dense map, with estimated upper bounds).
     columns
-        What products with an operator cost; 0 on dense routes.
+        The columns of matrix-free products; 0 for methods on the dense map.
     spectrum
-        `[T, r]`: all the singular values, where the route knows them.
-    provenance
-        Which map this is of.
+        `[T, r]`: all singular values, from LAPACK; else None.
+    provenance, warnings
+        The map, and warnings about the prompt.
     """
 
     U: Tensor
@@ -59,50 +58,52 @@ class SVD(Result):
     upper: Tensor
     failure: float
     frobenius: Tensor
-    route: str
+    method: str
     columns: int = 0
     spectrum: Tensor | None = None
     provenance: Provenance | None = None
+    warnings: list[str] = field(default_factory=list)
 
     __repr__ = brief
 
-    def to_dataframe(self) -> DataFrame:
-        """One row per token and rank (of a joint decomposition: per rank); needs pandas."""
+    def table(self) -> dict[str, list[Any]]:
+        """One row per token and rank; of a joint decomposition, per rank."""
         columns = {"singular_value": self.S, "lower": self.lower, "upper": self.upper, "residual": self.residuals}
         return by_rank(columns, self.provenance)
 
     @property
     def relative_error(self) -> Tensor:
-        """The most that S can be off, as a share of S; `[T, k]`. 0 where the map is known to have no such value."""
+        """The largest error of S that the bounds allow, relative to S; `[T, k]`. 0 where S is known to be 0."""
         off = torch.maximum(self.upper - self.S, self.S - self.lower)
         return torch.where(off > 0, off / self.S, 0.0)
 
     @in_plain_torch
     def blocks(self, token: int | None = None, tolerance: float = NEAR_EQUAL) -> list[list[int]]:
-        """Indices of the singular values, grouped so that neighbours that cannot be told apart are together.
+        """Indices of the singular values, grouped so that neighbours that cannot be told apart are in one block.
 
         Parameters
         ----------
         token
-            Which token's; None for a joint decomposition.
+            The token; None for a joint decomposition.
         tolerance
-            The relative distance below which neighbours count as equal. They also do where their bounds overlap.
+            The relative distance below which neighbours count as equal; they also do if their bounds overlap.
         """
         S, lower, upper = (part if token is None else part[token] for part in (self.S, self.lower, self.upper))
         return near_equal(S, lower, upper, tolerance)
 
     @in_plain_torch
     def gains(self, x: Float[Tensor, "T d_in"]) -> Float[Tensor, "T k"]:
-        """How much of every right vector is in each token's own input: v . x."""
+        """The component of each token's own input along every right vector: v . x."""
         joint = self.S.dim() == 1  # Vh is [k, T, d_in] then, else [T, k, d_in]
         return torch.einsum("ktd,td->tk" if joint else "tkd,td->tk", self.Vh, x.to(self.Vh))
 
     @in_plain_torch
     def subspace_angles(self, other: SVD, token: int | None = None) -> list[Tensor]:
-        """Principal angles in radians between the output sides of two results, for each of this one's blocks.
+        """Principal angles in radians between the left vectors of two results, for each block of this one.
 
-        Cosines lose small angles, so these are the arcsines of the part that sticks out (Björck & Golub 1973;
-        Knyazev & Argentati 2002). Cost: one small QR and SVD per block.
+        With orthonormal X and Y of two blocks, sines are the singular values of Y - X X^T Y, and cosines those of X^T
+        Y. Cosines lose small angles, so sines are used below 45 degrees (Björck & Golub 1973; Knyazev & Argentati
+        2002). Cost: one small QR and SVD per block.
         """
         mine, theirs = (found.U if token is None else found.U[token] for found in (self, other))
         angles = []
@@ -117,7 +118,7 @@ class SVD(Result):
 def near_equal(
     S: Float[Tensor, " k"], lower: Float[Tensor, " k"], upper: Float[Tensor, " k"], tolerance: float = NEAR_EQUAL
 ) -> list[list[int]]:
-    """Indices of descending values, neighbours that cannot be told apart together; see `SVD.blocks`."""
+    """Indices of descending values, in blocks of neighbours that cannot be told apart; see `SVD.blocks`."""
     values, below, above = S.tolist(), lower.tolist(), upper.tolist()
     groups = [[0]] if values else []
     for i in range(1, len(values)):
@@ -128,9 +129,9 @@ def near_equal(
     return groups
 
 
-def aligned(
-    U: Float[Tensor, "M d_out k"], Vh: Float[Tensor, "M k n"], towards: Float[Tensor, " d_out"]
+def align_signs(
+    U: Float[Tensor, "M d_out k"], Vh: Float[Tensor, "M k n"], align_to: Float[Tensor, " d_out"]
 ) -> tuple[Float[Tensor, "M d_out k"], Float[Tensor, "M k n"]]:
-    """Turn triples so that every left vector has a non-negative product with `towards`, the output."""
-    sign = torch.where(towards.to(U) @ U < 0, -1.0, 1.0).to(U.dtype)
+    """Flip the signs of triples so that every left vector has a non-negative product with `align_to`."""
+    sign = torch.where(align_to.to(U) @ U < 0, -1.0, 1.0).to(U.dtype)
     return U * sign.unsqueeze(-2), Vh * sign.unsqueeze(-1)

@@ -1,7 +1,7 @@
-"""The largest singular triples of many known maps, quickly: Ritz values, without bounds from above.
+"""The largest singular triples of many dense maps at once: Ritz values, without rigorous upper bounds.
 
-Where hundreds of maps are looked at, as along the layers of a network, a certificate for each (see
-`loclin.spectral.top`) would cost more than the maps.
+For hundreds of maps, such as those of all layers, the bounds of `loclin.spectral.block_krylov_svd` would cost more than
+the maps. Ritz values s = sigma(Q^T J) are never above the true ones, and below them by about |J v - s u|^2 / s.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.common.sums import norms
-from loclin.spectral.checks import check_rank, check_tolerance, widened
+from loclin.spectral.checks import check_rank, check_tolerance, to_wide
 
 _OVERSAMPLING = 4
 _LARGEST = 1e-6
-"""The tolerance of the largest value, which stable ranks are made of."""
+"""The tolerance of the largest value, from which stable ranks are computed."""
 _FIRST = 3
-"""Steps before it is worth looking at the values: fewer are hardly ever enough."""
+"""Steps before the values are computed for the first time: fewer are hardly ever enough."""
 
 
 @dataclass(frozen=True)
-class Ritz:
+class RitzTriples:
     """The k largest triples of M matrices: `U [M, d_out, k]`, `S [M, k]`, `Vh [M, k, n]`, and `residuals [M, k]`.
 
     `residuals` are |J v - s u|; |J^T u - s v| is rounding. `frobenius [M]` are the matrices' norms.
@@ -39,32 +39,30 @@ class Ritz:
     __repr__ = brief
 
 
-def ritz(
+def ritz_svd(
     matrices: Float[Tensor, "M d_out n"],
     k: int,
-    towards: Float[Tensor, " d_out"],
+    align_to: Float[Tensor, " d_out"],
     *,
     tolerance: float = 1e-3,
     seed: int = 0,
-) -> Ritz:
+) -> RitzTriples:
     """The k largest triples of each matrix by a randomized block Krylov method that keeps every block.
 
-    A matrix is done when the square of each value's residual is within `tolerance` of the square of the value, and of
-    the largest within 1e-6, which stable ranks need: a Ritz value is never above the true one, and
-    off by about that much. One that a basis of half its smaller side does not serve goes to LAPACK. Left vectors have a
-    non-negative product with `towards`. All matrices take a step together: a matrix alone is too small to keep a
-    processor busy.
+    A matrix is done when residual^2 <= `tolerance` s^2 for each value s, and 1e-6 s^2 for the largest, from which
+    stable ranks are computed. LAPACK decomposes those for which a basis of half the smaller side is not enough. All
+    matrices take a step together: one alone is too small to keep a processor busy.
 
     Parameters
     ----------
     matrices
-        M of them.
+        The M matrices.
     k
         How many triples.
-    towards
-        What signs are aligned to.
+    align_to
+        The output vector with which left vectors have a non-negative product.
     tolerance, seed
-        Of the values; of the random start.
+        The relative tolerance of the values; the seed of the random start.
 
     Cost: a step is 4 d_out n (k + 4) flops; three to five steps on language models' maps at 1e-3.
 
@@ -73,46 +71,46 @@ def ritz(
     OptionError
         When k is not between 1 and the smaller side, or the tolerance is below what the dtype holds.
     """
-    matrices = widened(matrices)
+    matrices = to_wide(matrices)
     count, d_out, n = matrices.shape
     check_rank(k, d_out, n)
     check_tolerance(tolerance, matrices.dtype)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(k + _OVERSAMPLING, n, generator=generator, dtype=torch.float64).to(matrices)
-    found = Ritz(
+    found = RitzTriples(
         U=matrices.new_zeros(count, d_out, k),
         S=matrices.new_zeros(count, k),
         Vh=matrices.new_zeros(count, k, n),
         residuals=matrices.new_zeros(count, k),
         frobenius=norms(matrices, 1).to(matrices),
     )
-    left = _krylov(matrices, start, k, tolerance, found)
-    for i in left:
-        _put(found, [i], *_lapack(matrices[i : i + 1], k))
-    sign = torch.where((towards.to(found.U) @ found.U) < 0, -1.0, 1.0).to(found.U)
+    for i in _krylov(matrices, start, k, tolerance, found):
+        _write(found, [i], *_lapack(matrices[i : i + 1], k))
+    sign = torch.where((align_to.to(found.U) @ found.U) < 0, -1.0, 1.0).to(found.U)
     found.U.mul_(sign.unsqueeze(1))
     found.Vh.mul_(sign.unsqueeze(2))
     return found
 
 
-def _put(found: Ritz, at: list[int], *parts: Tensor) -> None:
+def _write(found: RitzTriples, at: list[int], *parts: Tensor) -> None:
     """Write the U, S, Vh and residuals of some matrices."""
     index = torch.tensor(at, device=found.S.device)
     for field, part in zip(fields(found), parts, strict=False):
         getattr(found, field.name)[index] = part
 
 
-def _krylov(J: Tensor, start: Tensor, k: int, tolerance: float, found: Ritz) -> list[int]:
-    """Fill in the triples of all matrices that a small basis serves; returns the numbers of the others.
+def _krylov(J: Tensor, start: Tensor, k: int, tolerance: float, found: RitzTriples) -> list[int]:
+    """Write the triples of all matrices for which a small basis is enough; returns the indices of the others.
 
-    Those are the ones whose basis would become too large, or that have less than k directions.
+    Those have fewer than k directions, or their basis would become too large.
     """
     block, most = len(start), min(J.shape[1:]) // 2
     left, failed = list(range(len(J))), list[int]()
-    allowed = J.new_full((k,), tolerance)
-    allowed[0] = min(tolerance, max(_LARGEST, (10 * torch.finfo(J.dtype).eps) ** 2))  # what a residual can be
+    allowed = J.new_full((k,), tolerance)  # of (residual / value)^2
+    allowed[0] = min(tolerance, max(_LARGEST, (10 * torch.finfo(J.dtype).eps) ** 2))  # what rounding leaves
     maps = list(J)  # one thin product after the other is faster than a batch of them, and needs no copies
-    # Everything has its vectors in rows, so that blocks are appended and QR's columns are read in place.
+    # Vectors are rows, so that blocks can be appended and QR's columns are read in place: Q [M, m, d_out] spans
+    # J x, (J J^T) J x, ...; B = Q J [M, m, n]; pushed = B J^T [M, m, d_out].
     Q, B, pushed = J[:, :, :0].mT, J[:, :0], J[:, :, :0].mT
     images = torch.stack([start @ map_.T for map_ in maps])
     while left and Q.shape[1] + block <= most:
@@ -124,18 +122,19 @@ def _krylov(J: Tensor, start: Tensor, k: int, tolerance: float, found: Ritz) -> 
         pushed = torch.cat([pushed, images], dim=1)
         if Q.shape[1] < _FIRST * block:
             continue
+        # B = W^T S V^T from the eigenvectors W of B B^T; then U = W Q, V = W B / S and J V = W pushed / S.
         squares, W = torch.linalg.eigh((B @ B.mT).double())
         S, W = squares[:, -k:].flip(1).clamp(min=0).sqrt().to(J), W[..., -k:].flip(2).mT.to(J)
-        full = S[:, -1] > 10 * torch.finfo(S.dtype).eps * S[:, 0]
+        has_k = S[:, -1] > 10 * torch.finfo(S.dtype).eps * S[:, 0]
         combined = W / S.unsqueeze(2).clamp(min=torch.finfo(S.dtype).tiny)
         U = W @ Q
         residuals = (combined @ pushed - S.unsqueeze(2) * U).norm(dim=2)
-        done = full & (residuals.square() <= allowed * S.square()).all(dim=1)
+        done = has_k & (residuals.square() <= allowed * S.square()).all(dim=1)
         if done.any():
             at = [i for i, ready in zip(left, done.tolist(), strict=True) if ready]
-            _put(found, at, U[done].mT, S[done], combined[done] @ B[done], residuals[done])
-        failed += [i for i, enough in zip(left, full.tolist(), strict=True) if not enough]
-        keep = full & ~done
+            _write(found, at, U[done].mT, S[done], combined[done] @ B[done], residuals[done])
+        failed += [i for i, enough in zip(left, has_k.tolist(), strict=True) if not enough]
+        keep = has_k & ~done
         if not keep.all():
             left, maps = ([one for one, stays in zip(of, keep.tolist(), strict=True) if stays] for of in (left, maps))
             Q, B, pushed, images = (part[keep] for part in (Q, B, pushed, images))

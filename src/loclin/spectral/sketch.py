@@ -1,7 +1,9 @@
-"""What a few columns have shown of token maps: an output basis, its rows, and what was pushed through the maps.
+"""A sketch of token maps: an output basis, its rows of every map, and what was pushed through the maps.
 
-All tokens share one orthonormal output basis Q, since one column pulled back gives rows of every token's map. The rows
-B_i = Q^T J_i are kept whole, so sigma_j(B_i) <= sigma_j(J_i) always; E_i = J_i - Q B_i is what Q misses.
+All tokens share one orthonormal output basis Q, since one column pulled back gives a row of every token's map. The rows
+B_i = Q^T J_i are kept in full, so sigma_j(B_i) <= sigma_j(J_i); E_i = J_i - Q B_i is what Q misses. Directions F_i =
+B_i^T c that were pushed through the maps, with their images in Q, have E_i F_i = 0; `loclin.spectral.bounds` makes
+upper bounds of that.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from loclin.spectral.threads import single_thread
 
 
 @dataclass(frozen=True)
-class Ritz:
-    """A basis's view of M maps, in float64: B = W diag(values) V^T, `W [M, m, m]` and `values [M, m]`.
+class BasisSVD:
+    """The SVD of the rows that a basis has of M maps, in float64: B = W diag(values) V^T.
 
-    `missed [M, m, m]` is I - F F^T in the basis V (see `loclin.spectral.bounds`).
+    `W [M, m, m]`, `values [M, m]`; `missed [M, m, m]` is I - F F^T in the basis V (see `loclin.spectral.bounds`).
     """
 
     W: Tensor
@@ -35,7 +37,7 @@ class Ritz:
 
 
 class Sketch:
-    """A growing output basis for M maps: the T tokens' own, or with `joint` the one map of all tokens side by side.
+    """A growing output basis for M maps: those of the T tokens, or with `joint` the one map of all tokens side by side.
 
     Cost: `block` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
 
@@ -44,11 +46,11 @@ class Sketch:
     Q, B
         The basis `[d_out, m]`, and its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint.
     newest
-        How many basis vectors, the last ones, the next shared step pushes.
+        How many of the last basis vectors the next shared step pushes.
     columns
-        What the operator's products have cost so far.
+        How many columns products have taken so far.
     floor
-        The share of a map's largest singular value that rounding may add to any.
+        What rounding may add to any singular value, relative to the map's largest.
     """
 
     def __init__(self, op: TokenMaps, block: int, *, joint: bool = False, seed: int = 0) -> None:
@@ -64,131 +66,140 @@ class Sketch:
         self._block = block
         self.newest = self.grow(self.random(block))
         squares = square_sums(self.B, 1)
-        # Scaled to equal norm, tokens with small maps are not lost in the shared basis; zero maps take no part.
+        # Scaled to equal norm, so that tokens with small maps are not lost in the shared basis; zero maps have weight
+        # 0.
         self._weights = torch.where(squares > 0, 1 / squares.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
 
     @property
     def complete(self) -> bool:
-        """Whether the basis spans the whole output space: E is 0 then."""
+        """Whether the basis spans the whole output space, so that E = 0."""
         return self.Q.shape[1] == self.op.shape[0]
 
     def random(self, count: int) -> Float[Tensor, "d_out count"]:
-        """Gaussian output vectors. Drawn on the CPU, so that a seed means the same on every device."""
+        """Gaussian output vectors, drawn on the CPU so that a seed means the same on every device."""
         draw = torch.randn(self.op.shape[0], count, generator=self._generator, dtype=torch.float64)
         return draw.to(self.Q)
 
     def grow(self, images: Float[Tensor, "d_out c"]) -> int:
-        """Take images into the basis and pull them. Cost: a column for each that is new; returns their number."""
-        images = self._orthonormal(images)
+        """Extend the basis by images, and pull the new vectors. Cost: a column for each; returns their number."""
+        images = self._orthonormalise(images)
         if images.shape[1]:
             self.Q, self.B = torch.cat([self.Q, images], dim=1), torch.cat([self.B, self.pull(images)], dim=1)
         return images.shape[1]
 
     @single_thread()
-    def _orthonormal(self, images: Tensor) -> Tensor:
-        """An orthonormal basis of what images add to Q."""
+    def _orthonormalise(self, images: Tensor) -> Tensor:
+        """An orthonormal basis of the part of images that is outside the span of Q."""
         images = images / images.norm(dim=0).clamp(min=torch.finfo(images.dtype).tiny)
-        for _ in range(2):
+        for _ in range(2):  # twice is enough
             images = images - self.Q @ (self.Q.T @ images)
-            # What the basis has already, or the images have twice, carries rounding only.
+            # Small singular values belong to what the basis has already, or the images have twice: rounding.
             images, sizes, _ = torch.linalg.svd(images, full_matrices=False)
             images = images[:, sizes > 10 * self.floor]
         return images[:, : self.Q.shape[0] - self.Q.shape[1]]
 
-    def power(self) -> None:
-        """One shared block Krylov step: push what the newest basis vectors pulled, and take the images in.
+    def krylov_step(self) -> None:
+        """One shared block Krylov step: Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q.
 
         Cost: at most two columns for each vector of the newest block.
         """
-        rows = self.B[:, self.B.shape[1] - self.newest :]
+        rows = self.B[:, self.B.shape[1] - self.newest :]  # J_i^T q, pulled already
         if self.maps == 1:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
-        self._grown(self.push(rows, self._weights))
+        self._extend(self.push(rows, self._weights))
 
-    def polish(self, wanted: list[Tensor]) -> None:
-        """Push each map's own vectors B_i^T `wanted[i]`, `[m, c_i]`, and take the images into the basis.
+    def push_chosen(self, wanted: list[Tensor]) -> None:
+        """Push vectors of each map's own, B_i^T `wanted[i]` with coefficients `[m, c_i]`, and extend the basis by them.
 
-        Cost: at most two columns for each vector wanted.
+        Cost: at most two columns for each vector.
         """
         images = []
         for i, coefficients in enumerate(wanted):
             if coefficients.shape[1]:
                 self._remember(i, coefficients)
+                # zero at all other tokens: [M, c_i, n]
                 rows = self.B.new_zeros(self.maps, coefficients.shape[1], self.B.shape[2])
                 rows[i] = coefficients.T.to(self.B) @ self.B[i]
-                images.append(self._tangents(rows))
-        self._grown(self._push(torch.cat(images)))
+                images.append(self._as_tangents(rows))
+        self._extend(self._push(torch.cat(images)))
 
-    def ritz(self) -> Ritz:
-        """Every map's Ritz values and vectors, and what was pushed. Cost: no columns, about 10 M m^3 flops."""
+    def svd(self) -> BasisSVD:
+        """The SVD of every map's rows, and what was pushed. Cost: no columns, about 10 M m^3 flops."""
         W, values = left_svd(self.B)
         missed = [outside(W[i], values[i], self._padded(i), 10 * self.floor) for i in range(self.maps)]
-        return Ritz(W, values, torch.stack(missed))
+        return BasisSVD(W, values, torch.stack(missed))
 
     def missing(self, probes: Float[Tensor, "d_out s"], images: Float[Tensor, "M s n"]) -> Float[Tensor, "M s"]:
-        """|E^T g|^2 of vectors g whose |J^T g| are known. Cost: no columns."""
+        """|E_i^T g|^2 for probes g with images J_i^T g. Cost: no columns."""
         return (images - (probes.T @ self.Q) @ self.B).double().square().sum(dim=-1)
 
-    def largest_missing(
+    def bound_missing(
         self, scale: Float[Tensor, " M"], level: float, probes: int, degree: int, failure: float
     ) -> float:
-        """Bound lambda_1 of A = sum_i E_i E_i^T / scale_i^2, and so every ||E_i||_2^2 / scale_i^2, up to `failure`.
+        """Bound lambda_1 of A = sum_i E_i E_i^T / scale_i^2, and so every ||E_i||_2^2 / scale_i^2.
 
-        One certificate for all maps, as pushing one map at a time would cost a column for each. Cost: 2 probes degree
-        columns, in 2 degree sweeps.
+        Wrong with probability `failure`. One bound for all maps: to push one map at a time would cost a column for
+        each. Cost: 2 probes degree columns, in 2 degree sweeps.
         """
         weights = torch.where(scale > 0, 1 / scale.square().clamp(min=torch.finfo(torch.float64).tiny), 0.0)
 
         def shifted(vectors: Tensor) -> Tensor:
-            image = self._outside(self.push(self.pull(vectors), weights))
+            """(2 A / level - I) x."""
+            image = self._project_out(self.push(self.pull(vectors), weights))
             return image * (2 / level) - vectors
 
-        before = self._outside(self.random(probes))
+        # C_0 = I, C_1 = S, C_(j+1) = 2 S C_j - C_(j-1), with S = 2 A / level - I
+        before = self._project_out(self.random(probes))
         vectors = shifted(before)
         for _ in range(degree - 1):
             before, vectors = vectors, 2 * shifted(vectors) - before
         return chebyshev_bound(vectors.double().square().sum().item(), degree, level, probes, failure)
 
     def pull(self, directions: Float[Tensor, "d_out c"]) -> Float[Tensor, "M c n"]:
-        """Rows of every map for output directions. Cost: c columns."""
+        """J_i^T q of every map for output directions q. Cost: c columns."""
         self.columns += directions.shape[1]
-        rows = self.op.rmatmat(directions.T.contiguous())
+        rows = self.op.rmatmat(directions.T.contiguous())  # [c, T, d_in]
         return rows.flatten(1)[None] if self.joint else rows.transpose(0, 1)
 
     def push(self, rows: Float[Tensor, "M c n"], weights: Float[Tensor, " M"]) -> Float[Tensor, "d_out c"]:
-        """Weigh vectors of every map's input space, and sum their images over the maps. Cost: c columns."""
-        return self._push(self._tangents((rows.double() * weights[:, None, None]).to(rows)))
+        """sum_i w_i J_i x_i for vectors x_i of every map's input space. Cost: c columns."""
+        return self._push(self._as_tangents((rows.double() * weights[:, None, None]).to(rows)))
 
     @single_thread()
-    def triples(self, ritz: Ritz, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """U `[M, d_out, k]`, S, Vh `[M, k, n]`, and `[M, k]`: by how much each v leaves what was pushed."""
-        W = ritz.W[..., :k]
+    def triples(self, basis: BasisSVD, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U `[M, d_out, k]`, S, Vh `[M, k, n]`, and `[M, k]`: the sines between each v and what was pushed."""
+        W = basis.W[..., :k]
+        # B = W diag(values) V^T in float64; again in the maps' dtype, so that U S V^T = Q B to its rounding
         turn, S, Vh = torch.linalg.svd(W.mT.to(self.B) @ self.B, full_matrices=False)
-        inside = (turn * ritz.values[:, :k, None] / S.unsqueeze(-2).clamp(min=torch.finfo(S.dtype).tiny)).double()
-        left = torch.einsum("mak,mab,mbk->mk", inside, ritz.missed[:, :k, :k], inside).clamp(min=0).sqrt()
-        return self.Q @ (W.to(self.B) @ turn), S, Vh, torch.where(S > 0, left.to(S), 1.0)
+        # each v in the basis V: [M, k, k]
+        inside = (turn * basis.values[:, :k, None] / S.unsqueeze(-2).clamp(min=torch.finfo(S.dtype).tiny)).double()
+        sines = torch.einsum("mak,mab,mbk->mk", inside, basis.missed[:, :k, :k], inside).clamp(min=0).sqrt()
+        return self.Q @ (W.to(self.B) @ turn), S, Vh, torch.where(S > 0, sines.to(S), 1.0)
 
-    def _grown(self, images: Tensor) -> None:
-        """Take a step's images in. A step that brings little pushes a whole block next time all the same."""
+    def _extend(self, images: Tensor) -> None:
+        """Extend the basis by a step's images; by random vectors if they bring nothing new."""
         new = self.grow(images) or self.grow(self.random(self._block))
+        # Where several maps share the basis, the next step pushes a whole block even if this one brought less.
         self.newest = new if self.maps == 1 else max(new, self._block)
 
     def _push(self, tangents: Tensor) -> Tensor:
         self.columns += len(tangents)
         return self.op.matmat(tangents).T
 
-    def _tangents(self, rows: Tensor) -> Tensor:
-        """`[c, T, d_in]` of vectors `[M, c, n]`."""
+    def _as_tangents(self, rows: Tensor) -> Tensor:
+        """Vectors `[M, c, n]` as `[c, T, d_in]`."""
         return rows[0].unflatten(1, self.op.shape[1:]) if self.joint else rows.transpose(0, 1).contiguous()
 
-    def _outside(self, vectors: Tensor) -> Tensor:
+    def _project_out(self, vectors: Tensor) -> Tensor:
+        """(I - Q Q^T) x, twice against rounding."""
         for _ in range(2):
             vectors = vectors - self.Q @ (self.Q.T @ vectors)
         return vectors
 
     def _remember(self, i: int, pushed: Tensor) -> None:
-        """Keep coefficients `[m, f]`, on the rows there are now, of vectors that are pushed through map i."""
+        """Keep the coefficients `[m, f]`, on the present rows of map i, of vectors that are pushed through it."""
         self._pushed[i] = torch.cat([self._padded(i), pushed.to(self._pushed[i])], dim=1)
 
     def _padded(self, i: int) -> Tensor:
+        """The coefficients of map i, with zeros for rows that came later."""
         return torch.nn.functional.pad(self._pushed[i], (0, 0, 0, self.B.shape[1] - len(self._pushed[i])))

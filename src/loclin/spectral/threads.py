@@ -1,7 +1,7 @@
-"""Small decompositions, each on a thread of its own.
+"""Small decompositions in parallel, each on one thread.
 
-Inside one, a second thread gains little, and has to be waited for at every step: on a machine that does something else
-as well, ten times as long. Several maps at a time are as fast and do not mind.
+Inside one small decomposition a second thread gains little, and every step waits for it: ten times as long on a machine
+that has other work. Several maps in parallel are as fast without this waiting.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from loclin.common.progress import bar
 
 Result = TypeVar("Result")
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Run torch's own operations on the calling thread alone; puts the number of threads back."""
+    """Run torch's operations on the calling thread only; restores the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,24 +30,26 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def each(work: Callable[[Tensor], Result], matrices: Tensor | Sequence[Tensor], name: str = "SVD") -> list[Result]:
-    """Do something with each of several matrices, on a CPU as many at a time as torch has threads.
+def map_matrices(
+    work: Callable[[Tensor], Result], matrices: Tensor | Sequence[Tensor], name: str = "SVD"
+) -> list[Result]:
+    """Apply a function to each of several matrices; on a CPU to as many at a time as torch has threads.
 
     Parameters
     ----------
     work
-        From one matrix to anything; called from several threads.
+        The function; called from several threads.
     matrices
         `[M, n, m]`, or several of any shapes on one device.
     name
-        Of the bar that shows progress on a terminal after two seconds.
+        The name on the progress bar, which a terminal shows after two seconds.
     """
 
-    def bar(results: Iterator[Result]) -> list[Result]:
-        return list(tqdm(results, desc=name, total=len(matrices), delay=2, leave=False, disable=None))
+    def collect(results: Iterator[Result]) -> list[Result]:
+        return list(bar(results, desc=name, total=len(matrices)))
 
     if matrices[0].device.type != "cpu" or len(matrices) == 1:
-        return bar(map(work, matrices))
+        return collect(map(work, matrices))
     workers = torch.get_num_threads()
     with single_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return bar(pool.map(work, matrices))
+        return collect(pool.map(work, matrices))

@@ -1,4 +1,4 @@
-"""Steering: a concept's map, or a single direction, added to what a model thinks while it generates.
+"""Steering: a concept's linear map, or a single direction, added to hidden states while a model generates.
 
 >>> operator = Operator.make(loclin.linearize(model, "The bridge out of Marin is the Golden"), layer=12)
 >>> with operator.apply(model, strength=0.8):
@@ -6,7 +6,7 @@
 """
 
 from loclin.steering.base import Steering
-from loclin.steering.form import Form, steered
+from loclin.steering.form import Form, move_towards
 from loclin.steering.operator import Operator, merge
 from loclin.steering.vector import (
     Vector,
@@ -30,5 +30,5 @@ __all__ = [
     "output_basis",
     "pullback",
     "random_direction",
-    "steered",
+    "move_towards",
 ]

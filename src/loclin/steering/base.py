@@ -1,4 +1,4 @@
-"""What all kinds of steering share: where they act, on which model, and how strongly."""
+"""The base class of all steering: where it acts, on which model, and how strongly."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from loclin.common.arguments import real
 from loclin.errors import OptionError, SteeringError
 from loclin.models import Model, wrap
-from loclin.network.anatomy import anatomy
-from loclin.network.points import Point, parse
+from loclin.network.anatomy import find_anatomy
+from loclin.network.points import Point, parse_point
 from loclin.results.result import Result
 from loclin.steering.form import NEUTRAL, Form
 from loclin.steering.hooks import Hooks
@@ -23,21 +23,23 @@ from loclin.steering.match import check_model
 
 
 def site(model: Model, point: str | Point) -> Point:
-    """Read the point that is steered: `resid_pre.L` (a layer's input) or `resid_post.L` (its output).
+    """Parse the point that is steered: `resid_pre.L` (a layer's input) or `resid_post.L` (its output).
 
     Raises
     ------
     OptionError
         When the model has no such point.
     """
-    found = parse(point, len(anatomy(model.hf).layers))
+    found = parse_point(point, len(find_anatomy(model.hf).layers))
     if found.kind not in ("resid_pre", "resid_post"):
-        raise OptionError(f"steering acts on a layer's input or output, resid_pre.L or resid_post.L, not on {found}")
+        raise OptionError(
+            f"steering cannot act on {found}: choose a layer's input or output, resid_pre.L or resid_post.L"
+        )
     return found
 
 
 class Steering(Result, ABC):
-    """Something that gives a direction S_p for every position p of whatever the model reads and writes.
+    """A direction S_p for every position p of the texts that the model reads and writes.
 
     Attributes
     ----------
@@ -48,8 +50,8 @@ class Steering(Result, ABC):
     weights
         A fingerprint of that model's weights.
     spare_first
-        Whether every text's first token is left as it is: it is the attention sink, whose hidden state is many times
-        longer than others', so that a direction of half its length is not a nudge.
+        Whether the first token of every text is left unchanged. It is the attention sink: its hidden state is many
+        times longer than others, so that adding half its norm is a large change.
     """
 
     point: str
@@ -60,20 +62,20 @@ class Steering(Result, ABC):
     @property
     @abstractmethod
     def accumulates(self) -> bool:
-        """Whether S_p is a sum over the tokens up to p; otherwise it is the same everywhere."""
+        """Whether S_p is a sum over the tokens up to p; otherwise it is the same at every position."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Steering:
-        """The same on a device."""
+        """Copy it to a device."""
 
     @abstractmethod
     def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """What tokens with embeddings x, at positions `index` of their texts, add to S; a constant S's own value."""
+        """Compute what tokens with embeddings x, at positions `index` of their texts, add to S, or a constant S."""
 
     @property
     @abstractmethod
     def gates(self) -> set[str]:
-        """The gate splits of the maps it was made of."""
+        """The gate splits of the maps it was made from."""
 
     @contextmanager
     def apply(
@@ -84,35 +86,35 @@ class Steering(Result, ABC):
         *,
         gate: str | None = None,
     ) -> Iterator[None]:
-        """Steer a model inside a `with`: whatever runs it there, `model.hf.generate` above all, is steered.
+        """Steer a model inside a `with`: every forward pass there is steered, such as those of `model.hf.generate`.
 
-        The model is the user's own, with hooks on two layers, which are taken off at the end, also after an error.
-        Prompts may be batches with padding; key-value caches must begin inside. Sampling, beams and streamers work.
+        The model gets hooks on two layers, which are removed at the end, also after an error. Prompts may be padded
+        batches. Key-value caches must be empty at the beginning. Sampling, beam search and streamers work.
 
         Parameters
         ----------
         model
             The model that this was made with.
         strength
-            Lambda; or one for each text of a batch. For "add" 0 is unsteered, for "interpolate" 1 is; then nothing is
-            touched, and the model gives the very same bits.
+            Lambda; one number, or one for each text of a batch. 0 ("add") and 1 ("interpolate") are unsteered: the
+            model gets no hooks, and its outputs are bit-identical.
         form
             "add": h + lambda |h| / (2 |S|) S, the norm-matched addition of the paper's author.
-            "interpolate": lambda h + (1 - lambda) S, the paper's equation 16.
+            "interpolate": lambda h + (1 - lambda) S, equation 16 of the paper.
         gate
             Refuse maps that were made with another gate split.
 
         Raises
         ------
         SteeringError
-            When this was made with another model, revision, dtype or gate; inside, when values are no longer finite,
-            a cache holds tokens that were not seen here, or a batch has not as many texts as there are strengths.
+            When this was made with another model, revision, dtype or gate. Inside the `with`: when values become
+            infinite or NaN, a cache has tokens that were not read inside, or the numbers of texts and strengths differ.
         OptionError
             For a form that does not exist or a strength that is not a number.
 
         Notes
         -----
-        Cost per token: one d x d (or rank k) product for every text that was merged, and nothing else that grows.
+        Cost per token: one d x d (or rank k) product for every merged text.
         """
         model = model if isinstance(model, Model) else wrap(model)
         if form not in get_args(Form):
@@ -129,14 +131,14 @@ class Steering(Result, ABC):
             yield
 
     def check(self, model: Model, gate: str | None = None) -> None:
-        """Refuse a model that this was not made with, and a gate split that its maps do not have.
+        """Refuse a model that this was not made with, or a gate split that its maps do not have.
 
         Raises
         ------
         SteeringError
-            Saying what differs.
+            The message says what differs.
         """
         check_model(type(self).__name__.lower(), self.model, self.weights, model)
         if gate is not None and self.gates - {gate}:
-            held = ", ".join(sorted(self.gates))
-            raise SteeringError(f"the operator's maps hold gate={held!r}, not {gate!r}; make it anew with that split")
+            own = ", ".join(sorted(self.gates))
+            raise SteeringError(f"the operator's maps have gate={own!r}, not {gate!r}; make it again with that split")

@@ -1,4 +1,4 @@
-"""The packaged concepts and prompts on which steering is measured, and which tokens begin a concept's words."""
+"""The packaged concepts and prompts for measuring steering, and the tokens that begin a concept's words."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Concept:
     Attributes
     ----------
     name, phrase
-        What it is called, and how a sentence names it.
+        The name of the concept, and the phrase that a sentence uses for it.
     words
-        What counts as speaking of it.
+        The words that count as the concept's.
     texts
-        Texts that mean it; the first is the one for an operator of one text.
+        Texts about it; an operator of one text uses the first.
     """
 
     name: str
@@ -47,18 +47,18 @@ class Concept:
 
 @dataclass(frozen=True)
 class Concepts:
-    """What steering is measured on.
+    """The concepts, prompts and texts for measuring steering.
 
     Attributes
     ----------
     concepts
         Ten concepts.
     choosing, measuring
-        Prompts that mean none of them: for choosing layers and strengths, and for measuring what was chosen.
+        Prompts about none of the concepts: for choosing layers and strengths, and for measuring the chosen ones.
     neutral
-        Texts that mean none of them.
+        Texts about none of the concepts.
     other_phrases
-        What else a sentence can name.
+        Phrases for other subjects.
     """
 
     concepts: list[Concept]
@@ -70,7 +70,7 @@ class Concepts:
     __repr__ = brief
 
     def pairs(self, phrase: str) -> list[tuple[str, str]]:
-        """Pairs of texts that differ in what they are said to be about."""
+        """Make pairs of texts that differ only in their stated subject."""
         return [
             tuple(f"This is a text about {about}. {text}" for about in (phrase, other))  # type: ignore[misc]
             for other, text in zip(self.other_phrases, self.neutral, strict=False)
@@ -79,33 +79,33 @@ class Concepts:
 
 @cache
 def packaged_concepts() -> Concepts:
-    """The packaged list: 10 concepts, 50 prompts."""
-    held = json.loads(files("loclin.steering").joinpath("concepts.json").read_text("utf-8"))
-    prompts, n = held["prompts"], held["choosing"]
+    """Load the packaged 10 concepts and 50 prompts."""
+    packaged = json.loads(files("loclin.steering").joinpath("concepts.json").read_text("utf-8"))
+    prompts, n = packaged["prompts"], packaged["choosing"]
     return Concepts(
-        concepts=[Concept(**concept) for concept in held["concepts"]],
+        concepts=[Concept(**concept) for concept in packaged["concepts"]],
         choosing=prompts[:n],
         measuring=prompts[n:],
-        neutral=held["neutral"],
-        other_phrases=held["other_phrases"],
+        neutral=packaged["neutral"],
+        other_phrases=packaged["other_phrases"],
     )
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text that mean something by themselves, in order."""
+    """List the words of a text in order, without function words and short words."""
     words = ("".join(c for c in word if c.isalpha() or c in "'-") for word in text.split())
     return list(dict.fromkeys(word for word in words if len(word) > 2 and word.lower() not in _STOP_WORDS))
 
 
 def token_ids(model: Model, words: Sequence[str]) -> list[int]:
-    """The ids of tokens that are, or begin, one of the words: capitalised or not, with a space in front or not.
+    """List the ids of tokens that are, or begin, one of the words: capitalised or not, with or without a leading space.
 
-    A spelling of several tokens counts by its first one only where that has at least three letters.
+    For a spelling of several tokens, the first one counts only if it has at least three letters.
 
     Raises
     ------
     PromptError
-        When no token does.
+        When there is no such token.
     """
     found: dict[int, None] = {}
     words = strings("words", words)
@@ -117,5 +117,7 @@ def token_ids(model: Model, words: Sequence[str]) -> list[int]:
                 if first and spelling.startswith(first) and (len(ids) == 1 or len(first) >= 3):
                     found[ids[0]] = None
     if not found:
-        raise PromptError(f"no token of {model.info.name} begins one of the words {', '.join(words) or '(none)'}")
+        raise PromptError(
+            f"no token of {model.info.name} begins one of the words {', '.join(words) or '(none)'}: give others"
+        )
     return list(found)

@@ -1,4 +1,4 @@
-"""Steering while a model runs: hooks on the layer that embeddings enter and on the layer that is steered."""
+"""Steering while a model runs: hooks on the first layer, which reads embeddings, and on the steered layer."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ from transformers import Cache
 
 from loclin.errors import SteeringError
 from loclin.models import Model
-from loclin.network.anatomy import anatomy
+from loclin.models.forward import hidden_input, hidden_output, with_hidden_input, with_hidden_output
+from loclin.network.anatomy import find_anatomy
 from loclin.network.points import Point
-from loclin.network.route import first, hidden_state
-from loclin.steering.form import Form, steered
-from loclin.steering.running import Running
+from loclin.steering.form import Form, move_towards
+from loclin.steering.running import RunningSums
 
 _REORDERED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
-"""The methods by which generation moves a cache's rows, its sequences."""
+"""The methods with which generation reorders the rows (sequences) of a cache."""
 
 
 @runtime_checkable
 class Pusher(Protocol):
-    """What hooks need of a steering; see `loclin.steering.base.Steering`."""
+    """The part of a steering that hooks use; see `loclin.steering.base.Steering`."""
 
     spare_first: bool
 
     @property
     def accumulates(self) -> bool:
-        """Whether S_p is a sum over the tokens up to p; otherwise it is the same everywhere."""
+        """Whether S_p is a sum over the tokens up to p; otherwise it is the same at every position."""
 
     def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """What tokens with embeddings x, at positions `index` of their texts, add to S."""
+        """Compute what tokens with embeddings x, at positions `index` of their texts, add to S."""
 
 
 @dataclass
-class _Call:
-    """One call of the model: its cache and how much that holds, and the attention mask."""
+class _ForwardCall:
+    """One forward pass of the model: its cache, the length of that cache, and the attention mask."""
 
     cache: Cache | None
     past: int
     mask: Tensor | None
     moved: Tensor | None = None
     S: Tensor | None = None
-    running: Running | None = None
+    running: RunningSums | None = None
 
 
 class Hooks:
     """The hooks of one `with steering.apply(...)`.
 
-    The sums over earlier tokens stand beside the key-value cache that holds those tokens, so that several caches, cut
-    caches and caches whose rows are moved all have the right ones.
+    The sums over earlier tokens are stored with the key-value cache of those tokens. So several caches, cropped caches
+    and caches with reordered rows all have the right sums.
     """
 
     why_not_linearized = "is being steered; linearize it outside the 'with steering.apply(...)'"
 
     def __init__(self, steering: Pusher, model: Model, strengths: Sequence[float], form: Form) -> None:
         self._steering = steering
-        self._hf, self._parts = model.hf, anatomy(model.hf)
+        self._hf, self._parts = model.hf, find_anatomy(model.hf)
         self._strengths, self._form = list(strengths), form
         self._signature = inspect.signature(model.hf.forward)
-        self._call: _Call | None = None
-        self._kept: WeakKeyDictionary[Cache, Running] = WeakKeyDictionary()
+        self._call: _ForwardCall | None = None
+        self._kept: WeakKeyDictionary[Cache, RunningSums] = WeakKeyDictionary()
 
     @contextmanager
     def installed(self, where: Point) -> Iterator[None]:
-        """Put the hooks on, and take them off again."""
+        """Register the hooks, and remove them at the end."""
         assert where.layer is not None
         layer = self._parts.layers[where.layer]
         with ExitStack() as stack:
@@ -86,7 +86,7 @@ class Hooks:
             ]
             for handle in handles:
                 stack.callback(handle.remove)
-            stack.callback(self._let_go)
+            stack.callback(self._release)
             yield
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,28 +95,28 @@ class Hooks:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise SteeringError(
-                "steering needs the attention mask as [B, T], to know padding from tokens; a static cache gives "
+                "steering needs an attention mask of the shape [B, T], to tell padding from tokens; a static cache has "
                 "another: generate with the default cache"
             )
-        self._call = _Call(cache, 0 if cache is None else int(cache.get_seq_length()), mask)
+        self._call = _ForwardCall(cache, 0 if cache is None else int(cache.get_seq_length()), mask)
 
-    def _seen(self) -> _Call:
+    def _current_call(self) -> _ForwardCall:
         if self._call is None:
-            raise SteeringError("steering does not see the whole call; call the model itself, not a part of it")
+            raise SteeringError("steering needs the whole forward pass; call the model itself, not a part of it")
         return self._call
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add what the new tokens' embeddings say to the sums."""
-        call = self._seen()
-        x = hidden_state(args, kwargs)
-        real, first_ones = _positions(call.mask, call.past, x)
+        """Add the contributions of the new tokens' embeddings to the sums."""
+        call = self._current_call()
+        x = hidden_input(args, kwargs)
+        real, first_ones = _find_tokens(call.mask, call.past, x)
         call.moved = real & ~first_ones if self._steering.spare_first else real
         if not self._steering.accumulates:
             flat = x.flatten(0, 1)
             index = torch.zeros(len(flat), dtype=torch.long, device=x.device)
             call.S = self._steering.push(flat, index).unflatten(0, x.shape[:2])
             return
-        running = Running() if call.past == 0 else self._kept.get(call.cache) if call.cache is not None else None
+        running = RunningSums() if call.past == 0 else self._kept.get(call.cache) if call.cache is not None else None
         if running is None or not running.fits(len(x), call.past):
             raise SteeringError(
                 "the cache holds tokens that were not read inside this 'with'; begin with an empty cache inside it"
@@ -125,26 +125,24 @@ class Hooks:
         call.running = running
 
     def _change_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = self._changed(hidden_state(args, kwargs))
-        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+        return with_hidden_input(args, kwargs, self._move(hidden_input(args, kwargs)))
 
     def _change_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        new = self._changed(first(output))
-        return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
+        return with_hidden_output(output, self._move(hidden_output(output)))
 
-    def _changed(self, h: Tensor) -> Tensor:
-        call = self._seen()
+    def _move(self, h: Tensor) -> Tensor:
+        call = self._current_call()
         assert call.S is not None
         assert call.moved is not None
         moved = call.moved.to(h.device).unsqueeze(-1)
         S = call.S.to(h.device)
-        new = torch.where(moved, steered(h, S, self._strength(S), self._form), h)
+        new = torch.where(moved, move_towards(h, S, self._shape_strength(S), self._form), h)
         if not torch.isfinite(new).all() and not torch.isfinite(new.masked_fill(~moved, 0)).all():
-            raise self._out_of_numbers()
+            raise self._overflow()
         return new
 
-    def _strength(self, S: Float[Tensor, "B n d"]) -> float | Float[Tensor, "B 1 1"]:
-        """The strength, or each sequence's; beams and samples of one text stand next to each other."""
+    def _shape_strength(self, S: Float[Tensor, "B n d"]) -> float | Float[Tensor, "B 1 1"]:
+        """Return the strength, or that of each sequence; beams and samples of one text are adjacent rows."""
         if len(self._strengths) == 1:
             return self._strengths[0]
         each, left = divmod(len(S), len(self._strengths))
@@ -159,37 +157,37 @@ class Hooks:
         logits = getattr(output, "logits", None)
         call, self._call = self._call, None
         if logits is not None and logits[:, -1].isnan().any():
-            raise self._out_of_numbers()
+            raise self._overflow()
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None and call is not None and call.running is not None:
             self._keep(cache, call.running)
 
-    def _out_of_numbers(self) -> SteeringError:
+    def _overflow(self) -> SteeringError:
         strength = ", ".join(f"{strength:g}" for strength in self._strengths)
         return SteeringError(
-            f"strength {strength} ({self._form}) drives the model's values out of the numbers of its dtype; "
-            "take a smaller one. The model is as it was"
+            f"strength {strength} ({self._form}) makes the model's values infinite or NaN in its dtype; use a smaller "
+            "strength. The model is unchanged"
         )
 
-    def _keep(self, cache: Cache, running: Running) -> None:
-        """Remember a cache's sums, and have them move with its rows.
+    def _keep(self, cache: Cache, running: RunningSums) -> None:
+        """Store the sums of a cache, and reorder them with its rows.
 
-        The methods are set on this one cache, bound to it, so that a copy's are bound to the copy and move no sums.
+        The methods are bound to this one cache: those of a copy are bound to the copy, and leave these sums alone.
         """
         if cache not in self._kept:
             for name in _REORDERED:
-                setattr(cache, name, MethodType(_moving(name, self._kept), cache))
+                setattr(cache, name, MethodType(_track_rows(name, self._kept), cache))
         self._kept[cache] = running
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         for cache in list(self._kept):
             for name in _REORDERED:
                 cache.__dict__.pop(name, None)
         self._kept.clear()
 
 
-def _moving(name: str, kept: WeakKeyDictionary[Cache, Running]) -> Any:
-    """A cache's method that moves its rows, and its sums with them."""
+def _track_rows(name: str, kept: WeakKeyDictionary[Cache, RunningSums]) -> Any:
+    """Wrap a cache's method that reorders its rows, so that it reorders the sums, too."""
 
     def move(cache: Cache, rows: Any) -> None:
         getattr(type(cache), name)(cache, rows)
@@ -199,10 +197,10 @@ def _moving(name: str, kept: WeakKeyDictionary[Cache, Running]) -> Any:
     return move
 
 
-def _positions(
+def _find_tokens(
     mask: Tensor | None, past: int, x: Float[Tensor, "B n d"]
 ) -> tuple[Bool[Tensor, "B n"], Bool[Tensor, "B n"]]:
-    """Which of the new tokens are not padding, and which are the first of their texts."""
+    """Find which of the new tokens are not padding, and which are the first of their texts."""
     batch, n = x.shape[:2]
     if mask is None:
         mask = torch.ones(batch, past + n, device=x.device)

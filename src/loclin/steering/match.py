@@ -1,4 +1,4 @@
-"""Whether something that was made with one model may be used with another."""
+"""Checks that a steering is used with the model it was made with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMED = ("name", "family", "revision", "sha256", "dtype", "n_parameters")
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of 64 numbers of every weight, by which another revision, dtype or fine-tune shows.
+    """Hash 64 numbers of every weight: other revisions, dtypes and fine-tunes have other hashes.
 
     Offloaded weights count by name and shape only. Cost: milliseconds.
     """
@@ -27,16 +27,16 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def check_model(what: str, made_with: dict[str, Any], weights: str, model: Model) -> None:
-    """Refuse a model whose weights are not those that something was made with.
+    """Refuse a model whose weights differ from those that something was made with.
 
     Raises
     ------
     SteeringError
-        Saying in what the two models differ.
+        The message says how the two models differ.
     """
     if fingerprint(model.hf) == weights:
         return
     here = model.info.to_dict()
     differing = [f"{k} {made_with.get(k)!r} there, {here[k]!r} here" for k in _NAMED if made_with.get(k) != here[k]]
-    why = "; ".join(differing) or "the same name, other weights: another revision, a fine-tune or an adapter"
-    raise SteeringError(f"the {what} was made with another model ({why}); make it anew with this one")
+    why = "; ".join(differing) or "the same name, but other weights: another revision, a fine-tune or an adapter"
+    raise SteeringError(f"the {what} was made with another model ({why}); make it again with this one")

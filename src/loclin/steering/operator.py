@@ -1,9 +1,9 @@
-"""A steering text's map as an operator on other texts (paper, section 3.6)."""
+"""The linear map of a steering text, applied to other texts (paper, section 3.6)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +15,8 @@ from loclin.common.arguments import real, whole
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError, SteeringError
 from loclin.maps.linearized import Linearized
-from loclin.results.result import Provenance
+from loclin.results.provenance import Provenance
+from loclin.results.serialise import to_plain
 from loclin.steering.base import Steering, site
 from loclin.steering.match import fingerprint
 
@@ -27,34 +28,34 @@ _SAME = ("weights", "target", "point", "normed", "align", "gate", "rank", "spare
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Operator(Steering):
-    """The maps of one steering text, or of several, from the embeddings to a layer: S_p = sum_{q <= p} J[q] x_q.
+    """The maps of one or several steering texts from the embeddings to a layer: S_p = sum_{q <= p} J[q] x_q.
 
-    Made by `Operator.make` and `merge`; `save` writes a `.safetensors` file and a readable `.json`, `load` reads it.
+    Made by `Operator.make` and `merge`.
 
     Attributes
     ----------
     left
-        `[N, d, d]`, the N = T maps of one text's tokens; or the left singular vectors times their values `[N, d, k]`.
+        `[N, d, d]`, the maps of the N = T tokens of one text; or `[N, d, k]`, left singular vectors times their values.
     right
-        The right singular vectors `[N, k, d]`; None where the maps are whole.
+        The right singular vectors `[N, k, d]`; None for full-rank maps.
     signs
-        `[N, k]`: the sign that each singular vector's coefficient is given, that of the steering text itself; None:
-        the new text's own.
+        `[N, k]`: fixed signs of the singular vectors' coefficients, those of the steering text. None: each new text has
+        its own signs.
     embeddings
-        `[N, d]`, what the steering tokens' embeddings were.
+        `[N, d]`, the embeddings of the steering tokens.
     lengths
-        How many of the N belong to each text; one number unless merged.
+        How many of the N maps belong to each text; one number unless merged.
     point, model, weights, spare_first
         See `Steering`.
     normed
-        Whether the final norm, frozen at the text, is on top of the maps.
+        Whether the maps include the final norm, frozen at the text.
     align
-        Which map a new token meets: "cycle", the one at its position modulo T (the author's way), or "nearest", that
-        of the steering token whose embedding has the largest cosine with its own.
+        Which map is applied to a new token. "cycle": the map at the token's position modulo T, as the paper's author
+        does. "nearest": the map of the steering token with the most similar embedding, by cosine.
     gate, rank
-        As they were made; rank None is all columns.
+        The gate split and the rank of the maps; rank None is full rank.
     sources
-        Of each text: its weight in the sum, and the provenance of its map.
+        For each text, its weight in the sum and the provenance of its map.
     provenance
         That of the first text's map.
     """
@@ -74,6 +75,7 @@ class Operator(Steering):
     spare_first: bool
     sources: list[dict[str, Any]]
     provenance: Provenance | None
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     @in_plain_torch
@@ -85,13 +87,13 @@ class Operator(Steering):
         at: At = "output",
         rank: int | None = None,
         normed: bool = False,
-        tokens: Sequence[int] | Literal["all", "words"] = "all",
+        positions: Sequence[int] | Literal["all", "words"] = "all",
         position: int = -1,
         align: Align = "cycle",
         signs: Signs = "free",
         spare_first: bool = False,
     ) -> Operator:
-        """Make the operator of a linearised steering text.
+        """Make the operator of a linearized steering text.
 
         Parameters
         ----------
@@ -100,26 +102,25 @@ class Operator(Steering):
         layer
             The layer whose output (or input) is steered; negative ones count from the end.
         at
-            "output" or "input": the maps lead to the layer's output or its input, and are added there. "published":
-            as in the code of the paper's author, the maps lead to the layer's output, with the final norm on top
-            (`normed`), and are added at the layer's input.
+            "output" or "input": the maps end at the layer's output or its input, and S is added there. "published": as
+            in the code of the paper's author, the maps end at the layer's output, followed by the final norm
+            (`normed`), and S is added at the layer's input.
         rank
-            Keep this many singular triples of each token's map; None keeps all of it.
+            Keep this many singular triples of each token's map; None keeps the full map.
         normed
-            Put the final norm, frozen at the text's own hidden state, on top, as the author reads intermediate layers;
-            "published" always does.
-        tokens
-            The steering text's tokens whose maps are kept, in this order: "all", "words" (without attention sinks and
-            without the beginning token), or positions.
+            Apply the final norm, frozen at the text's own hidden state, after the maps; "published" always does.
+        positions
+            The tokens of the steering text whose maps are kept, in this order: "all", "words" (without attention sinks
+            and beginning token), or positions.
         position
-            The steering text's position that the maps lead to; the last by default.
+            The position of the steering text at which the maps end; the last by default.
         align
-            Which map a new token meets, see the class.
+            Which map is applied to a new token, see the class.
         signs
             "fixed" gives each singular vector's coefficient the sign that it has in the steering text; needs a rank.
         spare_first
-            Leave the first token of new texts as it is. The author steers it too; its S, that of a beginning token
-            which both texts share, is close to its own hidden state.
+            Leave the first token of new texts unchanged. The paper's author steers it, too: for a beginning token that
+            both texts share, S is close to its own hidden state.
 
         Raises
         ------
@@ -130,21 +131,20 @@ class Operator(Steering):
 
         Notes
         -----
-        Cost: d columns through the layers up to this one; with a rank, also the SVDs. Memory: T d^2 numbers, or
-        2 T k d.
+        Cost: d columns through the layers up to this one; with a rank, also T SVDs. Memory: T d^2 numbers, or 2 T k d.
         """
         if at not in get_args(At):
             raise OptionError(f"at={at!r}: choose output, input or published")
         if align not in get_args(Align) or signs not in get_args(Signs):
             raise OptionError(f"align={align!r}, signs={signs!r}: choose cycle or nearest, and free or fixed")
         if signs == "fixed" and rank is None:
-            raise OptionError("signs='fixed' gives singular vectors their signs; say how many with rank=")
+            raise OptionError("signs='fixed' is for maps of low rank: give rank=, too")
         rank = None if rank is None else whole("rank", rank)
         normed, layer = normed or at == "published", whole("layer", layer)
         where = site(lin.model, f"{'resid_post' if at == 'output' else 'resid_pre'}.{layer}")
         target = site(lin.model, f"{'resid_pre' if at == 'input' else 'resid_post'}.{layer}")
         J = lin.jacobian(target=str(target), position=position, normed=normed)
-        chosen = _chosen(lin, tokens)
+        chosen = _choose_positions(lin, positions)
         x = lin.embeddings[chosen].to(J.device, J.dtype)
         right = fixed = None
         if rank is None:
@@ -169,8 +169,9 @@ class Operator(Steering):
             model=lin.model.info.to_dict(),
             weights=fingerprint(lin.model.hf),
             spare_first=spare_first,
-            sources=[{"weight": 1.0, "provenance": provenance.to_dict()}],
+            sources=[{"weight": 1.0, "provenance": to_plain(provenance)}],
             provenance=provenance,
+            warnings=lin.warnings,
         )
 
     def __repr__(self) -> str:
@@ -191,46 +192,46 @@ class Operator(Steering):
 
     @property
     def target(self) -> str:
-        """Where its maps end, before the final norm of `normed`: `point`, unless it is published."""
+        """The point at which its maps end, before a final norm: `point`, unless it is published."""
         return str(self.sources[0]["provenance"]["target"])
 
     @property
     def published(self) -> bool:
-        """Whether it is the form in the code of the paper's author (see `make`)."""
+        """Whether it is the operator of the paper's author (see `make`)."""
         return self.normed and self.point == self.target.replace("resid_post", "resid_pre") != self.target
 
     @property
     def width(self) -> int:
-        """d, the width of what it acts on."""
+        """d, the width of the hidden states it acts on."""
         return self.embeddings.shape[-1]
 
     def to(self, device: torch.device) -> Operator:
-        """The same on a device."""
+        """Copy it to a device."""
         names = ("left", "right", "signs", "embeddings")
         tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """J[q] x_q for tokens with embeddings x at positions q of their texts; the sum over the merged texts.
+        """Compute J[q] x_q for tokens with embeddings x at positions q of their texts, summed over the merged texts.
 
-        Cost: n products d x d, or twice d x k, for every text.
+        Cost: for each of n tokens and each merged text, one d x d product, or two d x k products.
         """
         x = x.to(self.left.dtype)
         total, start = torch.zeros_like(x), 0
         for length in self.lengths:
-            maps = self._nearest(x, start, length) if self.align == "nearest" else start + index % length
+            maps = self._find_nearest(x, start, length) if self.align == "nearest" else start + index % length
             for i in maps.unique().tolist():
                 rows = maps == i
-                total[rows] += self._product(i, x[rows])
+                total[rows] += self._multiply(i, x[rows])
             start += length
         return total
 
     @in_plain_torch
     def apply_to(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """S_p of one text with embeddings x, at each of its positions."""
+        """Compute S_p at each position of one text with embeddings x."""
         return self.push(x, torch.arange(len(x), device=x.device)).cumsum(0)
 
-    def _product(self, i: int, x: Tensor) -> Tensor:
+    def _multiply(self, i: int, x: Tensor) -> Tensor:
         if self.right is None:
             return x @ self.left[i].T
         coefficients = x @ self.right[i].T
@@ -238,27 +239,27 @@ class Operator(Steering):
             coefficients = coefficients.abs() * self.signs[i]
         return coefficients @ self.left[i].T
 
-    def _nearest(self, x: Tensor, start: int, length: int) -> Tensor:
+    def _find_nearest(self, x: Tensor, start: int, length: int) -> Tensor:
         own = self.embeddings[start : start + length]
         return start + (normalize(x, dim=-1) @ normalize(own, dim=-1).T).argmax(-1)
 
 
 @in_plain_torch
 def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None) -> Operator:
-    """One operator of several texts: S is the weighted sum of theirs, the mean by default.
+    """Merge operators of several texts: S is the weighted sum of theirs, by default the mean.
 
-    A negative weight steers away from its text. Each text keeps its own length, by which its maps are aligned.
+    A negative weight steers away from its text. The maps of each text are aligned by its own length.
 
     Raises
     ------
     OptionError
-        When there is none, or not as many weights as operators.
+        Without operators, or when the numbers of weights and operators differ.
     SteeringError
-        When they differ in model, where they end or act, norm, alignment, gate split, rank or signs; the message says
-        in which.
+        When the operators differ in model, points, norm, alignment, gate split, rank or signs; the message says in
+        which.
     """
     if not operators:
-        raise OptionError("merge needs at least one operator")
+        raise OptionError("merge needs at least one operator: give a list of operators")
     weights = [1 / len(operators)] * len(operators) if weights is None else [real("weights", w) for w in weights]
     if len(weights) != len(operators):
         raise OptionError(f"{len(operators)} operators and {len(weights)} weights: give one weight for each")
@@ -269,17 +270,17 @@ def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None)
             differing.append("signs")
         if differing:
             what = ", ".join(f"{n} ({getattr(head, n)!r} and {getattr(other, n)!r})" for n in differing)
-            raise SteeringError(f"operators that are merged must not differ in {what}; make them alike")
+            raise SteeringError(f"merged operators must not differ in {what}; make them with equal options")
 
-    def joined(name: str) -> Tensor | None:
+    def join(name: str) -> Tensor | None:
         parts = [getattr(operator, name) for operator in operators]
         return None if parts[0] is None else torch.cat(parts)
 
     return replace(
         head,
         left=torch.cat([weight * operator.left for weight, operator in zip(weights, operators, strict=True)]),
-        right=joined("right"),
-        signs=joined("signs"),
+        right=join("right"),
+        signs=join("signs"),
         embeddings=torch.cat([operator.embeddings for operator in operators]),
         lengths=[length for operator in operators for length in operator.lengths],
         sources=[
@@ -290,19 +291,12 @@ def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None)
     )
 
 
-def no_words(lin: Linearized) -> set[int]:
-    """The positions of a text's attention sinks, and of its beginning token."""
-    begins = int(lin.input_ids[0, 0]) == lin.model.bos
-    return {*lin.sinks, *([0] if begins else [])}
-
-
-def _chosen(lin: Linearized, tokens: Sequence[int] | str) -> list[int]:
+def _choose_positions(lin: Linearized, positions: Sequence[int] | str) -> list[int]:
     length = len(lin.tokens)
-    if tokens == "all":
+    if positions == "all":
         return list(range(length))
-    if tokens == "words":
-        skipped = no_words(lin)
-        return [i for i in range(length) if i not in skipped] or list(range(length))
-    if isinstance(tokens, str) or not tokens:
-        raise OptionError(f"tokens={tokens!r}: choose all, words, or a list of positions")
-    return [lin.trace.position(i) for i in tokens]
+    if positions == "words":
+        return [i for i in range(length) if i not in lin.non_words] or list(range(length))
+    if isinstance(positions, str) or not positions:
+        raise OptionError(f"positions={positions!r}: choose all, words, or a list of positions")
+    return [lin.trace.position(i) for i in positions]

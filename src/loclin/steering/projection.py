@@ -1,10 +1,10 @@
-"""Directions taken out of what a model thinks, while it runs."""
+"""Directions that are projected out of a model's hidden states while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.models import Model, wrap
-from loclin.network.route import first
-from loclin.results.result import Provenance, Result
+from loclin.models.forward import hidden_output, hooked, with_hidden_output
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
 from loclin.steering.match import check_model
 
 
@@ -26,11 +27,11 @@ class Projection(Result):
     basis
         Q `[d, m]`, orthonormal columns.
     module
-        The path of the module whose output it is: a decoder layer, or what gives `final`.
+        The path of the module: a decoder layer, or the final norm.
     model, weights
         The model it was made with, as in `loclin.steering.Steering`.
     provenance
-        Of the map that the directions are from.
+        That of the map from which the directions come.
     """
 
     basis: Float[Tensor, "d m"]
@@ -38,13 +39,14 @@ class Projection(Result):
     model: dict[str, Any]
     weights: str
     provenance: Provenance | None
+    warnings: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Projection({self.basis.shape[1]} directions out of {self.module})"
 
     @contextmanager
     def apply(self, model: Model | nn.Module) -> Iterator[None]:
-        """Take the subspace out inside a `with`; the model is as it was afterwards, also after an error.
+        """Project the subspace out inside a `with`; afterwards the model is unchanged, also after an error.
 
         Raises
         ------
@@ -59,17 +61,14 @@ class Projection(Result):
         check_model("projection", self.model, self.weights, model)
 
         def change(_module: nn.Module, _args: Any, output: Any) -> Any:
-            h = first(output)
+            h = hidden_output(output)
             Q = self.basis.to(h.device)
             wide = h.to(torch.promote_types(h.dtype, Q.dtype))
             new = (wide - (wide @ Q) @ Q.T).to(h.dtype)
-            return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
+            return with_hidden_output(output, new)
 
         if not self.basis.shape[1]:
             yield
             return
-        handle = model.hf.get_submodule(self.module).register_forward_hook(change)
-        try:
+        with hooked([model.hf.get_submodule(self.module).register_forward_hook(change)]):
             yield
-        finally:
-            handle.remove()

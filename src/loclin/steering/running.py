@@ -1,4 +1,4 @@
-"""Sums over the tokens read so far, for every sequence of a batch."""
+"""Running sums over the tokens read so far, for every sequence of a batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Push = Callable[[Tensor, Tensor], Tensor]
-"""(embeddings [n, d], their positions [n]) -> what they add [n, d]."""
+"""A function from embeddings [n, d] and their positions [n] to what they add [n, d]."""
 
 
-class Running:
-    """S_p of every column p of a batch `[B, t]`, and how many tokens each sequence has up to there.
+class RunningSums:
+    """S_p at every column p of a batch `[B, t]`, and the number of tokens of each sequence up to p.
 
-    Padding adds nothing and has no position. Memory: B t d numbers, about that of one layer's keys.
+    Padding adds nothing and has no position. Memory: B t d numbers, about as much as the keys of one layer.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Running:
         self._counts: list[Tensor] = []
 
     def fits(self, batch: int, past: int) -> bool:
-        """Whether it holds the first `past` columns of so many sequences."""
+        """Tell whether it holds the first `past` columns of `batch` sequences."""
         return past == 0 or (self._columns >= past and len(self._sums[0]) == batch)
 
     @property
@@ -33,8 +33,8 @@ class Running:
     def add(
         self, x: Float[Tensor, "B n d"], real: Bool[Tensor, "B n"], push: Push, past: int
     ) -> Float[Tensor, "B n d"]:
-        """Go on behind the first `past` columns with new tokens; gives S at each of them."""
-        if self._columns > past:  # generation took some back
+        """Add n new tokens after the first `past` columns, and return S at each of them."""
+        if self._columns > past:  # generation has cropped the cache
             self._sums = [torch.cat(self._sums, 1)[:, :past]]
             self._counts = [torch.cat(self._counts, 1)[:, :past]]
         counts = real.long().cumsum(1)
@@ -51,12 +51,12 @@ class Running:
         return sums
 
     def move(self, rows: Tensor | int) -> None:
-        """Take these rows, in this order; a number repeats every row so often."""
+        """Select these rows, in this order; an int repeats every row that often."""
 
-        def moved(part: Tensor) -> Tensor:
+        def reorder(part: Tensor) -> Tensor:
             if isinstance(rows, int):
                 return part.repeat_interleave(rows, dim=0)
             return part.index_select(0, rows.to(part.device))
 
-        self._sums = [moved(torch.cat(self._sums, 1))]
-        self._counts = [moved(torch.cat(self._counts, 1))]
+        self._sums = [reorder(torch.cat(self._sums, 1))]
+        self._counts = [reorder(torch.cat(self._counts, 1))]

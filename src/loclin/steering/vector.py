@@ -1,9 +1,9 @@
-"""Steering by one direction, the same at every position: what an operator is to be compared with."""
+"""Steering with one direction, the same at every position: baselines for an operator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from loclin.common.arguments import strings, whole
-from loclin.common.sums import refuse_broken
+from loclin.common.sums import refuse_non_finite
 from loclin.errors import OptionError, PromptError
 from loclin.maps.linearized import Linearized
 from loclin.models import Model
 from loclin.network.points import Point
-from loclin.results.result import Provenance
+from loclin.results.provenance import Provenance
 from loclin.steering.base import Steering, site
 from loclin.steering.match import fingerprint
 from loclin.steering.replay import Replay
@@ -32,11 +32,11 @@ class Vector(Steering):
     direction
         S `[d]`.
     rule
-        How it was found.
+        How the direction was found.
     point, model, weights, spare_first
         See `Steering`.
     provenance
-        Of the map it was found with, where there is one.
+        That of the map from which it comes, if any.
     """
 
     direction: Float[Tensor, " d"]
@@ -46,31 +46,34 @@ class Vector(Steering):
     weights: str
     spare_first: bool = True
     provenance: Provenance | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Vector({self.rule} -> {self.point})"
 
     @property
     def accumulates(self) -> bool:
-        """False: S is the same everywhere."""
+        """False: S is the same at every position."""
         return False
 
     @property
     def gates(self) -> set[str]:
-        """The gate split of the map it came from, where it came from one."""
+        """The gate split of the map from which it comes, if any."""
         return set() if self.provenance is None else {self.provenance.gate}
 
     def to(self, device: torch.device) -> Vector:
-        """The same on a device."""
+        """Copy it to a device."""
         return replace(self, direction=self.direction.to(device))
 
     def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:  # noqa: ARG002
-        """S, for each of n tokens."""
+        """Return S for each of n tokens."""
         return self.direction.expand(len(x), -1)
 
 
-def _vector(model: Model, point: Point, direction: Tensor, rule: str, provenance: Provenance | None = None) -> Vector:
-    refuse_broken("the direction", direction)
+def _make_vector(
+    model: Model, point: Point, direction: Tensor, rule: str, provenance: Provenance | None = None
+) -> Vector:
+    refuse_non_finite("the direction", direction)
     return Vector(
         direction=direction.detach(),
         rule=rule,
@@ -82,52 +85,52 @@ def _vector(model: Model, point: Point, direction: Tensor, rule: str, provenance
 
 
 def activation_addition(lin: Linearized, point: str) -> Vector:
-    """The steering text's own hidden state at its last token (Turner et al. 2023). Cost: none.
+    """Use the steering text's hidden state at its last token (Turner et al. 2023). Cost: none.
 
-    It is what the text's whole operator, with its bias, gives for the text itself: S = J x + b.
+    It equals the result of the text's full-rank operator, with its bias, for the text itself: S = J x + b.
     """
     where = site(lin.model, point)
-    return _vector(lin.model, where, lin.value(str(where))[-1], "activation addition")
+    return _make_vector(lin.model, where, lin.value(str(where))[-1], "activation addition")
 
 
 def output_basis(lin: Linearized, point: str, k: int = 8) -> Vector:
-    """That hidden state's part in the k largest output directions of the joint map [J_0 ... J_{T-1}].
+    """Project the text's last hidden state onto the first k left singular vectors of the joint map [J_0 ... J_{T-1}].
 
     Cost: the joint SVD (see `LinearMap.svd`).
     """
     where = site(lin.model, point)
     J = lin.jacobian(target=str(where))
     U = J.svd(k, joint=True).U
-    return _vector(lin.model, where, U @ (U.T @ J.value.to(U)), f"output basis, rank {k}", J.provenance())
+    return _make_vector(lin.model, where, U @ (U.T @ J.value.to(U)), f"output basis, rank {k}", J.provenance())
 
 
 def pullback(lin: Linearized, point: str, ids: Sequence[int]) -> Vector:
-    """The suffix map's answer: the direction at a point along which the log-probability of some next tokens rises.
+    """Find the direction at a point that raises the log-probability of some next tokens most, by the suffix map.
 
-    The frozen map from the point to the logits, transposed, at the steering text's last token; applied to the gradient
-    of the log of the tokens' summed probability in the logits. Cost: one column.
+    The suffix map is the frozen map from the point to the logits, at the steering text's last token. Its transpose is
+    applied to the gradient of the log of the tokens' summed probability with respect to the logits. Cost: one column.
 
     Raises
     ------
     OptionError
-        When there are no tokens.
+        Without tokens.
     """
     ids = [whole("ids", token) for token in ids]
     if not ids:
-        raise OptionError("pullback needs the ids of at least one token")
+        raise OptionError("pullback needs at least one token: give its id")
     where = site(lin.model, point)
     J = lin.jacobian(source=str(where), target="logits")
     log_p = log_softmax(J.value, dim=-1)
-    towards = -log_p.exp()
-    towards[list(ids)] += torch.softmax(log_p[list(ids)], dim=0)
-    return _vector(lin.model, where, J.rmatvec(towards)[-1], "suffix map", J.provenance())
+    gradient = -log_p.exp()
+    gradient[list(ids)] += torch.softmax(log_p[list(ids)], dim=0)
+    return _make_vector(lin.model, where, J.rmatvec(gradient)[-1], "suffix map", J.provenance())
 
 
 def random_direction(model: Model, point: str, seed: int = 0) -> Vector:
-    """A direction drawn at random, for comparison."""
+    """Draw a random direction, for comparison."""
     embeddings: Any = model.hf.get_input_embeddings()
     direction = torch.randn(embeddings.weight.shape[-1], generator=torch.Generator().manual_seed(seed))
-    return _vector(model, site(model, point), direction.to(model.device), f"random, seed {seed}")
+    return _make_vector(model, site(model, point), direction.to(model.device), f"random, seed {seed}")
 
 
 def mean_difference(
@@ -139,10 +142,10 @@ def mean_difference(
     last: bool = False,
     bos: bool | str | None = None,
 ) -> Vector:
-    """The mean hidden state of some texts less that of others.
+    """Subtract the mean hidden state of other texts from that of some texts.
 
-    Over all tokens but each text's first, which may be an attention sink; or with `last` over last tokens alone. Cost:
-    two batches of texts, each read once.
+    Means are over all tokens except the first of each text, which may be an attention sink; with `last`, over last
+    tokens only. Cost: one forward pass of each of the two batches.
     """
     where, start = site(model, point), -1 if last else 1
     texts, others = strings("texts", texts), strings("others", others)
@@ -151,40 +154,40 @@ def mean_difference(
         for group in (texts, others)
     ]
     which = "last tokens" if last else "tokens"
-    return _vector(model, where, means[0] - means[1], f"mean difference over {which} of {len(texts)} texts")
+    return _make_vector(model, where, means[0] - means[1], f"mean difference over {which} of {len(texts)} texts")
 
 
 def contrast(model: Model, pairs: Sequence[tuple[str, str]], point: str, *, bos: bool | str | None = None) -> Vector:
-    """The first principal direction of the differences at the last tokens of paired texts (Zou et al. 2023; repeng).
+    """Find the first principal direction of differences at the last tokens of paired texts (Zou et al. 2023; repeng).
 
-    Not centred, since pairs could as well be turned round; its sign is that of the mean difference. Cost: two batches
-    of texts, each read once.
+    Differences are not centred, since the order of a pair is arbitrary. The sign is that of the mean difference. Cost:
+    one forward pass of each of the two batches.
 
     Raises
     ------
     PromptError
-        When there are no pairs.
+        Without pairs.
     """
     if not pairs:
-        raise PromptError("contrast needs at least one pair of texts")
+        raise PromptError("contrast needs at least one pair of texts: give [(text, other), ...]")
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
-        raise OptionError("contrast takes pairs of texts: [(text, other), ...]")
+        raise OptionError("contrast takes pairs of texts: give [(text, other), ...]")
     where = site(model, point)
     sides = [hidden_states(model, [pair[side] for pair in pairs], where, bos) for side in (0, 1)]
     with_it, without = (torch.stack([states[-1] for states in side]) for side in sides)
     differences = with_it - without
     direction = torch.linalg.svd(differences, full_matrices=False).Vh[0]
     direction = direction * torch.sign(differences.mean(0) @ direction)
-    return _vector(model, where, direction, f"contrast of {len(pairs)} pairs")
+    return _make_vector(model, where, direction, f"contrast of {len(pairs)} pairs")
 
 
 def hidden_states(model: Model, texts: Sequence[str], where: Point, bos: bool | str | None = None) -> list[Tensor]:
-    """Each text's hidden states `[T_b, d]` at a layer's input or output, in float32 or wider; one batch.
+    """Return the hidden states of each text `[T_b, d]` at a layer's input or output, in float32 or wider.
 
     Raises
     ------
     PromptError
-        When there are no texts.
+        Without texts.
     """
     texts = strings("texts", texts)
     if not texts:

@@ -1,11 +1,10 @@
-"""Large singular vectors of a prompt's map that write watched words: what they give to the logits; removing them."""
+"""Large singular vectors that write watched words: their exact parts of the logits, and their removal."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,24 +14,24 @@ from torch import Tensor
 from loclin.analyses.decode import Decoder
 from loclin.common.arguments import strings, whole
 from loclin.common.brief import brief
-from loclin.common.progress import Progress, silent
-from loclin.common.surroundings import in_plain_torch
+from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
-from loclin.maps.linearized import Linearized
+from loclin.maps.linearized import Linearized, question
 from loclin.models import Model
-from loclin.network.link import HeadLink
-from loclin.network.points import parse
-from loclin.network.route import logits_at
-from loclin.results.result import versions
-from loclin.spectral import widened
+from loclin.models.forward import logits_at
+from loclin.network.ends import OutputHeadLink
+from loclin.network.points import parse_point
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
+from loclin.results.serialise import TENSORS_ONLY
+from loclin.spectral import SVD, to_wide
 from loclin.steering.concepts import packaged_concepts, token_ids
 from loclin.steering.match import fingerprint
-from loclin.steering.operator import no_words
 from loclin.steering.projection import Projection
-from loclin.steering.search import Continuation, write
+from loclin.steering.writing import Continuation, write
 
 _DEPENDENT = 1e-6
-"""A direction whose rest outside the others is smaller than this adds nothing to their span."""
+"""Relative size below which a singular value of the stacked directions counts as zero."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,15 @@ class Hit:
     Attributes
     ----------
     token, text
-        The prompt's token whose map it belongs to.
+        The token of the prompt to whose map it belongs.
     rank, value
-        Its place among that map's singular values, from 1, and the value.
+        Its rank among the map's singular values, from 1, and the value.
     gain
-        v x, how strongly the token's embedding excites it.
+        v . x: how strongly the token's embedding excites it.
     writes
-        The words that it writes as it is excited, the strongest first.
+        The words that it writes with the sign of its gain, the strongest first.
     watched
-        Those of them that are watched.
+        The watched ones among them.
     """
 
     token: int
@@ -65,19 +64,19 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A next token, its logit, and what the hits give to it.
+class TokenShare:
+    """A possible next token, its logit, and the part of the logit that comes from the hits.
 
     Attributes
     ----------
     text, probability, logit
-        The next token.
+        The token, its probability and its logit.
     part
-        The sum over the hits of sigma (v x) times u through the head: an exact part of the logit.
+        The sum over the hits of sigma (v . x) u, through the output head: an exact part of the logit.
     without
-        Its probability once the hits' directions are taken out.
+        The token's probability after the hits' directions are projected out.
     watched
-        Whether it begins a watched word.
+        Whether the token begins a watched word.
     """
 
     text: str
@@ -90,16 +89,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Effect:
-    """What taking the directions out changes, as means over prompts.
+    """What projecting the directions out changes, as means over prompts.
 
     Attributes
     ----------
     gain
-        Change of the log-probability that the next token begins a watched word, in nats.
+        The change of the log-probability that the next token begins a watched word, in nats.
     kl
         KL(without || with) of the next token, in nats: the cost.
     prompts
-        Over how many prompts.
+        The number of prompts.
     """
 
     gain: float
@@ -108,53 +107,68 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What `watch` found.
+class Watched(Result):
+    """Singular vectors that write watched words, and the effects of removing them; made by `watch`.
 
     Attributes
     ----------
-    prompt, words
-        The prompt's tokens, joined, and the watch list.
+    words
+        The watched words.
     hits
-        The singular vectors that write watched words, the largest part of the predicted logit first.
+        The singular vectors that write watched words, by decreasing |value * gain|.
     shares
-        The most probable next tokens, and the watched ones among the likely.
+        The most probable next tokens, and the most probable watched ones.
     here, elsewhere
-        What removing them does at this prompt, and at the packaged neutral prompts.
+        The effect of removing the hits at this prompt, and at the packaged neutral prompts; None without hits.
     normal, without
-        What the model writes, with them and without; None where nothing was hit.
+        The text that the model writes with and without them; None without hits.
     searched
-        How many singular vectors were looked at.
-    settings
-        Model, options and versions.
+        The number of singular vectors that were decoded.
+    provenance, settings
+        Model, prompt, gate and map; `k` and `top`.
     warnings
         What a reader should know before trusting it.
+    projection
+        Projects the hits' directions out: `projection.apply(model)` in a `with`. It is too large for JSON: save the
+        result as `.safetensors`.
     """
 
-    prompt: str
     words: list[str]
     hits: list[Hit]
-    shares: list[Share]
+    shares: list[TokenShare]
     here: Effect | None
     elsewhere: Effect | None
     normal: Continuation | None
     without: Continuation | None
     searched: int
+    provenance: Provenance
     settings: dict[str, Any]
     warnings: list[str]
+    projection: Projection | None = field(default=None, repr=False, compare=False, metadata=TENSORS_ONLY)
 
+    derived = ("prompt",)
     __repr__ = brief
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        return asdict(self)
+    @property
+    def prompt(self) -> str:
+        """The prompt as the tokenizer reads it."""
+        return self.provenance.text
 
-    def to_json(self) -> str:
-        """Everything, as JSON."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
+    def table(self) -> dict[str, list[Any]]:
+        """One row per hit."""
+        return {
+            "token": [hit.token for hit in self.hits],
+            "text": [hit.text for hit in self.hits],
+            "rank": [hit.rank for hit in self.hits],
+            "value": [hit.value for hit in self.hits],
+            "gain": [hit.gain for hit in self.hits],
+            "watched": [" ".join(hit.watched) for hit in self.hits],
+            "writes": [" ".join(hit.writes) for hit in self.hits],
+        }
 
 
-@in_plain_torch
+@question
+@with_progress
 def watch(
     lin: Linearized,
     words: Sequence[str],
@@ -165,107 +179,114 @@ def watch(
     sinks: bool = False,
     n_tokens: int = 8,
     max_new_tokens: int = 30,
-    progress: Progress = silent,
-) -> tuple[Watched, Projection]:
-    """Look for watched words in what a prompt's largest singular vectors write, and take those vectors out.
+    progress: Progress = True,
+) -> Watched:
+    """Search the words of a prompt's largest singular vectors for watched words, and project those vectors out.
 
     Parameters
     ----------
     lin
         The model at the prompt; its map to the last position is searched.
     words
-        The watch list.
+        The watched words.
     k
-        How many singular vectors of each token's map.
+        How many singular vectors of each token's map to search.
     top
-        A vector is hit when one of the `top` tokens that it writes begins a watched word.
+        A vector is a hit if one of the `top` tokens that it writes begins a watched word.
     layer
-        Search the map to this layer's output, read through the final norm, and take the directions out there; None is
+        Search the map to this layer's output, followed by the final norm, and project the directions out there. None:
         the final hidden state.
     sinks
-        Look at the maps of attention sinks and of a beginning token too. Their largest vector writes whatever is likely
-        anywhere, and without it the model no longer writes at all.
+        Search the maps of attention sinks and of a beginning token, too. Their first singular vector writes tokens that
+        are probable everywhere, and without it the model's text degenerates.
     n_tokens
-        How many next tokens to share out.
+        For how many of the most probable next tokens to compute the hits' parts.
     max_new_tokens
-        How much to write, with and without; less where the model's context ends.
+        The length of the texts, with and without the hits; less if the model's context ends.
     progress
-        Is told each step.
+        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
 
     Returns
     -------
-    tuple[Watched, Projection]
-        The report, and the context manager that takes them out.
+    Watched
+        The hits and their effects; its `projection` projects them out.
 
     Raises
     ------
     OptionError
-        For a k or a layer that does not exist, or nothing to watch for.
+        For a k or a layer that does not exist, or without words.
     PromptError
         When no token begins any of the words.
 
     Notes
     -----
-    Cost: the dense map, its singular vectors, and some forward passes. A vector that near-equal singular values leave
-    undefined is taken as it was found.
+    Cost: the dense map, its singular vectors, and some forward passes. Near-equal singular values leave single vectors
+    undefined; such vectors are used as the SVD returns them.
     """
-    words, k = strings("words", words), whole("k", k)
+    tell, words, k = steps(progress), strings("words", words), whole("k", k)
     layer = None if layer is None else whole("layer", layer)
     if not words:
-        raise OptionError("watch needs at least one word")
+        raise OptionError("watch needs at least one word: give words=[...]")
     vocabulary = Decoder(lin.model).vocabulary
     top, n_tokens = (whole(*given, 1, vocabulary) for given in (("top", top), ("n_tokens", n_tokens)))
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     model, watched = lin.trace.model.replicate(), set(token_ids(lin.model, words))
     point = "final" if layer is None else f"resid_post.{layer}"
     J = lin.jacobian(target=point, normed=layer is not None)
-    progress("singular vectors")
+    tell("singular vectors")
     svd = J.svd(k)
     gains = svd.gains(J.input)
-    progress("words")
-    skipped = set() if sinks else no_words(lin)
-    found = [hit for hit in _hits(lin, svd.U, svd.S, gains, watched, top) if hit.token not in skipped]
-    head = HeadLink(lin.trace, lin.trace.length - 1)
+    tell("words")
+    skipped = [] if sinks else lin.non_words
+    found = [hit for hit in _find_hits(lin, svd.U, svd.S, gains, watched, top) if hit.token not in skipped]
+    directions = [svd.U[hit.token, :, hit.rank - 1] for hit in found]
     parts = torch.zeros_like(lin.trace.logits(lin.trace.length - 1))
-    directions = []
-    for hit in found:
-        u, size = svd.U[hit.token, :, hit.rank - 1], svd.S[hit.token, hit.rank - 1] * gains[hit.token, hit.rank - 1]
-        directions.append(u)
-        if layer is None:  # behind a layer, other blocks follow
-            parts += head.jvp((size * u)[None])[0]
-    progress("taking them out")
-    projection = _projection(lin, directions, point, J.provenance())
-    before, after = (_log_probs(model, lin.input_ids, p) for p in (None, projection))
+    if layer is None:  # after a layer, other layers follow: its vectors have no exact part of the logits
+        parts = _add_parts(lin, found, svd, gains, parts)
+    tell("projecting them out")
+    projection = _span_directions(lin, directions, point, J.provenance())
+    before, after = (_predict(model, lin.input_ids, p) for p in (None, projection))
     report = Watched(
-        prompt=lin.text,
         words=words,
         hits=found,
-        shares=_shares(lin, parts, before, after, watched, n_tokens),
-        here=_effect([(before, after)], watched) if found else None,
-        elsewhere=_effect(_elsewhere(model, projection), watched) if found else None,
+        shares=_share_tokens(lin, parts, before, after, watched, n_tokens),
+        here=_measure_effect([(before, after)], watched) if found else None,
+        elsewhere=_measure_effect(_predict_elsewhere(model, projection), watched) if found else None,
         normal=None,
         without=None,
         searched=(len(lin.tokens) - len(skipped)) * k,
-        settings={
-            "model": model.info.to_dict(), "point": point, "k": k, "top": top, "gate": lin.gate,
-            "token_ids": lin.input_ids[0].tolist(), "versions": versions(),
-        },
+        provenance=J.provenance(),
+        settings={"k": k, "top": top},
         warnings=lin.warnings,
-    )  # fmt: skip
+        projection=projection,
+    )
+    if not found:
+        return report
     room = max_new_tokens if model.context_length is None else model.context_length - lin.input_ids.shape[1] + 1
     max_new_tokens = min(max_new_tokens, room)
-    if found:
-        progress("writing with them")
-        (normal,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
-        progress("writing without them")
-        with projection.apply(model):
-            (without,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
-        report = Watched(**{**report.__dict__, "normal": normal, "without": without})
-    return report, projection
+    tell("writing with them")
+    (normal,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
+    tell("writing without them")
+    with projection.apply(model):
+        (without,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
+    return replace(report, normal=normal, without=without)
 
 
-def _hits(lin: Linearized, U: Tensor, S: Tensor, gains: Float[Tensor, "T k"], watched: set[int], top: int) -> list[Hit]:
-    """Every vector among whose `top` words, as the token excites it, one is watched."""
+def _add_parts(
+    lin: Linearized, hits: Sequence[Hit], svd: SVD, gains: Float[Tensor, "T k"], parts: Float[Tensor, " V"]
+) -> Float[Tensor, " V"]:
+    """Add the hits' parts of the logits to `parts`: sigma (v . x) u through the output head, for each."""
+    head = OutputHeadLink(lin.trace, lin.trace.length - 1)
+    for hit in hits:
+        token, j = hit.token, hit.rank - 1
+        parts = parts + head.jvp((svd.S[token, j] * gains[token, j] * svd.U[token, :, j])[None])[0]
+    return parts
+
+
+def _find_hits(
+    lin: Linearized, U: Tensor, S: Tensor, gains: Float[Tensor, "T k"], watched: set[int], top: int
+) -> list[Hit]:
+    """Find the vectors of whose `top` words, with the sign of the gain, one is watched."""
     length, _, k = U.shape
     signed = (U * gains.sign().unsqueeze(1)).transpose(1, 2).reshape(length * k, -1)
     words = Decoder(lin.model).writes(signed, top)
@@ -281,17 +302,17 @@ def _hits(lin: Linearized, U: Tensor, S: Tensor, gains: Float[Tensor, "T k"], wa
     return sorted(hits, key=lambda hit: -abs(hit.value * hit.gain))
 
 
-def _projection(lin: Linearized, directions: list[Tensor], point: str, provenance: Any) -> Projection:
-    """The span of some directions behind the final norm; for a layer, of what the norm makes of them backwards."""
+def _span_directions(lin: Linearized, directions: list[Tensor], point: str, provenance: Any) -> Projection:
+    """Span directions that are given after the final norm; for a layer, span their vjp through that norm."""
     trace, model = lin.trace, lin.model
-    where = parse(point, trace.n_layers)
-    module = trace.route.exit if where.layer is None else trace.layers[where.layer].block.module
+    where = parse_point(point, trace.n_layers)
+    module = trace.sequence.exit if where.layer is None else trace.layers[where.layer].block.module
     names = {part: name for name, part in trace.model.hf.named_modules()}
     width = trace.width if where.layer is not None else trace.final.shape[-1]
     rows = torch.stack(directions) if directions else trace.final.new_zeros(0, width)
     if where.layer is not None and directions:
         rows = lin.chain.norm(where, trace.length - 1).vjp(rows)
-    U, S, _ = torch.linalg.svd(widened(rows.T), full_matrices=False)
+    U, S, _ = torch.linalg.svd(to_wide(rows.T), full_matrices=False)
     least = _DEPENDENT * S.max().item() if len(S) else 0.0
     basis = U[:, least < S]
     return Projection(
@@ -304,17 +325,17 @@ def _projection(lin: Linearized, directions: list[Tensor], point: str, provenanc
 
 
 @torch.no_grad()
-def _log_probs(model: Model, ids: Tensor, projection: Projection | None) -> Float[Tensor, " V"]:
+def _predict(model: Model, ids: Tensor, projection: Projection | None) -> Float[Tensor, " V"]:
     with nullcontext() if projection is None else projection.apply(model):
         return torch.log_softmax(logits_at(model, ids, ids.shape[1] - 1).float(), dim=-1)
 
 
-def _elsewhere(model: Model, projection: Projection) -> list[tuple[Tensor, Tensor]]:
+def _predict_elsewhere(model: Model, projection: Projection) -> list[tuple[Tensor, Tensor]]:
     prompts = [model.encode(prompt, bos=None) for prompt in packaged_concepts().choosing]
-    return [(_log_probs(model, ids, None), _log_probs(model, ids, projection)) for ids in prompts]
+    return [(_predict(model, ids, None), _predict(model, ids, projection)) for ids in prompts]
 
 
-def _effect(pairs: list[tuple[Tensor, Tensor]], watched: set[int]) -> Effect:
+def _measure_effect(pairs: list[tuple[Tensor, Tensor]], watched: set[int]) -> Effect:
     ids = torch.tensor(sorted(watched))
     before, after = (torch.stack(side) for side in zip(*pairs, strict=True))
     ids = ids.to(before.device)
@@ -323,14 +344,16 @@ def _effect(pairs: list[tuple[Tensor, Tensor]], watched: set[int]) -> Effect:
     return Effect(gain.mean().item(), kl.mean().item(), len(pairs))
 
 
-def _shares(lin: Linearized, parts: Tensor, before: Tensor, after: Tensor, watched: set[int], n: int) -> list[Share]:
-    """The n likeliest next tokens, and the three likeliest watched ones."""
+def _share_tokens(
+    lin: Linearized, parts: Tensor, before: Tensor, after: Tensor, watched: set[int], n: int
+) -> list[TokenShare]:
+    """List the n most probable next tokens, and the three most probable watched ones."""
     ids = sorted(watched)
     likely = before[ids].topk(min(3, len(ids))).indices.tolist()
     chosen = list(dict.fromkeys([*before.topk(n).indices.tolist(), *(ids[i] for i in likely)]))
     chosen.sort(key=lambda i: -before[i].item())
     logits = lin.trace.logits(lin.trace.length - 1)
     return [
-        Share(text, before[i].exp().item(), logits[i].item(), parts[i].item(), after[i].exp().item(), i in watched)
+        TokenShare(text, before[i].exp().item(), logits[i].item(), parts[i].item(), after[i].exp().item(), i in watched)
         for i, text in zip(chosen, lin.model.decode_each(chosen), strict=True)
     ]

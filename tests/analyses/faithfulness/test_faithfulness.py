@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from loclin.analyses.faithfulness import methods, planes, summary
 from loclin.analyses.faithfulness import study as study_module
-from loclin.analyses.faithfulness.deletion import Removal, ranked, replaced
-from loclin.analyses.faithfulness.prompts import HALVES, Prompt, load
+from loclin.analyses.faithfulness.deletion import Removal, rank_positions, replace_each
+from loclin.analyses.faithfulness.prompts import HALVES, StudyPrompt, load_prompts
 from loclin.analyses.faithfulness.statistics import interval, rank_correlations
-from loclin.analyses.faithfulness.study import PromptResult, Study, read, study
+from loclin.analyses.faithfulness.study import Faithfulness, PromptResult, faithfulness
 from loclin.analyses.nearby import Nearby
 from loclin.errors import ModelError, OptionError, OutputError
 from loclin.linearization import linearize
@@ -51,27 +50,27 @@ def model():
     return wrap(tiny.llama(), named)
 
 
-def _prompts(count: int) -> list[Prompt]:
+def _prompts(count: int) -> list[StudyPrompt]:
     halves = ("development", "held-out")
     random = np.random.default_rng(0)
     texts = [" ".join(f"w{i}" for i in random.permutation(12)[: 5 + number % 3]) for number in range(count)]
-    return [Prompt("words", text, halves[number % 2]) for number, text in enumerate(texts)]
+    return [StudyPrompt("words", text, halves[number % 2]) for number, text in enumerate(texts)]
 
 
 def test_the_packaged_prompts():
-    prompts = load()
+    prompts = load_prompts()
     assert len(prompts) >= 200
     assert len({prompt.text for prompt in prompts}) == len(prompts)
     assert all(prompt.text == prompt.text.strip() for prompt in prompts)
     held_out = [prompt for prompt in prompts if prompt.half == "held-out"]
     assert len(held_out) == len(prompts) - len(held_out)
-    few = load(32)
+    few = load_prompts(32)
     assert few == prompts[:32]
     assert len({(prompt.kind, prompt.half) for prompt in few[:16]}) == 16
-    assert load(seed=1) != prompts
-    assert set(load(seed=1)) == set(prompts)
+    assert load_prompts(seed=1) != prompts
+    assert set(load_prompts(seed=1)) == set(prompts)
     with pytest.raises(OptionError, match="from 1 to"):
-        load(len(prompts) + 1)
+        load_prompts(len(prompts) + 1)
 
 
 def test_rank_correlations_are_spearmans():
@@ -109,7 +108,7 @@ def test_curves_of_a_model_that_adds_up():
 
 
 def test_ranking():
-    assert ranked([3.0, 1.0, 2.0, 5.0], [0, 1, 2]) == [0, 2, 1]
+    assert rank_positions([3.0, 1.0, 2.0, 5.0], [0, 1, 2]) == [0, 2, 1]
 
 
 def test_single_effects_are_the_models_own(model):
@@ -117,7 +116,7 @@ def test_single_effects_are_the_models_own(model):
     target = 9
     whole = torch.log_softmax(model.hf(lin.input_ids).logits[0, -1].double(), -1)[target]
     removed = Removal(Nearby(lin), lin.input_ids, target).single()
-    gone = replaced(Nearby(lin), lin.embeddings, target, study_module.mean_embedding(model).to(lin.embeddings))
+    gone = replace_each(Nearby(lin), lin.embeddings, target, study_module.mean_embedding(model).to(lin.embeddings))
     for i in range(5):
         ids = torch.cat([lin.input_ids[:, :i], lin.input_ids[:, i + 1 :]], dim=1)
         without = torch.log_softmax(model.hf(ids).logits[0, -1].double(), -1)[target]
@@ -177,7 +176,7 @@ def test_integrated_gradients_add_up(monkeypatch):
 def test_projections_against_dense_singular_vectors():
     lin = linearize(tiny.llama(), tiny.prompt(5), precision="double")
     target = int(lin.trace.stock_logits.argmax())
-    found = {(one.plane, one.k): one for one in planes.projections(lin, Nearby(lin), target)}
+    found = {(one.plane, one.k): one for one in planes.project(lin, Nearby(lin), target)}
     x, dense = lin.embeddings, lin.jacobian().dense()
     for k in planes.RANKS:
         each = torch.stack([torch.linalg.svd(dense[:, i]).Vh[:k] for i in range(5)])
@@ -194,9 +193,10 @@ def test_projections_against_dense_singular_vectors():
             assert found[f"{plane} random", k].moved > 0
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     prompts, path = _prompts(7), tmp_path / "study.json"
-    whole = study(model, prompts, planes=1)
+    whole = faithfulness(model, prompts, planes=1)
     in_order = [prompt.text for half in HALVES for prompt in prompts if prompt.half == half]
     measure, calls = study_module.measure, []
 
@@ -208,28 +208,28 @@ def test_a_study_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study_module, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        study(model, prompts, planes=1, path=path)
-    assert [prompt.text for prompt in read(path).prompts] == in_order[:4]
+        faithfulness(model, prompts, planes=1, path=path)
+    assert [prompt.text for prompt in Faithfulness.load(path).prompts] == in_order[:4]
     said: list[str] = []
-    found = study(model, prompts, planes=1, path=path, progress=said.append)
+    found = faithfulness(model, prompts, planes=1, path=path, progress=said.append)
     assert calls[6:] == in_order[4:]
-    assert said[-1] == f"{path} has 4 prompts: going on"
+    assert said[-1] == f"{path} has 4 prompts: resuming"
     assert [asdict(one) for one in found.prompts] == [asdict(one) for one in whole.prompts]
-    assert read(path) == found
-    study(model, prompts, planes=1, path=path, seed=1, progress=said.append)
+    assert Faithfulness.load(path) == found
+    faithfulness(model, prompts, planes=1, path=path, seed=1, progress=said.append)
     assert "starting over" in said[-1]
 
 
 def test_what_is_no_study_is_left_alone(model, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"kind": "something else"}))
-    with pytest.raises(OutputError, match="no study"):
-        study(model, _prompts(1), path=path)
+    with pytest.raises(OutputError, match="Faithfulness"):
+        faithfulness(model, _prompts(1), path=path)
     assert "something else" in path.read_text()
 
 
 def test_curves_are_of_the_held_out_half(model):
-    found = study(model, _prompts(4), bos=True, planes=1)
+    found = faithfulness(model, _prompts(4), bos=True, planes=1)
     for prompt in found.prompts:
         assert 0 in prompt.sinks
         assert bool(prompt.curves) == (prompt.half == "held-out")
@@ -245,7 +245,7 @@ def test_positions_added_to_embeddings_are_refused(model):
     handle = model.hf.get_decoder().layers[0].register_forward_pre_hook(lambda _m, args: (args[0] + 1, *args[1:]))
     try:
         with pytest.raises(ModelError, match="embeddings alone"):
-            study(model, _prompts(1))
+            faithfulness(model, _prompts(1))
     finally:
         handle.remove()
 
@@ -269,7 +269,7 @@ def _result(half: str, number: int, sinks: list[int]) -> PromptResult:
 
 def test_what_the_numbers_say():
     halves = ("development", "held-out")
-    found = Study({}, {}, [_result(halves[i % 2], i, [0] if i % 3 else [0, 1, 2]) for i in range(24)])
+    found = Faithfulness({}, {}, [_result(halves[i % 2], i, [0] if i % 3 else [0, 1, 2]) for i in range(24)])
     best = summary.correlations(found, "development", "removed", last=False)
     assert list(best)[:2] == ["frozen/activation/logit/zero", "frozen/half/centred/zero"]
     assert best["frozen/activation/logit/zero"].mean == pytest.approx(1)
@@ -294,7 +294,3 @@ def test_what_the_numbers_say():
     assert "| frozen map, activation, logit | 1.00 (1.00 to 1.00) |" in text
     assert "| backwards | 2.00 (2.00 to 2.00) | " in text  # ahead of it by so much
     assert "| random | 3.00 (3.00 to 3.00) | – | – |" in text
-
-
-def test_the_prompts_are_packaged():
-    assert (Path(study_module.__file__).parent / "prompts.json").is_file()

@@ -1,1 +1,1 @@
-"""What a prediction is made of: exact shares of tokens, layers, heads, neurons and biases."""
+"""Exact shares of a prediction by token, layer, head, neuron and bias."""

@@ -1,8 +1,9 @@
 """Exact attribution: a target of the frozen network as a sum of shares.
 
-The residual stream is a sum: the embedding, every attention's output and every MLP's. A target reads it linearly, so
-each term has its share, and so has each part of a term (a head, a neuron). A term in turn comes from the tokens and the
-biases in front of it: pulled back to the embeddings, its share is theirs.
+The residual stream is the sum of the embedding, every attention output and every MLP output. A target is linear in it:
+`target = sum_c g . c`, with the target's gradient g and one term for each component c. The term g . c is the direct
+effect of a layer's component; a head or a neuron is one part of it. The vjp of g down to the embeddings gives the total
+effect of each token and of each bias.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ from typing import get_args
 import torch
 
 from loclin.analyses.attribution.result import Attribution, By, Kind
-from loclin.analyses.attribution.shares import Shares, by_part, by_source, by_token_and_layer, swept
-from loclin.analyses.attribution.target import Reading, Target, described, read
-from loclin.analyses.attribution.wording import in_words
+from loclin.analyses.attribution.shares import (
+    Shares,
+    compute_shares,
+    share_by_component,
+    share_by_source,
+    share_by_token_and_layer,
+)
+from loclin.analyses.attribution.target import Readout, Target, describe_target, read_target
+from loclin.analyses.attribution.wording import put_into_words
 from loclin.common.arguments import whole
-from loclin.common.surroundings import in_plain_torch
+from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
-from loclin.maps.linearized import Linearized
+from loclin.maps.linearized import Linearized, question
 from loclin.network import memory
 from loclin.network.chain import Chain
 
@@ -28,44 +35,53 @@ _SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
 _SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
 
 
-@in_plain_torch
+@question
+@with_progress
 def attribute(
-    lin: Linearized, target: Target = None, by: str = "token", *, position: int = -1, words: int = 12
+    lin: Linearized,
+    target: Target = None,
+    *,
+    by: str = "token",
+    position: int = -1,
+    in_words: int = 12,
+    progress: Progress = True,
 ) -> Attribution:
-    """Share out a target exactly.
+    """Split a target into exact shares.
 
     Parameters
     ----------
     lin
         From `loclin.linearize`.
     target
-        A token's logit, by text or id (None: the predicted token's over the mean of all); two tokens: the difference
-        of their logits;
-        `Margin`, `Neuron`, `Direction`, or a vector `[d]` at `final`.
+        A token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Direction`, or
+        a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
     by
-        `"token"`: what each input token gives (J_i x_i through the target), and each bias, by all ways.
-        `"bias"`: the same with the tokens as one.
-        `"layer"`: what the embedding, each attention and each MLP write into the target, directly; what later layers
-        make of it is in theirs.
-        `"head"`: the same with each attention as its query heads and the biases behind them.
-        `"neuron"`: the same with each MLP as its neurons and the biases behind them.
-        `"token×layer"`: what each token (and the biases) give by way of each attention or MLP as the last one that
-        writes: rows sum to `"token"`, columns to `"layer"`. `"token x layer"` and `"token*layer"` are the same.
+        `"token"`: the total effect of each input token (J_i x_i through the target) and of each bias.
+        `"bias"`: the same, with all tokens as one share.
+        `"layer"`: the direct effect of the embedding, of each attention and of each MLP. What later layers compute from
+        a component's output counts as theirs.
+        `"head"`: the same, with each attention split into its query heads and the biases after them.
+        `"neuron"`: the same, with each MLP split into its neurons and the biases after them.
+        `"token×layer"`: the effect of each token (and of the biases) along all paths on which a given attention or MLP
+        is the last component that writes. Rows sum to `"token"`, columns to `"layer"`. `"token x layer"` and
+        `"token*layer"` are the same.
     position
-        Where the target is read.
-    words
+        The position at which the target is read.
+    in_words
         How many of the largest shares to put into words (not for tokens and biases).
+    progress
+        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
 
     Returns
     -------
     Attribution
-        Its shares sum to the target; `residual` is what rounding leaves.
+        Its shares sum to the target, up to rounding (`residual`).
 
     Raises
     ------
     OptionError
-        For an unknown `by`; for a target that is not one (see `loclin.analyses.attribution.target.read`); where a model
-        has no layers, heads or neurons to tell apart.
+        For an unknown `by`; for an invalid target (see `loclin.analyses.attribution.target.read_target`); for a model
+        whose layers, heads or neurons cannot be told apart.
     PromptError
         For a position outside the prompt.
 
@@ -73,49 +89,57 @@ def attribute(
     -----
     Cost: by token or bias one column backward, and two forward passes of each layer that has biases. By layer, head or
     neuron a graph of each layer (two forward passes) and two columns. By token × layer a graph of each layer and L
-    columns, for two of each layer go through the layers in front of it. Memory: one layer's graph; by token × layer
-    the budget, for as many of 2 L columns at a time as it holds (each time with graphs of its own). Where float32
-    rounds the sum by more than 5e-7, all is done again in float64.
+    columns, since the two columns of each layer go through the layers below it. Memory: one layer's graph; by token ×
+    layer the budget, for as many of the 2 L columns at a time as fit (each batch builds its graphs again). If
+    float32 rounds the sum by more than 5e-7, everything is computed again in float64.
     """
-    chosen, words = level(by), whole("words", words, 0)
-    reading = read(lin, target, position)
-    if chosen not in ("token", "bias") and lin.trace.route.whole is not None:
+    chosen, in_words, tell = parse_level(by), whole("in_words", in_words, 0), steps(progress)
+    readout = read_target(lin, target, position)
+    if chosen not in ("token", "bias") and lin.trace.sequence.fallback_reason is not None:
         raise OptionError(
-            f"{lin.model.info.name} has no layers to tell apart: {lin.trace.route.whole}; by='token' and by='bias' work"
+            f"{lin.model.info.name} has no layers to tell apart: {lin.trace.sequence.fallback_reason}; "
+            "use by='token' or by='bias'"
         )
-    shares = swept(lin.chain, reading, lambda chain: _shared(lin, chain, reading, chosen))
-    rows = shares.ordered()
-    kinds, layers, indices, tokens = (torch.tensor([row[i] for row in rows]) for i in range(4))
+    tell(f"shares by {chosen}")
+    shares = compute_shares(lin.chain, readout, lambda chain: _share(lin, chain, readout, chosen))
+    rows = shares.sort_rows()
+    kinds, layers, indices, positions = (torch.tensor([row[i] for row in rows]) for i in range(4))
     given, passing = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (4, 5))
     found = Attribution(
         by=chosen,
-        target=described(lin, reading),
+        target=describe_target(lin, readout),
         shares=given,
         through=passing if chosen in ("layer", "head", "neuron") else None,
         kinds=kinds,
         layers=layers,
         indices=indices,
-        tokens=tokens,
+        positions=positions,
         biases=list(shares.biases),
         writes={},
         attends={},
         sinks=lin.sinks,
-        warnings=[*lin.warnings, *reading.warnings, *shares.notes],
-        provenance=replace(lin.jacobian(position=position).provenance(), target=reading.at),
+        warnings=[*lin.warnings, *readout.warnings, *shares.notes],
+        provenance=replace(lin.jacobian(position=position).provenance(), target=readout.at),
     )
-    return in_words(lin, reading, found, words)
+    return put_into_words(lin, readout, found, in_words)
 
 
-def _shared(lin: Linearized, chain: Chain, reading: Reading, level: By) -> Shares:
+def _share(lin: Linearized, chain: Chain, readout: Readout, level: By) -> Shares:
     if level in ("token", "bias"):
-        return by_source(chain, reading, together=level == "bias")
+        return share_by_source(chain, readout, together=level == "bias")
     if level == "token×layer":
-        return by_token_and_layer(chain, reading, memory.budget(lin.memory, lin.model.device))
-    return by_part(chain, reading, _SPLITS.get(level))
+        return share_by_token_and_layer(chain, readout, memory.budget(lin.memory, lin.model.device))
+    return share_by_component(chain, readout, _SPLITS.get(level))
 
 
-def level(by: str) -> By:
-    """Read a level's name, however it is spelled."""
+def parse_level(by: str) -> By:
+    """Parse the name of a level, in any of its spellings.
+
+    Raises
+    ------
+    OptionError
+        For an unknown level.
+    """
     plain = by.replace(" ", "")
     plain = _SPELLINGS.get(plain, plain)
     if plain not in LEVELS:

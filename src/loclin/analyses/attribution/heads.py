@@ -1,42 +1,44 @@
-"""One head in full, and paths of heads: their maps, in words, and what they give of a target."""
+"""One attention head, and paths through heads: their linear maps in words, and their shares of a target."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.attribution.target import Reading, Target, read
+from loclin.analyses.attribution.target import Readout, Target, read_target
 from loclin.analyses.decode import Decoder, Words
 from loclin.common.arguments import strings, whole
 from loclin.common.brief import brief
-from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
-from loclin.maps.linearized import Linearized
-from loclin.maps.path_map import PathMap, part_map, path_map
-from loclin.network.parts import parse_part
-from loclin.network.points import Point, parse
+from loclin.maps.linearized import Linearized, question
+from loclin.maps.path_map import PathMap, component_map, path_map
+from loclin.network.components import parse_component
+from loclin.network.points import Point, parse_point
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
+from loclin.results.serialise import NOT_SAVED
 
 _WORDS = 8
 
 
 @dataclass(frozen=True)
 class HeadTriple:
-    """A singular triple of a head's map, all tokens side by side.
+    """A singular triple of a head's joint map, from all tokens.
 
     Attributes
     ----------
     value
         The singular value.
     writes
-        What the left vector writes, through the frozen final norm and the head of the model.
+        What the left vector writes, through the frozen final norm and the output head.
     reads
-        The input embeddings nearest to the right vector, at the token where it is largest.
+        The input embeddings nearest to the right vector, at the token where that vector is largest.
     gains
-        `[T]`: the value times v_i . x_i, how much of the left vector the head writes from each token here.
+        `[T]`: sigma v_i . x_i for each token i: how much of the left vector the head writes from it at this prompt.
     """
 
     value: float
@@ -48,115 +50,119 @@ class HeadTriple:
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
-    """A query head at a prompt; made by `Linearization.head`.
+class Head(Result):
+    """One query head at a prompt; made by `Linearization.head`.
 
     Attributes
     ----------
     name
-        `L3H5`: query head 5 of layer 3, whatever keys and values it shares.
+        `L3H5`: query head 5 of layer 3, also where several query heads share keys and values.
     map
-        What enters the layer at all tokens -> what the head writes at the position: O V through the frozen pattern.
+        The map from the layer's input at all tokens to the head's output at the position: W_O W_V through the frozen
+        attention pattern. It belongs to a model in memory: a result that was loaded has None.
     pattern
-        `[T]`: the attention that the position gives to each token.
+        `[T]`: the attention probabilities of the position.
     target
-        The target's `kind`, `tokens`, `ids`, `value` and `position`.
+        The attribution target: its `kind`, `tokens`, `ids`, `value` and `position`.
     share
-        What the head writes into the target, directly.
+        The head's direct effect on the target.
     attends
-        `[T]`: the parts of the share that it reads at each token; with `bias` they sum to it.
+        `[T]`: the part of the share that is read at each token; these and `bias` sum to the share.
     bias
-        The part of the share that comes from biases in front of the head's output.
+        The part of the share that comes from biases before the head's output.
     triples
-        The largest singular triples of its map in words.
-    warnings
-        What a reader should know before trusting it.
+        The largest singular triples of the map, in words.
+    provenance, warnings
+        Where the map comes from, and what a reader should know before trusting it.
     """
 
     name: str
-    map: PathMap
     pattern: Float[Tensor, " T"]
     target: dict[str, Any]
     share: float
     attends: Float[Tensor, " T"]
     bias: float
     triples: list[HeadTriple]
+    provenance: Provenance
     warnings: list[str]
+    map: PathMap | None = field(default=None, metadata=NOT_SAVED)
 
     __repr__ = brief
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the map, for JSON."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("map", "triples")}
-        plain |= {"pattern": self.pattern.tolist(), "attends": self.attends.tolist()}
-        return plain | {"triples": [asdict(t) for t in self.triples], "provenance": self.map.provenance().to_dict()}
+    def table(self) -> dict[str, list[Any]]:
+        """One row per token: its text, its attention probability, and the part of the share that is read there."""
+        return {
+            "token": list(range(len(self.pattern))),
+            "text": self.provenance.tokens,
+            "attention": self.pattern.tolist(),
+            "share": self.attends.tolist(),
+        }
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
-    """A path through named parts; made by `Linearization.path`.
+class Path(Result):
+    """A path through named components; made by `Linearization.path`.
 
     Attributes
     ----------
     name
-        The parts, in order.
+        The components, in order.
     map
-        Embeddings -> `final` by this path alone: the product of its parts' maps.
+        The map from the embeddings to `final` along this path alone: the product of the components' maps. None in a
+        result that was loaded.
     target
-        The target's `kind`, `tokens`, `ids`, `value` and `position`.
+        The attribution target: its `kind`, `tokens`, `ids`, `value` and `position`.
     shares
-        `[T]`: what each token gives of the target by this path.
-    source
-        The token asked for; None for all.
-    warnings
-        What a reader should know before trusting it.
+        `[T]`: the effect of each token on the target along this path.
+    token
+        The position of the chosen token; None for all tokens.
+    provenance, warnings
+        Where the map comes from, and what a reader should know before trusting it.
     """
 
     name: str
-    map: PathMap
     target: dict[str, Any]
     shares: Float[Tensor, " T"]
-    source: int | None
+    token: int | None
+    provenance: Provenance
     warnings: list[str]
+    map: PathMap | None = field(default=None, metadata=NOT_SAVED)
 
+    derived = ("share",)
     __repr__ = brief
 
     @property
     def share(self) -> float:
-        """What the source gives of the target by this path."""
-        return (self.shares.sum() if self.source is None else self.shares[self.source]).item()
+        """The effect of the chosen token, or of all tokens, on the target along this path."""
+        return (self.shares.sum() if self.token is None else self.shares[self.token]).item()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the map, for JSON."""
-        about: dict[str, Any] = {"name": self.name, "target": self.target, "source": self.source, "share": self.share}
-        return about | {
-            "warnings": self.warnings,
-            "shares": self.shares.tolist(),
-            "provenance": self.map.provenance().to_dict(),
-        }
+    def table(self) -> dict[str, list[Any]]:
+        """One row per token: its text, and its effect along this path."""
+        tokens = self.provenance.tokens
+        return {"token": list(range(len(tokens))), "text": tokens, "share": self.shares.tolist()}
 
 
-@in_plain_torch
+@question
 def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
-    """Look at one query head.
+    """Show one query head: its map in words, its attention pattern, and its share of a target.
 
     Parameters
     ----------
     lin
         From `loclin.linearize`.
     layer, head
-        Which; negative numbers count back.
+        Which head; negative numbers count from the end.
     target
-        What its share is of, see `loclin.attribute`. It is read at `final` or the logits.
+        The attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
     k
         How many singular triples to put into words.
     position
-        Where the head writes and the target is read.
+        The position at which the head writes and the target is read.
 
     Raises
     ------
     OptionError
-        For a layer, a head, a target or a k that does not exist; where the layer has no heads.
+        For a layer, a head, a target or a k that does not exist; for a layer without heads.
     PromptError
         For a position outside the prompt.
 
@@ -164,74 +170,77 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
     -----
     Cost: two forward passes of the layer, d columns of its attention, and an SVD of its map.
     """
-    reading = _at_the_end(lin, read(lin, target, position))
+    readout = _require_end(lin, read_target(lin, target, position))
     layer, head, k = whole("layer", layer), whole("head", head), whole("k", k)
-    parse(f"attn_out.{layer}", lin.trace.n_layers)
-    J = part_map(lin.chain, parse_part(f"L{layer}H{head}", lin.trace), reading.position, lin.memory)
-    (link,) = J.chain.parts
-    g = reading.cotangent[reading.position]
+    parse_point(f"attn_out.{layer}", lin.trace.n_layers)
+    J = component_map(lin.chain, parse_component(f"L{layer}H{head}", lin.trace), readout.position, lin.memory)
+    (link,) = J.chain.links
+    g = readout.cotangent[readout.position]
     pulled = J.rmatvec(g)
     products = (pulled.double() * J.input.double()).sum(-1)
     svd = J.svd(k, joint=True, tolerance=1e-5)
-    norm, decoder = lin.chain.norm(Point("final"), reading.position), Decoder(lin.model)
+    norm, decoder = lin.chain.norm(Point("final"), readout.position), Decoder(lin.model)
     writes = decoder.writes(norm.jvp(svd.U.T), _WORDS)
     strongest = svd.Vh.norm(dim=2).argmax(1)
     reads = decoder.reads(svd.Vh[range(k), strongest], _WORDS)
     gains = (svd.gains(J.input) * svd.S).T.tolist()
     return Head(
-        name=str(link.part),
-        map=J,
-        pattern=link.pattern[reading.position],
-        target=reading.to_dict(),
+        name=str(link.component),
+        pattern=link.pattern[readout.position],
+        target=readout.to_dict(),
         share=(g.double() @ J.value.to(g.device).double()).item(),
         attends=products,
         bias=(g.double() @ J.bias.to(g.device).double()).item(),
         triples=[HeadTriple(*row) for row in zip(svd.S.tolist(), writes, reads, gains, strict=True)],
-        warnings=[*lin.warnings, *reading.warnings],
+        provenance=J.provenance(),
+        warnings=[*lin.warnings, *readout.warnings],
+        map=J,
     )
 
 
-@in_plain_torch
+@question
 def path(
-    lin: Linearized, source: int | None, parts: Sequence[str], target: Target = None, *, position: int = -1
+    lin: Linearized, parts: Sequence[str], target: Target = None, *, token: int | None = None, position: int = -1
 ) -> Path:
-    """Follow a path from a token through named parts to a target.
+    """Compute the effect of a token, or of all tokens, on a target along one path through named components.
 
     Parameters
     ----------
     lin
         From `loclin.linearize`.
-    source
-        The token it begins at, or None for all of them.
     parts
-        What it goes through, from below: `L3H5` for a head, `attn_out.3` for a whole attention, `mlp_out.3` for an MLP;
-        `L3H5@4` for what it writes at position 4 alone. Between them, only the residual stream.
+        The components of the path, in the order of the network: `L3H5` for a head, `attn_out.3` for a whole attention,
+        `mlp_out.3` for an MLP; `L3H5@4` for what it writes at position 4 alone. Between two components the path follows
+        the residual stream only.
     target
-        What it ends in, see `loclin.attribute`. It is read at `final` or the logits.
+        The attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
+    token
+        The position of the token at which the path begins; None for all tokens.
     position
-        Where the target is read.
+        The position at which the target is read.
 
     Raises
     ------
     OptionError
-        For a part that does not exist, or parts that are not in the order of the network.
+        For a component that does not exist, or components that are not in the order of the network.
     PromptError
         For a position outside the prompt.
 
     Notes
     -----
-    Cost: two forward passes and one column of each part's layer. Memory: these layers' graphs.
+    Cost: two forward passes and one column of each component's layer. Memory: the graphs of these layers.
     """
-    reading = _at_the_end(lin, read(lin, target, position))
-    start = None if source is None else lin.trace.position(source)
-    chosen = [parse_part(name, lin.trace) for name in strings("parts", parts)]
-    J = path_map(lin.chain, chosen, Point("final"), reading.position, lin.memory)
-    *_, pulled = J.chain.through(reading.cotangent[None])
+    readout = _require_end(lin, read_target(lin, target, position))
+    start = None if token is None else lin.trace.position(token)
+    chosen = [parse_component(name, lin.trace) for name in strings("parts", parts)]
+    J = path_map(lin.chain, chosen, Point("final"), readout.position, lin.memory)
+    *_, pulled = J.chain.pull_stream(readout.cotangent[None])
     shares = (pulled[0].double() * lin.embeddings.double()).sum(-1)
-    return Path(str(J.chain), J, reading.to_dict(), shares, start, [*lin.warnings, *reading.warnings])
+    warnings = [*lin.warnings, *readout.warnings]
+    return Path(str(J.chain), readout.to_dict(), shares, start, J.provenance(), warnings, J)
 
 
-def _at_the_end(lin: Linearized, reading: Reading) -> Reading:
-    if reading.node != 2 * lin.trace.n_layers:
-        raise OptionError(f"{reading.kind}: heads and paths are shown for targets at final or the logits")
-    return reading
+def _require_end(lin: Linearized, readout: Readout) -> Readout:
+    if readout.node != 2 * lin.trace.n_layers:
+        raise OptionError(f"{readout.kind}: heads and paths are for targets at final or the logits; give one of these")
+    return readout

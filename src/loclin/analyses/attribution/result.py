@@ -1,12 +1,11 @@
-"""A target shared out exactly: what each token, layer, head, neuron or bias gives of it."""
+"""The shares of an attribution target by token, layer, head, neuron or bias."""
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,20 +13,16 @@ from torch import Tensor
 
 from loclin.analyses.decode import Words
 from loclin.common.brief import brief
-from loclin.results.display import Shown
-from loclin.results.result import Provenance, Result
-from loclin.results.table import dataframe
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
 
 By = Literal["token", "layer", "head", "neuron", "bias", "token×layer"]
 Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias"]
 KINDS: tuple[Kind, ...] = ("token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias")
-"""Of what a share is; `block` is a whole layer whose attention and MLP cannot be told apart."""
+"""What a share belongs to; `block` is a whole layer whose attention and MLP cannot be told apart."""
 _UNITS: dict[By, Kind] = {"head": "head", "neuron": "neuron"}
 NONE = -1
-"""No layer, no index, no token."""
+"""Stands for "no layer", "no index" or "no token" in tensors."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +32,21 @@ class Share:
     Attributes
     ----------
     name
-        A token's text; a point's name (`attn_out.3`); `L3H5` for query head 5 of layer 3, `L3N57` for a neuron; a
-        bias's path. In a token × layer attribution: the point's.
+        A token's text; the name of a point (`attn_out.3`); `L3H5` for query head 5 of layer 3, `L3N57` for a neuron;
+        the path of a bias. In a token × layer attribution: the name of the point.
     kind
         See `KINDS`.
     layer, index, token
-        Its layer, its number within the layer, its position in the prompt; None where it has none.
+        The layer, the number within the layer, and the position in the prompt; None where it has none.
     share
-        The exact part of the target.
+        The exact part of the target: a total effect by token and bias, a direct effect by layer, head and neuron.
     through
-        All of the target that passes it, by later layers too; None where that is the share.
+        The total effect through the component: its direct effect, and its effect along all paths through later layers.
+        None by token, bias and token × layer.
     writes
-        What it writes into the output, in words; for the largest shares only.
+        What the component writes into the output, in words; for the largest shares only.
     attends
-        For the largest heads: the parts of the share read at each position, T of them; the biases' part is the rest.
+        `[T]`, for the largest heads: the part of the share that is read at each position; biases make up the rest.
     """
 
     name: str
@@ -67,32 +63,33 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Attribution(Result, Shown):
-    """Shares that sum to a target; made by `loclin.attribute`. `n` is how many there are.
+class Attribution(Result):
+    """n shares that sum to a target; made by `loclin.attribute`.
 
     Attributes
     ----------
     by
-        What the shares are of.
+        The level: what the shares belong to.
     target
-        What is shared out: its `kind`, `tokens`, `ids`, `value`, `position`, `size` (the summed sizes of what it is
-        made of: two logits, for a difference), and the first token's `probability`.
+        The attribution target: its `kind`, `tokens`, `ids`, `value` and `position`; its `size`, the sum of the absolute
+        values of its terms (for a difference, of both logits); and the `probability` of its first token.
     shares
-        `[n]`, float64: values that the frozen network has, each times its exact weight in the target.
+        `[n]`, float64: values of the frozen network, each times its exact weight in the target.
     through
-        `[n]`, or None: all of the target that passes a part, by later layers too. These overlap, and do not sum up.
-    kinds, layers, indices, tokens
-        `[n]`: what each share is of, see `Share`; -1 for none. `kinds` counts `KINDS`.
+        `[n]`, or None: the total effect through each component. Total effects overlap, so they do not sum to the
+        target.
+    kinds, layers, indices, positions
+        `[n]`: what each share belongs to, see `Share`; -1 for none. `kinds` are indices into `KINDS`.
     biases
-        The names that the indices of biases count.
+        The names of biases; the index of a bias is its place in this list.
     writes, attends
-        Of the largest shares, by their number as text: see `Share`.
+        For the largest shares, see `Share`; keys are the shares' indices, as text.
     sinks
         Positions of attention sinks.
     warnings
         What a reader should know before trusting the shares.
     provenance
-        Of which model, prompt, gate and precision.
+        Model, prompt, gate and precision.
     """
 
     by: By
@@ -102,7 +99,7 @@ class Attribution(Result, Shown):
     kinds: Tensor
     layers: Tensor
     indices: Tensor
-    tokens: Tensor
+    positions: Tensor
     biases: list[str]
     writes: dict[str, Any]
     attends: dict[str, list[float]]
@@ -110,6 +107,7 @@ class Attribution(Result, Shown):
     warnings: list[str]
     provenance: Provenance | None = None
 
+    derived = ("parts", "sum", "residual", "relative_residual")
     __repr__ = brief
 
     def __len__(self) -> int:
@@ -120,8 +118,8 @@ class Attribution(Result, Shown):
 
     @cached_property
     def parts(self) -> list[Share]:
-        """Every share with its name."""
-        columns = [[None if n == NONE else n for n in f.tolist()] for f in (self.layers, self.indices, self.tokens)]
+        """Every share, with its name."""
+        columns = [[None if n == NONE else n for n in f.tolist()] for f in (self.layers, self.indices, self.positions)]
         through = [None] * len(self) if self.through is None else self.through.tolist()
         numbers = zip(self.kinds.tolist(), *columns, self.shares.tolist(), through, strict=True)
         found = []
@@ -153,76 +151,72 @@ class Attribution(Result, Shown):
 
     @property
     def unit(self) -> Kind | None:
-        """The kind that an attribution by head or neuron is about: all else in it is what they leave. Else None."""
+        """The kind of share that is split by head or neuron; None for other levels."""
         return _UNITS.get(self.by)
+
+    @property
+    def sum(self) -> float:
+        """The sum of the shares."""
+        return self.shares.sum().item()
 
     @cached_property
     def residual(self) -> float:
-        """Value minus the sum of the shares: rounding."""
-        return self.value - self.shares.sum().item()
+        """The target's value minus the sum of the shares: rounding."""
+        return self.value - self.sum
+
+    def by_token(self) -> tuple[list[float], float]:
+        """Return the shares of the T tokens, and the sum of the shares of biases, of an attribution by token."""
+        kinds, shares = self.kinds.tolist(), self.shares.tolist()
+        tokens, biases = [0.0] * len(self.texts), 0.0
+        for kind, token, share in zip(kinds, self.positions.tolist(), shares, strict=True):
+            if KINDS[kind] == "token":
+                tokens[token] += share
+            else:
+                biases += share
+        return tokens, biases
 
     @property
     def relative_residual(self) -> float:
-        """|residual| over the sizes of what was added up: the shares, or the logits that the target is made of."""
+        """|residual| over the sum of absolute values that were added: of the shares, or of the logits in the target."""
         return abs(self.residual) / max(self.shares.abs().sum().item(), self.target["size"], sys.float_info.min)
 
     def top(self, k: int = 10, kind: Kind | None = None) -> list[Share]:
-        """The k largest shares by absolute value, of one kind or of all."""
+        """Return the k largest shares by absolute value, of one kind or of all."""
         return [self.parts[i] for i in self.ranking(k, kind)]
 
     def ranking(self, k: int, kind: Kind | None = None) -> list[int]:
-        """The numbers of the k largest shares."""
+        """Return the indices of the k largest shares by absolute value."""
         chosen = torch.arange(len(self)) if kind is None else (self.kinds == KINDS.index(kind)).nonzero()[:, 0]
         order = self.shares[chosen].abs().argsort(descending=True, stable=True)[:k]
         return chosen[order].tolist()
 
     def matrix(self) -> tuple[Float[Tensor, "rows columns"], list[str]]:
-        """A token × layer attribution as a matrix, and the names of its columns.
+        """Return a token × layer attribution as a matrix, and the names of its columns.
 
-        Rows are the T tokens and, last, the biases; columns the embeddings, each layer's parts, and, last, the biases
-        of the final norm and the head. A row sums to the token's share, a column to the share of the layer's part.
+        Rows are the T tokens, then one row for all biases. Columns are the embeddings, the components of each layer,
+        and last the biases of the final norm and the output head. A row sums to the token's share, a column to the
+        share of the component.
         """
         columns = list(dict.fromkeys(zip(self.kinds.tolist(), self.layers.tolist(), strict=True)))
         place = {column: i for i, column in enumerate(columns)}
-        rows = torch.where(self.tokens == NONE, len(self.texts), self.tokens)
+        rows = torch.where(self.positions == NONE, len(self.texts), self.positions)
         which = torch.tensor([place[pair] for pair in zip(self.kinds.tolist(), self.layers.tolist(), strict=True)])
         found = self.shares.new_zeros(len(self.texts) + 1, len(columns))
         found.index_put_((rows, which), self.shares, accumulate=True)
         names = [KINDS[kind] if layer == NONE else f"{KINDS[kind]}.{layer}" for kind, layer in columns]
         return found, names
 
-    def to_dataframe(self) -> DataFrame:
-        """One row per share: name, kind, layer, index, token, text, share, through, sink; needs pandas."""
+    def table(self) -> dict[str, list[Any]]:
+        """One row per share: name, kind, layer, index, token, text, share, through, sink."""
         rows, texts = self.parts, self.texts
-        return dataframe(
-            {
-                "name": [row.name for row in rows],
-                "kind": [row.kind for row in rows],
-                "layer": [row.layer for row in rows],
-                "index": [row.index for row in rows],
-                "token": [row.token for row in rows],
-                "text": [None if row.token is None else texts[row.token] for row in rows],
-                "share": [row.share for row in rows],
-                "through": [row.through for row in rows],
-                "sink": [row.token in self.sinks for row in rows],
-            }
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        rows = [{name: value for name, value in vars(part).items() if value is not None} for part in self.parts]
         return {
-            "by": self.by,
-            "target": self.target,
-            "shares": rows,
-            "sum": self.shares.sum().item(),
-            "residual": self.residual,
-            "relative_residual": self.relative_residual,
-            "sinks": self.sinks,
-            "warnings": self.warnings,
-            "provenance": None if self.provenance is None else self.provenance.to_dict(),
+            "name": [row.name for row in rows],
+            "kind": [row.kind for row in rows],
+            "layer": [row.layer for row in rows],
+            "index": [row.index for row in rows],
+            "token": [row.token for row in rows],
+            "text": [None if row.token is None else texts[row.token] for row in rows],
+            "share": [row.share for row in rows],
+            "through": [row.through for row in rows],
+            "sink": [row.token in self.sinks for row in rows],
         }
-
-    def to_json(self) -> str:
-        """Everything, as JSON text; floats that are not finite do not occur."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)

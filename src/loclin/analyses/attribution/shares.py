@@ -1,4 +1,8 @@
-"""Sweeps that share out a target: from where it is read on the stream, back through the layers to the embeddings."""
+"""Backward sweeps that compute shares: from the target's gradient on the residual stream down to the embeddings.
+
+With the cotangent g of a value c in the frozen network, the share of c is g . c. `direct` is the target's gradient at
+the node where it reads the residual stream, `total` its vjp from there through all layers above the current one.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loclin.analyses.attribution.result import KINDS, NONE, Kind
-from loclin.analyses.attribution.target import Reading
+from loclin.analyses.attribution.target import Readout
 from loclin.common.brief import brief
+from loclin.common.progress import bar
 from loclin.errors import OptionError
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
-from loclin.network.link import Graph
+from loclin.network.graph import Graph
 from loclin.network.points import Point
 from loclin.network.trace import Trace
-from loclin.network.units import Inside, Projection
-from loclin.network.widened import widened
+from loclin.network.units import OutputProjection, UnitFinder
 
 _ROUNDING = 5e-7
-"""Shares that miss their sum by more, over the sizes of what is summed, are computed again in float64."""
+"""If the shares miss the target by more, relative to the size of the terms, they are computed again in float64."""
 
 Row = tuple[int, int, int, int, float, float]
 """(kind, layer, index, token, share, through)."""
@@ -33,7 +37,7 @@ Row = tuple[int, int, int, int, float, float]
 
 @dataclass
 class Shares:
-    """Shares as they are found; `notes` say what a reader should know of them."""
+    """Shares as a sweep finds them; `notes` are warnings about them."""
 
     rows: list[Row] = field(default_factory=list)
     biases: dict[str, int] = field(default_factory=dict)
@@ -51,58 +55,58 @@ class Shares:
         index: int = NONE,
         token: int = NONE,
     ) -> None:
-        """Add a share; where nothing else is said, what passes is the share."""
+        """Add a share; without `through`, the total effect is the share itself."""
         self.rows.append((KINDS.index(kind), layer, index, token, share, share if through is None else through))
 
     def add_biases(self, shares: dict[str, float]) -> None:
-        """Add what biases that stand in no layer's part give."""
+        """Add the shares of biases that belong to no component of a layer."""
         for name, share in shares.items():
-            self.add("bias", share, index=self.number(name))
+            self.add("bias", share, index=self.number_bias(name))
 
-    def number(self, bias: str) -> int:
-        """A bias's number."""
+    def number_bias(self, bias: str) -> int:
+        """Return the index of a bias; a new bias gets the next one."""
         return self.biases.setdefault(bias, len(self.biases))
 
-    def error(self, reading: Reading) -> float:
-        """How far the shares are from summing to the target, over the sizes of what is added up."""
+    def relative_error(self, readout: Readout) -> float:
+        """Return how far the shares miss the target, relative to the size of the terms."""
         shares = [row[4] for row in self.rows]
-        size = max(math.fsum(map(abs, shares)), reading.size, sys.float_info.min)
-        return abs(reading.value - math.fsum(shares)) / size
+        size = max(math.fsum(map(abs, shares)), readout.size, sys.float_info.min)
+        return abs(readout.value - math.fsum(shares)) / size
 
-    def ordered(self) -> list[Row]:
-        """From the embeddings up, and last the biases that stand in no layer's part."""
+    def sort_rows(self) -> list[Row]:
+        """Sort by layer, embeddings first; biases that belong to no component come last."""
         bias = KINDS.index("bias")
         return sorted(self.rows, key=lambda row: (row[0] == bias and row[1] == NONE, row[1]))
 
 
-def swept(chain: Chain, reading: Reading, sweep: Callable[[Chain], Shares]) -> Shares:
-    """Do a sweep; again in float64 where float32 rounds the sum too much."""
+def compute_shares(chain: Chain, readout: Readout, sweep: Callable[[Chain], Shares]) -> Shares:
+    """Compute shares with a sweep; again in float64 if float32 rounds their sum too much."""
     shares = sweep(chain)
-    if chain.trace.dtype == torch.float32 and shares.error(reading) > _ROUNDING:
-        shares = sweep(Chain(widened(chain.trace)))
+    if chain.trace.dtype == torch.float32 and shares.relative_error(readout) > _ROUNDING:
+        shares = sweep(Chain(chain.trace.double()))
     return shares
 
 
-def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
-    """What the tokens and the biases give, by all ways; `together`: the tokens as one.
+def share_by_source(chain: Chain, readout: Readout, *, together: bool) -> Shares:
+    """Compute the total effects of the tokens and the biases; `together`: all tokens as one share.
 
-    What a model looks up for a token elsewhere than in its input embeddings is the token's, too.
+    Rows that a model looks up for a token in further embedding tables count as the token's, too.
     """
-    trace, biases = chain.trace, dict(reading.constants)
+    trace, biases = chain.trace, dict(readout.constants)
     lookups: dict[str, Tensor] = {}
-    block, workspace, active = _block(trace, 1), Workspace(), _active(trace, reading)
-    block[0] = reading.cotangent
-    for index, below, above in reversed(chain.steps(Point("embed"), _point(reading))):
+    block, workspace, active = _new_block(trace, 1), Workspace(), _find_active(trace, readout)
+    block[0] = readout.cotangent
+    for index, below, above in reversed(chain.steps(Point("embed"), _find_point(readout))):
         if trace.biased[index]:
             graph = chain.layers[index].graph(collect=True)
             if not together:
-                lookups |= _by_lookup(graph, graph.points[above], block)
+                lookups |= _weigh_lookups(graph, graph.points[above], block)
             block[:], given = _pull(graph, graph.points[above], block)
             for (name, _), share in zip(graph.constants, given[0].tolist(), strict=True):
                 biases[name] = biases.get(name, 0.0) + share
         else:
             chain.pull(block, index, below, above, active, workspace)
-    shares, given = Shares(), _by_token(trace, block)[0]
+    shares, given = Shares(), _sum_by_token(trace, block)[0]
     if together:
         shares.add("embed", given.sum().item())
     else:
@@ -110,8 +114,8 @@ def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
             given = given + found.to(given)
             del biases[name]
             shares.notes.append(
-                f"each token's share holds what its own rows of {name} give ({found.sum().item():+.3g} in all); in "
-                "J x + b they are part of b"
+                f"Each token's share includes its own rows of {name} ({found.sum().item():+.3g} in all); in "
+                "J x + b they are part of b."
             )
         for token, share in enumerate(given.tolist()):
             shares.add("token", share, token=token)
@@ -119,84 +123,94 @@ def by_source(chain: Chain, reading: Reading, *, together: bool) -> Shares:
     return shares
 
 
-def by_part(chain: Chain, reading: Reading, split: Kind | None) -> Shares:
-    """What each part of each layer writes into the target, and all that passes it.
+def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Shares:
+    """Compute the direct and the total effect of each component of each layer.
 
-    With `split`, each `attn_out` is divided into its heads, or each `mlp_out` into its neurons, and the biases behind
-    them. Notes name parts that have none and stay whole.
+    With `split`, each `attn_out` is split into its heads, or each `mlp_out` into its neurons, and the biases after
+    them. Notes name the components that cannot be split.
 
     Raises
     ------
     OptionError
-        When no part has any.
+        When no component can be split.
     """
     trace, shares, wholes = chain.trace, Shares(), dict[str, list[int]]()
     unit: Kind = "head" if split == "attn_out" else "neuron"
-    direct = total = reading.cotangent[None].to(trace.dtype)
-    steps = chain.steps(Point("embed"), _point(reading))
-    for index, _, above in tqdm(steps[::-1], desc="shares", unit="layer", delay=2, leave=False, disable=None):
-        inside = Inside(trace.layers[index].block.parts) if split else None
-        graph = chain.layers[index].graph(collect=inside is not None and trace.biased[index], inside=inside)
+    direct = total = readout.cotangent[None].to(trace.dtype)
+    steps = chain.steps(Point("embed"), _find_point(readout))
+    for index, _, above in bar(steps[::-1], desc="shares", unit="layer"):
+        finder = UnitFinder(trace.layers[index].block.sublayers) if split else None
+        graph = chain.layers[index].graph(collect=finder is not None and trace.biased[index], finder=finder)
         output, found = graph.points[above], None
-        if inside is not None and split is not None:
+        if finder is not None and split is not None:
             if split in graph.points:
-                found = inside.projection(split, graph.points[split], graph.constants)
+                found = finder.projection(split, graph.points[split], graph.constants)
             if found is None:
-                wholes.setdefault(inside.why_whole(split), []).append(index)
-        for kind, value in added(trace, index, above):
+                wholes.setdefault(finder.why_no_projection(split), []).append(index)
+        for kind, value in list_additions(trace, index, above):
             end = graph.points.get(kind, output)
             if found is not None and kind == split:
-                _divide(shares, found, unit, index, (end, direct), (output, total))
-            else:
+                _add_units(shares, found, unit, index, (end, direct), (output, total))
+            else:  # direct effect: direct . c; total effect: also through the rest of this layer and all later ones
                 passing = _vjp(output, end, total) if kind == "attn_out" else total
-                shares.add(kind, _product(direct, value), _product(passing, value), layer=index)
+                shares.add(kind, _dot(direct, value), _dot(passing, value), layer=index)
         total = _vjp(output, graph.points["resid_pre"], total)
     if wholes and sum(map(len, wholes.values())) == len(steps):
         raise OptionError(f"{trace.model.info.name}: {next(iter(wholes))}; use by='layer'")
     x = trace.layers[0].value[0]
-    shares.add("embed", _product(direct, x), _product(total, x))
-    shares.add_biases(reading.constants)
-    shares.notes += [f"{why}; whole in layers {', '.join(map(str, sorted(layers)))}" for why, layers in wholes.items()]
+    shares.add("embed", _dot(direct, x), _dot(total, x))
+    shares.add_biases(readout.constants)
+    shares.notes += [
+        f"Not split in layers {', '.join(map(str, sorted(layers)))}: {why}." for why, layers in wholes.items()
+    ]
     return shares
 
 
-def by_token_and_layer(chain: Chain, reading: Reading, budget: int) -> Shares:
-    """What the tokens and the biases write into the target by way of each part as the last one on the way.
+def share_by_token_and_layer(chain: Chain, readout: Readout, budget: int) -> Shares:
+    """Compute the effects of tokens and biases along paths that end in a given component, for every component.
 
-    As many parts at a time as the budget allows, from the last on.
+    The last component on a path is the one that writes into the target. Components are swept in batches that fit the
+    budget, from the last layer down.
     """
     trace, shares = chain.trace, Shares()
-    direct = reading.cotangent[None].to(trace.dtype)
-    steps = chain.steps(Point("embed"), _point(reading))[::-1]
-    ways = [(index, kind) for index, _, above in steps for kind, _ in added(trace, index, above)]
+    direct = readout.cotangent[None].to(trace.dtype)
+    steps = chain.steps(Point("embed"), _find_point(readout))[::-1]
+    ends = [(index, kind) for index, _, above in steps for kind, _ in list_additions(trace, index, above)]
     most = max(1, budget // (chain.column_bytes(Point("final")) + direct.nbytes))
-    with tqdm(total=len(ways), desc="shares", unit="part", delay=2, leave=False, disable=None) as bar:
-        for start in range(0, len(ways), most):
-            some = ways[start : start + most]
+    with bar(total=len(ends), desc="shares", unit="part") as progress_bar:
+        for start in range(0, len(ends), most):
+            some = ends[start : start + most]
             below = [step for step in steps if step[0] <= some[0][0]]
-            block, biases = _ending_in(chain, direct, some, below, _active(trace, reading), bar)
-            for (index, kind), row, bias in zip(some, _by_token(trace, block).tolist(), biases.tolist(), strict=True):
+            block, biases = _pull_from_components(
+                chain, direct, some, below, _find_active(trace, readout), progress_bar
+            )
+            for (index, kind), row, bias in zip(
+                some, _sum_by_token(trace, block).tolist(), biases.tolist(), strict=True
+            ):
                 for token, share in enumerate(row):
                     shares.add(kind, share, layer=index, token=token)
                 if any(trace.biased):
                     shares.add(kind, bias, layer=index)
-    for token, share in enumerate(_by_token(trace, direct)[0].tolist()):
+    for token, share in enumerate(_sum_by_token(trace, direct)[0].tolist()):
         shares.add("embed", share, token=token)
-    shares.add_biases(reading.constants)
+    shares.add_biases(readout.constants)
     return shares
 
 
-def _ending_in(
+def _pull_from_components(
     chain: Chain,
     direct: Tensor,
-    ways: list[tuple[int, Kind]],
+    ends: list[tuple[int, Kind]],
     steps: list[tuple[int, str, str]],
     active: slice,
-    bar: tqdm,
+    progress_bar: tqdm,
 ) -> tuple[Float[Tensor, "n T d"], Float[Tensor, " n"]]:
-    """The cotangents at the embeddings of all ways that end in one of some parts; what the biases on them give."""
+    """Pull the target's gradient back from n components to the embeddings; also sum what the biases on these paths add.
+
+    For each component, only paths count on which it is the last one that writes.
+    """
     trace, workspace, done = chain.trace, Workspace(), 0
-    block, biases = _block(trace, len(ways)), torch.zeros(len(ways), dtype=torch.float64)
+    block, biases = _new_block(trace, len(ends)), torch.zeros(len(ends), dtype=torch.float64)
     for index, below, above in steps:
         graph = chain.layers[index].graph(collect=trace.biased[index])
         if trace.biased[index] and done:
@@ -204,17 +218,18 @@ def _ending_in(
             biases[:done] += given.sum(1)
         elif done:
             chain.pull(block[:done], index, below, above, active, workspace)
-        for kind in (kind for layer, kind in ways if layer == index):
+        for kind in (kind for layer, kind in ends if layer == index):
             pulled, given = _pull(graph, graph.points.get(kind, graph.points[above]), direct)
+            # a component without a point of its own is the layer's output minus its input, whose gradient is `direct`
             block[done], biases[done] = pulled[0] - direct[0] * (kind not in graph.points), given.sum()
             done += 1
-            bar.update()
+            progress_bar.update()
     return block, biases
 
 
-def added(trace: Trace, index: int, above: str) -> list[tuple[Kind, Float[Tensor, "T d"]]]:
-    """What a layer adds to the stream up to `above`, part by part; as one where its parts cannot be told apart."""
-    block = trace.layers[index].block.parts
+def list_additions(trace: Trace, index: int, above: str) -> list[tuple[Kind, Float[Tensor, "T d"]]]:
+    """List what each component of a layer adds to the stream up to `above`; one `block` if they cannot be separated."""
+    block = trace.layers[index].block.sublayers
     if above == "resid_mid":
         return [("attn_out", trace.value(Point("attn_out", index)))]
     if block.attn is not None and block.mlp is not None:
@@ -225,31 +240,32 @@ def added(trace: Trace, index: int, above: str) -> list[tuple[Kind, Float[Tensor
     return [(kind, after - before.to(after.device))]
 
 
-def _divide(shares: Shares, found: Projection, kind: Kind, layer: int, *ends: tuple[Tensor, Tensor]) -> None:
-    """Add the shares of a projection's heads or neurons, and of the biases behind it.
+def _add_units(shares: Shares, found: OutputProjection, kind: Kind, layer: int, *ends: tuple[Tensor, Tensor]) -> None:
+    """Add the shares of a projection's heads or neurons, and of the biases after it.
 
-    The two ends are places in the layer's graph with their cotangents: what the part writes, and what passes it.
+    `ends` are two pairs of a point in the layer's graph and its cotangent: the first gives direct effects, the second
+    total effects.
     """
     parts = [found.source, *(leaf for _, leaf in found.behind)]
-    shared, passing = (_products(end, parts, cotangent) for end, cotangent in ends)
+    shared, passing = (_weigh(end, parts, cotangent) for end, cotangent in ends)
     length, count = shared[0].numel() // shared[0].shape[-1], found.count
     units = [p[0].reshape(length, count, -1).sum((0, 2)) for p in (shared, passing)]
     for index, (share, through) in enumerate(zip(*(unit.tolist() for unit in units), strict=True)):
         shares.add(kind, share, through, layer=layer, index=index)
     for (name, _), share, through in zip(found.behind, shared[1:], passing[1:], strict=True):
-        number = shares.number(name)
+        number = shares.number_bias(name)
         shares.add("bias", share.sum().item(), through.sum().item(), layer=layer, index=number)
 
 
-def _products(output: Tensor, parts: list[Tensor], cotangent: Tensor) -> list[Tensor]:
-    """Each part times its weight in the product of the output with a cotangent, element by element."""
+def _weigh(output: Tensor, parts: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """Multiply each part by its gradient in the product of the output with a cotangent, element by element."""
     pulled = torch.autograd.grad(output, parts, cotangent.to(output), retain_graph=True, allow_unused=True)
     values = [part.detach().double() for part in parts]
     return [torch.zeros_like(v) if g is None else g.double() * v for g, v in zip(pulled, values, strict=True)]
 
 
 def _pull(graph: Graph, output: Tensor, cotangents: Float[Tensor, "n T d"]) -> tuple[Tensor, Tensor]:
-    """Pull cotangents back to the layer's input `[n, T, d]`; what each constant on the way gives, `[n, constants]`."""
+    """Return the vjp of cotangents to the layer's input `[n, T, d]`, and what each constant adds `[n, constants]`."""
     leaves = [leaf for _, leaf in graph.constants]
     x = graph.points["resid_pre"]
     given = cotangents.new_zeros(len(cotangents), len(leaves), dtype=torch.float64)
@@ -265,12 +281,12 @@ def _pull(graph: Graph, output: Tensor, cotangents: Float[Tensor, "n T d"]) -> t
     return torch.zeros_like(cotangents) if pulled is None else pulled[:, 0].to(cotangents), given
 
 
-def _by_lookup(graph: Graph, output: Tensor, cotangent: Float[Tensor, "1 T d"]) -> dict[str, Float[Tensor, " T"]]:
-    """What each token's rows of other tables than the input embeddings give, float64."""
+def _weigh_lookups(graph: Graph, output: Tensor, cotangent: Float[Tensor, "1 T d"]) -> dict[str, Float[Tensor, " T"]]:
+    """Sum the effects of each token's rows of further embedding tables, in float64."""
     found: dict[str, Tensor] = {}
     if graph.lookups and output.requires_grad:
         names, leaves = zip(*graph.constants, strict=True)
-        for name, given in zip(names, _products(output, list(leaves), cotangent), strict=True):
+        for name, given in zip(names, _weigh(output, list(leaves), cotangent), strict=True):
             if name in graph.lookups:
                 found[name] = found.get(name, 0.0) + given.flatten(2).sum((0, 2))
     return found
@@ -281,28 +297,28 @@ def _vjp(output: Tensor, source: Tensor, cotangent: Float[Tensor, "1 T d"]) -> F
     return torch.zeros_like(cotangent) if pulled is None else pulled.to(cotangent)
 
 
-def _product(cotangent: Float[Tensor, "1 T d"], value: Float[Tensor, "T d"]) -> float:
+def _dot(cotangent: Float[Tensor, "1 T d"], value: Float[Tensor, "T d"]) -> float:
     return (cotangent[0].double() * value.to(cotangent.device).double()).sum().item()
 
 
-def _by_token(trace: Trace, cotangents: Float[Tensor, "n T d"]) -> Float[Tensor, "n T"]:
-    """What each token's embedding gives, float64."""
+def _sum_by_token(trace: Trace, cotangents: Float[Tensor, "n T d"]) -> Float[Tensor, "n T"]:
+    """Multiply cotangents at the embeddings with the embeddings, token by token, in float64."""
     return torch.einsum("ntd,td->nt", cotangents.double(), trace.layers[0].value[0].double())
 
 
-def _block(trace: Trace, columns: int) -> Float[Tensor, "n T d"]:
-    """A block of cotangents as sweeps take it: what belongs to one position is one matrix."""
+def _new_block(trace: Trace, columns: int) -> Float[Tensor, "n T d"]:
+    """Allocate a block of cotangents in the layout of sweeps: the columns of one position are one matrix."""
     return trace.layers[0].value.new_zeros(trace.length, columns, trace.width).transpose(0, 1)
 
 
-def _active(trace: Trace, reading: Reading) -> slice:
-    """The positions that the target can depend on."""
-    return slice(0, reading.position + 1 if trace.causal else trace.length)
+def _find_active(trace: Trace, readout: Readout) -> slice:
+    """Find the positions on which the target can depend."""
+    return slice(0, readout.position + 1 if trace.causal else trace.length)
 
 
-def _point(reading: Reading) -> Point:
-    """The point on the stream at which a target is read."""
-    layer, mid = divmod(reading.node, 2)
+def _find_point(readout: Readout) -> Point:
+    """Find the point on the residual stream at which a target is read."""
+    layer, mid = divmod(readout.node, 2)
     if mid:
         return Point("resid_mid", layer)
     return Point("resid_post", layer - 1) if layer else Point("embed")

@@ -1,4 +1,4 @@
-"""What can be shared out: numbers that the frozen network computes at one position, affine in its input."""
+"""Attribution targets: numbers that the frozen network computes at one position, affine in its input."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
-from loclin.common.sums import refuse_broken
+from loclin.common.sums import refuse_non_finite
 from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized
-from loclin.network.link import HeadLink, behind_attention
-from loclin.network.points import Point, parse
-from loclin.network.units import Inside
+from loclin.network.ends import OutputHeadLink
+from loclin.network.points import Point, parse_point
+from loclin.network.units import UnitFinder
 
 Token = str | int
 """A token's text, which must be one token, or its id."""
@@ -27,7 +27,7 @@ RIVALS = ("runner-up", "others", "mean")
 
 @dataclass(frozen=True)
 class Margin:
-    """A token's logit over those of its rivals: what a probability depends on, and a logit alone does not.
+    """A token's logit minus those of its rivals. Probabilities depend on such differences, not on single logits.
 
     Parameters
     ----------
@@ -35,9 +35,9 @@ class Margin:
         The token; None for the predicted one.
     over
         `"runner-up"`: minus the largest other logit. `"others"`: minus the mean of all other logits, weighted by their
-        probabilities at the prompt, which are held. This is log(p / (1 - p)) plus the entropy of the others. `"mean"`:
-        minus the plain mean of all logits, which no probability depends on; of all targets its shares agree best with
-        what removing a token does (see docs/faithfulness.md).
+        probabilities at the prompt, which are frozen; this is log(p / (1 - p)) plus the entropy of the others.
+        `"mean"`: minus the plain mean of all logits. The shares of this target agree best with what removing a token
+        does (see docs/faithfulness.md).
     """
 
     token: Token | None = None
@@ -50,7 +50,7 @@ class Margin:
 
 @dataclass(frozen=True)
 class Neuron:
-    """The activation of an MLP's neuron: its frozen linear branch times what is held. Negative layers count back."""
+    """The activation of an MLP neuron, as it enters the down projection. Negative layers count from the end."""
 
     index: int
     layer: int = -1
@@ -58,7 +58,7 @@ class Neuron:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """The product with a vector at `final`, `logits`, or a point on the residual stream."""
+    """The dot product with a vector at `final`, at `logits`, or at a point on the residual stream."""
 
     vector: Float[Tensor, " n"]
     at: str = "final"
@@ -67,37 +67,37 @@ class Direction:
 
 
 Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | np.ndarray | None
-"""What can be asked for: a token's logit, a difference of two, or one of the classes.
+"""An attribution target: a token's logit, a logit difference, one of the classes above, or a vector at `final`.
 
-None is the predicted token's logit over the mean of all: `Margin(over="mean")`.
+None is the predicted token's logit minus the mean of all logits: `Margin(over="mean")`.
 """
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a target reads the residual stream: value = sum of cotangent * stream + constants.
+class Readout:
+    """A target as an affine function of the residual stream: value = sum(cotangent * stream) + sum(constants).
 
     Attributes
     ----------
     kind
-        What it is, in words.
+        The kind of target, in words.
     at
-        The point where it is, or the neuron.
+        The point at which the target is, or the name of the neuron.
     tokens, ids
-        The tokens whose logits it is made of.
+        The tokens whose logits are part of the target.
     value, size
-        The frozen network's own value of it, and the summed sizes of the numbers that it is made of: the
-        difference of two logits is rounded like the logits.
+        The target's value in the frozen network, and the sum of the absolute values of its terms: a difference of two
+        logits is rounded as much as the logits are.
     position
-        The position it is read at.
+        The position at which the target is read.
     node
         Where on the stream it is read (see `Point.node`).
     cotangent
-        What it multiplies the stream with `[T, d]`.
+        The target's gradient at that node `[T, d]`.
     constants
         What each bias between the stream and the target adds.
     warnings
-        What a reader should know of the tokens: that the predicted one is another by a space only.
+        Warnings about the tokens: that the predicted token differs from the target by a leading space only.
     """
 
     kind: str
@@ -115,25 +115,25 @@ class Reading:
     __repr__ = brief
 
     def to_dict(self) -> dict[str, Any]:
-        """What it is, as plain values for JSON."""
+        """Describe the target with plain values for JSON."""
         names = ("kind", "tokens", "ids", "value", "size", "position")
         return {name: getattr(self, name) for name in names}
 
 
-def token_id(lin: Linearized, token: Token) -> int:
-    """The id of a token given by text or id.
+def find_token(lin: Linearized, token: Token) -> int:
+    """Find the id of a token that is given by text or id.
 
     Raises
     ------
     OptionError
-        When the text is not one token, saying how it splits; when there is no such id.
+        When the text is not one token (the message shows how it splits); when there is no such id.
     """
     model = lin.model
     vocabulary = lin.trace.stock_logits.shape[0]
     if not isinstance(token, str):
         token = whole("target", token)
         if not 0 <= token < vocabulary:
-            raise OptionError(f"target {token}: the model's tokens are 0 to {vocabulary - 1}")
+            raise OptionError(f"target {token}: the model's tokens are 0 to {vocabulary - 1}; give one of them")
         return token
     if model.tokenizer is None:
         raise OptionError(f"target {token!r}: {model.info.name} has no tokenizer; give the token's id")
@@ -141,78 +141,78 @@ def token_id(lin: Linearized, token: Token) -> int:
     pieces = model.decode_each(ids)
     if len(ids) == 1 and pieces == [token] and token.strip("\N{REPLACEMENT CHARACTER}"):
         return int(ids[0])
-    same = model.tokens.alike(token)  # no tokenizer writes every token's text with that token
+    same = model.tokens.alike(token)  # a tokenizer may encode a token's text with other tokens
     if len(same) == 1 and same[0] < vocabulary:
         return same[0]
     if same:
         some = ", ".join(map(str, same[:3])) + (" …" if len(same) > 3 else "")
-        raise OptionError(f"target {token!r}: {len(same)} tokens are this text, with the ids {some}. Give the id")
+        raise OptionError(f"target {token!r}: {len(same)} tokens are this text, with the ids {some}; give the id")
     if len(ids) == 1 and pieces[0].lstrip(" ") == token.lstrip(" "):
-        return int(ids[0])  # the only one there is: its tokenizer has words with their spaces alone
+        return int(ids[0])  # the only one there is: this tokenizer has words only with a leading space
     split = " + ".join(repr(piece) for piece in pieces) or "nothing"
     counted = "not a token" if len(ids) == 1 else f"{len(ids)} tokens, not one"
     other = token[1:] if token.startswith(" ") else f" {token}"
-    close = f"; {other!r}, {_spaced(other)}, is a token" if other and model.tokens.alike(other) else ""
-    raise OptionError(f"target {token!r} is {counted}: {split}{close}. Give one token's text, or its id")
+    close = f"; {other!r}, {_describe_space(other)}, is a token" if other and model.tokens.alike(other) else ""
+    raise OptionError(f"target {token!r} is {counted}: {split}{close}; give one token's text, or its id")
 
 
-def _spaced(text: str) -> str:
+def _describe_space(text: str) -> str:
     return "with a space in front" if text.startswith(" ") else "without a space in front"
 
 
-def _space_warning(lin: Linearized, at: int, token: int) -> tuple[str, ...]:
-    """Say so where the predicted token is the one asked for but for a space in front."""
-    ((predicted, text, probability),) = lin.next_token_ids(1, at)
+def _warn_of_space(lin: Linearized, at: int, token: int) -> tuple[str, ...]:
+    """Warn if the predicted token differs from the target by a leading space only."""
+    ((predicted, text, probability),) = lin.next_token_ids(1, position=at)
     (asked,) = lin.model.decode_each([token])
     if token == predicted or text.lstrip(" ") != asked.lstrip(" "):
         return ()
     return (
-        f"The target {asked!r} is not the predicted token: that is {text!r}, {_spaced(text)} "
+        f"The target {asked!r} is not the predicted token: that is {text!r}, {_describe_space(text)} "
         f"(id {predicted}, {100 * probability:.1f} %).",
     )
 
 
-def read(lin: Linearized, target: Target, position: int) -> Reading:
-    """Find what a target reads of the residual stream.
+def read_target(lin: Linearized, target: Target, position: int) -> Readout:
+    """Write a target as an affine function of the residual stream.
 
-    Cost: a forward pass the first time that another position than the last is asked for; for a neuron, two of its
+    Cost: one forward pass the first time that another position than the last is used; for a neuron, two passes of its
     layer.
 
     Raises
     ------
     OptionError
-        For a token that is not one, a layer or a neuron that does not exist, a vector of the wrong length.
+        For a text that is not one token, a layer or a neuron that does not exist, or a vector of the wrong length.
     PromptError
         For a position outside the prompt.
     """
     at = lin.trace.position(position)
     if isinstance(target, (Tensor, np.ndarray)) and target.ndim:
-        target = Direction(_real_vector(torch.as_tensor(target)))
+        target = Direction(_check_vector(torch.as_tensor(target)))
     if isinstance(target, Neuron):
-        return _neuron(lin, target, at)
+        return _read_neuron(lin, target, at)
     if isinstance(target, Direction):
-        return _direction(lin, target, at)
-    kind, ids, weights = _logits(lin, target, at)
-    reading = _ends(lin, weights, Point("logits"), at, kind, ids)
-    return replace(reading, warnings=_space_warning(lin, at, ids[0]))
+        return _read_direction(lin, target, at)
+    kind, ids, weights = _read_logits(lin, target, at)
+    readout = _read_end(lin, weights, Point("logits"), at, kind, ids)
+    return replace(readout, warnings=_warn_of_space(lin, at, ids[0]))
 
 
-def described(lin: Linearized, reading: Reading) -> dict[str, Any]:
-    """What a reading is, as plain values for JSON, with the probability of its first token."""
-    about = reading.to_dict()
-    if reading.ids:
-        about["probability"] = lin.trace.logits(reading.position).double().softmax(0)[reading.ids[0]].item()
+def describe_target(lin: Linearized, readout: Readout) -> dict[str, Any]:
+    """Describe a target with plain values for JSON, with the probability of its first token."""
+    about = readout.to_dict()
+    if readout.ids:
+        about["probability"] = lin.trace.logits(readout.position).double().softmax(0)[readout.ids[0]].item()
     return about
 
 
-def _logits(lin: Linearized, target: Target, at: int) -> tuple[str, list[int], Tensor]:
-    """(what, which tokens, the weight of each logit)."""
+def _read_logits(lin: Linearized, target: Target, at: int) -> tuple[str, list[int], Tensor]:
+    """Return the kind of target, its tokens, and the weight of each logit `[V]`."""
     logits = lin.trace.logits(at)
     weights = torch.zeros_like(logits)
     if isinstance(target, tuple):
         if len(target) != 2:
-            raise OptionError(f"a difference has two tokens, not {len(target)}: target=(' yes', ' no')")
-        ids = [token_id(lin, token) for token in target]
+            raise OptionError(f"a difference has two tokens, not {len(target)}: give target=(' yes', ' no')")
+        ids = [find_token(lin, token) for token in target]
         weights[ids[0]] += 1
         weights[ids[1]] -= 1
         return "logit difference", ids, weights
@@ -222,7 +222,7 @@ def _logits(lin: Linearized, target: Target, at: int) -> tuple[str, list[int], T
     if not isinstance(target, str | Integral | Margin) or isinstance(target, bool):
         raise OptionError(f"target {target!r}: give a token, two of them, a direction, Margin or Neuron")
     wanted = target.token if isinstance(target, Margin) else cast("Token", target)
-    chosen = int(logits.argmax()) if wanted is None else token_id(lin, wanted)
+    chosen = int(logits.argmax()) if wanted is None else find_token(lin, wanted)
     weights[chosen] = 1
     if not isinstance(target, Margin):
         return "logit", [chosen], weights
@@ -236,61 +236,65 @@ def _logits(lin: Linearized, target: Target, at: int) -> tuple[str, list[int], T
     return "logit margin", [chosen, rival], weights
 
 
-def _direction(lin: Linearized, target: Direction, at: int) -> Reading:
+def _read_direction(lin: Linearized, target: Direction, at: int) -> Readout:
     trace = lin.trace
-    point = parse(target.at, trace.n_layers)
-    vector = _real_vector(target.vector).to(lin.embeddings)
+    point = parse_point(target.at, trace.n_layers)
+    vector = _check_vector(target.vector).to(lin.embeddings)
     if not point.on_stream:
-        raise OptionError(f"a direction at {point}: choose final, logits, or a point on the residual stream")
+        raise OptionError(f"a direction cannot be at {point}: choose final, logits, or a point on the residual stream")
     width = lin.chain.width(point)
     if vector.shape != (width,):
-        raise OptionError(f"a direction at {point} has {width} numbers, not {list(vector.shape)}")
+        raise OptionError(
+            f"a direction at {point} has {width} numbers, not {list(vector.shape)}; give a vector of that length"
+        )
     kind = f"direction at {point}"
     if point.kind in ("final", "logits"):
-        return _ends(lin, vector, point, at, kind, [])
-    value, size = _sums(vector, trace.value(point)[at])
+        return _read_end(lin, vector, point, at, kind, [])
+    value, size = _dot(vector, trace.value(point)[at])
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = vector
-    return Reading(kind, str(point), [], [], value, size, at, point.node(trace.n_layers), cotangent, {})
+    return Readout(kind, str(point), [], [], value, size, at, point.node(trace.n_layers), cotangent, {})
 
 
-def _real_vector(vector: Tensor) -> Tensor:
+def _check_vector(vector: Tensor) -> Tensor:
     if not vector.is_floating_point():
         raise OptionError("a direction is a vector of real numbers; for a token's logit give its id as a number")
-    refuse_broken("the direction", vector)
+    refuse_non_finite("the direction", vector)
     return vector
 
 
-def _ends(lin: Linearized, weights: Tensor, point: Point, at: int, kind: str, ids: list[int]) -> Reading:
-    """A reading of `final` or of the logits: through the head and the final norm."""
+def _read_end(lin: Linearized, weights: Tensor, point: Point, at: int, kind: str, ids: list[int]) -> Readout:
+    """Pull a target at `final` or at the logits back through the output head and the final norm."""
     trace, chain = lin.trace, lin.chain
-    value, size = _sums(weights, trace.logits(at) if point.kind == "logits" else trace.final[0, at])
+    value, size = _dot(weights, trace.logits(at) if point.kind == "logits" else trace.final[0, at])
     constants: dict[str, float] = {}
     u = weights
     if point.kind == "logits":
-        head = HeadLink(trace, at)
-        constants |= {name: _sums(weights, added)[0] for name, added in head.constants().items()}
+        head = OutputHeadLink(trace, at)
+        constants |= {name: _dot(weights, added)[0] for name, added in head.constants().items()}
         u = head.vjp_in_parts(weights)
     norm = chain.norm(Point("final"), at)
-    constants |= {name: _sums(u, added)[0] for name, added in norm.constants().items()}
+    constants |= {name: _dot(u, added)[0] for name, added in norm.constants().items()}
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = norm.vjp(u[None].to(cotangent))[0]
     texts = lin.model.decode_each(ids)
-    return Reading(kind, str(point), texts, ids, value, size, at, 2 * trace.n_layers, cotangent, constants)
+    return Readout(kind, str(point), texts, ids, value, size, at, 2 * trace.n_layers, cotangent, constants)
 
 
-def _neuron(lin: Linearized, target: Neuron, at: int) -> Reading:
+def _read_neuron(lin: Linearized, target: Neuron, at: int) -> Readout:
     trace = lin.trace
-    layer = cast("int", parse(f"mlp_out.{target.layer}", trace.n_layers).layer)
-    trace.part(layer, "mlp_out")
+    layer = cast("int", parse_point(f"mlp_out.{target.layer}", trace.n_layers).layer)
+    trace.sublayer_path(layer, "mlp_out")
     link = lin.chain.layers[layer]
-    inside = Inside(link.call.block.parts)
-    graph = link.graph(collect=True, inside=inside)
-    found = inside.projection("mlp_out", graph.points["mlp_out"], graph.constants)
+    finder = UnitFinder(link.call.block.sublayers)
+    graph = link.graph(collect=True, finder=finder)
+    found = finder.projection("mlp_out", graph.points["mlp_out"], graph.constants)
     if found is None:
-        raise OptionError(f"layer {layer}: {inside.why_whole('mlp_out')}")
+        raise OptionError(
+            f"layer {layer}: {finder.why_no_projection('mlp_out')}; choose another layer, or another target"
+        )
     if not -found.count <= (index := whole("neuron", target.index)) < found.count:
-        raise OptionError(f"neuron {index}: layer {layer} has neurons 0 to {found.count - 1}")
+        raise OptionError(f"neuron {index}: layer {layer} has neurons 0 to {found.count - 1}; choose one of them")
     index %= found.count
     activation = found.source.reshape(trace.length, found.count)[at, index]
     leaves = [leaf for _, leaf in graph.constants]
@@ -299,16 +303,16 @@ def _neuron(lin: Linearized, target: Neuron, at: int) -> Reading:
     )
     constants: dict[str, float] = {}
     for (name, leaf), moved in zip(graph.constants, pulled, strict=True):
-        if moved is not None and (middle is None or behind_attention(graph, leaf)):
-            constants[name] = constants.get(name, 0.0) + _sums(moved, leaf.detach())[0]
-    # beside the attention, an MLP reads what enters the layer
+        if moved is not None and (middle is None or graph.is_behind_attention(leaf)):
+            constants[name] = constants.get(name, 0.0) + _dot(moved, leaf.detach())[0]
+    # an MLP beside the attention reads the layer's input
     cotangent, node = (pre, 2 * layer) if middle is None else (middle, 2 * layer + 1)
     name, value = f"L{layer}N{index}", activation.detach().double().item()
     reads = cotangent[0].to(lin.embeddings)
-    return Reading(f"neuron {name}", name, [], [], value, abs(value), at, node, reads, constants)
+    return Readout(f"neuron {name}", name, [], [], value, abs(value), at, node, reads, constants)
 
 
-def _sums(weights: Tensor, value: Tensor) -> tuple[float, float]:
-    """The sum of the products, and of their sizes."""
+def _dot(weights: Tensor, value: Tensor) -> tuple[float, float]:
+    """Return the sum of the products, and the sum of their absolute values."""
     products = weights.double() * value.to(weights.device).double()
     return products.sum().item(), products.abs().sum().item()

@@ -1,1 +1,1 @@
-"""Which families of transformers become exact maps."""
+"""Which model families of transformers have exact maps."""

@@ -1,4 +1,4 @@
-"""What a model is made of, in a few words, read off the modules that a prompt runs through and off its config."""
+"""The parts of a model in a few words, from its config and from the modules that a prompt runs through."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loclin.models.forward import hooked
 from loclin.models.quiet import quiet
 
 NONE = "—"
-"""A part that the model does not have, or that its modules do not show."""
+"""Stands for a part that the model does not have, or that its modules do not show."""
 
-# what mixes tokens, by how its class's name ends; every other kind of attention is told apart by its heads
+# mixers of tokens, by the end of their class names; other kinds of attention are classified by their heads
 _MIXERS = {
     r"(Mixer|MambaLayer)$": "state space",
     r"Delta(Net|Attention)$": "delta rule",
@@ -58,18 +59,18 @@ _N_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_e
 
 @dataclass(frozen=True)
 class Description:
-    """What a model is made of.
+    """The parts of a model.
 
     Attributes
     ----------
     attention
-        What mixes tokens: the kind of heads, and which tokens they see; state spaces and their like.
+        The mixers of tokens: the kind of attention heads and the tokens that they see, state spaces, and so on.
     positions
-        How positions enter.
+        The kind of position encoding.
     norm
-        The classes of its norms, without the family's name.
+        The classes of its norms, without the name of the family.
     mlp
-        Gated or not, the activation, and how many experts.
+        Gated or not, the activation, and the number of experts.
     """
 
     attention: str
@@ -79,77 +80,74 @@ class Description:
 
 
 def describe_parts(model: PreTrainedModel, input_ids: Tensor) -> Description:
-    """Describe the parts of a model that a prompt runs through: a tower that it does not enter is left out.
+    """Describe the parts of a model that a prompt runs through; an unused encoder is left out.
 
-    Cost: one forward pass. A model that fails at it is described by all its modules.
+    Cost: one forward pass. If it fails, the model is described by all its modules.
     """
-    modules = _running(model, input_ids)
+    modules = _find_called(model, input_ids)
     config = model.config.get_text_config(decoder=True)
     return Description(
-        attention=_attention(config, modules),
-        positions=_positions(config, modules),
-        norm=_norm(modules),
-        mlp=_mlp(config, modules),
+        attention=_describe_attention(config, modules),
+        positions=_describe_positions(config, modules),
+        norm=_describe_norm(modules),
+        mlp=_describe_mlp(config, modules),
     )
 
 
-def _running(model: PreTrainedModel, input_ids: Tensor) -> dict[str, nn.Module]:
-    """Find the modules that are called, by path."""
+def _find_called(model: PreTrainedModel, input_ids: Tensor) -> dict[str, nn.Module]:
+    """Find the modules that are called in a forward pass, by path."""
     called: set[nn.Module] = set()
     everything = dict(model.named_modules())
     handles = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in everything.values()]
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), hooked(handles):
             model(input_ids=input_ids, use_cache=False)
-    except Exception:  # the description is no place to fail: the certificate says what is wrong
+    except Exception:  # a description should not fail: the certificate reports the error
         return everything
-    finally:
-        for handle in handles:
-            handle.remove()
     return {path: module for path, module in everything.items() if module in called}
 
 
-def _name(module: nn.Module) -> str:
+def _class_name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _first(config: Any, names: Iterable[str], kind: type) -> Any:
-    """Find the first of several names that the config has a value of this kind for."""
+def _find_first(config: Any, names: Iterable[str], kind: type) -> Any:
+    """Return the first value of this kind that the config has under one of several names."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if isinstance(value, kind)), None)
 
 
-def _joined(names: Iterable[str]) -> str:
+def _join(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(name for name in names if name)) or NONE
 
 
-def _mixer(name: str) -> str | None:
-    """Name what mixes tokens; empty for attention of the usual kind, None for everything else."""
+def _classify_mixer(name: str) -> str | None:
+    """Name the kind of token mixer of a class: empty for ordinary attention, None if it does not mix tokens."""
     for pattern, kind in _MIXERS.items():
         if re.search(pattern, name):
             return kind
     return "" if re.search(_ATTENTION, name) else None
 
 
-def _attention(config: Any, modules: dict[str, nn.Module]) -> str:
-    kinds = [kind for module in modules.values() if (kind := _mixer(_name(module))) is not None]
-    usual = [" ".join(filter(None, (_seen(config), _heads(config))))] if "" in kinds else []
-    return _joined([*usual, *kinds])
+def _describe_attention(config: Any, modules: dict[str, nn.Module]) -> str:
+    kinds = [kind for module in modules.values() if (kind := _classify_mixer(_class_name(module))) is not None]
+    usual = [" ".join(filter(None, (_describe_span(config), _classify_heads(config))))] if "" in kinds else []
+    return _join([*usual, *kinds])
 
 
-def _heads(config: Any) -> str:
+def _classify_heads(config: Any) -> str:
     if getattr(config, "kv_lora_rank", None):
         return "latent"
-    heads = _first(config, _HEADS, int)
-    shared = 1 if getattr(config, "multi_query", False) is True else _first(config, _KV_HEADS, int)
+    heads = _find_first(config, _HEADS, int)
+    shared = 1 if getattr(config, "multi_query", False) is True else _find_first(config, _KV_HEADS, int)
     if shared is None or shared == heads:
         return "multi-head"
     return "multi-query" if shared == 1 else "grouped"
 
 
-def _seen(config: Any) -> str:
-    """Say which tokens attention sees, where the config tells: full + sliding, say."""
-    kinds = _first(config, _LAYER_TYPES, list)
+def _describe_span(config: Any) -> str:
+    """Say which tokens attention sees, if the config tells: for example full + sliding."""
+    kinds = _find_first(config, _LAYER_TYPES, list)
     if kinds is not None:
         named = [str(kind) for kind in kinds if re.search(_SEEN, str(kind))]
         return " + ".join(dict.fromkeys(kind.removesuffix("_attention").replace("_", " ") for kind in named))
@@ -157,33 +155,33 @@ def _seen(config: Any) -> str:
     return "sliding" if window and getattr(config, "use_sliding_window", True) else ""
 
 
-def _positions(config: Any, modules: dict[str, nn.Module]) -> str:
-    seen = [f"{path} {_name(module)}" for path, module in modules.items()]
+def _describe_positions(config: Any, modules: dict[str, nn.Module]) -> str:
+    seen = [f"{path} {_class_name(module)}" for path, module in modules.items()]
     found = [kind for kind, pattern in _POSITIONS.items() if any(re.search(pattern, name) for name in seen)]
     if getattr(config, "rotary_dim", None):  # applied without a module
         found.append("rope")
     alibi = (name for module in modules.values() for name in dir(type(module)) if "alibi" in name)
     if getattr(config, "alibi", False) or next(alibi, None):
         found.append("ALiBi")
-    return _joined(found)
+    return _join(found)
 
 
-def _norm(modules: dict[str, nn.Module]) -> str:
-    matches = (re.search(_NORM, _name(module)) for module in modules.values())
-    return _joined(match[0] for match in matches if match)
+def _describe_norm(modules: dict[str, nn.Module]) -> str:
+    matches = (re.search(_NORM, _class_name(module)) for module in modules.values())
+    return _join(match[0] for match in matches if match)
 
 
-def _mlp(config: Any, modules: dict[str, nn.Module]) -> str:
-    mixing = [f"{path}." for path, module in modules.items() if _mixer(_name(module)) is not None]
+def _describe_mlp(config: Any, modules: dict[str, nn.Module]) -> str:
+    mixing = [f"{path}." for path, module in modules.items() if _classify_mixer(_class_name(module)) is not None]
     rest = {p: m for p, m in modules.items() if not f"{p}.".startswith(tuple(mixing)) and re.search(r"\.\d+\b", p)}
-    names = [_name(module) for module in rest.values()]
+    names = [_class_name(module) for module in rest.values()]
     own = [f"{path}.{name}" for path, module in rest.items() for name, _ in module.named_parameters(recurse=False)]
     gated = any(re.search(_GATED, name) for name in own) or any(re.search(_GATED_CLASS, name) for name in names)
     classes = [name for name in names if re.search(r"Activation$|^(GELU|GELUTanh|ReLU|SiLU|BloomGelu)$", name)]
     if not (gated or classes or any(re.search(_MLP, name) for name in names)):
         return NONE
     written = [name.removesuffix("Activation").lower() for name in dict.fromkeys(classes)]
-    activation = _first(config, _ACTIVATIONS, str) or ", ".join(written)
-    experts = _first(config, _N_EXPERTS, int) if any(re.search(_EXPERTS, name) for name in names) else None
+    activation = _find_first(config, _ACTIVATIONS, str) or ", ".join(written)
+    experts = _find_first(config, _N_EXPERTS, int) if any(re.search(_EXPERTS, name) for name in names) else None
     kind = f"{'gated' if gated else 'ungated'} {activation}".strip()
     return kind if experts is None else f"{kind}, {experts} experts"

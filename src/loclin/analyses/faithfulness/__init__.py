@@ -1,1 +1,1 @@
-"""Do the shares say what matters to the model? Shares against what happens when tokens go, on packaged prompts."""
+"""Do shares predict what removing tokens does to the model? A study on packaged prompts."""

@@ -1,4 +1,4 @@
-"""What happens to a prediction when tokens go: one at a time, and in an order, on the untouched model."""
+"""The effect of removing tokens on a prediction of the unmodified model: one at a time, and one after another."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from loclin.analyses.nearby import Nearby
 class Removal:
     """The log-probability of one token after a prompt with some of its tokens removed.
 
-    Those removed are dropped from the sequence; the others move up. What has been run once is remembered, and shorter
-    prompts of one length run together.
+    Removed tokens are dropped from the sequence, so that later tokens move to earlier positions. Results are cached,
+    and prompts of equal length run in one batch.
     """
 
     def __init__(self, nearby: Nearby, input_ids: Int[Tensor, "1 T"], target: int) -> None:
@@ -23,7 +23,7 @@ class Removal:
         self._known: dict[tuple[int, ...], float] = {}
 
     def log_probabilities(self, kept: Sequence[tuple[int, ...]]) -> list[float]:
-        """One for each set of positions that are kept, in order. Cost: a forward pass for each that is new."""
+        """Return the log-probability for each set of kept positions. Cost: one forward pass for each new set."""
         new: dict[int, list[tuple[int, ...]]] = {}
         for positions in dict.fromkeys(kept):
             if positions not in self._known:
@@ -35,38 +35,38 @@ class Removal:
         return [self._known[positions] for positions in kept]
 
     def single(self) -> Float[Tensor, " T"]:
-        """How far the log-probability falls when one token is removed, for each; 0 where it is the only one."""
+        """Measure how far the log-probability falls if one token is removed, for each token; 0 for a single token."""
         every = tuple(range(len(self._ids)))
         if len(every) == 1:
             return torch.zeros(1, dtype=torch.float64)
-        whole, *without = self.log_probabilities([every, *(_without(every, {i}) for i in every)])
+        whole, *without = self.log_probabilities([every, *(_drop(every, {i}) for i in every)])
         return whole - torch.tensor(without, dtype=torch.float64)
 
     def curve(self, order: Sequence[int]) -> list[float]:
-        """How far it falls when the first k of `order` are removed, for k = 1 … len(order), as long as one is left."""
-        every, sets = _steps(len(self._ids), order)
+        """Measure how far it falls if the first k tokens of `order` are removed, for each k that leaves a token."""
+        every, sets = _list_steps(len(self._ids), order)
         whole, *fallen = self.log_probabilities([every, *sets])
         return [whole - value for value in fallen]
 
     def prepare(self, orders: Iterable[Sequence[int]]) -> None:
-        """Run all that the curves of several orders need, in as few passes as there are lengths."""
-        self.log_probabilities([kept for order in orders for kept in _steps(len(self._ids), order)[1]])
+        """Run all prompts that the curves of several orders need, batched by length."""
+        self.log_probabilities([kept for order in orders for kept in _list_steps(len(self._ids), order)[1]])
 
 
-def _steps(length: int, order: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """All positions, and what is kept at each step of an order."""
+def _list_steps(length: int, order: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """List all positions, and the positions that are kept at each step of an order."""
     every = tuple(range(length))
-    return every, [_without(every, set(order[:k])) for k in range(1, min(len(order), length - 1) + 1)]
+    return every, [_drop(every, set(order[:k])) for k in range(1, min(len(order), length - 1) + 1)]
 
 
-def _without(every: tuple[int, ...], gone: set[int]) -> tuple[int, ...]:
+def _drop(every: tuple[int, ...], gone: set[int]) -> tuple[int, ...]:
     return tuple(i for i in every if i not in gone)
 
 
-def replaced(
+def replace_each(
     nearby: Nearby, embeddings: Float[Tensor, "T d"], target: int, neutral: Float[Tensor, " d"]
 ) -> Float[Tensor, " T"]:
-    """How far a token's log-probability falls when one input embedding becomes a neutral one, for each.
+    """Measure how far a token's log-probability falls if one input embedding is replaced by a neutral one, for each.
 
     Cost: T + 1 forward passes.
     """
@@ -77,6 +77,6 @@ def replaced(
     return whole - torch.tensor(others, dtype=torch.float64)
 
 
-def ranked(scores: Sequence[float], positions: Sequence[int]) -> list[int]:
-    """Positions by score, the highest first."""
+def rank_positions(scores: Sequence[float], positions: Sequence[int]) -> list[int]:
+    """Sort positions by score, highest first."""
     return sorted(positions, key=lambda i: -scores[i])

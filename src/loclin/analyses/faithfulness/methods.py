@@ -1,6 +1,6 @@
-"""Ways to say how much each token gives to a prediction: the frozen map's shares, and others to compare with.
+"""Attribution methods by token: the shares of the frozen map, and other methods to compare with.
 
-Every method gives one number for each token `[T]`; a name is the method and its options, joined by slashes.
+Every method gives one number for each token `[T]`. A name is the method and its options, joined by slashes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.nearby import Nearby
-from loclin.freeze import Gate, Hold
+from loclin.freeze import FreezeOptions, Gate
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.linearized import Linearized
 from loclin.network.chain import Chain
@@ -20,17 +20,17 @@ from loclin.network.points import Point
 
 GATES: tuple[Gate, ...] = ("activation", "up", "half")
 STEPS = 16
-"""Points on the way of integrated gradients."""
+"""Points on the path of integrated gradients."""
 
 Objective = Callable[[Tensor], Tensor]
-"""From logits `[..., V]` to the number that is shared out."""
+"""A function from logits `[..., V]` to the attribution target."""
 
 
 def objectives(logits: Float[Tensor, " V"]) -> dict[str, Objective]:
-    """What can be shared out of a prediction: the likeliest token's logit, alone or against others.
+    """Return attribution targets of a prediction: the most probable token's logit, alone or minus something.
 
-    `logit` is the logit itself, `margin` its distance to the runner-up's, `centred` its distance to the mean over the
-    vocabulary, `log-probability` its distance to the logarithm of the sum of exponentials, the softmax's.
+    `logit` is the logit itself, `margin` the logit minus the second largest, `centred` the logit minus the mean over
+    the vocabulary, and `log-probability` the logit minus logsumexp.
     """
     first, second = logits.topk(2).indices.tolist()
     return {
@@ -42,20 +42,20 @@ def objectives(logits: Float[Tensor, " V"]) -> dict[str, Objective]:
 
 
 def cotangents(logits: Float[Tensor, " V"]) -> Float[Tensor, "n V"]:
-    """The gradients of the objectives at the prompt's logits, in their order."""
+    """Compute the gradients of the objectives at the prompt's logits, in their order."""
     leaf = logits.detach().clone().requires_grad_()
     with torch.enable_grad():
         return torch.stack([torch.autograd.grad(objective(leaf), leaf)[0] for objective in objectives(leaf).values()])
 
 
 def frozen(lin: Linearized, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
-    """Shares of the frozen maps: J_i x_i, or J_i (x_i - mean embedding), through an objective's gradient.
+    """Compute the shares of the frozen maps: J_i x_i, or J_i (x_i - mean embedding), through an objective's gradient.
 
-    Named `frozen/GATE/OBJECTIVE/BASELINE`. Cost: one column for each objective and gate.
+    Names are `frozen/GATE/OBJECTIVE/BASELINE`. Cost: one column for each objective and gate.
     """
     found = {}
     for gate in GATES:
-        J = _map(lin, gate)
+        J = _linear_map(lin, gate)
         pulled = J.rmatmat(cotangents(J.value))
         for name, cotangent in zip(objectives(J.value), pulled, strict=True):
             found[f"frozen/{gate}/{name}/zero"] = (cotangent * J.input).sum(-1)
@@ -63,16 +63,18 @@ def frozen(lin: Linearized, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
     return found
 
 
-def _map(lin: Linearized, gate: Gate) -> LinearMap:
-    """The map to the logits with any gate split, of the one trace that there is."""
+def _linear_map(lin: Linearized, gate: Gate) -> LinearMap:
+    """Return the map to the logits with any gate split, from the same trace."""
     if gate == lin.gate:
         return lin.jacobian(target="logits")
-    chain = Chain(lin.trace, Hold(gate, lin.precision), explicit=False)  # the trace's coefficients are of its own gate
+    chain = Chain(
+        lin.trace, FreezeOptions(gate, lin.precision), explicit=False
+    )  # the trace's coefficients are of its own gate
     return LinearMap(chain, Point("embed"), Point("logits"), lin.trace.length - 1)
 
 
 def gradient(lin: Linearized, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
-    """Gradient times input, of the model as it is: `gradient/OBJECTIVE/BASELINE`.
+    """Compute gradient times input of the unmodified model: `gradient/OBJECTIVE/BASELINE`.
 
     Cost: a forward and a backward pass for each objective.
     """
@@ -91,10 +93,10 @@ def gradient(lin: Linearized, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict
 def integrated_gradients(
     lin: Linearized, nearby: Nearby, mean: Float[Tensor, " d"], fixed: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Integrated gradients of the log-probability, by captum: `integrated/log-probability/mean`; none without it.
+    """Compute integrated gradients of the log-probability with captum: `integrated/log-probability/mean`.
 
-    The baseline is the mean embedding at every position but those that are `fixed`. Zero would not do: layers begin
-    with a norm, so that along the way from zero almost nothing happens but at its very beginning.
+    The result is empty without captum. The baseline is the mean embedding, except at the `fixed` positions. Zero is a
+    bad baseline: layers begin with a norm, so that on the path from zero nearly all change is at its very beginning.
 
     Cost: `STEPS` forward and backward passes.
     """
@@ -111,5 +113,5 @@ def integrated_gradients(
 
 
 def simple(lin: Linearized) -> dict[str, Tensor]:
-    """What costs nothing: how late a token is, and how much attention later tokens give it (none to the last)."""
+    """Compute two free scores: a token's position, and the attention that it receives from later tokens."""
     return {"last first": torch.arange(len(lin.tokens)), "attention received": lin.trace.attention_received}

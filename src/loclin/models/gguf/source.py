@@ -33,22 +33,22 @@ class GgufSource:
         The hash of its content, which also names its place in the cache.
     find
         Gives the files that, joined, are the GGUF file; raises ModelError where they are not there.
-    mend
-        What to do when the content is not what it must be.
+    hint
+        What to do if the content has another hash.
     """
 
     name: str
     file_name: str
     sha256: str
     find: Callable[[], list[Path]]
-    mend: str
+    hint: str
 
     __repr__ = brief
 
     def place(self, scratch: Path) -> Path:
-        """Put the file, whole and verified, into a scratch directory of its own.
+        """Put the file, joined and verified, into a scratch directory that contains nothing else.
 
-        Its own, so that nothing lying beside a user's file is taken for a part of the model.
+        Other files in a user's directory could be taken for parts of the model.
 
         Raises
         ------
@@ -59,8 +59,8 @@ class GgufSource:
         got = sha256(*files)
         if got != self.sha256:
             raise ModelError(
-                f"{self.file_name} is not the file it should be: SHA-256 {got[:12]}…, expected "
-                f"{self.sha256[:12]}…; {self.mend}"
+                f"{self.file_name} has other content than expected: SHA-256 {got[:12]}…, expected "
+                f"{self.sha256[:12]}…; {self.hint}"
             )
         target = scratch / "model.gguf"
         if len(files) == 1:
@@ -87,7 +87,7 @@ def gguf_file(path: Path) -> GgufSource:
         file_name=path.name,
         sha256=sha256(path),
         find=lambda: [path],
-        mend="it changed while it was being read; try again.",
+        hint="it changed while it was read; try again",
     )
 
 
@@ -154,7 +154,7 @@ def _unpacked() -> dict[str, Any]:
 
 
 def sync(directory: Path) -> None:
-    """Bring a directory and its files to the disk."""
+    """Write a directory and its files through to the disk."""
     for path in [*directory.iterdir(), directory]:
         handle = os.open(path, os.O_RDONLY)
         try:

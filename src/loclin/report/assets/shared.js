@@ -44,7 +44,7 @@ function themed() {
 }
 
 // A finger scrolls the page; only a mouse drags a zoom box.
-function draw(figures, plots, adjust = () => {}, themedToo = () => {}) {
+function draw(figures, plots = Object.keys(figures), adjust = () => {}, themedToo = () => {}) {
   const coarse = matchMedia("(pointer: coarse)").matches;
   for (const plot of plots) {
     const { data: traces, layout } = figures[plot];

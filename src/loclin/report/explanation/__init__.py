@@ -1,1 +1,1 @@
-"""How an explanation looks: on a terminal, as a page, in a notebook."""
+"""How an explanation looks."""

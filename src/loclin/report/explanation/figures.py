@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from loclin.analyses.explain import Explanation, TokenExplanation
-from loclin.report.choose import largest
-from loclin.report.plot import NEGATIVE, NEUTRAL, PALETTE, POSITIVE, graph_objects, plain
+from loclin.report.explanation.sheet import largest
+from loclin.report.plot import ABOVE, NEGATIVE, NEUTRAL, PALETTE, POSITIVE, curve, draw
 from loclin.report.text import error, number, signed, visible
 
 FULL_SPECTRA = 64
@@ -30,15 +30,7 @@ def figures(explanation: Explanation) -> dict[str, Any]:
     MissingExtraError
         When plotly is not installed.
     """
-    go = graph_objects()
-    drawn = {
-        "shares": _shares(explanation, go),
-        "scatter": _scatter(explanation, go),
-        "spectra": _spectra(explanation, go),
-    }
-    for figure in drawn.values():
-        figure.update_layout(**plain())
-    return drawn
+    return {"shares": _shares(explanation), "scatter": _scatter(explanation), "spectra": _spectra(explanation)}
 
 
 def label(token: TokenExplanation) -> str:
@@ -46,38 +38,34 @@ def label(token: TokenExplanation) -> str:
     return html.escape(visible(token.text, 24)).replace("%", "&#37;").replace("$", "&#36;")
 
 
-def _shares(explanation: Explanation, go: Any) -> Any:
+def _shares(explanation: Explanation) -> dict[str, Any]:
     """Draw what is shared out as bars: a bar for each token, the last one for the biases."""
     tokens = explanation.tokens
     shares = [token.share for token in tokens] + [explanation.bias_share]
     names = [label(token) for token in tokens] + ["bias"]
-    notes = [f"<b>{label(t)}</b>{' (sink)' if t.is_sink else ''}<br>{_numbers(t)}" for t in tokens]
+    notes = [f"<b>{label(t)}</b>{' (sink)' * t.is_sink}<br>{_numbers(t)}" for t in tokens]
     notes.append(f"<b>bias</b><br>share {signed(explanation.bias_share)}")
-    figure = go.Figure(
-        go.Bar(
-            x=list(range(len(shares))),
-            y=np.array(shares, dtype=np.float32),
-            marker={
-                "color": [POSITIVE if share >= 0 else NEGATIVE for share in shares[:-1]] + [NEUTRAL],
-                "pattern": {
-                    "shape": ["/" if token.is_sink else "" for token in tokens] + [""],
-                    "solidity": 0.25,
-                },
-            },
-            hovertext=notes,
-            hoverinfo="text",
-        )
-    )
     named = len(names) <= NAMED_TICKS
+    bars = {
+        "type": "bar",
+        "x": list(range(len(shares))),
+        "y": np.array(shares, dtype=np.float32),
+        "marker": {
+            "color": [POSITIVE if share >= 0 else NEGATIVE for share in shares[:-1]] + [NEUTRAL],
+            "pattern": {"shape": ["/" * token.is_sink for token in tokens] + [""], "solidity": 0.25},
+        },
+        "hovertext": notes,
+        "hoverinfo": "text",
+    }
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": names} if named else {}
-    figure.update_layout(
-        showlegend=False,
+    return draw(
+        [bars],
+        x=None if named else "token",
+        y=f"share of the {explanation.target['kind']}",
         bargap=0.25 if named else 0.05,
-        margin={"l": 60, "r": 12, "t": 12, "b": 56 if named else 48},
+        xaxis={"showgrid": False, "automargin": True} | ticks,
+        yaxis_zeroline=True,
     )
-    figure.update_xaxes(title=None if named else "token", showgrid=False, automargin=True, **ticks)
-    figure.update_yaxes(title=f"share of the {explanation.target['kind']}", zeroline=True)
-    return figure
 
 
 def _numbers(token: TokenExplanation) -> str:
@@ -87,79 +75,64 @@ def _numbers(token: TokenExplanation) -> str:
     )
 
 
-def _scatter(explanation: Explanation, go: Any) -> Any:
+def _scatter(explanation: Explanation) -> dict[str, Any]:
     """Draw both reconstructions against the output (paper, Figure 3)."""
     y = np.array(explanation.output, dtype=np.float32)
     step = _thinned(len(y), SCATTER_POINTS)
     order = np.argsort(y)[step]  # thinned along the sorted output, so that the extremes stay
-    low, high = float(y.min()), float(y.max())
-    figure = go.Figure(
-        go.Scatter(
-            x=[low, high],
-            y=[low, high],
-            mode="lines",
-            line={"color": NEUTRAL, "width": 1, "dash": "dot"},
-            name="exact",
-            hoverinfo="skip",
-        )
-    )
+    ends = [float(y.min()), float(y.max())]
+    traces = [
+        curve(ends, ends, "exact", NEUTRAL, mode="lines", line={"width": 1, "dash": "dot"}, hoverinfo="skip"),
+    ]
     for name, values, problem, colour, symbol in (
         ("ordinary Jacobian", explanation.ordinary, explanation.ordinary_error, NEGATIVE, "diamond-open"),
-        (
-            "frozen map Jx + b",
-            explanation.reconstruction,
-            explanation.certificate.std_error,
-            POSITIVE,
-            "circle",
-        ),
+        ("frozen map Jx + b", explanation.reconstruction, explanation.certificate.std_error, POSITIVE, "circle"),
     ):
-        figure.add_trace(
-            go.Scatter(
-                x=y[order],
-                y=np.array(values, dtype=np.float32)[order],
-                mode="markers",
-                name=f"{name}: error {error(problem)}",
-                marker={"color": colour, "size": 5, "symbol": symbol, "opacity": 0.75},
-                customdata=order.astype(np.int32),
-                hovertemplate="unit %{customdata}<br>model %{x:.5g}<br>rebuilt %{y:.5g}<extra></extra>",
-            )
+        traces.append(
+            {
+                "type": "scatter",
+                "x": y[order],
+                "y": np.array(values, dtype=np.float32)[order],
+                "mode": "markers",
+                "name": f"{name}: error {error(problem)}",
+                "marker": {"color": colour, "size": 5, "symbol": symbol, "opacity": 0.75},
+                "customdata": order.astype(np.int32),
+                "hovertemplate": "unit %{customdata}<br>model %{x:.5g}<br>rebuilt %{y:.5g}<extra></extra>",
+            }
         )
-    figure.update_layout(
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin={"l": 60, "r": 12, "t": 64, "b": 48},
-    )
-    figure.update_xaxes(title="the model's output, each unit")
-    figure.update_yaxes(title="rebuilt")
-    return figure
+    return draw(traces, x="the model's output, each unit", y="rebuilt", legend=ABOVE, margin_t=64)
 
 
-def _spectra(explanation: Explanation, go: Any) -> Any:
+def _spectra(explanation: Explanation) -> dict[str, Any]:
     """Draw each token's singular values over its largest; a zero map has none."""
-    tokens = explanation.tokens
+    tokens, traces = explanation.tokens, []
     first = largest(tokens, CURVES)
-    figure = go.Figure()
     for i, token in enumerate(tokens):
         values = np.array(token.singular_values, dtype=np.float64)
         if not len(values) or not values[0] > 0:
             continue
         values = values[values > 0]  # a logarithm has no place for zero
         kept = _thinned(len(values), spectrum_points(explanation))
-        figure.add_trace(
-            go.Scatter(
-                x=(kept + 1).astype(np.int32),
-                y=(values[kept] / values[0]).astype(np.float32),
-                mode="lines" if len(kept) > 1 else "markers",
-                name=f"{i} {label(token)}",
-                meta=i,
-                line={"color": PALETTE[i % len(PALETTE)], "width": 1.5},
-                visible=True if i in first else "legendonly",
-                hovertemplate="%{fullData.name}<br>σ%{x} = %{y:.3g} σ1<extra></extra>",
-            )
+        traces.append(
+            {
+                "type": "scatter",
+                "x": (kept + 1).astype(np.int32),
+                "y": (values[kept] / values[0]).astype(np.float32),
+                "mode": "lines" if len(kept) > 1 else "markers",
+                "name": f"{i} {label(token)}",
+                "meta": i,
+                "line": {"color": PALETTE[i % len(PALETTE)], "width": 1.5},
+                "visible": True if i in first else "legendonly",
+                "hovertemplate": "%{fullData.name}<br>σ%{x} = %{y:.3g} σ1<extra></extra>",
+            }
         )
-    figure.update_layout(showlegend=True, legend={"maxheight": 0.9}, margin={"l": 76, "r": 12, "t": 36, "b": 48})
-    figure.update_xaxes(title="singular value, the largest first")
-    figure.update_yaxes(title="σ / σ1", type="log", exponentformat="power", dtick=1 if _few_decades(tokens) else None)
-    return figure
+    return draw(
+        traces,
+        x="singular value, the largest first",
+        y="σ / σ1",
+        legend={"maxheight": 0.9},
+        yaxis={"type": "log", "exponentformat": "power", "dtick": 1 if _few_decades(tokens) else None},
+    )
 
 
 def _few_decades(tokens: list[TokenExplanation]) -> bool:

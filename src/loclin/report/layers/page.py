@@ -1,32 +1,25 @@
-"""Every layer of a prompt as one HTML file that needs nothing else, and as a piece of HTML for a notebook."""
+"""Every layer of a prompt as an interactive page: a component and a token are chosen, and their maps are shown."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
-from html import escape
-from string import Template
 from typing import Any
 
 from loclin.analyses.decode import Words
-from loclin.analyses.explain import SingularBlock
-from loclin.analyses.layers import APPEARS, SHOWN, WORDS, ComponentLayers, LayerExplanation
-from loclin.report import html as parts
-from loclin.report.assets import asset
+from loclin.analyses.layers import SHOWN, WORDS, ComponentLayers, LayerExplanation
+from loclin.analyses.vectors_in_words import SingularBlock
+from loclin.report import run
+from loclin.report.html import write_page
 from loclin.report.layers.figures import layers_figures
-from loclin.report.plot import plotly_script
-from loclin.report.sheet import embedded, facts, listed, sheet, shortened
-from loclin.report.text import COMPONENTS, error, number, percent, sigmas, signed, visible
-from loclin.results.files import write_text
+from loclin.report.layers.sheet import appearances, describe_layers
+from loclin.report.text import COMPONENTS, number, percent, sigmas, signed, token, visible
 
 _WORD = 24
-_PREDICTIONS = 7
 _MOST = 300_000
 """Words of single tokens' maps that a page holds; a browser takes a few megabytes well."""
 
 
-def layers_html(found: LayerExplanation) -> str:
+def layers_page(found: LayerExplanation) -> str:
     """Write every layer of a prompt as a self-contained, interactive HTML page.
 
     Raises
@@ -34,11 +27,12 @@ def layers_html(found: LayerExplanation) -> str:
     MissingExtraError
         When plotly is not installed.
     """
-    cut, vocabulary = _cut(found), _Vocabulary({})
+    sheet, cut, vocabulary = describe_layers(found), _cut(found), _Vocabulary({})
+    texts = run.tokens(found)
     data = {
-        "figures": {name: json.loads(figure.to_json()) for name, figure in layers_figures(found).items()},
-        "tokens": [visible(text) for text in found.tokens],
-        "position": found.settings["position"],
+        "figures": layers_figures(found),
+        "tokens": [visible(text) for text in texts],
+        "position": run.position(found),
         "target": visible(found.target["text"], _WORD),
         "components": [_component(component, cut, vocabulary) for component in found.components],
         "lens": [
@@ -48,116 +42,18 @@ def layers_html(found: LayerExplanation) -> str:
         "words": list(vocabulary.numbers),
         "scored": cut.scored,
     }
-    script = asset("shared.js", "layers.js")
-    title = shortened(found.prompt)
-    target = parts.token(found.target["text"])
-    chips = "".join(_chip(i, text, i in found.sinks) for i, text in enumerate(found.tokens))
-    return sheet(
-        title=title,
-        about="every layer, at this prompt, as an exact linear map",
-        heading=f'{escape(title)} <span class="arrow" aria-label="continues with">→</span> '
-        f'<span class="word">{target}</span>',
-        lead=f'<div class="chips" role="group" aria-label="The prompt\'s tokens: choose one">'
-        f'<button class="chip" style="--a:0" type="button" data-token="-1" aria-pressed="false">all tokens</button>'
-        f'{chips}</div><p class="key"><span class="swatch sink"></span> attention sink · the chosen token\'s maps are '
-        f"in the table, and dotted in C and D</p>{parts.warnings(found)}",
-        body=Template(asset("layers.html")).substitute(
-            target=target,
-            probability=percent(found.target["probability"]),
-            predictions=parts.predictions(found, _PREDICTIONS),
-            appearances=_appearances(found),
-            verdict=verdict(found),
-            components=_options([COMPONENTS[c.name] for c in found.components], len(found.components) - 1),
-            tokens=_options([f"{i} {visible(text, _WORD)}" for i, text in enumerate(found.tokens)]),
-            left_out=_left_out(cut, found),
-        ),
-        settings=facts(found.model, found.settings),
-        scripts=f'<script type="application/json" id="data">{embedded(data)}</script>'
-        f"<script>{plotly_script()}</script><script>{script}</script>",
-    )
-
-
-def write_layers(found: LayerExplanation, path: str | os.PathLike[str]) -> None:
-    """Write the page to a file, whole or not at all.
-
-    Raises
-    ------
-    OutputError
-        When plotly is not installed or the file cannot be written.
-    """
-    write_text(path, layers_html(found))
-
-
-def layers_fragment(found: LayerExplanation) -> str:
-    """Write every layer in a row, as a compact piece of HTML for a notebook's output, without scripts."""
-    style = asset("notebook.css")
-    shown, position = found.main, found.settings["position"]
-    heads = ("layer", "stable rank", "own", "all tokens write (σ1)", "this token writes (σ1)", "logit lens", "rank")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    rows = "".join(
-        f'<tr><td class="num">{layer}</td><td class="num">{shown.joint_stable_rank[layer]:.2f}</td>'
-        f'<td class="num">{shown.joint_own_rank[layer]:.3g}</td>'
-        f"<td>{_first(shown.joint_vectors[layer])}</td><td>{_first(shown.token_vectors[layer][position])}</td>"
-        f'<td>{_plain(lens.words)}</td><td class="num">{lens.rank:,}</td></tr>'
-        for layer, lens in enumerate(found.lens)
-    )
-    return (
-        f'<div class="loclin"><style>{style}</style>{parts.predictions(found, _PREDICTIONS)}{verdict(found)}'
-        f'{parts.warnings(found)}<p class="note">{COMPONENTS[shown.name]}</p><div class="scroll">'
-        f'<table class="tokens"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></div>'
-    )
-
-
-def verdict(found: LayerExplanation) -> str:
-    """Write in a line whether all maps are exact, and how far each component's are off at most."""
-    kind, name = ("exact", "EXACT") if found.passed else ("inexact", "NOT EXACT")
-    count = 2 * found.n_layers * len(found.components)
-    each = ", ".join(f"{COMPONENTS[c.name]} {error(c.largest_error)}" for c in found.components)
-    return (
-        f'<p class="verdict {kind}"><strong>{name}</strong> largest reconstruction error |Jx + b − y| / |y| of '
-        f"{count} maps {error(found.largest_error)}, at most {error(found.tolerance)} ({each}).</p>"
-    )
-
-
-def _first(blocks: list[SingularBlock]) -> str:
-    return _plain(blocks[0].writes) if blocks else '<span class="note">the map is zero</span>'
-
-
-def _plain(words: Words) -> str:
-    return " ".join(f'<span class="word">{parts.token(text, _WORD)}</span>' for text, _ in words)
-
-
-def _chip(index: int, text: str, is_sink: bool) -> str:
-    end = "<br>" if text.endswith("\n") else ""
-    kind = "chip sink" if is_sink else "chip"
-    return (
-        f'<button class="{kind}" style="--a:0" type="button" data-token="{index}" aria-pressed="false">'
-        f"{parts.token(text)}</button>{end}"
-    )
-
-
-def _options(names: list[str], chosen: int | None = None) -> str:
-    return "".join(
-        f'<option value="{i}"{" selected" if i == chosen else ""}>{escape(name)}</option>'
-        for i, name in enumerate(names)
-    )
-
-
-def _appearances(found: LayerExplanation) -> str:
-    """Say where the predicted word first appears, by each way of reading."""
-    shown = found.main.name
-    readers = {"lens": "logit lens", f"{shown} joint": "all tokens' map, u1", f"{shown} token": "its own token's, u1"}
-
-    def said(layer: int | None) -> str:
-        return "never" if layer is None else f"layer {layer}"
-
-    return listed(
-        {
-            name: f"{said(found.appears[key])}; the first: {said(found.leads[key])}"
-            if found.appears[key] is not None
-            else f"never among the first {APPEARS}"
-            for key, name in readers.items()
-        }
+    return write_page(
+        "layers.html",
+        sheet,
+        data,
+        "layers.js",
+        found=found,
+        target=token(found.target["text"]),
+        appearances=appearances(found),
+        rows=sheet.sections[0],
+        components=[COMPONENTS[component.name] for component in found.components],
+        names=[f"{i} {visible(text, _WORD)}" for i, text in enumerate(texts)],
+        left_out=_left_out(cut, len(texts)),
     )
 
 
@@ -174,22 +70,22 @@ class _Cut:
 def _cut(found: LayerExplanation) -> _Cut:
     """All, if that is not too much; else a word or three of the first vectors, of the last tokens."""
     maps = len(found.components) * found.n_layers
-    if 2 * maps * len(found.tokens) * SHOWN * WORDS <= _MOST:
+    if 2 * maps * len(run.tokens(found)) * SHOWN * WORDS <= _MOST:
         return _Cut()
     vectors, words = 1, 3
     most = _MOST // (2 * maps * vectors * words)
-    return _Cut(max(0, found.settings["position"] + 1 - most), vectors, words, scored=False)
+    return _Cut(max(0, run.position(found) + 1 - most), vectors, words, scored=False)
 
 
-def _left_out(cut: _Cut, found: LayerExplanation) -> str:
+def _left_out(cut: _Cut, length: int) -> str:
     """Say what the page leaves out, and where it is."""
     if cut == _Cut():
         return ""
     earlier = f", and tokens 0 to {cut.first - 1} nothing" if cut.first else ""
     return (
-        f'<p class="warning" role="note">This prompt has {len(found.tokens)} tokens. To keep the page small, a single '
-        f"token's map shows its first vector and {cut.words} words a side, without scores{earlier}. All of it is in "
-        "the JSON: <code>loclin layers --json</code>, or <code>to_json()</code>.</p>"
+        f"This prompt has {length} tokens. To keep the page small, a single token's map shows its first vector and "
+        f"{cut.words} words a side, without scores{earlier}. All of it is in the JSON: loclin layers --json, or "
+        "to_json()."
     )
 
 

@@ -1,0 +1,59 @@
+"""What is frozen, and the precision of the linear path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from loclin.errors import OptionError
+
+Gate = Literal["activation", "up", "half"]
+Precision = Literal["auto", "stock", "single", "double"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class FreezeOptions:
+    """Which coefficients are frozen, and the precision of the linear path.
+
+    The coefficients always come from the model's own forward pass, in the model's own dtype.
+
+    Parameters
+    ----------
+    gate
+        The split of act(gate) * up: `"activation"` freezes act(gate) (the paper); `"up"` freezes up, and the gate is
+        live through its secant act(gate) / gate; `"half"` is the mean of both.
+    precision
+        The dtype of the linear path, and so of every map and sweep. `"stock"`: the model's own. `"single"`: float32.
+        `"double"`: float64; a map is then exact to 1e-13 instead of 1e-7. `"auto"`: float32 for a float16 or bfloat16
+        model, else the model's own.
+    ordinary
+        Freeze nothing: the ordinary Jacobian, for comparison (the paper's Figure 3).
+    """
+
+    gate: Gate = "activation"
+    precision: Precision = "auto"
+    ordinary: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gate not in get_args(Gate):
+            raise OptionError(f"gate={self.gate!r}: choose one of {', '.join(get_args(Gate))}")
+        if self.precision not in get_args(Precision):
+            raise OptionError(f"precision={self.precision!r}: choose one of {', '.join(get_args(Precision))}")
+
+    def resolved(self, stock: torch.dtype) -> Precision:
+        """The precision that `"auto"` means."""
+        if self.precision != "auto":
+            return self.precision
+        return "single" if stock in _HALF else "stock"
+
+    def dtype(self, stock: torch.dtype) -> torch.dtype:
+        """The dtype of the linear path in a model that rounds to `stock`."""
+        return {"stock": stock, "single": torch.float32, "double": torch.float64}[self.resolved(stock)]
+
+    def keeps_stock(self, stock: torch.dtype) -> bool:
+        """Whether the frozen network's values are the model's own, bit for bit; else they are the linear path's."""
+        return self.precision != "double" and self.dtype(stock) == stock

@@ -1,0 +1,148 @@
+"""From the residual stream to a target: the final norm and the output head, at one position.
+
+A target is logits = H(N(x)), final = N(x), or, with the final norm on top, N(x) at any point of the stream. N is frozen
+at the hidden state that enters it, and H at `final`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loclin.freeze import FreezeOptions, frozen
+from loclin.network.autograd import Constants, batched_jvp, batched_vjp, push_constants
+from loclin.network.points import Point
+from loclin.network.trace import Trace
+
+_HEAD_PARTS = 16
+
+
+class NormLink:
+    """The final norm, frozen at a given hidden state. Position-wise: it takes blocks `[n, d]` at one position.
+
+    d_final is d, except where the modules behind the last layer merge several streams.
+    """
+
+    def __init__(
+        self, trace: Trace, hidden: Float[Tensor, " d"], value: Tensor, options: FreezeOptions | None = None
+    ) -> None:
+        self.module = trace.end.block.module
+        trace.check_weights(self.module)
+        self.name = trace.end.block.name
+        self.device = hidden.device
+        self._hidden, self._value, self._dtype = hidden.detach(), value.detach(), trace.dtype
+        self._options = options or trace.options
+
+    def _graph(self, collect: bool = False) -> tuple[Tensor, Tensor, Constants]:
+        """The norm's input and output `[1, 1, d]` on the linear path, and its constants."""
+        with frozen(self.module, self._options, self._dtype, name=self.name, collect=collect) as mode, torch.no_grad():
+            hidden = self._hidden[None, None].clone()
+            x = mode.enter(hidden, self._value[None, None].to(self._dtype).clone().requires_grad_())
+            return x, mode.live(self.module(hidden)), mode.constants
+
+    def value(self) -> Float[Tensor, " d_final"]:
+        """The frozen norm's output at the given hidden state."""
+        return self._graph()[1][0, 0].detach()
+
+    def vjp(self, cotangents: Float[Tensor, "n d_final"]) -> Float[Tensor, "n d"]:
+        """Pull a block of cotangents back through the norm."""
+        if not len(cotangents):
+            return cotangents.new_zeros(0, len(self._hidden))
+        x, y, _ = self._graph()
+        return batched_vjp(y, x, cotangents.to(self.device)[:, None, None])[:, 0, 0]
+
+    def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d_final"]:
+        """Push a block of tangents through the norm."""
+        if not len(tangents):
+            return tangents.new_zeros(0, len(self.value()))
+        x, y, _ = self._graph()
+        return batched_jvp(y, x)(tangents.to(self.device)[:, None, None])[:, 0, 0]
+
+    def constants(self) -> dict[str, Float[Tensor, " d_final"]]:
+        """What each of the norm's biases adds to its output."""
+        _, y, constants = self._graph(collect=True)
+        return push_constants(constants, y, lambda block: block[:, 0, 0])
+
+
+class OutputHeadLink:
+    """From `final` to the logits at one position: the output head, and what the model does around it."""
+
+    def __init__(self, trace: Trace, position: int) -> None:
+        self.name = "head"
+        trace.check_weights(trace.anatomy.head)
+        self._head = trace.head(position)
+        self.device = self._head.logits.device
+
+    def vjp(self, cotangents: Float[Tensor, "n V"]) -> Float[Tensor, "n d"]:
+        """Pull a block of cotangents over the vocabulary back to `final`."""
+        return batched_vjp(self._head.logits, self._head.final, cotangents.to(self.device))
+
+    def vjp_in_parts(self, cotangent: Float[Tensor, " V"]) -> Float[Tensor, " d"]:
+        """Pull one cotangent back, and return float64: a float32 sum over a whole vocabulary is off by 1e-5.
+
+        Cost: 16 columns through the head, which take about the time of one.
+        """
+        parts = cotangent.new_zeros(_HEAD_PARTS, len(cotangent))
+        for i in range(_HEAD_PARTS):
+            parts[i, i::_HEAD_PARTS] = cotangent[i::_HEAD_PARTS]
+        return self.vjp(parts).double().sum(0)
+
+    def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
+        """Push a block of tangents at `final` to the logits."""
+        return batched_jvp(self._head.logits, self._head.final)(tangents.to(self.device))
+
+    def constants(self) -> dict[str, Float[Tensor, " V"]]:
+        """What the head's biases add to the logits."""
+        return push_constants(self._head.constants, self._head.logits)
+
+
+class Readout:
+    """From the residual stream at a target's position to the target: nothing, the final norm, or norm and head.
+
+    Parameters
+    ----------
+    trace, options
+        The traced prompt, and what is frozen.
+    target, position, normed
+        The target; with `normed`, the final norm on top of a target before it.
+    """
+
+    def __init__(self, trace: Trace, options: FreezeOptions, target: Point, position: int, normed: bool) -> None:
+        self._trace, self._options, self._target, self._position = trace, options, target, position
+        self._has_norm = normed or target.kind in ("final", "logits")
+
+    @property
+    def width(self) -> int:
+        """d_out: d, that of `final`, or the size of the vocabulary."""
+        if self._target.kind == "logits":
+            return self._trace.stock_logits.shape[0]
+        return self._trace.final.shape[-1] if self._has_norm else self._trace.width
+
+    def vjp(self, cotangents: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d"]:
+        """Pull a block of cotangents from the target back to the residual stream."""
+        if self._target.kind == "logits":
+            cotangents = OutputHeadLink(self._trace, self._position).vjp(cotangents)
+        return self.norm().vjp(cotangents) if self._has_norm else cotangents
+
+    def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d_out"]:
+        """Push a block of tangents from the residual stream to the target."""
+        if self._has_norm:
+            tangents = self.norm().jvp(tangents)
+        return OutputHeadLink(self._trace, self._position).jvp(tangents) if self._target.kind == "logits" else tangents
+
+    def constants(self) -> dict[str, Float[Tensor, " d_out"]]:
+        """What the biases of the norm and the head add at the target, by their paths."""
+        found = self.norm().constants() if self._has_norm else {}
+        if self._target.kind != "logits":
+            return found
+        head = OutputHeadLink(self._trace, self._position)
+        return {name: head.jvp(added[None])[0] for name, added in found.items()} | head.constants()
+
+    def norm(self) -> NormLink:
+        """The final norm, frozen at the value that it has on top of the target."""
+        trace, end = self._trace, self._trace.end
+        if self._target.kind in ("final", "logits"):
+            return NormLink(trace, end.hidden[0, self._position], end.value[0, self._position], self._options)
+        value = trace.value(self._target)[self._position]
+        return NormLink(trace, value.to(end.hidden.dtype), value, self._options)

@@ -1,0 +1,159 @@
+"""The attention of an explicit layer: products with its values, frozen pattern and output matrix; no Q, no K.
+
+For a block X of vectors at positions s, with H heads that share H_kv value heads:
+
+    A(X)_t = C_post sum_h O_h sum_s P_h[t, s] V_h C_pre X_s
+
+C_pre and C_post are the frozen factors of the norms before and behind, P_h the frozen probabilities of head h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loclin.network.blocks import CausalBlock, Probe, Workspace, add_or_write
+from loclin.network.coefficients import LayerCoefficients
+
+
+class ExplicitAttention:
+    """Products with one layer's attention.
+
+    Parameters
+    ----------
+    v, o
+        (weight `[out, in]`, bias or None) of the values `[H_kv d_head, d]` and of the output matrix `[d, H d_head]`.
+    coefficients, workspace
+        As for `ExplicitLayer`.
+    """
+
+    def __init__(
+        self,
+        v: tuple[Tensor, Tensor | None],
+        o: tuple[Tensor, Tensor | None],
+        coefficients: LayerCoefficients,
+        workspace: Workspace,
+    ) -> None:
+        (self._v, self._v_bias), (self._o, self._o_bias) = v, o
+        self._before, self._behind = coefficients.attn_in, coefficients.attn_out
+        self._probs, self._workspace = coefficients.probs, workspace
+        self._heads = len(self._probs)
+        self._d_head = self._o.shape[1] // self._heads
+        self._kv = self._v.shape[0] // self._d_head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the products are done."""
+        return self._o.device
+
+    @property
+    def biased(self) -> bool:
+        """Whether V or O has a bias."""
+        return self._v_bias is not None or self._o_bias is not None
+
+    def vjp(self, cotangents: Tensor, active: slice, reached: slice) -> Float[Tensor, "S n d"]:
+        """Pull cotangents `[T, n, d]` at the active positions back to those reached, up to C_pre, which is left out."""
+        G = cotangents.to(self.device)
+        if self._behind is not None:
+            G = torch.mul(G, self._behind[active, None], out=self._buffer("scaled", *G.shape))
+        (length, n, d), heads, kv, d_head = G.shape, self._heads, self._kv, self._d_head
+        # O^T: [T n, d] -> [T n, H d_head]
+        by_position = torch.mm(G.reshape(-1, d), self._o, out=self._buffer("by_position", length * n, heads * d_head))
+        # [T, n, H_kv, H/H_kv, d_head] -> [H_kv, H/H_kv, T, n, d_head]
+        by_head = self._buffer("by_head", kv, heads // kv, length, n, d_head)
+        by_head.copy_(by_position.view(length, n, kv, -1, d_head).permute(2, 3, 0, 1, 4))
+        # P^T, summed over the heads that share a value head: [H_kv, H/H_kv T, S]^T [H_kv, H/H_kv T, n d_head]
+        probs = self._probs[:, active, reached].reshape(kv, -1, reached.stop - reached.start)
+        mixed = self._buffer("mixed", kv, probs.shape[-1], n * d_head)
+        torch.bmm(probs.transpose(1, 2), by_head.view(kv, -1, n * d_head), out=mixed)
+        # [H_kv, S, n, d_head] -> [S, n, H_kv, d_head]
+        values = self._buffer("values", probs.shape[-1], n, kv, d_head)
+        values.copy_(mixed.view(kv, -1, n, d_head).permute(1, 2, 0, 3))
+        # V^T: [S n, H_kv d_head] -> [S n, d]
+        pulled = self._buffer("pulled", probs.shape[-1] * n, d)
+        return torch.mm(values.view(-1, kv * d_head), self._v, out=pulled).view(-1, n, d)
+
+    def jvp(self, block: Tensor, start: int, wanted: slice, affine: bool = False) -> Float[Tensor, "W n d"]:
+        """Push a block `[S, n, d]` that begins at a position to the wanted ones; `affine` adds the biases."""
+        X = block.to(self.device)
+        (length, n, d), heads, kv, d_head = X.shape, self._heads, self._kv, self._d_head
+        reaching = slice(start, start + length)
+        if self._before is not None:
+            X = torch.mul(X, self._before[reaching, None], out=self._buffer("scaled", *X.shape))
+        # V: [S, n, d] -> [S, n, H_kv d_head] -> [H_kv, S, n, d_head]
+        values = nn.functional.linear(X, self._v, self._v_bias if affine else None)
+        by_head = self._buffer("by_head", kv, length, n, d_head)
+        by_head.copy_(values.view(length, n, kv, d_head).permute(2, 0, 1, 3))
+        # P: [H_kv, H/H_kv W, S] [H_kv, S, n d_head] -> [H_kv, H/H_kv W, n d_head]
+        probs = self._probs[:, wanted, reaching]
+        rows = probs.shape[1]
+        mixed = self._buffer("mixed", kv, heads // kv * rows, n * d_head)
+        torch.bmm(probs.reshape(kv, -1, length), by_head.view(kv, length, -1), out=mixed)
+        # [H, W, n, d_head] -> [W, n, H, d_head]
+        by_position = self._buffer("by_position", rows, n, heads, d_head)
+        by_position.copy_(mixed.view(heads, rows, n, d_head).permute(1, 2, 0, 3))
+        # O: [W n, H d_head] -> [W n, d]
+        if affine:
+            pushed = nn.functional.linear(by_position.view(rows, n, -1), self._o, self._o_bias)
+            return pushed if self._behind is None else pushed * self._behind[wanted, None]
+        pushed = torch.mm(by_position.view(rows * n, -1), self._o.T, out=self._buffer("pushed", rows * n, d))
+        pushed = pushed.view(rows, n, d)
+        return pushed if self._behind is None else pushed.mul_(self._behind[wanted, None])
+
+    def folding_pays(self, blocks: Sequence[CausalBlock], wanted: slice) -> bool:
+        """Whether folding the pattern into O (see `push_folded`) is cheaper, and not larger than the blocks."""
+        spans = [t - start + 1 for start, _ in blocks for t in range(max(start, wanted.start), wanted.stop)]
+        causal = not self._probs[:, wanted].triu(1 + wanted.start).any()
+        here = all(block.device == self.device for _, block in blocks)
+        return len(blocks) > 1 and causal and here and sum(spans) * self._kv <= 1.2 * len(spans) * self._heads
+
+    def push_folded(self, blocks: Sequence[CausalBlock], wanted: slice, add: bool, probe: Probe | None) -> None:
+        """Push blocks in place, with the pattern folded into O: F[t, s] = C_post sum_h P_h[t, s] O_h per value head.
+
+        No head is then moved in memory, and products go straight to the residual stream. With m positions from s to t
+        a product has m d_head H_kv inner dimensions instead of d_head H, so this is for short prompts.
+        """
+        d, width, first = len(self._o), self._kv * self._d_head, blocks[0].start
+        seen = range(first, wanted.stop)
+        folded = self._fold(first, wanted)
+        # V^T C_pre at each position: [S, d, H_kv d_head]
+        V = self._v.T if self._before is None else self._v.T * self._before[first : wanted.stop, :, None]
+        V = V.expand(len(seen), d, width)
+        for index, (start, block) in enumerate(blocks):
+            n, length = block.shape[1], len(block)
+            values = self._buffer("values", n, length, width)
+            for s in range(length):
+                torch.mm(block[s], V[start + s - first], out=values[:, s])
+            for t in range(max(wanted.start, start), wanted.stop):
+                # sum over s <= t: [n, (t - start + 1) H_kv d_head] [(t - start + 1) H_kv d_head, d]
+                inner = values.view(n, -1)[:, : (t - start + 1) * width]
+                matrix = folded[t - wanted.start, start - first : t - first + 1].view(-1, d)
+                stream = block[t - start]
+                if probe is not None and t == probe.position:
+                    pushed = torch.mm(inner, matrix, out=self._buffer("pushed", n, d))
+                    probe.record(index, "attn_out", slice(None), pushed)
+                    add_or_write(stream, pushed, add)
+                elif add:
+                    stream.addmm_(inner, matrix)
+                else:
+                    torch.mm(inner, matrix, out=stream)
+
+    def _fold(self, first: int, wanted: slice) -> Float[Tensor, "W S hd d"]:
+        """F[t, s]^T for the wanted positions t and all s from `first` on."""
+        heads, kv, d_head, d = self._heads, self._kv, self._d_head, len(self._o)
+        # [d, H_kv, H/H_kv, d_head] -> [H_kv, H/H_kv, d_head d]
+        outputs = self._o.view(d, kv, -1, d_head).permute(1, 2, 3, 0).reshape(kv, heads // kv, d_head * d)
+        probs = self._probs[:, wanted, first : wanted.stop]
+        rows, length = probs.shape[1:]
+        probs = probs.reshape(kv, -1, rows * length)
+        folded = self._buffer("mixing", rows * length, kv, d_head * d)
+        for group in range(kv):  # sum over h: [W S, H/H_kv] [H/H_kv, d_head d]
+            torch.mm(probs[group].T, outputs[group], out=folded[:, group])
+        folded = folded.view(rows, length, kv * d_head, d)
+        return folded if self._behind is None else folded.mul_(self._behind[wanted, None, None])
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        return self._workspace(name, self._o, *shape)

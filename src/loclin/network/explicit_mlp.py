@@ -1,0 +1,186 @@
+"""The MLP of an explicit layer: one matrix for each position, applied through its factors or formed.
+
+With frozen factors a of the up and the gate branch `[T, f]`, and C_pre, C_post of the norms before and behind, the MLP
+at position t is the matrix
+
+    M_t = C_post W_down (diag(a_up[t]) W_up + diag(a_gate[t]) W_gate) C_pre
+
+Pushing n columns through its factors costs 4 n d f flops; forming M_t once costs 2 d^2 f and applying it 2 n d^2. From
+about n = 0.6 d on forming is cheaper, and there is nothing element-wise left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loclin.network.blocks import (
+    CausalBlock,
+    Probe,
+    Workspace,
+    add_or_write,
+    contiguous_view,
+    position_groups,
+)
+from loclin.network.coefficients import LayerCoefficients
+
+_FORMED_NUMBERS = 5_000_000
+"""Numbers of the matrices that are formed at once: they stay in the processor's cache."""
+_FORMED_NUMBERS_ACCELERATOR = 2**28
+_ROWS = 4096
+"""Rows that go through the factors at a time."""
+
+
+class ExplicitMLP:
+    """Products with one layer's MLP.
+
+    Parameters
+    ----------
+    up, gate, down
+        (weight `[out, in]`, bias or None) of each matrix: `[f, d]`, `[f, d]` and `[d, f]`.
+    coefficients, workspace
+        As for `ExplicitLayer`.
+    """
+
+    def __init__(
+        self,
+        up: tuple[Tensor, Tensor | None],
+        gate: tuple[Tensor, Tensor | None],
+        down: tuple[Tensor, Tensor | None],
+        coefficients: LayerCoefficients,
+        workspace: Workspace,
+    ) -> None:
+        self._down, self._down_bias = down
+        self._biases = (up[1], gate[1], down[1])
+        self._before, self._behind = coefficients.mlp_in, coefficients.mlp_out
+        self._branches = [
+            (factors, weight, bias)
+            for factors, (weight, bias) in ((coefficients.up, up), (coefficients.gate, gate))
+            if factors is not None
+        ]
+        """(a `[T, f]`, W `[f, d]`, bias) of the branches through which something flows."""
+        self._workspace = workspace
+
+    @property
+    def device(self) -> torch.device:
+        """Where the products are done."""
+        return self._down.device
+
+    @property
+    def biased(self) -> bool:
+        """Whether any matrix has a bias."""
+        return any(bias is not None for bias in self._biases)
+
+    def forms_matrices(self, columns: int) -> bool:
+        """Whether forming the positions' matrices is cheaper than their factors, for so many columns."""
+        d, f = self._down.shape
+        return columns * (2 * f - d) > d * f
+
+    def vjp(self, block: Float[Tensor, "T n d"], positions: slice, add: bool) -> None:
+        """Pull a block back through the MLP at some positions, in place: added to the block with `add`, or instead."""
+        columns = block.shape[1]
+        formed = self.forms_matrices(columns)
+        for group in self._groups(positions, columns, formed):
+            source = block[group]
+            if formed:
+                out = self._buffer("moved", *source.shape)
+                moved = torch.bmm(source.to(self.device), self._form(group), out=out)
+            else:
+                moved = self._pull_through_factors(source, group)
+            add_or_write(source, moved, add)
+
+    def jvp(self, blocks: Sequence[CausalBlock], positions: slice, add: bool, probe: Probe | None) -> None:
+        """Push blocks through the MLP at some positions, in place; formed matrices serve all blocks."""
+        columns = sum(block.shape[1] for _, block in blocks)
+        formed = self.forms_matrices(columns)
+        for group in self._groups(positions, columns, formed):
+            matrices = self._form(group) if formed else None
+            if matrices is not None and self._push_all_at_once(matrices, blocks, group, add, probe):
+                continue
+            for index, (start, block) in enumerate(blocks):
+                own = slice(max(group.start, start), group.stop)
+                if own.start >= own.stop:
+                    continue
+                source = block[own.start - start : own.stop - start]
+                if matrices is None:
+                    moved = self.push_through_factors(source, own)
+                else:
+                    some, out = matrices[own.start - group.start :], self._buffer("moved", *source.shape)
+                    moved = torch.bmm(source.to(self.device), some.mT, out=out)
+                if probe is not None and own.start <= probe.position < own.stop:
+                    probe.record(index, "mlp_out", slice(None), moved[probe.position - own.start])
+                add_or_write(source, moved, add)
+
+    def push_through_factors(self, source: Tensor, group: slice, affine: bool = False) -> Float[Tensor, "g n d"]:
+        """Push `[g, n, d]` at a group of positions through the factors; with `affine` biases are added."""
+        source = source.to(self.device)
+        if self._before is not None:
+            source = source * self._before[group, None]
+        live = [
+            nn.functional.linear(source, weight, bias if affine else None).mul_(factors[group, None])
+            for factors, weight, bias in self._branches
+        ]
+        inner = live[0] if len(live) == 1 else live[0] + live[1]
+        moved = nn.functional.linear(inner, self._down, self._down_bias if affine else None)
+        return moved if self._behind is None else moved.mul_(self._behind[group, None])
+
+    def _pull_through_factors(self, source: Tensor, group: slice) -> Float[Tensor, "g n d"]:
+        source = source.to(self.device)
+        if self._behind is not None:
+            source = source * self._behind[group, None]
+        inner = source @ self._down  # W_down^T: [g, n, d] -> [g, n, f]
+        moved = torch.zeros_like(source)
+        for factors, weight, _ in self._branches:
+            moved += (inner * factors[group, None]) @ weight
+        return moved if self._before is None else moved.mul_(self._before[group, None])
+
+    def _push_all_at_once(
+        self, matrices: Tensor, blocks: Sequence[CausalBlock], group: slice, add: bool, probe: Probe | None
+    ) -> bool:
+        """Push all blocks through each position's matrix in one product, which is faster, if their memory allows it."""
+        reached = [[i for i, (start, _) in enumerate(blocks) if start <= t] for t in range(group.start, group.stop)]
+        joined = [
+            contiguous_view([blocks[i].block[t - blocks[i].start] for i in some]) if some else None
+            for t, some in enumerate(reached, group.start)
+        ]
+        if any(source is None or source.device != self.device for source in joined):
+            return False
+        for t, some, source, matrix in zip(range(group.start, group.stop), reached, joined, matrices, strict=True):
+            assert source is not None
+            moved = torch.mm(source, matrix.T, out=self._buffer("moved", *source.shape))
+            if probe is not None and t == probe.position:
+                for i, part in zip(some, moved.chunk(len(some)), strict=True):
+                    probe.record(i, "mlp_out", slice(None), part)
+            add_or_write(source, moved, add)
+        return True
+
+    def _groups(self, positions: slice, columns: int, formed: bool) -> list[slice]:
+        """The positions that are done at a time."""
+        if not formed:
+            return position_groups(positions, max(1, _ROWS // columns))
+        d, f = self._down.shape
+        numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
+        return position_groups(positions, max(1, numbers // (d * (d + f)) // 2 * 2))  # odd would leave a core idle
+
+    def _form(self, group: slice) -> Float[Tensor, "g d d"]:
+        """M_t for a group of positions; the identity of the residual stream is added behind it, which rounds less."""
+        d, f = self._down.shape
+        g = group.stop - group.start
+        matrices = self._buffer("maps", g * d, d)
+        for i, (factors, weight, _) in enumerate(self._branches):
+            # (W_down diag(a)) W: [g d, f] [f, d]
+            inner = torch.mul(factors[group, None], self._down, out=self._buffer("inner", g, d, f)).view(g * d, f)
+            if i:
+                matrices.addmm_(inner, weight)
+            else:
+                torch.mm(inner, weight, out=matrices)
+        matrices = matrices.view(g, d, d)
+        if self._before is not None:
+            matrices.mul_(self._before[group, None])
+        return matrices if self._behind is None else matrices.mul_(self._behind[group, :, None])
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        return self._workspace(name, self._down, *shape)

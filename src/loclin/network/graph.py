@@ -1,0 +1,117 @@
+"""Autograd graphs of a layer, or of the whole network, on the linear path: what generic products differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from loclin.common.brief import brief
+from loclin.errors import ModelError
+from loclin.freeze import FreezeOptions, frozen
+from loclin.models.forward import hidden_input, hidden_output, hooked, logits_at
+from loclin.network.autograd import Constants, depends_on
+from loclin.network.trace import Trace, agrees
+
+
+@dataclass
+class Graph:
+    """The linearised values of a layer at its points, with their graph.
+
+    Attributes
+    ----------
+    points
+        The linearised value `[1, T, d]` at each of the layer's points; `resid_pre` is a leaf.
+    attn_shift
+        A zero `[1, T, d]` that is added to the attention's output. Moving it moves `resid_mid` and nothing before it,
+        so it is the leaf for sources between attention and MLP.
+    constants
+        The biases and other constants inside, as leaves; empty unless they were collected.
+    lookups
+        The names of those constants `[1, T, ...]` that belong to the tokens: rows of a table other than the input
+        embeddings.
+    """
+
+    points: dict[str, Tensor]
+    attn_shift: Tensor
+    constants: Constants
+    lookups: frozenset[str] = frozenset()
+
+    __repr__ = brief
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP reads the layer's input, beside the attention, and not what the attention adds to it."""
+        mlp = self.points.get("mlp_out")
+        return mlp is not None and mlp.requires_grad and not depends_on(mlp, self.attn_shift)
+
+    def source(self, kind: str) -> Tensor:
+        """The leaf of a source point, `resid_pre` or `resid_mid`."""
+        return self.points["resid_pre"] if kind == "resid_pre" else self.attn_shift
+
+    def constants_from(self, kind: str) -> Constants:
+        """The constants that are added behind a source point, `resid_pre` or `resid_mid`."""
+        if kind == "resid_pre":
+            return self.constants
+        return [(name, leaf) for name, leaf in self.constants if self.is_behind_attention(leaf)]
+
+    def is_behind_attention(self, constant: Tensor) -> bool:
+        """Whether a constant is added behind the attention, so that `resid_mid` does not contain it yet."""
+        return not depends_on(self.points["resid_mid"], constant)
+
+
+def hook_input(trace: Trace, enter: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `enter` with the network's input: what enters the first layer, or what the embeddings return."""
+    if trace.sequence.fallback_reason is not None:
+        embeddings = trace.model.hf.get_input_embeddings()
+        return embeddings.register_forward_hook(lambda _m, _a, output: enter(output))
+    return trace.layers[0].block.module.register_forward_pre_hook(
+        lambda _m, args, kwargs: enter(hidden_input(args, kwargs)), with_kwargs=True
+    )
+
+
+def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -> Graph:
+    """The graph of the whole network from the embeddings to `final`, as one layer.
+
+    Cost: two forward passes. Memory: every layer's graph at once.
+    """
+    model, points, rerun = trace.model, dict[str, Tensor](), dict[str, Tensor]()
+    trace.check_weights(model.hf)
+    x = trace.layers[0].value.detach().clone().requires_grad_()
+    with frozen(model.hf, options, trace.dtype, collect=collect) as mode, torch.no_grad():
+
+        def enter(hidden: Tensor) -> None:
+            if "resid_pre" not in points:
+                points["resid_pre"] = mode.enter(hidden, x)
+
+        def leave(_module: nn.Module, _args: object, output: object) -> None:
+            points["resid_post"] = mode.live(hidden_output(output))
+            rerun["final"] = hidden_output(output)
+            mode.collect = False
+
+        handles = [hook_input(trace, enter), trace.sequence.exit.register_forward_hook(leave)]
+        handles += mode.look_up(trace.input_ids, model.hf.get_input_embeddings())
+        with hooked(handles):
+            logits_at(model, trace.input_ids, trace.length - 1)
+    check_reproduced(trace, rerun["final"], trace.stock_final, "the model")
+    lookups = frozenset(name for name, _ in mode.lookups.values())
+    return Graph(points, torch.zeros_like(x, requires_grad=True), mode.constants, lookups)
+
+
+def check_reproduced(trace: Trace, rerun: Tensor, traced: Tensor, name: str) -> None:
+    """Refuse a part of the model whose output is not what it was when the prompt was linearized.
+
+    Raises
+    ------
+    ModelError
+        Naming the part.
+    """
+    if not trace.random and not agrees(rerun, traced, trace.options.precision == "double"):
+        raise ModelError(
+            f"{trace.model.info.name}: {name} no longer gives what it gave when the prompt was linearized: its weights "
+            "or a state that it keeps have changed; linearize the prompt again",
+            name,
+        )

@@ -1,0 +1,230 @@
+"""Trace a prompt: run the model once as it is, and once frozen, and remember the frozen pass."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from loclin.common.surroundings import eager_code, in_plain_torch
+from loclin.errors import ModelError
+from loclin.freeze import FreezeOptions, Frozen, frozen
+from loclin.models.forward import hidden_input, hidden_output
+from loclin.models.model import Model
+from loclin.models.snapshot import Snapshot
+from loclin.network.anatomy import Anatomy, find_anatomy
+from loclin.network.reader import ExplicitLayers
+from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
+from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits
+
+
+class _NotASequenceError(Exception):
+    """The blocks take more from the embeddings than the hidden state; says which."""
+
+
+@in_plain_torch
+def trace_prompt(model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, keep: int = 0) -> Trace:
+    """Run the model twice, as it is and frozen, and remember the frozen pass.
+
+    Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks,
+    L T d more where the linear path has another dtype, and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T)
+    numbers are all of them. While it runs, one layer's activations twice, and about four times `[H, T, T]`.
+
+    Raises
+    ------
+    ModelError
+        When nothing connects the embeddings to the logits that loclin can follow, or the weights change meanwhile.
+    """
+    own, before = model.hf, Snapshot(model.hf)
+    model = model.replicate()
+    _refuse_hooks(model)
+    anatomy = find_anatomy(model.hf)
+    input_ids = input_ids.to(model.device, copy=True)  # a copy: the caller's may be changed, or of inference mode
+    with torch.no_grad():
+        with eager_code():
+            sequence = find_sequence(model, anatomy, input_ids)
+        changed = before.changed_itself(own)
+        if changed:
+            raise ModelError(
+                f"{model.info.name}: its weights changed while it ran ({changed[0]}), by another thread that trains "
+                "it, or by its own forward pass; linearize a model whose weights do not change",
+                changed[0],
+            )
+        weights = Snapshot(model.hf)
+        try:
+            found = _record(model, weights, anatomy, sequence, input_ids, options, keep)
+        except _NotASequenceError as why:
+            one_block = as_one_block(sequence, model, anatomy, str(why))
+            found = _record(model, weights, anatomy, one_block, input_ids, options, keep)
+    found.check_weights(model.hf)
+    return found
+
+
+def _refuse_hooks(model: Model) -> None:
+    """Refuse a model with hooks on it that say of themselves why they cannot be part of a map."""
+    for module in model.hf.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            why = getattr(getattr(hook, "__self__", None), "why_not_linearized", None)
+            if why is not None:
+                raise ModelError(f"{model.info.name} {why}")
+
+
+class _Attention:
+    """What is remembered of the attention probabilities `[1, H, T, T]` of a pass."""
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+        self._looks_ahead: list[Tensor] = []
+
+    def keep(self, probs: Tensor) -> Tensor:
+        """Remember a layer's probabilities until they are taken; returns how much attention each token receives."""
+        self.last = probs
+        self._looks_ahead.append(probs.triu(1).any().cpu())
+        return _received(probs)
+
+    def take(self) -> Tensor | None:
+        """The last layer's probabilities, which are forgotten."""
+        probs, self.last = self.last, None
+        return probs
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token attended to a later one."""
+        return not any(self._looks_ahead)
+
+
+class _Recorder:
+    """Hooks that remember how each block is called, and what it gives, while a frozen pass runs."""
+
+    def __init__(
+        self, mode: Frozen, model: Model, sequence: BlockSequence, explicit: ExplicitLayers, attention: _Attention
+    ) -> None:
+        self._mode, self._model, self._sequence = mode, model, sequence
+        self._explicit, self._attention = explicit, attention
+        self._keeps = mode.options.keeps_stock(sequence.dtype)
+        self._entered: Tensor | None = None
+        self.calls: list[BlockCall] = []
+        self.attn_out: list[Tensor | None] = []
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def put_on(self, stack: ExitStack) -> None:
+        """Put the hooks on the model until the stack is closed."""
+        model, sequence = self._model, self._sequence
+
+        def attach(handle: RemovableHandle) -> None:
+            stack.callback(handle.remove)
+
+        for module in model.hf.modules():
+            attach(self._mode.watch(module))
+        if sequence.fallback_reason is not None:
+            attach(model.hf.get_input_embeddings().register_forward_hook(self._leave_embeddings))
+        for handle in self._explicit.hooks():
+            attach(handle)
+        for module in dict.fromkeys(block.module for block in sequence.blocks):
+            attach(module.register_forward_pre_hook(self._enter_block, with_kwargs=True))
+            attach(module.register_forward_hook(self._leave_block))
+        attended = (b.module.get_submodule(b.sublayers.attn) for b in sequence.blocks if b.sublayers.attn)
+        for module in dict.fromkeys(attended):
+            attach(module.register_forward_hook(self._leave_attention))
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        """The frozen network's value of a tensor, out of any graph."""
+        with self._mode.paused():  # what is remembered needs no linearised value of its own
+            return (tensor if self._keeps else self._mode.live(tensor)).detach().to(self._mode.dtype)
+
+    def _both_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of a hidden state in the model and in the frozen network; one copy where they are the same."""
+        with self._mode.paused():
+            stock = hidden.detach().clone()
+        return stock, stock if self._keeps and stock.dtype == self._mode.dtype else self._value(hidden).clone()
+
+    def _leave_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        if not self.calls:
+            self._mode.enter(output)
+            whole = Block(self._model.hf, "model", Sublayers())
+            self.calls.append(BlockCall(whole, *self._both_values(output)))
+            self.attn_out.append(None)
+
+    def _enter_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = hidden_input(args, kwargs)
+        rest = {name: item for name, item in kwargs.items() if name != "hidden_states"}
+        if not self.calls:
+            self._mode.enter(hidden)
+        block = self._sequence.blocks[len(self.calls)]
+        if self._mode.depends((*args[1:], *rest.values())):
+            raise _NotASequenceError(f"{block.name} takes more from the embeddings than its hidden state")
+        self.calls.append(BlockCall(block, *self._both_values(hidden), args[1:], rest))
+        self.attn_out.append(None)
+        self._entered = self._mode.live(hidden).detach()
+
+    def _leave_attention(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.attn_out[-1] = self._value(hidden_output(output))
+
+    def _leave_block(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = hidden_output(output)
+        self.last = hidden.detach(), self._value(hidden)
+        if self._sequence.fallback_reason is None:
+            assert self._entered is not None
+            y = self._mode.live(hidden)
+            self._explicit.collect(len(self.calls) - 1, self._entered, y, self._attention.take())
+
+
+def _record(
+    model: Model,
+    weights: Snapshot,
+    anatomy: Anatomy,
+    sequence: BlockSequence,
+    input_ids: Tensor,
+    options: FreezeOptions,
+    keep: int,
+) -> Trace:
+    dtype, length, attention = options.dtype(sequence.dtype), input_ids.shape[1], _Attention()
+    with frozen(model.hf, options, dtype, keep=attention.keep) as mode, ExitStack() as stack:
+        explicit = ExplicitLayers(mode, sequence, anatomy, keep)
+        recorder = _Recorder(mode, model, sequence, explicit, attention)
+        recorder.put_on(stack)
+        head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+    calls, last = recorder.calls, recorder.last
+    if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape != final.shape):
+        entry = f"are {list(calls[0].hidden.shape)}" if calls else "are not used"
+        raise ModelError(
+            f"{model.info.name}: loclin cannot follow the hidden state from the embeddings to "
+            f"{type(sequence.exit).__name__}: the embeddings {entry}, and its output is {list(final.shape)}",
+            type(sequence.exit).__name__,
+        )
+    end = Block(nn.Sequential(*sequence.tail), "final_norm", Sublayers())
+    repeated = ((stock_final, sequence.final), (head.stock, sequence.logits))
+    received = [share.cpu() for share in mode.probabilities.values() if share.shape == (length,)]
+    return Trace(
+        model=model,
+        weights=weights,
+        anatomy=anatomy,
+        sequence=sequence,
+        options=options,
+        input_ids=input_ids,
+        layers=calls,
+        attn_out=recorder.attn_out,
+        end=BlockCall(end, *((stock_final, final) if sequence.fallback_reason is not None or last is None else last)),
+        final=final,
+        stock_final=sequence.final,
+        stock_logits=sequence.logits,
+        bit_identical=all(torch.equal(rerun, before) for rerun, before in repeated),
+        random=not all(agrees(rerun, before, options.precision == "double") for rerun, before in repeated),
+        attention_received=torch.stack(received).mean(0) if received else torch.zeros(length),
+        nonlinear_uses=tuple(mode.nonlinear_uses),
+        explicit=tuple(explicit.exact),
+        coefficients=tuple(explicit.kept),
+        biased=tuple(explicit.biased),
+        causal=attention.causal,
+        _heads={length - 1: head},
+    )
+
+
+def _received(probs: Tensor) -> Tensor:
+    """The mean attention `[T]` that later queries give to each token; 0 for the last, which has none."""
+    later = torch.arange(probs.shape[-1] - 1, -1, -1, device=probs.device).clamp_min(1)
+    return (probs.float().tril(-1).sum(-2) / later).mean((0, 1))

@@ -1,0 +1,278 @@
+"""The order in which the hidden state passes through a model's blocks, and what follows them. Found by watching.
+
+Nothing here knows families. One ordinary forward pass shows which of the decoder's blocks are called and in what order,
+what each block's sublayers add to the residual stream, and which modules (the final norm) come behind the last block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from loclin.common.brief import brief
+from loclin.errors import ModelError
+from loclin.models.forward import hidden_input, hidden_output, hooked, logits_at
+from loclin.models.model import Model
+from loclin.network.anatomy import Anatomy
+
+_SUM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_MLP_WORDS = ("mlp", "ffn", "ff", "feed", "moe", "expert", "fc")
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """Paths, from a block, of the modules whose outputs are added to the residual stream; None where there is none.
+
+    Where a norm or a scale follows the attention or the MLP, it is the path of that norm.
+    """
+
+    attn: str | None = None
+    mlp: str | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One call of a decoder block."""
+
+    module: nn.Module
+    name: str
+    sublayers: Sublayers
+
+    __repr__ = brief
+
+
+@dataclass
+class BlockSequence:
+    """What an ordinary forward pass showed.
+
+    Attributes
+    ----------
+    blocks
+        The decoder blocks, in the order of their calls.
+    tail
+        The modules behind the last block, each taking the output of the one before: the final norm, as a rule.
+    final
+        The tail's output `[1, T, d]`: the final hidden state.
+    logits
+        The model's logits at the last position `[V]`.
+    fallback_reason
+        None; or, where the blocks do not pass the hidden state straight to one another, why. The network is then taken
+        as one block.
+    exit
+        The module whose output `final` is.
+    decoded
+        The decoder's output, where it is one vector per token: `final`, if the network is taken as one block.
+    dtype
+        The dtype that the model rounds to: the coarsest of its weights and its final hidden state.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    tail: list[nn.Module] = field(default_factory=list)
+    final: Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    fallback_reason: str | None = None
+    exit: nn.Module = field(default_factory=nn.Identity)
+    decoded: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    __repr__ = brief
+
+
+def find_sequence(model: Model, anatomy: Anatomy, input_ids: Tensor) -> BlockSequence:
+    """Watch one ordinary forward pass. Cost: the pass.
+
+    Raises
+    ------
+    ModelError
+        When not even the decoder's output can be found; when the model's own values are not finite.
+    """
+    watcher = _Watcher(model, anatomy, input_ids.shape[1])
+    with torch.no_grad(), hooked(watcher.hooks()):
+        try:
+            logits = logits_at(model, input_ids, input_ids.shape[1] - 1)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
+            what = str(fault).partition("\n")[0]
+            raise ModelError(f"{model.info.name}: the model's own forward pass fails: {what}", "forward") from fault
+    final = watcher.current if isinstance(watcher.current, Tensor) else logits
+    dtype = _coarsest_dtype(model, logits, final)
+    _refuse_overflow(model, watcher, logits, dtype)
+    blocks, tail, reason = watcher.blocks, watcher.tail, watcher.fallback_reason()
+    leaves = tail[-1] if tail else (blocks[-1].module if blocks else anatomy.decoder)
+    found = BlockSequence(blocks, tail, final, logits, reason, leaves, watcher.decoded, dtype)
+    return found if reason is None else as_one_block(found, model, anatomy, reason)
+
+
+def as_one_block(sequence: BlockSequence, model: Model, anatomy: Anatomy, reason: str) -> BlockSequence:
+    """The same sequence with everything from the embeddings to the decoder's output as one block.
+
+    Raises
+    ------
+    ModelError
+        When the decoder's output is not one vector per token.
+    """
+    if sequence.decoded is None:
+        kind = type(anatomy.decoder).__name__
+        raise ModelError(
+            f"{model.info.name}: loclin cannot follow the hidden state through {kind}, because {reason}, and its "
+            "output is not one vector per token",
+            kind,
+        )
+    return BlockSequence([], [], sequence.decoded, sequence.logits, reason, anatomy.decoder, dtype=sequence.dtype)
+
+
+def _coarsest_dtype(model: Model, *values: Tensor) -> torch.dtype:
+    """The dtype with the coarsest rounding among the weights and some values.
+
+    A half-precision model may keep its residual stream in float32. In stored formats of 8 bits nothing is computed.
+    """
+    dtypes = {tensor.dtype for tensor in (*model.hf.parameters(), *values) if tensor.is_floating_point()}
+    return max((dtype for dtype in dtypes if dtype.itemsize > 1), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _refuse_overflow(model: Model, watcher: _Watcher, logits: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a model whose own values are not finite, and say where they begin: no coefficient can be made of them.
+
+    Logits of minus infinity are allowed: some models rule tokens out in that way.
+    """
+    if watcher.overflowed is None and not (logits.isnan() | logits.isposinf()).any():
+        return
+    place, module = watcher.overflowed or ("behind the last layer", model.hf)
+    path = next(path for path, known in model.hf.named_modules() if known is module)
+    kind = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16:
+        fault = f"overflows {kind} {place} (its first value that is not finite); use dtype bfloat16 or float32"
+    else:
+        fault = f"is not finite in {kind}, first {place}, by its own forward pass; use a wider dtype, or other weights"
+    raise ModelError(f"{model.info.name} {fault}", path)
+
+
+class _Watcher:
+    """Hooks that follow the hidden state.
+
+    Attributes
+    ----------
+    blocks, tail, decoded
+        As in `BlockSequence`, as far as the pass has come.
+    current
+        The hidden state that left the last block, or the last module of the tail.
+    overflowed
+        Where the first value was that is not finite, in words, and the module.
+    """
+
+    def __init__(self, model: Model, anatomy: Anatomy, length: int) -> None:
+        self._model, self._anatomy, self._length = model, anatomy, length
+        self._names = {module: name for name, module in model.hf.named_modules()}
+        self._interruption: str | None = None
+        self._block_input: Tensor = torch.empty(0)
+        self._outputs: dict[str, Tensor] = {}
+        self._running_tail: nn.Module | None = None
+        self.blocks: list[Block] = []
+        self.tail: list[nn.Module] = []
+        self.current: Any = None
+        self.decoded: Tensor | None = None
+        self.overflowed: tuple[str, nn.Module] | None = None
+
+    def fallback_reason(self) -> str | None:
+        """Why the blocks do not pass the hidden state straight to one another; None where they do."""
+        if self._interruption or not self.blocks:
+            return self._interruption or "it has no list of blocks"
+        if not self._is_stream(self.current):
+            return "what leaves its blocks is not one vector per token"
+        return None
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hook the decoder, its blocks, their sublayers, and every module outside the blocks."""
+        anatomy = self._anatomy
+        inner = {module for layer in anatomy.layers for module in layer.modules()}
+        yield anatomy.decoder.register_forward_hook(self._leave_decoder)
+        for layer in anatomy.layers:
+            yield layer.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+            yield layer.register_forward_hook(self._leave_block)
+            for path, part in layer.named_modules():
+                if path and path.count(".") < 2:
+                    yield part.register_forward_hook(self._leave_sublayer(path))
+        for module in self._model.hf.modules():
+            if module not in inner and module is not anatomy.head:
+                yield module.register_forward_pre_hook(self._enter_tail, with_kwargs=True)
+                yield module.register_forward_hook(self._leave_tail)
+
+    def _is_stream(self, hidden: Any) -> bool:
+        """Whether something is one vector per token, `[1, T, d]`."""
+        return isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == (1, self._length)
+
+    def _note_overflow(self, values: Any, place: str, module: nn.Module) -> None:
+        """Remember where the first values are that are not finite."""
+        if self.overflowed is None and isinstance(values, Tensor) and not values.isfinite().all():
+            self.overflowed = place, module
+
+    def _enter_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = hidden_input(args, kwargs)
+        if not self.blocks:
+            self._note_overflow(hidden, "in the embeddings", self._model.hf.get_input_embeddings())
+        if not self._is_stream(hidden):
+            self._interruption = f"{self._names[module]} does not take one vector per token"
+        elif self.blocks and not (hidden.shape == self.current.shape and torch.equal(hidden, self.current)):
+            self._interruption = f"what enters {self._names[module]} is not what left the block before it"
+        else:
+            self._block_input = hidden
+        self._outputs, self.tail, self._running_tail = {}, [], None
+
+    def _leave_sublayer(self, path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            out = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) and output else None
+            if isinstance(out, Tensor) and out.shape == self._block_input.shape:
+                # a copy: it may be added to in place
+                self._outputs.setdefault(path, out[0, -1].to(torch.float64, copy=True))
+
+        return hook
+
+    def _leave_block(self, module: nn.Module, _args: Any, output: Any) -> None:
+        self.current = hidden_output(output)
+        self._note_overflow(self.current, f"in layer {len(self.blocks)}", module)
+        found = Sublayers()
+        if self._interruption is None and self._is_stream(self.current):
+            added = self.current[0, -1].double() - self._block_input[0, -1].double()
+            found = _find_addends(self._outputs, added, _SUM_TOLERANCE.get(self.current.dtype, 1e-1))
+        self.blocks.append(Block(module, self._names[module], found))
+
+    def _enter_tail(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        only_input = not any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values()))
+        if self.blocks and self._running_tail is None and args and args[0] is self.current and only_input:
+            self._running_tail = module
+
+    def _leave_tail(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if self._running_tail is module:
+            self._running_tail = None
+            if self._is_stream(output):
+                self.tail.append(module)
+                self.current = output
+
+    def _leave_decoder(self, module: nn.Module, _args: Any, output: Any) -> None:
+        out = hidden_output(output)
+        self._note_overflow(out, "behind the last layer", module)
+        self.decoded = out if self._is_stream(out) else None
+
+
+def _find_addends(outputs: dict[str, Tensor], added: Tensor, tolerance: float) -> Sublayers:
+    """Which one or two modules' outputs sum to what a block adds; the outermost where several give the same."""
+    paths = sorted(outputs, key=lambda path: (path.count("."), "drop" in path))
+    order = {path: index for index, path in enumerate(outputs)}
+    limit = tolerance * added.norm()
+    for one in paths:
+        if (outputs[one] - added).norm() <= limit:
+            return Sublayers(mlp=one) if _looks_like_mlp(one) else Sublayers(attn=one)
+    for pair in combinations(paths, 2):
+        if (outputs[pair[0]] + outputs[pair[1]] - added).norm() <= limit:
+            attn, mlp = sorted(pair, key=lambda path: (_looks_like_mlp(path), order[path]))
+            return Sublayers(attn, mlp)
+    return Sublayers()
+
+
+def _looks_like_mlp(path: str) -> bool:
+    return any(word in path.lower() for word in _MLP_WORDS)

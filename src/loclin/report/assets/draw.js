@@ -1,0 +1,1 @@
+draw(JSON.parse(byId("data").textContent).figures);

@@ -1,0 +1,96 @@
+"""What was run: the one place that reads a result's model, settings and provenance for a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rich.text import Text
+
+from loclin.common.brief import brief
+from loclin.report.text import gate_note, plain
+
+_UNSAID = ("versions", "token_ids", "model", "certificate", "text", "tokens", "positions")
+"""What is too long for a list of facts, or is said elsewhere."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which model and options a result is of.
+
+    Attributes
+    ----------
+    model
+        As `ModelInfo.to_dict()` gives it; nothing where it is not known.
+    options
+        Everything that was chosen, by name.
+    versions
+        Of what the numbers depend on.
+    more
+        What a terminal's line says besides.
+    """
+
+    model: Mapping[str, Any]
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    more: tuple[str, ...] = ()
+
+    __repr__ = brief
+
+    @property
+    def gate(self) -> str:
+        """Say which of several exact sets of numbers is shown."""
+        return gate_note(self.options.get("gate"))
+
+    @property
+    def ends(self) -> str:
+        """The map's ends."""
+        return f"{self.options.get('source')} → {self.options.get('target')}"
+
+    @property
+    def line(self) -> Text:
+        """All that matters, in a line."""
+        used, stored = self.model.get("dtype", ""), self.model.get("stored_dtype", "")
+        named = (f"{n} {self.options[n]}" for n in ("gate", "precision", "position") if self.options.get(n) is not None)
+        facts = [
+            str(self.model.get("name", "")),
+            str(used) if stored in ("", used) else f"{used} (stored as {stored})",
+            *named,
+            *self.more,
+            " ".join(f"{name} {version}" for name, version in self.versions.items()),
+        ]
+        return Text(" · ".join(plain(fact) for fact in facts if fact), "dim")
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """All of it, by name."""
+        model = {f"model {name}": value for name, value in self.model.items()}
+        plain = {name: value for name, value in self.options.items() if name not in _UNSAID}
+        known = model | plain | dict(self.versions)
+        return {str(name): str(value) for name, value in known.items() if value is not None}
+
+
+def run_of(result: Any, *more: str) -> Run | None:
+    """Find out what a result is of; None where it does not say."""
+    settings, known = getattr(result, "settings", {}), result.provenance
+    if known is None:
+        versions = getattr(result, "versions", None)
+        return None if versions is None else Run(settings.get("model", {}), settings, versions, more)
+    options = {field.name: getattr(known, field.name) for field in fields(known)} | settings
+    return Run(known.model.to_dict(), options, known.versions, more)
+
+
+def prompt(result: Any) -> str:
+    """Give a result's prompt; nothing where it has none."""
+    return "" if result.provenance is None else str(result.provenance.text)
+
+
+def tokens(result: Any) -> list[str]:
+    """Give the prompt's tokens as they are shown; none where they are not known."""
+    return [] if result.provenance is None else list(result.provenance.tokens)
+
+
+def position(result: Any) -> int:
+    """Give the token after which the prediction is explained."""
+    return int(result.provenance.position)

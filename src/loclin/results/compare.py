@@ -1,0 +1,109 @@
+"""The differences between two results of one kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loclin.common.brief import brief
+from loclin.common.surroundings import in_plain_torch
+from loclin.errors import OptionError
+from loclin.results.provenance import Provenance
+from loclin.results.result import Result
+
+
+@dataclass(frozen=True)
+class Comparison(Result):
+    """The differences between two results; made by `loclin.compare`.
+
+    Attributes
+    ----------
+    kind
+        The class of both results.
+    differences
+        Fields of the provenance that differ, without dates and certificates: both values, by field.
+    errors
+        |a - b| / |b| of every tensor, and of all numbers of a field together (`tokens.share`); 0 if they are equal.
+    provenance, warnings
+        None and empty, since the result is about two maps.
+    """
+
+    kind: str
+    differences: dict[str, tuple[Any, Any]]
+    errors: dict[str, float]
+    provenance: Provenance | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    __repr__ = brief
+
+    def table(self) -> dict[str, list[Any]]:
+        """One row per field: its name and its relative error."""
+        return {"field": list(self.errors), "error": list(self.errors.values())}
+
+
+@in_plain_torch
+def compare(a: Result, b: Result) -> Comparison:
+    """Compare two results of one kind: a new run with a saved one, or one gate split with another.
+
+    Raises
+    ------
+    OptionError
+        When they differ in kind or shape, so that their numbers do not correspond.
+    """
+    if type(a) is not type(b):
+        raise OptionError(f"a {type(a).__name__} and a {type(b).__name__} cannot be compared: give two of one kind")
+    (first, second), (mine, other) = ((f(a), f(b)) for f in (_describe, _collect_numbers))
+    names = dict.fromkeys([*first, *second])
+    differing = {n: (first.get(n), second.get(n)) for n in names if first.get(n) != second.get(n)}
+    errors = {}
+    for name in dict.fromkeys([*mine, *other]):
+        one, two = mine.get(name), other.get(name)
+        if one is not None and two is not None and one.shape == two.shape:
+            errors[name] = _relative_error(one, two)
+        elif one is not None and two is not None and "." not in name:
+            shapes = f"{list(one.shape)} and {list(two.shape)}"
+            raise OptionError(f"{name} has the shapes {shapes}: compare maps of one shape, with the same k")
+        else:  # only one of them has this field, or it has more numbers
+            differing[name] = (_count(one), _count(two))
+    return Comparison(type(a).__name__, differing, errors)
+
+
+def _describe(result: Result) -> dict[str, Any]:
+    known = result.provenance
+    return {} if known is None else known.key() | {"versions": known.versions}
+
+
+def _collect_numbers(result: Result) -> dict[str, Tensor]:
+    """Collect every tensor, and all floats of each field at any depth, by name."""
+    found: dict[str, list[Tensor]] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.setdefault(name, []).append(value.cpu().double())
+        elif isinstance(value, float):
+            found.setdefault(name, []).append(torch.tensor([value], dtype=torch.float64))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                collect(name, item)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                collect(f"{name}.{key}", item)
+        elif is_dataclass(value) and not isinstance(value, Provenance):
+            for part in fields(value):
+                if not part.metadata.get("saved"):
+                    collect(f"{name}.{part.name}" if name else part.name, getattr(value, part.name))
+
+    collect("", result)
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+
+
+def _count(values: Tensor | None) -> str:
+    return "nothing" if values is None else f"{values.numel()} numbers"
+
+
+def _relative_error(a: Tensor, b: Tensor) -> float:
+    return 0.0 if torch.equal(a, b) else ((a - b).norm() / b.norm()).item()

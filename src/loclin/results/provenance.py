@@ -1,0 +1,107 @@
+"""The provenance of a result: model, prompt, map, and the versions it was computed with."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, fields
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from loclin.common.brief import brief
+from loclin.models.model import Model, ModelInfo
+
+_CIRCUMSTANCES = ("versions", "certificate", "date")
+"""Fields that may differ between two computations of the same numbers."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The map that a result comes from, and the versions it was computed with.
+
+    Attributes
+    ----------
+    model
+        Name, family, revision and source of the model.
+    token_ids, tokens, text
+        The whole prompt: its ids, the text of each token, and the text of all tokens together (see `Model.decode`).
+    gate, precision, dtype
+        The gate split (`"ordinary"`: nothing was frozen), the precision, and the dtype of the sweeps.
+    source, target, position, normed
+        Start and end of the map, as in `Linearization.jacobian`.
+    positions
+        The source positions whose maps are in the result: all, or one.
+    versions
+        Those of loclin, torch, transformers and Python.
+    certificate
+        The errors of the map's certificate and whether it passed; None if there was no certificate yet.
+    date
+        The time of the computation, in UTC.
+    """
+
+    model: ModelInfo
+    token_ids: list[int]
+    tokens: list[str]
+    text: str
+    gate: str
+    precision: str
+    dtype: str
+    source: str
+    target: str
+    position: int
+    normed: bool
+    positions: list[int]
+    versions: dict[str, str]
+    certificate: dict[str, Any] | None
+    date: str
+
+    __repr__ = brief
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        token_ids: list[int],
+        *,
+        gate: str,
+        precision: str,
+        dtype: torch.dtype,
+        source: str,
+        target: str,
+        position: int,
+        normed: bool = False,
+        positions: list[int] | None = None,
+        certificate: dict[str, Any] | None = None,
+    ) -> Provenance:
+        """Describe a map at a prompt, with the current versions and time; `positions` are all positions by default."""
+        return cls(
+            model=model.info,
+            token_ids=token_ids,
+            tokens=model.decode_each(token_ids),
+            text=model.decode(token_ids),
+            gate=gate,
+            precision=precision,
+            dtype=str(dtype).removeprefix("torch."),
+            source=source,
+            target=target,
+            position=position,
+            normed=normed,
+            positions=list(range(len(token_ids))) if positions is None else positions,
+            versions=versions(),
+            certificate=certificate,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def key(self) -> dict[str, Any]:
+        """Return the fields that determine the numbers: all except versions, certificate and date."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if name not in _CIRCUMSTANCES} | {
+            "model": self.model.to_dict()
+        }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    return {name: version(name) for name in ("loclin", "torch", "transformers")} | {"python": platform.python_version()}
