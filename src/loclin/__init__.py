@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -163,12 +164,15 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `loclin --help` need not wait for torch."""
     if name not in _HOMES and name not in ("freeze", "steering"):
         raise AttributeError(f"module 'loclin' has no attribute {name!r}")
-    with quiet_imports():
-        if name in ("freeze", "steering"):
-            return import_module(f"loclin.{name}")
-        if _HOMES[name] != "errors":  # errors need neither torch nor a look
-            import_module("loclin.report")  # results show themselves in a notebook
-        return getattr(import_module(f"loclin.{_HOMES[name]}"), name)
+    home = f"loclin.{_HOMES.get(name, name)}"
+    # results show themselves in a notebook; errors need neither torch nor a look
+    needed = [home] if name not in _HOMES or home == "loclin.errors" else ["loclin.report", home]
+    if not set(needed) <= sys.modules.keys():
+        with quiet_imports():
+            for module in needed:
+                import_module(module)
+    found = import_module(home)
+    return getattr(found, name) if name in _HOMES else found
 
 
 def __dir__() -> list[str]:

@@ -50,7 +50,7 @@ def generation() -> loclin.Generation:
     steps = [examples.explanation(), examples.explanation()]
     steps[1].target["text"] = HOSTILE
     moved = loclin.generate(lin(), 2, k=1).drift[0]
-    return loclin.Generation(HOSTILE, steps, [moved])
+    return loclin.Generation(HOSTILE, steps, [moved], steps[0].provenance, steps[0].warnings)
 
 
 def steered() -> Steered:

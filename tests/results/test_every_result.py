@@ -184,6 +184,22 @@ def test_a_field_of_another_type_is_named(results):
         loclin.Explanation.from_dict(values)
 
 
+def test_an_unknown_dtype_is_refused(results):
+    values = results["SVD"].to_dict()
+    values["S"]["dtype"] = "float7"
+    with pytest.raises(ResultError, match="float7"):
+        loclin.SVD.from_dict(values)
+
+
+def test_a_warning_of_any_step_is_in_every_form(results, capsys):
+    steps = results["Generation"].steps
+    warned = replace(
+        results["Generation"], steps=[*steps[:-1], replace(steps[-1], warnings=["late"])], warnings=["late"]
+    )
+    warned.show()
+    assert all("late" in text for text in (capsys.readouterr().out, warned.to_html(), warned._repr_html_()))
+
+
 def test_results_on_a_map_of_a_prompt_with_a_warning_have_it():
     lin = loclin.linearize(tiny.llama(), tiny.prompt(4))
     lin.prompt_warnings.append("odd")

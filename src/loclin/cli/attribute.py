@@ -76,9 +76,8 @@ def attribute(
     everything = "all" in wanted
     levels = list(dict.fromkeys(LEVELS if everything else [parse_level(name) for name in wanted]))
     lin = freezing.linearize(text)
-    found, steps = [], Steps()
+    found = []
     for name in levels:
-        steps(f"shares by {name}")
         try:
             found.append(run(lin, chosen, by=name, position=position, in_words=max(top, 40), progress=Steps()))
         except OptionError as missing:

@@ -35,19 +35,11 @@ def steps(progress: Progress) -> Callable[[str], None]:
 
 
 def with_progress(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function's `progress` argument decide whether anything inside it draws bars.
-
-    Raises
-    ------
-    OptionError
-        When called with a `progress` that is neither True, False nor a function.
-    """
+    """Let a function's `progress` argument decide whether anything inside it draws bars; `steps` checks it."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        progress: Any = kwargs.get("progress", True)
-        steps(progress)
-        with _without_bars(_quiet.get() or progress is False):
+        with _without_bars(_quiet.get() or kwargs.get("progress") is False):
             return function(*args, **kwargs)
 
     return run

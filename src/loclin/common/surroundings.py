@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from loclin.common.shared import SharedState
 from loclin.errors import OptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,33 +33,6 @@ _SWITCHES: tuple[tuple[Any, str, Any], ...] = (
     (_backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
 )
 """(where, name, exact value)."""
-
-
-class _Shared:
-    """A state of the whole process while any thread needs it: the first thread sets it, the last one restores it.
-
-    If each thread restored the state that it found, overlapping threads would leave the switches set.
-    """
-
-    def __init__(self, enter: Callable[[ExitStack], None]) -> None:
-        self._enter, self._lock, self._users = enter, threading.Lock(), 0
-        self._restore = ExitStack()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if not self._users:
-                with ExitStack() as stack:
-                    self._enter(stack)
-                    self._restore = stack.pop_all()
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if not self._users:
-                    self._restore.close()
 
 
 def _compute_exactly(stack: ExitStack) -> None:
@@ -84,7 +57,7 @@ def _run_eagerly(stack: ExitStack) -> None:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
-_exact, _plain, _eager = _Shared(_compute_exactly), _Shared(_be_plain), _Shared(_run_eagerly)
+_exact, _plain, _eager = SharedState(_compute_exactly), SharedState(_be_plain), SharedState(_run_eagerly)
 
 
 @contextmanager

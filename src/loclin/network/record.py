@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, Frozen, frozen
-from loclin.models.forward import hidden_input, hidden_output
+from loclin.models.forward import hidden_input, hidden_output, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
@@ -111,25 +111,20 @@ class _Recorder:
         self.attn_out: list[Tensor | None] = []
         self.last: tuple[Tensor, Tensor] | None = None
 
-    def put_on(self, stack: ExitStack) -> None:
-        """Put the hooks on the model until the stack is closed."""
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hook the model and its parts."""
         model, sequence = self._model, self._sequence
-
-        def attach(handle: RemovableHandle) -> None:
-            stack.callback(handle.remove)
-
         for module in model.hf.modules():
-            attach(self._mode.watch(module))
+            yield self._mode.watch(module)
         if sequence.fallback_reason is not None:
-            attach(model.hf.get_input_embeddings().register_forward_hook(self._leave_embeddings))
-        for handle in self._explicit.hooks():
-            attach(handle)
+            yield model.hf.get_input_embeddings().register_forward_hook(self._leave_embeddings)
+        yield from self._explicit.hooks()
         for module in dict.fromkeys(block.module for block in sequence.blocks):
-            attach(module.register_forward_pre_hook(self._enter_block, with_kwargs=True))
-            attach(module.register_forward_hook(self._leave_block))
+            yield module.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+            yield module.register_forward_hook(self._leave_block)
         attended = (b.module.get_submodule(b.sublayers.attn) for b in sequence.blocks if b.sublayers.attn)
         for module in dict.fromkeys(attended):
-            attach(module.register_forward_hook(self._leave_attention))
+            yield module.register_forward_hook(self._leave_attention)
 
     def _value(self, tensor: Tensor) -> Tensor:
         """The frozen network's value of a tensor, out of any graph."""
@@ -183,11 +178,11 @@ def _record(
     keep: int,
 ) -> Trace:
     dtype, length, attention = options.dtype(sequence.dtype), input_ids.shape[1], _Attention()
-    with frozen(model.hf, options, dtype, keep=attention.keep) as mode, ExitStack() as stack:
+    with frozen(model.hf, options, dtype, keep=attention.keep) as mode:
         explicit = ExplicitLayers(mode, sequence, anatomy, keep)
         recorder = _Recorder(mode, model, sequence, explicit, attention)
-        recorder.put_on(stack)
-        head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+        with hooked(recorder.hooks()):
+            head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
     calls, last = recorder.calls, recorder.last
     if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape != final.shape):
         entry = f"are {list(calls[0].hidden.shape)}" if calls else "are not used"

@@ -66,7 +66,7 @@ def describe_generation(generation: Generation, limits: Limits = PAGE) -> Sheet:
             Section("Every step", "", [_details(i, step, limits.tokens) for i, step in enumerate(steps)]),
         ],
         notes=[run.gate],
-        warnings=first.warnings,
+        warnings=generation.warnings,
         run=run,
     )
 

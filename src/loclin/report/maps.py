@@ -10,24 +10,23 @@ from loclin.report import run
 from loclin.report.sheet import PAGE, Chip, Limits, Section, Sheet, describe
 from loclin.report.table import Column, Table
 from loclin.report.text import percent, predicted, shortened, token
-from loclin.results.provenance import Provenance
 
 
 @describe.register
 def describe_linearized(lin: Linearized, _limits: Limits = PAGE) -> Sheet:
     """Show the prompt, and what the model predicts after it."""
-    known = lin.jacobian().provenance()
+    words = lin.next_tokens(5)
     table = Table.of(Column("next token", "key"), Column("probability"))
-    for text, probability in lin.next_tokens(5):
+    for text, probability in words:
         table.add(token(text), percent(probability))
     return Sheet(
         title=f"linearized: {shortened(lin.text)}",
         about="a model, at one prompt, as an exact linear map",
         chips=[Chip(text, marks=["sink"] if i in lin.sinks else []) for i, text in enumerate(lin.tokens)],
-        lead=[predicted(lin.next_tokens(1)[0])],
+        lead=[predicted(words[0])],
         sections=[Section("Predictions", "", [table])],
         warnings=lin.warnings,
-        run=_run(known),
+        run=run.run_at(lin.jacobian().provenance()),
     )
 
 
@@ -49,10 +48,5 @@ def describe_map(J: LinearMap, _limits: Limits = PAGE) -> Sheet:
         chips=[Chip(text) for text in known.tokens],
         sections=[Section("y = Σ J_i x_i + b", "", [facts])],
         warnings=J.warnings,
-        run=_run(known),
+        run=run.run_at(known),
     )
-
-
-def _run(known: Provenance) -> run.Run:
-    options = {"gate": known.gate, "precision": known.precision, "source": known.source, "target": known.target}
-    return run.Run(known.model.to_dict(), options, known.versions)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from loclin.common.brief import brief
 from loclin.report.text import gate_note, plain
+from loclin.results.provenance import Provenance
 
 _UNSAID = ("versions", "token_ids", "model", "certificate", "text", "tokens", "positions")
 """What is too long for a list of facts, or is said elsewhere."""
@@ -77,7 +78,12 @@ def run_of(result: Any, *more: str) -> Run | None:
     if known is None:
         versions = getattr(result, "versions", None)
         return None if versions is None else Run(settings.get("model", {}), settings, versions, more)
-    options = {field.name: getattr(known, field.name) for field in fields(known)} | settings
+    return run_at(known, settings, *more)
+
+
+def run_at(known: Provenance, settings: Mapping[str, Any] | None = None, *more: str) -> Run:
+    """Say what was run at a prompt, with the options of a question."""
+    options = {field.name: getattr(known, field.name) for field in fields(known)} | dict(settings or {})
     return Run(known.model.to_dict(), options, known.versions, more)
 
 

@@ -216,16 +216,20 @@ def describe_table(result: Result, limits: Limits = PAGE) -> Sheet:
     rows = list(zip(*columns.values(), strict=True))
     for row in rows[: limits.tokens]:
         table.add(*map(_value, columns, row))
-    more = [Text(f"and {len(rows) - limits.tokens} more", "dim italic")] * (len(rows) > limits.tokens)
     prompt = shortened(run.prompt(result))
     return Sheet(
         title=f"{name}: {prompt}" if prompt else name,
         about=f"a result of loclin: {name}",
         chips=[Chip(text) for text in run.tokens(result)],
-        sections=[Section(name, str(getattr(result, "task", "")), [table, *more])],
+        sections=[Section(name, str(getattr(result, "task", "")), [table, *left_out(len(rows) - limits.tokens)])],
         warnings=result.warnings,
         run=run.run_of(result),
     )
+
+
+def left_out(hidden: int) -> list[Text]:
+    """Say below a table how many rows it leaves out, where it leaves out any."""
+    return [Text(f"and {hidden} more", "dim italic")] if hidden > 0 else []
 
 
 def _column(name: str, values: list[Any]) -> Column:

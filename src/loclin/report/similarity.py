@@ -6,7 +6,7 @@ from rich.text import Text
 
 from loclin.analyses.similarity import Similarity
 from loclin.report import run
-from loclin.report.sheet import PAGE, Block, Chip, Heat, Limits, Section, Shade, Sheet, describe
+from loclin.report.sheet import PAGE, Block, Chip, Heat, Limits, Section, Shade, Sheet, describe, left_out
 from loclin.report.table import Column, Table
 from loclin.report.text import shortened, signed, token, visible
 
@@ -21,8 +21,7 @@ def describe_similarity(found: Similarity, limits: Limits = PAGE) -> Sheet:
     pairs = Table.of(Column("", "key"), Column("token", "key"), Column(""), Column("other", "words"), Column("cosine"))
     for i, text, j, other, cosine in rows[: limits.parts]:
         pairs.add(str(i), token(text, "bold"), str(j), token(other, "bold"), signed(cosine))
-    hidden = len(rows) - limits.parts
-    blocks: list[Block] = [pairs, *([Text(f"and {hidden} more", "dim italic")] * (hidden > 0))]
+    blocks: list[Block] = [pairs, *left_out(len(rows) - limits.parts)]
     texts = run.tokens(found)
     return Sheet(
         title=f"similarity: {shortened(run.prompt(found))}",

@@ -38,7 +38,7 @@ def describe_svd(svd: SVD, limits: Limits = PAGE) -> Sheet:
         about="the singular values of an exact linear map",
         chips=[Chip(text) for text in run.tokens(svd)],
         sections=[Section("Singular values", f"of {of}", [table])],
-        notes=[f"{sure}; route {svd.method}, {svd.columns} columns"],
+        notes=[f"{sure}; method {svd.method}, {svd.columns} columns"],
         warnings=svd.warnings,
         run=run.run_of(svd),
     )
@@ -63,7 +63,7 @@ def describe_spectra(found: LayerSpectra, _limits: Limits = PAGE) -> Sheet:
         about="the singular values of every layer's maps",
         chips=[Chip(text) for text in run.tokens(found)],
         sections=sections,
-        notes=[f"values to {found.tolerance:g}; route {found.direction}, {found.columns:,} columns"],
+        notes=[f"values to {found.tolerance:g}; {found.direction} sweeps, {found.columns:,} columns"],
         warnings=found.warnings,
         run=run.run_of(found),
     )

@@ -79,13 +79,14 @@ def _describe(result: Result) -> dict[str, Any]:
 
 def _collect_numbers(result: Result) -> dict[str, Tensor]:
     """Collect every tensor, and all floats of each field at any depth, by name."""
-    found: dict[str, list[Tensor]] = {}
+    tensors: dict[str, list[Tensor]] = {}
+    floats: dict[str, list[float]] = {}
 
     def collect(name: str, value: Any) -> None:
         if isinstance(value, Tensor):
-            found.setdefault(name, []).append(value.cpu().double())
+            tensors.setdefault(name, []).append(value.cpu().double())
         elif isinstance(value, float):
-            found.setdefault(name, []).append(torch.tensor([value], dtype=torch.float64))
+            floats.setdefault(name, []).append(value)
         elif isinstance(value, list | tuple):
             for item in value:
                 collect(name, item)
@@ -98,7 +99,8 @@ def _collect_numbers(result: Result) -> dict[str, Tensor]:
                     collect(f"{name}.{part.name}" if name else part.name, getattr(value, part.name))
 
     collect("", result)
-    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+    found = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in tensors.items()}
+    return found | {name: torch.tensor(values, dtype=torch.float64) for name, values in floats.items()}
 
 
 def _count(values: Tensor | None) -> str:

@@ -119,9 +119,10 @@ class Result:
     @classmethod
     def _from_json(cls: type[R], text: str, name: str) -> R:
         try:
-            return cls._from_plain(json.loads(text), name)
+            values = json.loads(text)
         except ValueError as error:
             raise ResultError(f"{name} is not JSON ({error}): give what to_json() wrote") from error
+        return cls._from_plain(values, name)
 
     @classmethod
     def _from_plain(cls: type[R], values: Any, name: str, tensors: dict[str, Tensor] | None = None) -> R:

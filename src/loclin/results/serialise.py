@@ -68,7 +68,10 @@ def from_plain(values: Any, kind: type[T], tensors: Mapping[str, Tensor] | None 
             raise ValueError(f"Expected {wanted.__name__}, got {type(given).__name__}")
         if "tensor" in given:
             return (tensors or {})[given["tensor"]]
-        return torch.tensor(_to_floats(given["values"]), dtype=getattr(torch, given["dtype"])).reshape(given["shape"])
+        dtype = getattr(torch, given["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"Unknown dtype {given['dtype']!r}")
+        return torch.tensor(_to_floats(given["values"]), dtype=dtype).reshape(given["shape"])
 
     try:
         return msgspec.convert(values, kind, dec_hook=read, strict=False)
@@ -88,8 +91,8 @@ def _join(name: str, part: str) -> str:
 
 def _to_lists(value: Tensor) -> dict[str, Any]:
     """Convert a tensor to nested lists; every float of every dtype is exact in decimal."""
-    dtype = str(value.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(value.shape), "values": to_plain(value.tolist())}
+    values = value.tolist() if value.isfinite().all() else to_plain(value.tolist())
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "values": values}
 
 
 def _to_floats(values: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from transformers import Cache
 
 from loclin.errors import SteeringError
 from loclin.models import Model
-from loclin.models.forward import hidden_input, hidden_output, with_hidden_input, with_hidden_output
+from loclin.models.forward import hidden_input, hidden_output, hooked, with_hidden_input, with_hidden_output
 from loclin.network.anatomy import find_anatomy
 from loclin.network.points import Point
 from loclin.steering.form import Form, move_towards
@@ -75,19 +75,19 @@ class Hooks:
         """Register the hooks, and remove them at the end."""
         assert where.layer is not None
         layer = self._parts.layers[where.layer]
-        with ExitStack() as stack:
-            handles = [
-                self._hf.register_forward_pre_hook(self._begin, with_kwargs=True),
-                self._parts.layers[0].register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
-                layer.register_forward_pre_hook(self._change_input, with_kwargs=True)
-                if where.kind == "resid_pre"
-                else layer.register_forward_hook(self._change_output),
-                self._hf.register_forward_hook(self._end),
-            ]
-            for handle in handles:
-                stack.callback(handle.remove)
-            stack.callback(self._release)
-            yield
+        handles = [
+            self._hf.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._parts.layers[0].register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            layer.register_forward_pre_hook(self._change_input, with_kwargs=True)
+            if where.kind == "resid_pre"
+            else layer.register_forward_hook(self._change_output),
+            self._hf.register_forward_hook(self._end),
+        ]
+        with hooked(handles):
+            try:
+                yield
+            finally:
+                self._release()
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
