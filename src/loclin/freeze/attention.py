@@ -1,7 +1,6 @@
-"""Attention: softmax(Q K^T) is frozen, and with it Q and K; V and the output projection stay live.
+"""Attention, y = P V W_O (paper, equations 11 to 14): P = softmax(Q K^T) is frozen; V and W_O stay live.
 
-y = P V W_O with frozen P (paper, equations 11 to 14). Attention that a model computes step by step (eager) needs no
-rule: its softmax is frozen like any other coefficient.
+Attention that a model computes step by step (eager) needs no rule: its softmax is frozen like any other coefficient.
 """
 
 from __future__ import annotations
@@ -62,18 +61,12 @@ def attention(op: Operation) -> Result:
 
     if ordinary:
         query, key = _live(op, query), _live(op, key)
-    probs = probabilities(
-        query,
-        key,
-        op.get(3, "attn_mask"),
-        is_causal=op.get(5, "is_causal", False),
-        scale=op.get(6, "scale"),
-    )
+    mask, is_causal, scale = op.get(3, "attn_mask"), op.get(5, "is_causal", False), op.get(6, "scale")
+    probs = probabilities(query, key, mask, is_causal=is_causal, scale=scale)
     op.context.keep_probabilities(probs.detach())
     if status is None and not ordinary:
         return op.coefficient()
     live = _live(op, value)
     probs = probs.to(op.context.dtype)
-    mixed = _grouped(probs, live.shape[-3]) @ live
-    mixed = mixed.view(*probs.shape[:-1], live.shape[-1])
+    mixed = (_grouped(probs, live.shape[-3]) @ live).view(*probs.shape[:-1], live.shape[-1])
     return status.then(mixed) if isinstance(status, Live) else Live(mixed)

@@ -1,4 +1,4 @@
-"""The context manager in which a forward pass also computes linearised values; the model's output is unchanged."""
+"""The context manager in which a forward pass also computes linearised values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loclin.models.replica import exclusive
 
 @contextmanager
 def _evaluating(root: nn.Module) -> Iterator[None]:
-    """Set every module of `root` to evaluation mode, and those that were in training mode back at the end."""
+    """Set every module to evaluation mode, and those that were in training mode back at the end."""
     training = [module for module in root.modules() if module.training]
     try:
         for module in training:

@@ -1,8 +1,7 @@
 """The torch mode that does every operation twice: as the model does it, and on the linear path.
 
-For an operation y = f(x) with linearised value A x + b of x, the handler of f (`loclin.freeze.table`) gives the
-linearised value of y. The model's own values are never changed. Tensors that depend on the input carry a status
-(`loclin.freeze.status`).
+From the linearised value of x, the handler of f (`loclin.freeze.table`) makes that of f(x). The model's own values are
+never changed; tensors that depend on the input carry a status (`loclin.freeze.status`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loclin.common.sums import relative_error
 from loclin.freeze.linear import CASTS
-from loclin.freeze.operation import Operation, Result
+from loclin.freeze.operation import Operation, Result, everywhere, nowhere
 from loclin.freeze.options import FreezeOptions
 from loclin.freeze.status import Coefficient, Live, NonlinearUse, Origin, Status
 from loclin.freeze.table import HANDLERS, is_in_place, plain_name
@@ -47,28 +46,16 @@ class Frozen(TorchFunctionMode):
 
     Attributes
     ----------
-    options
-        What is frozen.
-    dtype
-        The dtype of the linear path.
-    probabilities
-        What `keep` returned for attention probabilities, by module path.
-    constants
-        If constants are collected: (name, leaf) of each that was added to a live tensor.
-    nonlinear_uses
-        Coefficients that were used as if they were live: with any, the linear path is not the network.
-    lookups
-        The rows of the prompt's tokens in tables other than the input embeddings: (the table's path, its output), by
-        the address of the output's storage.
-    graph, collect, soft_caps
-        Whether to build the linear path's graph; to make constants leaves; to treat tanh as a soft cap.
-    opaque
-        True while a module runs whose rule replaces its operations.
-    audit
-        A relative error: operations whose linearised value is further from the model's own are added to
-        `nonlinear_uses`.
-    noise
-        None, or a list to which operations are added that draw random numbers.
+    options, dtype: what is frozen, and the dtype of the linear path.
+    probabilities: what `keep` returned for attention probabilities, by module path.
+    constants: if constants are collected, (name, leaf) of each that was added to a live tensor.
+    nonlinear_uses: coefficients that were used as if they were live: with any, the linear path is not the network.
+    lookups: the rows of the prompt's tokens in tables other than the input embeddings: (the table's path, its output),
+        by the address of the output's storage.
+    graph, collect, soft_caps: build the linear path's graph; make constants leaves; treat tanh as a soft cap.
+    opaque: True while a module runs whose rule replaces its operations.
+    audit: a relative error; operations whose linearised value is further from the model's own are nonlinear uses.
+    noise: None, or a list to which operations are added that draw random numbers.
     """
 
     def __init__(
@@ -115,16 +102,13 @@ class Frozen(TorchFunctionMode):
         return out
 
     def _do(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (
-            self._wide
-            and self._entered
-            and not self._paused
-            and not self.opaque
-            and args
-            and self._belongs_to_model(args[0])
-        ):
+        if self._paused or self.opaque:
+            return func(*args, **kwargs)
+        first = args[0] if args and self._wide and self._entered else None
+        # weights and what depends on the input; tables of rotations stay in the model's dtype
+        if isinstance(first, nn.Parameter) or self.status(first) is not None:
             func, args, kwargs = without_lowering(func, plain_name(func), args, kwargs)
-        if self._paused or self.opaque or not (self.depends(args) or self.depends(kwargs.values())):
+        if not self.depends((*args, *kwargs.values())):
             return func(*args, **kwargs)
         in_place = is_in_place(func, args, kwargs)
         before = args[0].detach().clone() if in_place else None
@@ -140,10 +124,6 @@ class Frozen(TorchFunctionMode):
                 self._examine(op, found, self.audit)
         return out
 
-    def _belongs_to_model(self, value: Any) -> bool:
-        """Whether a tensor is a weight or depends on the input; tables of rotations stay in the model's dtype."""
-        return isinstance(value, nn.Parameter) or self.status(value) is not None
-
     def _examine(self, op: Operation, found: Live, limit: float) -> None:
         """Note an operation whose linearised value is wrong although those of its arguments are right."""
         error = _error(found.linear, op.out)
@@ -154,18 +134,14 @@ class Frozen(TorchFunctionMode):
 
     def _derive(self, op: Operation) -> Result:
         handler = HANDLERS.get(op.name)
-        if self.options.ordinary and op.name not in _ORDINARY:
-            return self._ordinary(op)
+        if self.options.ordinary and op.name not in _ORDINARY:  # nothing frozen: the operation itself
+            return op.wrap(op.recompute(everywhere, nowhere))
         result = op.coefficient() if handler is None else handler(op)
         if self._frozen_parts and op.name == "split" and isinstance(result, list):
             which = self._frozen_parts.get(self._module())
             frozen = which(tuple(part.shape[-1] for part in op.out)) if which is not None else ()
             result = [op.coefficient() if index in frozen else status for index, status in enumerate(result)]
         return result
-
-    def _ordinary(self, op: Operation) -> Result:
-        """Nothing frozen: the operation itself on the live tensors."""
-        return op.wrap(op.recompute(lambda _slot: True, lambda _slot: False))
 
     def depends(self, values: Iterable[Any]) -> bool:
         """Whether any tensor among the values, or in their lists, depends on the input."""
@@ -244,14 +220,12 @@ class Frozen(TorchFunctionMode):
 
         def left(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             out = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(out, Tensor) and out.is_floating_point() and self.status(out) is None:
-                inside = any(known.origin.module.startswith(f"{path}.") for known in self.nonlinear_uses)
-                if (
-                    not inside
-                    and self.depends((*args, *kwargs.values()))
-                    and next(module.parameters(), None) is not None
-                ):
-                    self.note_nonlinear_use(Origin(path, UNSEEN, "a fused kernel, compiled code, or not torch"))
+            if not isinstance(out, Tensor) or not out.is_floating_point() or self.status(out) is not None:
+                return
+            inside = any(known.origin.module.startswith(f"{path}.") for known in self.nonlinear_uses)
+            has_weights = next(module.parameters(), None) is not None
+            if not inside and has_weights and self.depends((*args, *kwargs.values())):
+                self.note_nonlinear_use(Origin(path, UNSEEN, "a fused kernel, compiled code, or not torch"))
 
         return module.register_forward_hook(left, with_kwargs=True)
 

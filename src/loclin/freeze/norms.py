@@ -1,6 +1,6 @@
 """Norms: x / rms(x) and (x - mean(x)) / std(x), with 1/rms and 1/std frozen (paper, equations 4 to 6).
 
-Norms that a model computes step by step need no rule: their square roots are frozen like any other coefficient.
+Those that a model computes step by step need no rule: their square roots are frozen like any other coefficient.
 """
 
 from __future__ import annotations
@@ -75,14 +75,8 @@ def group_norm(op: Operation, x: Tensor, status: Live) -> Live:
     variance = _wide(op, x).reshape(x.shape[0], groups, -1).var(-1, unbiased=False, keepdim=True)
     coefficient = torch.rsqrt(variance + eps).expand(-1, -1, grouped.shape[-1]).reshape(x.shape)
     channels = (1, -1, *[1] * (x.dim() - 2))
-    return _scaled(
-        op,
-        status,
-        centred,
-        coefficient,
-        None if weight is None else weight.view(channels),
-        None if bias is None else bias.view(channels),
-    )
+    weight, bias = (None if one is None else one.view(channels) for one in (weight, bias))
+    return _scaled(op, status, centred, coefficient, weight, bias)
 
 
 @_of_live

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from loclin.freeze.status import Coefficient, Live, NonlinearUse, Origin, Status
 Result = Status | list[Status]
 Slot = int | str
 """An argument's position or name."""
-
-
 _NUMBERS: dict[str, tuple[Slot, ...]] = {
     **dict.fromkeys(("add", "radd", "sub", "subtract", "rsub", "iadd", "isub"), (1, "other")),
     "where": (1, 2, "input", "other"),
@@ -29,55 +27,31 @@ _NUMBERS: dict[str, tuple[Slot, ...]] = {
 """Slots where a plain number is a constant that is added to live tensors, or put beside them."""
 
 
-@runtime_checkable
-class Context(Protocol):
-    """What an operation needs from the freezing context."""
+class _Context(Protocol):
+    """What an operation needs from the freezing context, `loclin.freeze.mode.Frozen`."""
 
     options: FreezeOptions
     dtype: torch.dtype
     soft_caps: bool
 
-    def status(self, value: Any) -> Status:
-        """A tensor's status."""
-
-    def origin(self, operation: str) -> Origin:
-        """The module that is running, and its line of code."""
-
-    def constant(self, value: Tensor, original: Any, operation: str) -> Tensor:
-        """A constant that is added to a live tensor; a leaf, if constants are collected."""
-
-    def keep_probabilities(self, probs: Tensor) -> None:
-        """Remember attention probabilities `[B, H, T, T]`."""
+    def status(self, value: Any) -> Status: ...
+    def origin(self, operation: str) -> Origin: ...
+    def constant(self, value: Tensor, original: Any, operation: str) -> Tensor: ...
+    def keep_probabilities(self, probs: Tensor) -> None: ...
 
 
 @dataclass
 class Operation:
-    """A call of a torch function whose arguments depend on the input.
+    """A call of a torch function whose arguments depend on the input."""
 
-    Attributes
-    ----------
-    context
-        The freezing context.
-    name
-        The function's plain name: `add` for `Tensor.add`, `Tensor.__add__`, `torch.add` and `add_`.
-    func, args, kwargs
-        The call.
-    in_place
-        Whether the call changes its first argument.
-    before
-        For calls in place, the first argument's value before.
-    out
-        The output of the model's own call.
-    """
-
-    context: Context
-    name: str
+    context: _Context
+    name: str  # plain: `add` for `Tensor.add`, `Tensor.__add__`, `torch.add` and `add_`
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    in_place: bool
-    before: Tensor | None
-    out: Any
+    in_place: bool  # the call changes its first argument
+    before: Tensor | None  # for calls in place, the first argument's value before
+    out: Any  # of the model's own call
 
     __repr__ = brief
 
@@ -95,16 +69,13 @@ class Operation:
 
     def dependents(self) -> list[tuple[Slot, Tensor, Live | Coefficient]]:
         """The tensor arguments that depend on the input: (slot, tensor, status)."""
+        arguments: dict[Slot, Any] = {**dict(enumerate(self.args)), **self.kwargs}
         return [
             (slot, tensor, status)
-            for slot, argument in self._slots()
+            for slot, argument in arguments.items()
             for tensor in _tensors(argument)
             if (status := self.status(tensor)) is not None
         ]
-
-    def _slots(self) -> Iterator[tuple[Slot, Any]]:
-        yield from enumerate(self.args)
-        yield from self.kwargs.items()
 
     def cast(self, tensor: Tensor) -> Tensor:
         """A tensor's value in the linear path's dtype: a frozen coefficient."""
@@ -114,19 +85,14 @@ class Operation:
     def recompute(self, live: Callable[[Slot], bool], additive: Callable[[Slot], bool]) -> Any:
         """The call on the linear path.
 
-        Parameters
-        ----------
-        live
-            The slots whose tensors stay live; other tensors that depend on the input are frozen.
-        additive
-            The slots whose constants are added to live tensors.
+        Tensors in `live` slots stay live, others are frozen; constants in `additive` slots are added to live tensors.
         """
-        args = [self._linear_argument(slot, value, live, additive) for slot, value in enumerate(self.args)]
-        kwargs = {
-            slot: self._linear_argument(slot, value, live, additive)
-            for slot, value in self.kwargs.items()
-            if slot not in ("dtype", "out")
-        }
+
+        def linear(slot: Slot, value: Any) -> Any:
+            return self._linear_argument(slot, value, live, additive)
+
+        args = [linear(slot, value) for slot, value in enumerate(self.args)]
+        kwargs = {slot: linear(slot, value) for slot, value in self.kwargs.items() if slot not in ("dtype", "out")}
         if self.in_place and args[0].is_leaf and args[0].requires_grad:
             args[0] = args[0].clone()
         done = self.func(*args, **kwargs)

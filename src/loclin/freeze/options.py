@@ -39,16 +39,13 @@ class FreezeOptions:
     ordinary: bool = False
 
     def __post_init__(self) -> None:
-        if self.gate not in get_args(Gate):
-            raise OptionError(f"gate={self.gate!r}: choose one of {', '.join(get_args(Gate))}")
-        if self.precision not in get_args(Precision):
-            raise OptionError(f"precision={self.precision!r}: choose one of {', '.join(get_args(Precision))}")
+        for name, kinds in (("gate", get_args(Gate)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in kinds:
+                raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(kinds)}")
 
     def resolved(self, stock: torch.dtype) -> Precision:
         """The precision that `"auto"` means."""
-        if self.precision != "auto":
-            return self.precision
-        return "single" if stock in _HALF else "stock"
+        return self.precision if self.precision != "auto" else "single" if stock in _HALF else "stock"
 
     def dtype(self, stock: torch.dtype) -> torch.dtype:
         """The dtype of the linear path in a model that rounds to `stock`."""

@@ -5,30 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loclin.freeze.operation import Operation, Result, Slot
+from loclin.freeze.operation import Operation, Result, Slot, nowhere
 from loclin.freeze.status import Coefficient, Live
 
 FACTORS: dict[str, tuple[tuple[Slot, ...], tuple[Slot, ...]]] = {
-    "mul": ((0, 1, "other"), ()),
-    "multiply": ((0, 1, "other"), ()),
-    "imul": ((0, 1), ()),
-    "rmul": ((0, 1), ()),
-    "matmul": ((0, 1, "other"), ()),
-    "rmatmul": ((0, 1, "other"), ()),
-    "mm": ((0, 1, "mat2"), ()),
-    "bmm": ((0, 1, "mat2"), ()),
-    "mv": ((0, 1), ()),
-    "dot": ((0, 1), ()),
-    "inner": ((0, 1), ()),
-    "outer": ((0, 1), ()),
-    "tensordot": ((0, 1), ()),
-    "linear": ((0, "input", 1, "weight"), (2, "bias")),
-    "conv1d": ((0, "input", 1, "weight"), (2, "bias")),
-    "conv2d": ((0, "input", 1, "weight"), (2, "bias")),
-    "conv_transpose1d": ((0, "input", 1, "weight"), (2, "bias")),
+    **dict.fromkeys(("mul", "multiply", "matmul", "rmatmul"), ((0, 1, "other"), ())),
+    **dict.fromkeys(("mm", "bmm"), ((0, 1, "mat2"), ())),
+    **dict.fromkeys(("imul", "rmul", "mv", "dot", "inner", "outer", "tensordot"), ((0, 1), ())),
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv_transpose1d"), ((0, "input", 1, "weight"), (2, "bias"))),
+    **dict.fromkeys(("baddbmm", "addbmm"), ((1, "batch1", 2, "batch2"), (0, "input"))),
     "addmm": ((1, "mat1", 2, "mat2"), (0, "input")),
-    "baddbmm": ((1, "batch1", 2, "batch2"), (0, "input")),
-    "addbmm": ((1, "batch1", 2, "batch2"), (0, "input")),
     "addcmul": ((1, "tensor1", 2, "tensor2"), (0, "input")),
     "einsum": ((1, 2, 3, 4), ()),
 }
@@ -44,10 +30,8 @@ def product(op: Operation) -> Result:
     Without an activation the left one is frozen, as attention weights are to the left of what they mix. A factor that
     is not affine is always frozen. A tensor times a function of itself, such as z * sigmoid(z), is an activation.
     """
-    factors, added = FACTORS[op.name]
-    found = op.dependents()
-    among = [(slot, tensor, status) for slot, tensor, status in found if slot in factors]
-    lives = [(slot, tensor, status) for slot, tensor, status in among if isinstance(status, Live)]
+    among = [each for each in op.dependents() if each[0] in FACTORS[op.name][0]]
+    lives = [(slot, status) for slot, _, status in among if isinstance(status, Live)]
     frozen = [(tensor, status) for _, tensor, status in among if isinstance(status, Coefficient)]
     if not among:
         return op.coefficient()
@@ -56,7 +40,7 @@ def product(op: Operation) -> Result:
         return Coefficient(first.origin, first.root, first.probabilities and op.name in _SCALES)
 
     if len(lives) == 1:
-        (slot, _, one), scale = lives[0], op.name in _SCALES
+        (slot, one), scale = lives[0], op.name in _SCALES
         for tensor, status in frozen:
             if status.probabilities and op.name in MIXERS:
                 op.context.keep_probabilities(tensor)
@@ -65,7 +49,7 @@ def product(op: Operation) -> Result:
         return _live(op, slot, root=one.root if scale and (own or not frozen) else None, active=active)
     if len(lives) > 2:
         return _live(op, lives[-1][0])
-    (left, _, a), (right, _, b) = lives
+    (left, a), (right, b) = lives
     if a.root is b.root and op.name in _SCALES:
         return _live(op, left if b.active else right, root=a.root, active=True)
     if (a.nonlinear is None) != (b.nonlinear is None):  # only one of them can be live
@@ -101,7 +85,7 @@ def quotient(op: Operation) -> Result:
         return Coefficient(numerator.origin, numerator.root)
     below = op.get(1, "other")
     status = op.status(below)
-    linear: Tensor = op.recompute(lambda slot: slot == 0, lambda _slot: False)
+    linear: Tensor = op.recompute(lambda slot: slot == 0, nowhere)
     constant = status is None
     own = status is not None and status.root is numerator.root
     root = numerator.root if constant or own else None

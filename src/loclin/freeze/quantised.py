@@ -25,13 +25,10 @@ def dense_weight(module: nn.Module) -> Tensor | None:
 
     Plain weights are returned without a copy, detached; quantised ones are dequantised at each call.
     """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta:
+    if not has_dense_weight(module):
         return None
-    if is_quantised(module):
-        return _dequantised(weight.detach(), weight)
-    plain = type(module) is nn.Linear and type(weight) in (Tensor, nn.Parameter)
-    return weight.detach() if plain and weight.is_floating_point() else None
+    weight: Any = module.weight
+    return _dequantised(weight.detach(), weight) if is_quantised(module) else weight.detach()
 
 
 def has_dense_weight(module: nn.Module) -> bool:

@@ -1,7 +1,4 @@
-"""Rules for whole modules: where the kind of a module says more than the operations inside it.
-
-Most of a model needs no rule: `loclin.freeze.table` linearises every torch operation.
-"""
+"""Rules for modules whose kind says more than the operations inside; most need none, see `loclin.freeze.table`."""
 
 from __future__ import annotations
 
@@ -35,14 +32,7 @@ _SINGLE = 1e-6
 class ModuleCall:
     """One call of a module, from which a form computes the linearised output.
 
-    Attributes
-    ----------
-    module
-        The module.
-    args, kwargs
-        Its arguments: the model's own values, of which coefficients can be made.
-    output
-        Its output.
+    `args`, `kwargs` and `output` are the model's own values, of which coefficients can be made.
     """
 
     module: nn.Module
@@ -55,7 +45,7 @@ class ModuleCall:
 
     def live(self, tensor: Tensor) -> Tensor:
         """A tensor's linearised value; for a constant, its own value in the linear path's dtype."""
-        return tensor.detach().to(self._mode.dtype) if self._mode.status(tensor) is None else self._mode.live(tensor)
+        return self.coefficient(tensor) if self._mode.status(tensor) is None else self._mode.live(tensor)
 
     def coefficient(self, tensor: Tensor) -> Tensor:
         """A tensor's own value in the linear path's dtype, detached: a frozen coefficient."""
@@ -66,28 +56,17 @@ Form = Callable[[ModuleCall], Tensor]
 """A module's linearised output, affine in the linearised values of its inputs."""
 Matches = Callable[[nn.Module, str], bool]
 """(module, its path) -> whether the rule applies to it."""
+Install = Callable[[nn.Module, str, Frozen], list[RemovableHandle]]
+"""(module, its path, the mode) -> the hooks that a rule puts on the module."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the modules of one kind are frozen; the first rule that matches a module is used.
+    """How the modules of one kind are frozen; the first rule that matches a module is used."""
 
-    Attributes
-    ----------
-    name
-        The kind of module.
-    matches
-        The modules to which the rule applies.
-    install
-        (module, its path, the mode) -> the hooks that it puts on the module.
-    linear
-        Whether the modules are linear: then the rule applies to the ordinary Jacobian too.
-    """
-
-    name: str
     matches: Matches
-    install: Callable[[nn.Module, str, Frozen], list[RemovableHandle]]
-    linear: bool = False
+    install: Install
+    linear: bool = False  # the modules are linear: the rule applies to the ordinary Jacobian too
 
 
 def by_class(*names: str) -> Matches:
@@ -95,7 +74,7 @@ def by_class(*names: str) -> Matches:
     return lambda module, _path: any(base.__name__ in names for base in type(module).__mro__)
 
 
-def form_rule(name: str, matches: Matches, form: Form) -> Rule:
+def form_rule(matches: Matches, form: Form) -> Rule:
     """A rule that computes a module's affine form, and refuses the module if the form has another value."""
 
     def install(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
@@ -109,17 +88,11 @@ def form_rule(name: str, matches: Matches, form: Form) -> Rule:
 
         return [module.register_forward_hook(replace, with_kwargs=True)]
 
-    return Rule(name, matches, install)
+    return Rule(matches, install)
 
 
 def check_form(output: Tensor, linear: Tensor, path: str, dtype: torch.dtype | None = None) -> None:
-    """Refuse a form whose value differs from the module's by more than the rounding of `dtype`, or the output's.
-
-    Raises
-    ------
-    NotExactError
-        Naming the module.
-    """
+    """Refuse a form whose value differs from the module's by more than the rounding of `dtype`, or the output's."""
     error = relative_error(linear.detach().to(output.dtype) - output, output)
     if not error <= TOLERANCE[dtype or output.dtype]:
         raise NotExactError(
@@ -141,12 +114,8 @@ def _activation(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHa
             return  # in place, its input is lost; the table has its operation
         with mode.paused():
             form = secant(lambda z: type(module).forward(module, z), args[0], output, mode.dtype)
-            if form is None:
-                return
-            linear = status.linear * form.ratio
-            if form.at_zero is not None:
-                linear = linear + mode.constant(form.at_zero, None, "at_zero")
-            mode.attach(output, status.then(linear, status.root, active=True))
+            if form is not None:
+                mode.attach(output, form.applied(status, mode.constant, "at_zero", active=True))
 
     return [module.register_forward_hook(replace)]
 
@@ -161,20 +130,18 @@ def _is_activation(module: nn.Module, path: str) -> bool:
     return home == "transformers.activations" or name == "BloomGelu"
 
 
-def freeze_submodule(*paths: str) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
-    """Freeze the outputs of some submodules."""
+def _state_space(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
+    """Freeze what makes B and C: a state space multiplies them with one another and with x, which stays live."""
 
-    def install(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
-        def freeze(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            if mode.status(output) is not None:
-                mode.attach(output, Coefficient(mode.origin("frozen by a rule")))
+    def freeze(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        if mode.status(output) is not None:
+            mode.attach(output, Coefficient(mode.origin("frozen by a rule")))
 
-        return [module.get_submodule(sub).register_forward_hook(freeze) for sub in paths if hasattr(module, sub)]
-
-    return install
+    projection = getattr(module, "x_proj", None)
+    return [] if projection is None else [projection.register_forward_hook(freeze)]
 
 
-def freeze_parts(which: FrozenParts) -> Callable[[nn.Module, str, Frozen], list[RemovableHandle]]:
+def _parts(which: FrozenParts) -> Install:
     """Freeze some of the parts where a module's own code splits a tensor."""
 
     def install(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
@@ -261,35 +228,18 @@ def _is_mamba2(module: nn.Module, _path: str) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("quantised linear layer", quantised.is_quantised, _quantised, linear=True),
-    Rule("quantised in an unknown format", quantised.is_unreadable, _refused, linear=True),
-    Rule("activation", _is_activation, _activation),
-    # A state space multiplies x, B and C with one another; x stays live.
-    Rule(
-        "selective state space",
-        by_class("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"),
-        freeze_submodule("x_proj"),
-    ),
-    Rule(
-        "state space duality",
-        _is_mamba2,
-        freeze_parts(lambda widths: (1, 2) if len(widths) == 3 and widths[1] == widths[2] else ()),
-    ),
-    # v stays live and q and k are frozen, as in attention.
-    Rule(
-        "gated delta rule",
-        _is_delta_net,
-        freeze_parts(lambda widths: (0, 1) if len(widths) == 3 and widths[0] == widths[1] else ()),
-    ),
+    Rule(quantised.is_quantised, _quantised, linear=True),
+    Rule(quantised.is_unreadable, _refused, linear=True),
+    Rule(_is_activation, _activation),
+    Rule(by_class("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), _state_space),
+    Rule(_is_mamba2, _parts(lambda widths: (1, 2) if len(widths) == 3 and widths[1] == widths[2] else ())),
+    # v stays live and q and k are frozen, as in attention
+    Rule(_is_delta_net, _parts(lambda widths: (0, 1) if len(widths) == 3 and widths[0] == widths[1] else ())),
 )
 """loclin's own rules."""
 
 _registered: list[Rule] = []
-
-
-def rule_for(module: nn.Module, path: str) -> Rule | None:
-    """The first rule that matches a module; registered ones come before loclin's own."""
-    return next((rule for rule in (*_registered, *RULES) if rule.matches(module, path)), None)
+"""They come before loclin's own."""
 
 
 @contextmanager
@@ -298,7 +248,7 @@ def rules_installed(paths: dict[nn.Module, str], mode: Frozen) -> Iterator[None]
 
     def install() -> Iterator[RemovableHandle]:
         for module, path in paths.items():
-            rule = rule_for(module, path)
+            rule = next((rule for rule in (*_registered, *RULES) if rule.matches(module, path)), None)
             if rule is not None and (rule.linear or not mode.options.ordinary):
                 yield from rule.install(module, path, mode)
 
@@ -353,9 +303,7 @@ def register(modules: type[nn.Module] | str | Callable[[nn.Module], bool], form:
             "the form"
         )
     if isinstance(modules, str):
-        return Registration(form_rule(modules, by_class(modules), form))
-    if isinstance(modules, type):
-        kind = modules
-        return Registration(form_rule(kind.__name__, lambda module, _path: isinstance(module, kind), form))
-    is_one = modules
-    return Registration(form_rule("registered", lambda module, _path: is_one(module), form))
+        return Registration(form_rule(by_class(modules), form))
+    kind = modules
+    is_one = (lambda module: isinstance(module, kind)) if isinstance(kind, type) else kind
+    return Registration(form_rule(lambda module, _path: is_one(module), form))

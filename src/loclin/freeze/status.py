@@ -36,22 +36,13 @@ class NonlinearUse:
 class Live:
     """A tensor that is affine in the input.
 
-    Attributes
-    ----------
-    linear
-        Its linearised value, with the graph.
-    root
-        Identifies the tensor of which this one is a function, element by element.
-    active
-        Whether it comes from an activation, so that a product with it is a gated one.
-    nonlinear
-        Set where a coefficient was added: the linearised value then differs from the tensor, which may be used as a
-        coefficient, but not leave the network.
+    `nonlinear` is set where a coefficient was added: the linearised value then differs from the tensor, which may be
+    used as a coefficient, but not leave the network.
     """
 
-    linear: Tensor
-    root: object = field(default_factory=object)
-    active: bool = False
+    linear: Tensor  # its linearised value, with the graph
+    root: object = field(default_factory=object)  # the tensor of which this one is a function, element by element
+    active: bool = False  # it comes from an activation, so that a product with it is a gated one
     nonlinear: NonlinearUse | None = None
 
     __repr__ = brief

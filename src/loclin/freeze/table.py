@@ -14,25 +14,17 @@ from loclin.freeze.operation import Operation, Result
 Handler = Callable[[Operation], Result]
 
 
-def _softmax(op: Operation) -> Result:
-    return op.coefficient(probabilities=True)
-
-
-def _nothing(_op: Operation) -> None:
-    return
-
-
 HANDLERS: Mapping[str, Handler] = {
     **dict.fromkeys(linear.VIEWS | linear.SUMS | linear.AFFINE, linear.linear),
     **dict.fromkeys(linear.CASTS, linear.cast),
     **dict.fromkeys(("detach", "data", "alias", "requires_grad"), linear.same),
-    **dict.fromkeys(linear.CONSTANT, _nothing),
+    **dict.fromkeys(linear.CONSTANT, lambda _op: None),
     **dict.fromkeys(products.FACTORS, products.product),
     **dict.fromkeys(("div", "divide", "true_divide", "itruediv"), products.quotient),
     **dict.fromkeys(unary.ACTIVATIONS | unary.SQUASHES | unary.CLAMPS, unary.unary),
     "glu": products.glu,
     "pad": linear.pad,
-    "softmax": _softmax,
+    "softmax": lambda op: op.coefficient(probabilities=True),
     "rms_norm": norms.rms_norm,
     "layer_norm": norms.layer_norm,
     "group_norm": norms.group_norm,
@@ -54,12 +46,8 @@ def plain_name(func: Callable[..., Any]) -> str:
 
 def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call changes its first argument."""
-    if kwargs.get("inplace") is True:
+    if not args or kwargs.get("inplace") is True:
         return bool(args)
     name: str = getattr(func, "__name__", "")
-    dunder = name.startswith("__")
-    return (
-        bool(args)
-        and isinstance(args[0], Tensor)
-        and (name.strip("_") in IN_PLACE if dunder else name.endswith("_") and name != "requires_grad_")
-    )
+    changes = name.strip("_") in IN_PLACE if name.startswith("__") else name.endswith("_") and name != "requires_grad_"
+    return changes and isinstance(args[0], Tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +36,7 @@ def unary(op: Operation) -> Result:
     form = secant(lambda value: op.func(value, *op.args[1:], **rest), op.value(z), op.out, op.context.dtype)
     if form is None:
         return op.coefficient(root=status.root)
-    linear = status.linear * form.ratio
-    if form.at_zero is not None:
-        linear = linear + op.context.constant(form.at_zero, None, op.name)
-    return status.then(linear, status.root, status.active or op.name in ACTIVATIONS)
+    return form.applied(status, op.context.constant, op.name, status.active or op.name in ACTIVATIONS)
 
 
 class Secant(NamedTuple):
@@ -47,6 +44,13 @@ class Secant(NamedTuple):
 
     ratio: Tensor
     at_zero: Tensor | None
+
+    def applied(self, z: Live, constant: Callable[[Tensor, Any, str], Tensor], name: str, active: bool) -> Live:
+        """The status of f(z); `constant` is that of the freezing context."""
+        linear = z.linear * self.ratio
+        if self.at_zero is not None:
+            linear = linear + constant(self.at_zero, None, name)
+        return z.then(linear, z.root, active)
 
 
 def secant(f: Callable[[Tensor], Tensor], z: Tensor, out: Tensor, dtype: torch.dtype) -> Secant | None:

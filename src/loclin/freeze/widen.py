@@ -1,7 +1,6 @@
-"""The precision rule of float64 linear paths: casts from float64 to a lower dtype are left out.
+"""The precision rule of float64 linear paths (`precision="double"`): casts to a lower dtype are left out.
 
-Models cast norms, softmax, routers and rotations to float32 in their own code, whatever their dtype. Coefficients that
-are rounded so limit J x to 1e-8. With `precision="double"` such casts are not done.
+Models cast norms, softmax, routers and rotations to float32 in their own code. So rounded, they limit J x to 1e-8.
 """
 
 from __future__ import annotations

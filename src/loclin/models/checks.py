@@ -17,25 +17,17 @@ from loclin.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-NAMES_SHOWN = 3
 HIDDEN_ATTENTION = ("flash", "flex", "paged")
 """Prefixes of attention implementations that are one kernel, and do not return the probabilities."""
 
 
 def list_some(names: list[str]) -> str:
     """Join the first few names, and say how many more there are."""
-    rest = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def refuse_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse an architecture that is not a causal decoder, from its config.
-
-    Raises
-    ------
-    ModelError
-        When the model has an encoder, or attends to later tokens.
-    """
+    """Refuse an architecture that has an encoder or attends to later tokens, from its config."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model ({kind}); give a causal decoder")
@@ -47,13 +39,7 @@ def refuse_config(config: PreTrainedConfig, name: str) -> None:
 
 
 def refuse_unknown_family(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a checkpoint that transformers cannot open as a causal language model.
-
-    Raises
-    ------
-    ModelError
-        When the family has no causal-LM class and brings no code of its own.
-    """
+    """Refuse a checkpoint whose family has no causal-LM class and brings no code of its own."""
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "auto_map"):
         raise ModelError(
             f"{name}: transformers has no causal language model for the family {config.model_type!r}; "
@@ -62,13 +48,7 @@ def refuse_unknown_family(config: PreTrainedConfig, name: str) -> None:
 
 
 def refuse_missing(report: dict[str, Any], name: str) -> None:
-    """Refuse a checkpoint that lacks weights, which transformers would replace by random ones with a warning.
-
-    Raises
-    ------
-    ModelError
-        Naming the first few.
-    """
+    """Refuse a checkpoint that lacks weights, which transformers would replace by random ones with a warning."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -77,15 +57,7 @@ def refuse_missing(report: dict[str, Any], name: str) -> None:
 
 
 def refuse_model(hf: PreTrainedModel, name: str) -> None:
-    """Refuse a model that cannot become an exact map: no decoder, no head, no weights, or weights with holes.
-
-    Cost: one read of all weights.
-
-    Raises
-    ------
-    ModelError
-        Naming what is wrong, and the first few parameters where weights are at fault.
-    """
+    """Refuse a model that cannot become an exact map. Cost: one read of all weights."""
     refuse_config(hf.config, name)
     if hf.get_output_embeddings() is None:
         raise ModelError(f"{name} ({type(hf).__name__}) has no output head; load it with AutoModelForCausalLM")

@@ -21,19 +21,15 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
     """Look up one token by its text; None when the vocabulary does not have it."""
     found = tokenizer.convert_tokens_to_ids(token)
     # Unknown tokens come back as the id of the unknown token, so the way back must lead to the same text.
-    if isinstance(found, int) and tokenizer.convert_ids_to_tokens(found) == token:
-        return found
-    return None
+    return found if isinstance(found, int) and tokenizer.convert_ids_to_tokens(found) == token else None
 
 
 def beginning_token(tokenizer: PreTrainedTokenizerBase | None, named: str | None = None) -> int | None:
     """Choose the beginning-of-text token: the named one, else the tokenizer's, else its end-of-text token."""
     if tokenizer is None:
         return None
-    for token in (named, tokenizer.bos_token, tokenizer.eos_token):
-        if token is not None and (found := token_id(tokenizer, str(token))) is not None:
-            return found
-    return None
+    named_ones = (str(token) for token in (named, tokenizer.bos_token, tokenizer.eos_token) if token is not None)
+    return next((found for token in named_ones if (found := token_id(tokenizer, token)) is not None), None)
 
 
 def appended_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -46,25 +42,9 @@ def appended_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, bos: bool | str | None, default_bos: int | None
 ) -> list[int]:
-    """Turn a prompt into token ids.
+    """Turn a prompt into token ids; `bos` is that of `Model.encode`, and `default_bos` the token for `True`.
 
-    Parameters
-    ----------
-    tokenizer
-        The model's tokenizer.
-    prompt
-        The text.
-    bos
-        None: what the tokenizer does by itself. True: a beginning token is put first. False: none. A string: that token
-        is put first. A token with which the text begins already is not doubled. Tokens that the tokenizer appends, such
-        as `</s>`, are left out: a model continues the text, not its end.
-    default_bos
-        The token for `True`.
-
-    Raises
-    ------
-    PromptError
-        When the prompt has no tokens, or there is no such beginning token.
+    Tokens that the tokenizer appends, such as `</s>`, are left out: a model continues the text, not its end.
     """
     text("the prompt", prompt)
     plain: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
@@ -88,10 +68,7 @@ def encode(
 def strip_padding(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> list[Tensor]:
     """Strip the padding of each row: its own tokens `[1, T_b]`, where the mask is not zero.
 
-    Raises
-    ------
-    PromptError
-        When a row has no tokens, or padding between them: no prompt without padding is then equivalent.
+    Padding between tokens is refused: no prompt without padding is then equivalent.
     """
     if attention_mask.shape != input_ids.shape:
         raise PromptError(
@@ -109,13 +86,7 @@ def strip_padding(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> list
 
 
 def pad_prompts(prompts: list[Tensor], padding: Padding, fill: int) -> tuple[Tensor, Tensor]:
-    """Pad prompts `[1, T_b]` to the rows of one tensor `[B, T]`; also returns the mask `[B, T]` of their tokens.
-
-    Raises
-    ------
-    OptionError
-        When the padding is neither left nor right.
-    """
+    """Pad prompts `[1, T_b]` to the rows of one tensor `[B, T]`; also returns the mask `[B, T]` of their tokens."""
     if padding not in ("left", "right"):
         raise OptionError(f"padding={padding!r}: choose left or right")
     shape = len(prompts), max(prompt.shape[1] for prompt in prompts)

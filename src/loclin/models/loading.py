@@ -36,21 +36,16 @@ def load(
     Parameters
     ----------
     name
-        A packaged model ("gemma-3-270m", "smollm2-135m"), a local directory, a `.gguf` file, or a hub id
-        "org/name".
+        A packaged model ("gemma-3-270m", "smollm2-135m"), a local directory, a `.gguf` file, or a hub id "org/name".
     dtype
-        "float32" (the default: exactness is the point), "float64", "bfloat16", "float16", or "auto" for the
-        type the weights are stored in.
+        "float32" (the default: exactness is the point), "float64", "bfloat16", "float16", or "auto" for the type the
+        weights are stored in.
     device
         "cpu", "cuda:0", … ; by default the processor.
-    device_map
-        As in transformers, for models that do not fit one device; needs accelerate.
-    quantization_config
-        As in transformers.
+    device_map, quantization_config, attn_implementation
+        As in transformers. A device map needs accelerate; kernels from the hub are refused.
     revision
         A hub model's branch, tag or commit.
-    attn_implementation
-        As in transformers; kernels from the hub are refused.
     **from_pretrained_kwargs
         Anything else that transformers' `from_pretrained` takes.
 
@@ -62,7 +57,7 @@ def load(
     Raises
     ------
     ModelError
-        When the model cannot be found, read or used; the message names the fault and the fix.
+        When the model cannot be found, read or used.
     """
     if not isinstance(name, str | Path) or not str(name).strip():
         raise ModelError(
@@ -76,16 +71,13 @@ def load(
         require("accelerate", "device_map", "accelerate")
     if from_pretrained_kwargs.pop("use_kernels", False) or "/" in (attn_implementation or ""):
         raise ModelError("kernels from the hub hide the operations of the model: load it without them")
-    optional = {
+    arguments: dict[str, Any] = {
         "device_map": device_map,
         "quantization_config": quantization_config,
         "attn_implementation": attn_implementation,
     }
-    arguments = {
-        "dtype": chosen,
-        **{key: value for key, value in optional.items() if value is not None},
-        **from_pretrained_kwargs,
-    }
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    arguments |= {"dtype": chosen, **from_pretrained_kwargs}
     try:
         model = _load(name, revision, arguments)
     except PermissionError as fault:
@@ -99,7 +91,6 @@ def load(
 
 
 def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> Model:
-    """Load what the name stands for."""
     label = str(name)
     try:
         path = Path(name).expanduser()

@@ -22,36 +22,16 @@ Source = Literal["package", "hub", "directory", "gguf", "wrapped"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Where a model came from and what it is, as written into every result.
+    """Where a model came from and what it is, as written into every result."""
 
-    Attributes
-    ----------
-    name
-        The name it was asked for by.
-    source
-        What kind of place it came from.
-    family
-        The `model_type` of its text config.
-    revision
-        The hub's commit, where there is one.
-    sha256
-        The hash of the source file, where there is a single one.
-    stored_dtype
-        The type its weights were stored in.
-    dtype
-        The type its weights have now.
-    n_parameters
-        How many weights it has; tied ones count once.
-    """
-
-    name: str
+    name: str  # by which it was asked for
     source: Source
-    family: str
-    revision: str | None
-    sha256: str | None
-    stored_dtype: str
+    family: str  # the `model_type` of its text config
+    revision: str | None  # the hub's commit
+    sha256: str | None  # of the source file, where there is a single one
+    stored_dtype: str  # the type its weights were stored in; `dtype` is the one they have now
     dtype: str
-    n_parameters: int
+    n_parameters: int  # tied ones count once
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as plain values for JSON."""
@@ -64,16 +44,11 @@ class Model:
 
     Attributes
     ----------
-    hf
-        The transformers model.
-    tokenizer
-        Its tokenizer, or None; then prompts are token ids.
-    info
-        Where it came from.
-    bos
-        The id of the beginning-of-text token that `encode(bos=True)` puts in front, or None.
-    context_length
-        The most tokens the model takes, or None where it sets no limit.
+    hf: the transformers model.
+    tokenizer: None if prompts are token ids.
+    info: where it came from, and what it is.
+    bos: the id of the beginning-of-text token that `encode(bos=True)` puts in front, or None.
+    context_length: the most tokens the model takes, or None where it sets no limit.
     """
 
     hf: PreTrainedModel
@@ -83,12 +58,15 @@ class Model:
     context_length: int | None
 
     @property
+    def _embeddings(self) -> Any:
+        return self.hf.get_input_embeddings()
+
+    @property
     def device(self) -> torch.device:
         """The device of token ids."""
-        embeddings: Any = self.hf.get_input_embeddings()
-        weight: torch.Tensor = embeddings.weight
+        weight: torch.Tensor = self._embeddings.weight
         if weight.is_meta:  # offloaded: its hook knows where it runs
-            return torch.device(embeddings._hf_hook.execution_device)
+            return torch.device(self._embeddings._hf_hook.execution_device)
         return weight.device
 
     def replicate(self) -> Model:
@@ -98,20 +76,10 @@ class Model:
         return made
 
     def encode(self, prompt: str, bos: bool | str | None = None) -> torch.Tensor:
-        """Turn a prompt into token ids [1, T].
+        """Turn a text into token ids [1, T], on the model's device.
 
-        Parameters
-        ----------
-        prompt
-            The text.
-        bos
-            The beginning-of-text token. None: what the tokenizer does by itself. True: one is put first. False: none.
-            A string: that token is put first. One with which the text begins already is not doubled.
-
-        Returns
-        -------
-        torch.Tensor
-            Token ids [1, T], on the model's device.
+        `bos` is the beginning-of-text token. None: what the tokenizer does by itself. True: one is put first. False:
+        none. A string: that token is put first. One with which the text begins already is not doubled.
 
         Raises
         ------
@@ -127,9 +95,7 @@ class Model:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens; {self.info.name} takes at most {self.context_length}: shorten it"
             )
-        embeddings: Any = self.hf.get_input_embeddings()
-        vocabulary: int = embeddings.weight.shape[0]
-        if max(ids) >= vocabulary:
+        if max(ids) >= (vocabulary := self._embeddings.weight.shape[0]):
             raise PromptError(
                 f"the tokenizer returned token {max(ids)}, but {self.info.name} has {vocabulary} embeddings: give the "
                 "model's own tokenizer"
@@ -173,20 +139,17 @@ class Model:
 def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None) -> Model:
     """Take a model that you loaded yourself; it is left exactly as it is.
 
+    Cost: one read of all weights, for NaN and Inf.
+
     Parameters
     ----------
     hf_model
         A causal language model of transformers, compiled or with adapters of peft as you like. It keeps its mode,
         device and dtype; adapters stay as they are, and so do those that are switched off.
     tokenizer
-        Its tokenizer. Without one, prompts are token ids.
+        Without one, prompts are token ids.
     name
         Its name in results; by default the name by which it was loaded.
-
-    Returns
-    -------
-    Model
-        The model as the rest of loclin takes it. Cost: one read of all weights, for NaN and Inf.
 
     Raises
     ------
@@ -213,13 +176,7 @@ def describe(
     stored_dtype: str | None = None,
     bos_token: str | None = None,
 ) -> Model:
-    """Check a transformers model, and combine it with what is known about it.
-
-    Raises
-    ------
-    ModelError
-        As for `wrap`.
-    """
+    """Check a transformers model, and combine it with what is known about it."""
     refuse_model(hf, name)
     text_config = hf.config.get_text_config()
     dtype = str(hf.dtype).removeprefix("torch.")
@@ -233,29 +190,13 @@ def describe(
         dtype=dtype,
         n_parameters=hf.num_parameters(),
     )
-    return Model(
-        hf=hf,
-        tokenizer=tokenizer,
-        info=info,
-        bos=encoding.beginning_token(tokenizer, bos_token),
-        context_length=_context_length(text_config),
-    )
-
-
-def _context_length(text_config: Any) -> int | None:
-    """The most tokens a model takes; families without a limit write -1, or nothing."""
-    length = getattr(text_config, "max_position_embeddings", None)
-    return length if length is not None and length > 0 else None
+    length = getattr(text_config, "max_position_embeddings", None)  # families without a limit write -1, or nothing
+    limit = length if length is not None and length > 0 else None
+    return Model(hf, tokenizer, info, encoding.beginning_token(tokenizer, bos_token), limit)
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside `torch.compile`'s module or a `PeftModel`, whose adapters stay in its layers.
-
-    Raises
-    ------
-    ModelError
-        For an adapter that is not inside the layers: a learned prompt or prefix.
-    """
+    """The model inside `torch.compile`'s module or a `PeftModel`, whose adapters stay in its layers."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -267,7 +208,7 @@ def unwrap(model: Any) -> Any:
 
 
 def _refuse_prompts(model: Any) -> None:
-    """Refuse adapters that act outside the base model's layers."""
+    """Refuse adapters that act outside the base model's layers: a learned prompt or prefix."""
     for name in (model.active_adapter,) if isinstance(model.active_adapter, str) else model.active_adapter:
         config = model.peft_config[name]
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):

@@ -8,22 +8,11 @@ import torch
 
 from loclin.errors import MissingExtraError, OptionError
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    """Turn a dtype's name into the dtype; "auto" stays.
-
-    Raises
-    ------
-    OptionError
-        Listing the valid ones.
-    """
+    """Turn a dtype's name into the dtype; "auto" stays."""
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
     if isinstance(dtype, str) and dtype in DTYPES:
@@ -41,13 +30,7 @@ def available_devices() -> list[str]:
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """Turn a device's name into the device, if this machine has it.
-
-    Raises
-    ------
-    OptionError
-        Listing the available devices.
-    """
+    """Turn a device's name into the device, if this machine has it."""
     devices = available_devices()
     try:
         parsed = torch.device(device)
@@ -68,12 +51,6 @@ def installed(module: str) -> bool:
 
 
 def require(module: str, purpose: str, extra: str) -> None:
-    """Insist on an optional package.
-
-    Raises
-    ------
-    MissingExtraError
-        Naming the command that installs it.
-    """
+    """Insist on an optional package; the error names the command that installs it."""
     if not installed(module):
         raise MissingExtraError(purpose, module, extra)

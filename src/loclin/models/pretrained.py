@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,38 +20,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # arguments of from_pretrained that say where the files are, and so concern the config and the tokenizer too
-WHERE = (
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tekken.json",
-)
-SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WHERE = "cache_dir code_revision force_download local_files_only proxies revision subfolder token trust_remote_code"
+_TOKENIZER_FILES = """
+tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt merges.txt spiece.model tekken.json
+"""
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The names of dtypes in safetensors files."""
 
 
 def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
-    """Load a model from a local directory.
-
-    Raises
-    ------
-    ModelError
-        When a file is missing or damaged, or the model is no causal decoder.
-    """
+    """Load a model from a local directory."""
     inside = path / arguments.get("subfolder", "")
     if not (inside / "config.json").is_file():
         ggufs = sorted(inside.glob("*.gguf"))
@@ -59,21 +39,14 @@ def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
     arguments = {**arguments, "local_files_only": True}
     config = read_config(str(path), name, arguments)
     stored = quantized(config) or stored or config_dtype(config)
-    tokenizer = None
-    if any((inside / file).exists() for file in TOKENIZER_FILES):
-        tokenizer = read_tokenizer(str(path), name, arguments)
+    has_tokenizer = any((inside / file).exists() for file in _TOKENIZER_FILES.split())
+    tokenizer = read_tokenizer(str(path), name, arguments) if has_tokenizer else None
     hf = read_weights(str(path), name, arguments)
     return describe(hf, tokenizer, name=name, source="directory", stored_dtype=stored)
 
 
 def load_hub(name: str, arguments: dict[str, Any]) -> Model:
-    """Load a model from the hub, or from the copy its client has downloaded.
-
-    Raises
-    ------
-    ModelError
-        When it cannot be had or read, or the model is no causal decoder.
-    """
+    """Load a model from the hub, or from the copy its client has downloaded."""
     config = read_config(name, name, arguments)
     stored = quantized(config) or config_dtype(config)
     tokenizer = read_tokenizer(name, name, arguments)
@@ -82,63 +55,44 @@ def load_hub(name: str, arguments: dict[str, Any]) -> Model:
 
 
 def read_config(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedConfig:
-    """Read a checkpoint's config, and refuse what is no causal decoder before any weight is read.
-
-    Raises
-    ------
-    ModelError
-        When it cannot be read, or is refused.
-    """
+    """Read a checkpoint's config, and refuse what is no causal decoder before any weight is read."""
     from transformers import AutoConfig
 
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(place, **_where(arguments))
-    except Exception as fault:  # many kinds, from JSON to the hub
-        raise ModelError(describe_failure(name, "config", fault)) from fault
+    with _reading(name, "config"):
+        config = AutoConfig.from_pretrained(place, **_where(arguments))
     refuse_config(config, name)
     refuse_unknown_family(config, name)
     return config
 
 
 def read_tokenizer(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Read a checkpoint's tokenizer.
-
-    Raises
-    ------
-    ModelError
-        When it cannot be read.
-    """
+    """Read a checkpoint's tokenizer."""
     from transformers import AutoTokenizer
 
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(place, **_where(arguments))
-    except Exception as fault:
-        raise ModelError(
-            f"{describe_failure(name, 'tokenizer', fault)}; to do without it, load the model yourself and wrap() it"
-        ) from fault
+    with _reading(name, "tokenizer", "; to do without it, load the model yourself and wrap() it"):
+        return AutoTokenizer.from_pretrained(place, **_where(arguments))
 
 
 def read_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    """Read a checkpoint's weights into a model in eval mode.
-
-    Raises
-    ------
-    ModelError
-        When a weight is missing or damaged, or an argument does not suit the model.
-    """
+    """Read a checkpoint's weights into a model in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(place, **{**arguments, "output_loading_info": True})
-    except Exception as fault:
-        raise ModelError(describe_failure(name, "model", fault)) from fault
+    with _reading(name, "model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **{**arguments, "output_loading_info": True})
     hf, report = loaded
     refuse_missing(report, name)
     keep_from_packing(hf)
     return hf.eval()
+
+
+@contextmanager
+def _reading(name: str, what: str, hint: str = "") -> Iterator[None]:
+    """Silence the libraries, and make one line of each of their failures."""
+    try:
+        with quiet():
+            yield
+    except Exception as fault:  # many kinds, from JSON to the hub
+        raise ModelError(f"{describe_failure(name, what, fault)}{hint}") from fault
 
 
 def describe_failure(name: str, what: str, fault: Exception) -> str:
@@ -153,13 +107,7 @@ def describe_failure(name: str, what: str, fault: Exception) -> str:
 
 
 def stored_dtype(directory: Path) -> str | None:
-    """The dtype that most weights of a directory are stored in, from its safetensors headers; None without any.
-
-    Raises
-    ------
-    ModelError
-        When a file is damaged, or its size is not the one that its header says.
-    """
+    """The dtype that most weights of a directory are stored in, from its safetensors headers; None without any."""
     from safetensors import SafetensorError, safe_open
 
     elements: Counter[str] = Counter()
@@ -175,7 +123,7 @@ def stored_dtype(directory: Path) -> str | None:
     if not elements:
         return None
     kind = elements.most_common(1)[0][0]
-    return SAFETENSORS_DTYPES.get(kind, kind)
+    return _DTYPES.get(kind, kind)
 
 
 def quantized(config: PreTrainedConfig) -> str | None:
@@ -192,4 +140,4 @@ def config_dtype(config: PreTrainedConfig) -> str | None:
 
 
 def _where(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {key: arguments[key] for key in WHERE if key in arguments}
+    return {key: arguments[key] for key in _WHERE.split() if key in arguments}

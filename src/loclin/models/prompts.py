@@ -54,13 +54,7 @@ def read_prompt(
 
 
 def as_ids(given: Any, *, bools: bool = False) -> Tensor:
-    """Convert a tensor, an array or (nested) lists of whole numbers to a tensor of integers; bools are refused.
-
-    Raises
-    ------
-    PromptError
-        For other numbers, lists of different lengths, and anything else.
-    """
+    """Convert a tensor, an array or (nested) lists of whole numbers to a tensor of integers; bools are refused."""
     if not isinstance(given, Tensor):
         if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, (str, bytes)):
             raise PromptError(f"the prompt is {type(given).__name__}: give a text or token ids")
@@ -82,13 +76,7 @@ def as_ids(given: Any, *, bools: bool = False) -> Tensor:
 
 
 def check_ids(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
-    """Refuse token ids that the model does not have.
-
-    Raises
-    ------
-    PromptError
-        For another shape, too many ids, or an id without embedding.
-    """
+    """Refuse token ids of another shape, too many, or such as the model does not have."""
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
         raise PromptError(f"{_SHAPE}, not {list(input_ids.shape)}")
     if model.context_length is not None and input_ids.numel() > model.context_length:
@@ -103,13 +91,7 @@ def check_ids(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
 
 
 def prompt_list(prompts: Any) -> list[Any]:
-    """Several prompts as a list.
-
-    Raises
-    ------
-    PromptError
-        For anything that is not a sequence of prompts.
-    """
+    """Several prompts as a list."""
     try:
         return list(prompts)
     except TypeError:
@@ -122,7 +104,9 @@ def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: boo
     `appends`: the prompt was a text to which the tokenizer would have appended an end.
     """
     ids, found = input_ids[0].tolist(), []
-    ends, pad = _ends(model), _pad(model)
+    ends = _ends(model)
+    holder = model.hf.config.get_text_config() if model.tokenizer is None else model.tokenizer
+    pad = getattr(holder, "pad_token_id", None)
     if appends and model.tokenizer is not None and (behind := appended_tokens(model.tokenizer)):
         names = " ".join(model.decode_each(behind))
         found.append(
@@ -134,7 +118,7 @@ def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: boo
             f"The prompt ends with {_name(model, ids[-1])}, which ends a text: the prediction is what the model says "
             "after the end. Leave it out to explain what follows the words."
         )
-    if pad is not None and len(ids) > 1:
+    if isinstance(pad, int) and len(ids) > 1:
         # a text may begin with what else stands for padding, but not twice
         begins = ids[0] == pad and (pad != model.bos or ids[1] == pad)
         if begins or (ids[-1] == pad and pad not in ends):
@@ -158,16 +142,14 @@ def _name(model: Model, token: int) -> str:
     return f"token {token}" if model.tokenizer is None else model.decode_each([token])[0]
 
 
-def _holds_bool(given: Any) -> bool:
-    if isinstance(given, np.ndarray):
-        return given.dtype == np.bool_
-    if isinstance(given, Sequence):
-        return any(_holds_bool(one) for one in given)
-    return isinstance(given, (bool, np.bool_))
-
-
 def _row(ids: Tensor) -> Tensor:
     return ids[None] if ids.dim() == 1 else ids
+
+
+def _holds_bool(given: Any) -> bool:
+    if isinstance(given, Sequence):
+        return any(_holds_bool(one) for one in given)
+    return given.dtype == np.bool_ if isinstance(given, np.ndarray) else isinstance(given, (bool, np.bool_))
 
 
 def _ends(model: Model) -> set[int]:
@@ -175,13 +157,6 @@ def _ends(model: Model) -> set[int]:
     tokenizer = model.tokenizer
     named = [] if tokenizer is None else [tokenizer.eos_token_id, tokenizer.sep_token_id]
     return model.stops | {token for token in named if isinstance(token, int)}
-
-
-def _pad(model: Model) -> int | None:
-    tokenizer = model.tokenizer
-    holder = model.hf.config.get_text_config() if tokenizer is None else tokenizer
-    named = getattr(holder, "pad_token_id", None)
-    return named if isinstance(named, int) else None
 
 
 def _placeholders(model: Model) -> dict[int, str]:

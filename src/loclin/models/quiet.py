@@ -9,11 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from huggingface_hub.utils.tqdm import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
@@ -26,13 +22,12 @@ logger = logging.getLogger("loclin")
 def quiet() -> Iterator[None]:
     """Silence transformers' log and progress bars inside the block, and put both back as they were.
 
-    Downloads keep their bars, which belong to the hub's client. The GGUF reader's bar has no setting, so it is
-    replaced.
+    Downloads keep their bars, which belong to the hub's client.
     """
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     hub_bars_off = are_progress_bars_disabled()
-    gguf_bar = getattr(gguf_reader, "tqdm", None)
+    gguf_bar = getattr(gguf_reader, "tqdm", None)  # it has no setting, so it is replaced
 
     def show_bars(wanted: bool) -> None:
         with warnings.catch_warnings():
@@ -59,13 +54,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def status(text: str) -> Iterator[Callable[[str], None]]:
-    """Show the current stage on stderr, only on a terminal; it is always logged.
-
-    Yields
-    ------
-    Callable[[str], None]
-        Replaces the line with the next stage.
-    """
+    """Show the current stage on stderr, only on a terminal, and log it always; yields what shows the next stage."""
     console = Console(stderr=True)
     logger.info(text)
     if not console.is_terminal:

@@ -1,8 +1,6 @@
 """A replica of a model: new module objects that share the model's weights.
 
-Hooks and flags on a replica do not affect the model: other threads' forward passes, training steps and the user's own
-hooks are unchanged. What is changed on the model later (hooks, adapters, steering, training) does not affect the
-replica.
+Hooks and flags on a replica do not affect the model, its training or other threads, nor those on the model the replica.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ M = TypeVar("M", bound=nn.Module)
 
 _LOCK = "_loclin_lock"
 _COMPILED_FROM = "_torchdynamo_orig_callable"
-_CONTAINERS = (list, dict, set, OrderedDict)
 _CHANGES_ITS_WEIGHTS = ("RwkvModel",)
 """Models that change their weights in a forward pass: here, division by powers of two."""
 _PLAIN = (bool, int, float, str, torch.Tensor)
@@ -77,7 +74,7 @@ def _renew(value: Any, new: dict[int, Any]) -> Any:
         return again
     if type(value) is tuple:
         return tuple(_renew(item, new) for item in value)
-    if type(value) not in _CONTAINERS:
+    if type(value) not in (list, dict, set, OrderedDict):
         return value
     again = new[id(value)] = copy.copy(value)
     if isinstance(again, dict):

@@ -47,13 +47,7 @@ class Snapshot:
         return [name for name in self.changed(root) if root.get_parameter(name).dtype == self._dtypes[name]]
 
     def check(self, module: nn.Module, model: str) -> None:
-        """Refuse to compute with weights that have changed.
-
-        Raises
-        ------
-        ModelError
-            Naming the first few.
-        """
+        """Refuse to compute with weights that have changed."""
         changed = self.changed(module)
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

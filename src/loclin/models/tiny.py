@@ -36,15 +36,7 @@ def build(
 ) -> PreTrainedModel:
     """Build a family's tiny model in eval mode, with random weights far from where training starts.
 
-    Parameters
-    ----------
-    attn
-        The attention implementation; the library's own choice where None, or where the family has no such one.
-
-    Raises
-    ------
-    ModelError
-        When the family is unknown, or something that it needs is not here.
+    `attn` is the attention implementation; the library's own choice where None, or where the family has no such one.
     """
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
@@ -76,7 +68,7 @@ def prompt(model: PreTrainedModel, length: int = 7, seed: int = 1) -> Tensor:
 
 
 def _config(kind: type[PreTrainedConfig], family: str, more: dict[str, Any] | None = None) -> PreTrainedConfig:
-    own = {**FAMILIES.get(family, {}), **(more or {})}
+    own = FAMILIES.get(family, {}) | (more or {})
     names = [field.name for field in dataclasses.fields(kind)]
     changes = {name: own[name] for name in kind.sub_configs if name in own}  # some defaults contradict themselves
     usual = kind(**{name: KINDS[name] for name in names if name in KINDS}, **changes)
@@ -98,14 +90,14 @@ def _size(name: str, usual: PreTrainedConfig, family: str) -> Any:
     if name in BIASES:
         return None if family.startswith(BIAS_FREE) else True
     if _holds_ids(name) and value is not None:
-        return _small_id(name, value)
+        small = next((i for i, start in enumerate(SPECIAL) if name.startswith(start)), len(SPECIAL))
+        return [small] if isinstance(value, list) else small
     if "drop" in name and isinstance(value, float):
         return 0.0
     if isinstance(value, (list, tuple)) and len(value) == getattr(usual, "num_hidden_layers", None):
         kinds = list(dict.fromkeys(value))
-        if len(kinds) <= LAYERS and not all(
-            isinstance(kind, int) and kind > 1 for kind in kinds
-        ):  # no indices or sizes
+        indices_or_sizes = all(isinstance(kind, int) and kind > 1 for kind in kinds)
+        if len(kinds) <= LAYERS and not indices_or_sizes:
             # attention goes round and MLPs stay at the last kind, so that more than one pair of kinds occurs
             rest = kinds[-1:] if name.startswith("mlp") else kinds
             return [*kinds, *rest, *rest][:LAYERS] if len(kinds) > 1 else kinds * LAYERS
@@ -114,11 +106,6 @@ def _size(name: str, usual: PreTrainedConfig, family: str) -> Any:
 
 def _holds_ids(name: str) -> bool:
     return name.endswith(("_token_id", "_token_index", "_token_ids", "pad_index", "bos_index", "eos_index"))
-
-
-def _small_id(name: str, value: Any) -> Any:
-    small = next((i for i, start in enumerate(SPECIAL) if name.startswith(start)), len(SPECIAL))
-    return [small] if isinstance(value, list) else small
 
 
 def _special_ids(config: PreTrainedConfig) -> set[int]:

@@ -9,89 +9,66 @@ LAYERS = 3
 
 # families whose point is to have no biases keep their flags; every other has each bias that a flag offers
 BIAS_FREE = ("llama", "mistral", "gemma", "qwen3", "olmo", "phi3")
-BIASES = (
-    "add_bias_linear",
-    "attention_bias",
-    "attention_out_bias",
-    "bias",
-    "conv_bias",
-    "lm_head_bias",
-    "mamba_conv_bias",
-    "mamba_proj_bias",
-    "mlp_bias",
-    "norm_bias",
-    "projectors_bias",
-    "qkv_bias",
-    "use_bias",
-    "use_conv_bias",
-    "use_qkv_bias",
-)
+_BIASES = """
+add_bias_linear attention_bias attention_out_bias bias conv_bias lm_head_bias mamba_conv_bias mamba_proj_bias
+mlp_bias norm_bias projectors_bias qkv_bias use_bias use_conv_bias use_qkv_bias
+"""
+BIASES = _BIASES.split()
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "decoder_vocab_size": VOCABULARY,
-    # depth
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), LAYERS),
-    **dict.fromkeys(("decoder_layers", "num_blocks", "depth"), LAYERS),
-    **dict.fromkeys(("encoder_layers", "num_encoder_layers", "num_nextn_predict_layers"), 1),
-    # width
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "embedding_size"), 32),
-    **dict.fromkeys(("word_embed_proj_dim", "input_embedding_size", "output_embedding_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "dff"), 40),
-    **dict.fromkeys(("d_ff", "dim_ff", "d_inner", "ffn_hidden_size", "feed_forward_size", "mlp_dim"), 40),
-    **dict.fromkeys(("dense_intermediate_size", "intermediate_size_mlp", "prefix_dense_intermediate_size"), 40),
-    "hidden_size_per_layer_input": 8,
-    # heads
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "swa_num_attention_heads"), 4),
-    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "dim_head", "d_head", "d_kv", "attention_head_size"), 8),
-    **dict.fromkeys(("kv_channels", "query_pre_attn_scalar", "global_head_dim", "attention_head_dim"), 8),
-    # latent attention and indexers
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
-    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
-    "qk_rope_head_dim": 8,
-    "rotary_dim": 4,
-    "index_n_heads": 4,
-    "index_topk": 4,
-    # experts
-    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"), 2),
-    **dict.fromkeys(("top_k_experts", "zero_expert_num"), 2),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace", "num_dense_layers"), 1),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 16),
-    **dict.fromkeys(("expert_ffn_hidden_size",), 16),
-    # state spaces and linear attention
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "linear_num_heads"), 4),
-    **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "mamba_ngroups", "n_groups"), 2),
-    "linear_num_value_heads": 4,
-    "mamba_d_ssm": 64,
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16),
-    **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
-    **dict.fromkeys(("mamba_dt_rank", "time_step_rank"), 4),
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size"), 4),
-    # positions
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 64),
-    **dict.fromkeys(("model_max_length", "max_target_positions", "max_source_positions"), 64),
-    **dict.fromkeys(("sliding_window_size", "attention_window_size", "window_size"), 4),
-    **dict.fromkeys(("local_attention", "attention_chunk_size"), 4),
-    # towers
-    "image_size": 16,
-    "patch_size": 8,
-    **dict.fromkeys(("output_channels", "ext_pw_out_channel", "depthwise_separable_out_channel"), 32),
-    **dict.fromkeys(("nemo_conv_channels", "adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 32),
-    **dict.fromkeys(("out_hidden_size", "projector_input_dim", "projector_output_dim", "backbone_hidden_size"), 32),
-    "num_codebooks": 1,
-    # switches
-    "is_decoder": True,
-    "use_cache": False,
-    "use_mamba_kernels": False,
-}
+
+def _table(text: str) -> dict[str, Any]:
+    """Read lines of a size and the names that have it."""
+    rows = (line.split() for line in text.strip().splitlines() if not line.startswith("#"))
+    return {name: int(size) for size, *names in rows for name in names}
+
+
+SIZES = _table(f"""
+# vocabulary
+{VOCABULARY} vocab_size vocab_size_per_layer_input decoder_vocab_size
+# depth
+{LAYERS} num_hidden_layers n_layer n_layers num_layers num_decoder_layers decoder_layers num_blocks depth
+1 encoder_layers num_encoder_layers num_nextn_predict_layers
+# width
+32 hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim input_embedding_size
+32 output_embedding_size
+40 intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner dff d_ff dim_ff d_inner ffn_hidden_size
+40 feed_forward_size mlp_dim dense_intermediate_size intermediate_size_mlp prefix_dense_intermediate_size
+8 hidden_size_per_layer_input
+# heads
+4 num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads
+4 swa_num_attention_heads num_encoder_attention_heads num_decoder_attention_heads
+2 num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads
+8 head_dim swa_head_dim dim_head d_head d_kv attention_head_size kv_channels query_pre_attn_scalar global_head_dim
+8 attention_head_dim
+# latent attention and indexers
+16 q_lora_rank kv_lora_rank o_lora_rank
+8 qk_nope_head_dim v_head_dim index_head_dim qk_rope_head_dim
+4 rotary_dim index_n_heads index_topk
+# experts
+4 num_experts n_routed_experts num_local_experts moe_num_experts
+2 num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts zero_expert_num
+1 n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group
+1 first_k_dense_replace num_dense_layers
+16 moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size
+16 shared_experts_intermediate_size expert_ffn_hidden_size
+# state spaces and linear attention
+8 mamba_d_state state_size ssm_state_size linear_head_dim linear_key_head_dim linear_value_head_dim
+4 mamba_n_heads mamba_num_heads n_mamba_heads linear_num_heads linear_num_value_heads mamba_dt_rank time_step_rank
+4 mamba_chunk_size chunk_size block_size
+2 linear_num_key_heads mamba_n_groups mamba_ngroups n_groups
+64 mamba_d_ssm
+16 mamba_d_head mamba_head_dim mamba_headdim
+# positions
+64 max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length max_target_positions
+64 max_source_positions
+4 sliding_window_size attention_window_size window_size local_attention attention_chunk_size
+# towers
+16 image_size
+8 patch_size
+32 output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels adapter_in_dim
+32 adapter_out_dim adapter_input_size out_hidden_size projector_input_dim projector_output_dim backbone_hidden_size
+1 num_codebooks
+""") | {"is_decoder": True, "use_cache": False, "use_mamba_kernels": False}
 
 # what decides which kinds of layers there are, and so is set before the kinds are asked for
 KINDS: dict[str, Any] = {
@@ -107,24 +84,22 @@ LATENT: dict[str, Any] = {"num_key_value_heads": 4}
 _FULL_LAST = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _FULL_AROUND = ["full_attention", "sliding_attention", "full_attention"]
 _DENSE_FIRST = ["dense", "sparse", "sparse"]
-_GEMMA4: dict[str, Any] = {
-    "global_head_dim": 16,
-    "layer_types": _FULL_LAST,
-    "num_hidden_layers": 4,
-    "num_kv_shared_layers": 2,
-}
-_QWEN4: dict[str, Any] = {
-    "hc_lowrank": 8,
-    "indexer_n_heads": 4,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 4,
-    "indexer_compress_ratio": 2,
-    "ple_embed_dim": 16,
-    "ngram_vocab_size_base": 100,
-    "make_ngram_vocab_size_divisible_by": 4,
-    "split_ngram_parts": 1,
-}
+_CONV_AROUND = ["conv", "full_attention", "conv"]
+_SHARED_LAST: dict[str, Any] = {"layer_types": _FULL_LAST, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+_GEMMA4 = _SHARED_LAST | {"global_head_dim": 16}
+_QWEN4 = _table("""
+8 hc_lowrank indexer_head_dim
+4 indexer_n_heads indexer_budget make_ngram_vocab_size_divisible_by
+2 indexer_compress_ratio
+1 indexer_kv_heads split_ngram_parts
+16 ple_embed_dim
+100 ngram_vocab_size_base
+""")
+_DOTS3 = _table("""
+4 swa_num_attention_heads swa_num_key_value_heads
+16 swa_q_lora_rank swa_kv_lora_rank swa_head_dim
+8 swa_qk_nope_head_dim swa_v_head_dim
+""")
 _BLT = {"hidden_size_global": 32}
 
 # what a family needs besides the tables
@@ -152,22 +127,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
     },
     "dots3_note_vision_encoder": {"mlp_bias": False},
-    "dots3_note_text": {
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 4,
-        "swa_q_lora_rank": 16,
-        "swa_kv_lora_rank": 16,
-        "swa_head_dim": 16,
-        "swa_qk_nope_head_dim": 8,
-        "swa_v_head_dim": 8,
-    },
-    "gemma3n_text": {
-        "layer_types": _FULL_LAST,
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
-        "laurel_rank": 8,
-    },
+    "dots3_note_text": _DOTS3,
+    "gemma3n_text": _SHARED_LAST | {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "laurel_rank": 8},
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full"]},
@@ -176,8 +137,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "inkling_text": {"mlp_layer_types": _DENSE_FIRST},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
     "laguna": {"layer_types": _FULL_AROUND, "num_attention_heads_per_layer": [4, 8, 4]},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2": {"layer_types": _CONV_AROUND},
+    "lfm2_moe": {"layer_types": _CONV_AROUND},
     "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1]},
     "mamba2": {"head_dim": 16},
     "mellum": {"layer_types": _FULL_AROUND},
@@ -190,12 +151,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral": {"layer_types": _FULL_AROUND},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "hash_seed": 0},
-    "roc_bert": {
-        "pronunciation_embed_dim": 8,
-        "pronunciation_vocab_size": 97,
-        "shape_embed_dim": 8,
-        "shape_vocab_size": 97,
-    },
+    "roc_bert": _table("8 pronunciation_embed_dim shape_embed_dim")
+    | _table("97 pronunciation_vocab_size shape_vocab_size"),
     "qwen4_exp_text": _QWEN4,
     "xlm": {"causal": True},
     "xlnet": {"attn_type": "uni"},

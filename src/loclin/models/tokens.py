@@ -14,26 +14,16 @@ if TYPE_CHECKING:
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ESCAPED = re.compile("[\udc80-\udcff]+")
-
-
-def _byte_signs() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2's)."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {chr(byte): byte for byte in printed} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_signs()
+_CONTEXT = 8
+"""How many tokens before a continuation are decoded with it."""
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+"""The character that stands for each byte in byte-level vocabularies (GPT-2's)."""
 
 
 class Tokens:
-    """The texts of a tokenizer's ids.
-
-    Parameters
-    ----------
-    tokenizer
-        A tokenizer of transformers, fast or slow; None shows ids as numbers.
-    """
+    """The texts of a tokenizer's ids; without a tokenizer, ids are shown as numbers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
@@ -56,10 +46,7 @@ class Tokens:
         return [self._shown[int(token)] for token in ids]
 
     def text(self, ids: Sequence[int], *, special: bool = True) -> str:
-        """All tokens together, as the tokenizer reads them; with or without its special tokens.
-
-        Ids without a token are written `⟨unused 49160⟩`; without a tokenizer ids are numbers with spaces between.
-        """
+        """All tokens together, as the tokenizer reads them; ids without a token are written `⟨unused 49160⟩`."""
         ids = [int(token) for token in ids]
         if self._tokenizer is None:
             return " ".join(map(str, ids))
@@ -140,16 +127,11 @@ class Tokens:
 
     def _made(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
         """The shown texts of ids: what each one appends to a text."""
-        raws = [self._raw(token) for token in ids]
         context = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        known = [token for token, raw in zip(ids, raws, strict=True) if raw is not None]
-        base, added = _decoded(tokenizer, context), {}
-        for token in known:
-            text = _decoded(tokenizer, [*context, token])
-            added[token] = text.removeprefix(base) if text.startswith(base) else _decoded(tokenizer, [token])
-        special, prefix = self.special(), _word_prefix(tokenizer)
+        base, special, prefix = _decoded(tokenizer, context), self.special(), _word_prefix(tokenizer)
         found = []
-        for token, raw in zip(ids, raws, strict=True):
+        for token in ids:
+            raw = self._raw(token)
             if raw is None:
                 text = f"⟨unused {token}⟩"
             elif token in special:
@@ -157,7 +139,9 @@ class Tokens:
             elif prefix is not None:  # its decoder takes the spaces of punctuation away
                 text = raw.removeprefix(prefix) if raw.startswith(prefix) else f" {raw}"
             else:
-                text = self._bytes_shown(raw, added[token])
+                text = _decoded(tokenizer, [*context, token])
+                added = text.removeprefix(base) if text.startswith(base) else _decoded(tokenizer, [token])
+                text = self._bytes_shown(raw, added)
             found.append(text or f"⟨empty {token}⟩")
         return found
 
@@ -169,22 +153,15 @@ class Tokens:
             return f"⟨{byte[1].upper()}⟩" if taken else text
         if _BROKEN not in text:
             return text
-        if isinstance(raw, bytes):
-            held = raw
-        elif all(sign in _BYTES for sign in raw):
-            held = bytes(_BYTES[sign] for sign in raw)
-        else:
+        if not isinstance(raw, bytes) and not all(sign in _BYTES for sign in raw):
             return text  # the replacement character itself
+        held = raw if isinstance(raw, bytes) else bytes(_BYTES[sign] for sign in raw)
         parts = held.decode("utf-8", "surrogateescape")
         return _ESCAPED.sub(lambda hit: f"⟨{' '.join(f'{ord(sign) - 0xDC00:02X}' for sign in hit[0])}⟩", parts)
 
     def _has(self, text: str) -> bool:
         found = None if self._tokenizer is None else self._tokenizer.convert_tokens_to_ids(text)
         return isinstance(found, int) and self._raw(found) == text
-
-
-_CONTEXT = 8
-"""How many tokens before a continuation are decoded with it."""
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: bool = True) -> str:

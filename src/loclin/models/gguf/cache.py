@@ -27,46 +27,20 @@ KEY_LENGTH = 16
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One converted copy.
+    """One converted copy; of one that this user may not read, only the key is known."""
 
-    Attributes
-    ----------
-    key
-        The start of its source's SHA-256; its directory's name.
-    name
-        What it was loaded as.
-    path
-        Its directory.
-    size
-        Its bytes on disk.
-    date
-        When it was converted; None where its manifest cannot be read.
-    source
-        The GGUF file it came from.
-    intact
-        Whether its files are as they were written.
-    readable
-        Whether this user may read it; where not, nothing else is known of it.
-    """
-
-    key: str
+    key: str  # the start of its source's SHA-256; its directory's name
     name: str
     path: Path
-    size: int
-    date: datetime | None
-    source: str
-    intact: bool
+    size: int = 0  # bytes on disk
+    date: datetime | None = None  # None where its manifest cannot be read
+    source: str = "unknown"
+    intact: bool = False  # its files are as they were written
     readable: bool = True
 
 
 def directory() -> Path:
-    """The cache directory: $LOCLIN_CACHE, else $XDG_CACHE_HOME/loclin, else ~/.cache/loclin.
-
-    Raises
-    ------
-    ModelError
-        When none is named, and this user has no home.
-    """
+    """The cache directory: $LOCLIN_CACHE, else $XDG_CACHE_HOME/loclin, else ~/.cache/loclin."""
     own, shared = os.environ.get("LOCLIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
         if own:
@@ -89,18 +63,7 @@ def place(source: GgufSource) -> Path:
 
 
 def entries(*, content: bool = False) -> list[CacheEntry]:
-    """List the converted copies, oldest name first.
-
-    Parameters
-    ----------
-    content
-        Also hash every file. Cost: one read of all of them; without it, sizes only.
-
-    Raises
-    ------
-    ModelError
-        When the cache may not be looked into.
-    """
+    """List the converted copies by name; `intact` compares sizes, and with `content` hashes, at one read of all."""
     try:
         found = sorted(path for path in _models().iterdir() if path.is_dir() and not path.name.startswith("."))
     except PermissionError as fault:
@@ -114,33 +77,20 @@ def entries(*, content: bool = False) -> list[CacheEntry]:
 
 
 def _entry(path: Path, content: bool) -> CacheEntry:
+    key = path.name
     try:
-        return _described(path, content)
+        record = manifest.read(path)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if record is None:
+            return CacheEntry(key, key, path, size)
+        intact = not record.faults(path, content=content)
+        return CacheEntry(key, record.name, path, size, datetime.fromisoformat(record.created), record.source, intact)
     except PermissionError:
-        return CacheEntry(path.name, path.name, path, 0, None, "unknown", intact=False, readable=False)
-
-
-def _described(path: Path, content: bool) -> CacheEntry:
-    record = manifest.read(path)
-    return CacheEntry(
-        key=path.name,
-        name=record.name if record else path.name,
-        path=path,
-        size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        date=datetime.fromisoformat(record.created) if record else None,
-        source=record.source if record else "unknown",
-        intact=record is not None and not record.faults(path, content=content),
-    )
+        return CacheEntry(key, key, path, readable=False)
 
 
 def remove(name_or_key: str) -> list[CacheEntry]:
-    """Remove the copies with this name or key, and say which they were.
-
-    Raises
-    ------
-    ModelError
-        When there is none, or it cannot be removed.
-    """
+    """Remove the copies with this name or key, and say which they were."""
     doomed = [entry for entry in entries() if name_or_key in (entry.name, entry.key)]
     if not doomed:
         there = ", ".join(entry.name for entry in entries()) or "none (the cache is empty)"
@@ -156,11 +106,6 @@ def obtain(source: GgufSource) -> Path:
     """The directory of a source's converted copy; it is converted if there is none with the right sizes.
 
     The content is not hashed here: `manifest.Manifest.faults` does that, in parallel with loading.
-
-    Raises
-    ------
-    ModelError
-        When the source is missing, not what it should be or unreadable, or the cache cannot be written, or read.
     """
     target = place(source)
     with readable(target, source.name):
@@ -172,11 +117,6 @@ def rebuild(source: GgufSource, *, only_if_broken: bool = False) -> Path:
     """Convert a source, and move the copy to its place at once: other processes see a complete copy or none.
 
     Two processes take turns; with `only_if_broken`, the second finds the first one's copy and uses it.
-
-    Raises
-    ------
-    ModelError
-        As for `obtain`.
     """
     target = place(source)
     with _lock(), _explain_write_errors():
@@ -204,24 +144,14 @@ def _convert(source: GgufSource, scratch: Path) -> Path:
     with status(f"Converting {source.name} once: checking its file …") as say, quiet():
         gguf = source.place(scratch)
         header = read_header(gguf)
-        _insist_on_space(4 * header.n_elements)
+        needed, free = 4 * header.n_elements, shutil.disk_usage(_models()).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
         convert(gguf, header, source.name, fresh, say)
-        manifest.write(
-            fresh,
-            name=source.name,
-            source=source.file_name,
-            source_sha256=source.sha256,
-            stored_dtype=header.stored_dtype,
-        )
+        manifest.write(fresh, source.name, source.file_name, source.sha256, header.stored_dtype)
         access.share(fresh)
         sync(fresh)
     return fresh
-
-
-def _insist_on_space(needed: int) -> None:
-    free = shutil.disk_usage(_models()).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
 
 
 @contextmanager
@@ -258,16 +188,14 @@ def _explain_write_errors(path: Path | None = None) -> Iterator[None]:
     """Turn an error of writing to the cache, or to one path in it, into a line that says what to do."""
     try:
         yield
-    except OSError as fault:
-        raise _cannot_write(access.reason(fault, path or directory())) from fault
-    except Exception as fault:  # safetensors has an error of its own for a full disk
-        if type(fault).__name__ == "SafetensorError" and "I/O error" in str(fault):
-            raise _cannot_write(str(fault)) from fault
-        raise
-
-
-def _cannot_write(reason: str) -> ModelError:
-    return ModelError(
-        f"cannot write the model cache {directory()}: {reason}; set LOCLIN_CACHE to a directory with space that you "
-        "can write"
-    )
+    except Exception as fault:
+        if isinstance(fault, OSError):
+            reason = access.reason(fault, path or directory())
+        elif type(fault).__name__ == "SafetensorError" and "I/O error" in str(fault):  # its own, for a full disk
+            reason = str(fault)
+        else:
+            raise
+        raise ModelError(
+            f"cannot write the model cache {directory()}: {reason}; set LOCLIN_CACHE to a directory with space that "
+            "you can write"
+        ) from fault

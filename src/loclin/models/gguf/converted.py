@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,23 @@ from loclin.models.gguf.source import GgufSource
 from loclin.models.model import Model, Source, describe
 
 # what transformers notes in tokenizer_config.json about itself, and does not take back
-NOTES = ("backend", "tokenizer_class", "is_local", "local_files_only")
+_NOTES = ("backend", "tokenizer_class", "is_local", "local_files_only")
 
 
 def load(source: GgufSource, name: str, kind: Source, arguments: dict[str, Any], bos_token: str | None = None) -> Model:
     """Load a GGUF model, converting it first where no sound copy exists.
 
-    Parameters
-    ----------
-    source
-        The GGUF file.
-    name
-        What the user calls it.
-    kind
-        What kind of place it came from.
-    arguments
-        For `from_pretrained`.
-    bos_token
-        Its beginning-of-text token, where that is known better than from its tokenizer.
-
-    Raises
-    ------
-    ModelError
-        When it can neither be read from the cache nor converted.
+    `arguments` are for `from_pretrained`; `bos_token` is given where it is known better than from the tokenizer.
     """
     path = cache.obtain(source)
+    read = partial(_read, path, source, name, kind, arguments, bos_token)
     with cache.readable(path, name):
         try:
-            return _read(path, source, name, kind, arguments, bos_token)
+            return read()
         except _AlteredError as fault:
             _replace(path, source, fault)
         try:
-            return _read(path, source, name, kind, arguments, bos_token)
+            return read()
         except _AlteredError as fault:
             raise ModelError(
                 f"the converted copy of {name} in {path} changes after it is written ({fault}): check the disk, or set "
@@ -74,15 +60,8 @@ def _read(
         try:
             hf = pretrained.read_weights(str(path), name, arguments)
             tokenizer = _tokenizer(path)  # last: its parser keeps the interpreter lock, and hashing must have begun
-            model = describe(
-                hf,
-                tokenizer,
-                name=name,
-                source=kind,
-                sha256=source.sha256,
-                stored_dtype=record.stored_dtype,
-                bos_token=bos_token,
-            )
+            known = {"sha256": source.sha256, "stored_dtype": record.stored_dtype, "bos_token": bos_token}
+            model = describe(hf, tokenizer, name=name, source=kind, **known)
         except ModelError as fault:
             failure = fault
         try:
@@ -114,8 +93,7 @@ def _replace(path: Path, source: GgufSource, fault: _AlteredError) -> None:
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Read a copy's tokenizer straight from its one file.
 
-    `from_pretrained` gives the same tokenizer, but parses a large vocabulary twice more in Python: 4.6 s
-    instead of 2 s for Gemma.
+    `from_pretrained` gives the same one, but parses a large vocabulary twice more in Python: 4.6 s, not 2 s for Gemma.
     """
     file = path / "tokenizer.json"
     try:
@@ -125,7 +103,7 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
         template = path / "chat_template.jinja"
         if template.is_file():
             options["chat_template"] = template.read_text(encoding="utf-8")
-        kept = {key: value for key, value in options.items() if key not in NOTES}
+        kept = {key: value for key, value in options.items() if key not in _NOTES}
         return PreTrainedTokenizerFast(tokenizer_file=str(file), **kept)
     except ModelError:
         raise

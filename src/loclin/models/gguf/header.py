@@ -1,4 +1,4 @@
-"""The header of a GGUF file: whether the file is complete, and how its weights are stored.
+"""The header of a GGUF file: is the file complete, and how are its weights stored.
 
 Read here, and not by `gguf.GGUFReader`, which takes seconds for a large vocabulary.
 """
@@ -33,9 +33,8 @@ class GgufHeader:
 class _Cursor:
     """Reads little-endian values one after the other."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.at = 0
+    def __init__(self, data: mmap.mmap, at: int) -> None:
+        self.data, self.at = data, at
 
     def take(self, code: str) -> Any:
         value = struct.unpack_from("<" + code, self.data, self.at)[0]
@@ -64,13 +63,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read a GGUF file's header, and check that every tensor it promises lies inside the file.
-
-    Raises
-    ------
-    ModelError
-        When the file is not GGUF, is cut off, or the `gguf` package is missing.
-    """
+    """Read a GGUF file's header, and check that every tensor it promises lies inside the file."""
     require("gguf", f"Reading {path.name}", "gguf")
     try:
         with path.open("rb") as file:
@@ -87,8 +80,7 @@ def read_header(path: Path) -> GgufHeader:
 def _parse(data: mmap.mmap) -> GgufHeader:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-    cursor = _Cursor(data)
-    cursor.at = 4
+    cursor = _Cursor(data, at=4)
     version, n_tensors, n_fields = cursor.take("I"), cursor.take("Q"), cursor.take("Q")
     if version not in (2, 3):
         raise ValueError(f"GGUF version {version} is not supported")

@@ -15,46 +15,22 @@ from loclin.models.gguf.source import GgufSource
 class PackagedModel:
     """One packaged model.
 
-    Attributes
-    ----------
-    name
-        What `load` calls it.
-    file_name
-        The GGUF file it holds.
-    parts
-        The files that, joined, are the GGUF file: (package, path inside it). The packages are looked up and
-        never imported, so what else they do or need does not matter.
-    sha256
-        The content it must have.
-    pip
-        The arguments of `pip` that install it.
-    bos
-        Its beginning-of-text token. Named here because the GGUF tokenizer may name another or none.
-    description
-        One line of text.
-    extra
-        The extra of loclin that brings it, where there is one.
+    The packages of its `parts` are looked up and never imported, so what else they do or need does not matter.
     """
 
-    name: str
+    name: str  # what `load` calls it
     file_name: str
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[tuple[str, str], ...]  # the files that, joined, are the GGUF file: (package, path inside it)
     sha256: str
-    pip: str
-    bos: str
+    pip: str  # the arguments of `pip` that install it
+    bos: str  # named here because the GGUF tokenizer may name another or none
     description: str
-    extra: str | None = None
+    extra: str | None = None  # of loclin
 
     __repr__ = brief
 
     def find(self) -> list[Path]:
-        """Find the files.
-
-        Raises
-        ------
-        ModelError
-            Naming the command that installs them.
-        """
+        """Find the files; the error names the command that installs them."""
         found = [directory / path for package, path in self.parts for directory in _directories(package)]
         if len(found) < len(self.parts) or not all(path.is_file() for path in found):
             also = f' (or "loclin[{self.extra}]")' if self.extra else ""
@@ -71,13 +47,8 @@ class PackagedModel:
 
     def source(self) -> GgufSource:
         """The source of its conversion."""
-        return GgufSource(
-            name=self.name,
-            file_name=self.file_name,
-            sha256=self.sha256,
-            find=self.find,
-            hint=f"reinstall it: pip {self.pip} --force-reinstall",
-        )
+        hint = f"reinstall it: pip {self.pip} --force-reinstall"
+        return GgufSource(self.name, self.file_name, self.sha256, self.find, hint)
 
 
 def _directories(package: str) -> list[Path]:

@@ -21,27 +21,13 @@ from loclin.models.options import require
 
 @dataclass(frozen=True)
 class GgufSource:
-    """Where a GGUF file's bytes are, and what they must hash to.
+    """Where a GGUF file's bytes are, and what they must hash to."""
 
-    Attributes
-    ----------
-    name
-        What the user calls it.
-    file_name
-        What the file is called.
-    sha256
-        The hash of its content, which also names its place in the cache.
-    find
-        Gives the files that, joined, are the GGUF file; raises ModelError where they are not there.
-    hint
-        What to do if the content has another hash.
-    """
-
-    name: str
+    name: str  # what the user calls it
     file_name: str
-    sha256: str
-    find: Callable[[], list[Path]]
-    hint: str
+    sha256: str  # also names its place in the cache
+    find: Callable[[], list[Path]]  # gives the files that, joined, are the GGUF file, or raises ModelError
+    hint: str  # what to do if the content has another hash
 
     __repr__ = brief
 
@@ -49,11 +35,6 @@ class GgufSource:
         """Put the file, joined and verified, into a scratch directory that contains nothing else.
 
         Other files in a user's directory could be taken for parts of the model.
-
-        Raises
-        ------
-        ModelError
-            When the files are missing or their content is not the expected one.
         """
         files = self.find()
         got = sha256(*files)
@@ -74,46 +55,14 @@ class GgufSource:
 
 
 def gguf_file(path: Path) -> GgufSource:
-    """Take a user's own GGUF file. Cost: one read of the file.
-
-    Raises
-    ------
-    ModelError
-        When it cannot be read, is no GGUF file, or is cut off.
-    """
+    """Take a user's own GGUF file. Cost: one read of the file."""
     read_header(path)  # says "cut off" before a long hash
-    return GgufSource(
-        name=path.name,
-        file_name=path.name,
-        sha256=sha256(path),
-        find=lambda: [path],
-        hint="it changed while it was read; try again",
-    )
+    return GgufSource(path.name, path.name, sha256(path), lambda: [path], "it changed while it was read; try again")
 
 
 def convert(gguf: Path, header: GgufHeader, name: str, target: Path, say: Callable[[str], None]) -> None:
-    """Write a GGUF file as a float32 safetensors checkpoint with its tokenizer.
+    """Write a GGUF file, alone in its directory, as a float32 safetensors checkpoint with its tokenizer.
 
-    Parameters
-    ----------
-    gguf
-        The file, alone in its directory.
-    header
-        Its header.
-    name
-        What messages call it.
-    target
-        The directory to write.
-    say
-        Takes a line for each stage.
-
-    Raises
-    ------
-    ModelError
-        When it is no causal decoder, or transformers cannot read it.
-
-    Notes
-    -----
     Cost: reading the vocabulary dominates (transformers parses it three times): 40 s for 49 thousand tokens,
     100 s for 262 thousand, and the memory of the float32 weights twice.
     """
