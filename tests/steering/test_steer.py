@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import loclin.report  # noqa: F401 (its pages)
 import loclin.steering.steer as module
 from loclin.models import load
 from loclin.results import display

@@ -44,12 +44,10 @@ def frozen(
     that of `x`. The model's own values do not change in any bit. Graphs that are built inside stay valid outside. On
     leaving, hooks and training flags are as before; weights, classes and registries are never changed. Other threads
     see the hooks meanwhile, unless `root` is (part of) a replica (see `loclin.models.replica`), which only one thread
-    at a time can freeze.
+    at a time can freeze. Entering costs a walk over `root`'s modules; a forward pass costs two.
 
     Parameters
     ----------
-    root
-        The module to freeze.
     options
         What is frozen; the paper's choice by default.
     dtype
@@ -60,10 +58,6 @@ def frozen(
         Make every constant that is added to a live tensor a leaf, in `mode.constants`.
     keep
         What to remember of each module's attention probabilities `[1, H, T, T]`; nothing by default.
-
-    Notes
-    -----
-    Entering costs a walk over `root`'s modules; a forward pass costs two.
     """
     options = options or FreezeOptions()
     if dtype is None:

@@ -69,10 +69,10 @@ class Operation:
 
     def dependents(self) -> list[tuple[Slot, Tensor, Live | Coefficient]]:
         """The tensor arguments that depend on the input: (slot, tensor, status)."""
-        arguments: dict[Slot, Any] = {**dict(enumerate(self.args)), **self.kwargs}
+        arguments: list[tuple[Slot, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         return [
             (slot, tensor, status)
-            for slot, argument in arguments.items()
+            for slot, argument in arguments
             for tensor in _tensors(argument)
             if (status := self.status(tensor)) is not None
         ]

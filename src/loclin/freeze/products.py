@@ -103,10 +103,7 @@ def glu(op: Operation) -> Result:
 
 
 def grouped_mm(op: Operation) -> Result:
-    """`F.grouped_mm(rows, matrices, offs=)` of mixtures of experts: each group of rows has its own matrix.
-
-    Computed group by group on the linear path, so that every dtype works.
-    """
+    """`F.grouped_mm(rows, matrices, offs=)` of mixtures of experts, group by group, so that every dtype works."""
     rows, matrices = op.args[0], op.args[1]
     status, offsets, bias = op.status(rows), op.get(2, "offs"), op.get(3, "bias")
     if not isinstance(status, Live) or op.status(matrices) is not None or offsets is None or bias is not None:

@@ -21,10 +21,7 @@ _BY_INPUT = ("act_quant_kwargs", "activation_qtype", "input_quant_func")
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:
-    """The weight `[out, in]` that a linear layer multiplies with; None if the layer is of an unknown kind.
-
-    Plain weights are returned without a copy, detached; quantised ones are dequantised at each call.
-    """
+    """The weight `[out, in]` of a linear layer, dequantised at each call; None if the layer is of an unknown kind."""
     if not has_dense_weight(module):
         return None
     weight: Any = module.weight

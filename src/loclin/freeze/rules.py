@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,10 +152,7 @@ def _parts(which: FrozenParts) -> Install:
 
 
 def _quantised(module: nn.Module, path: str, mode: Frozen) -> list[RemovableHandle]:
-    """A quantised linear layer: its kernel runs without interception, and its dequantised weight on the linear path.
-
-    Its bias is one of the constants. A kernel that rounds in another dtype than the model is refused.
-    """
+    """A quantised linear layer: its kernel runs without interception, and its dequantised weight on the linear path."""
     entered: list[bool] = []
 
     def enter(_module: nn.Module, _args: tuple[Tensor, ...]) -> None:
@@ -256,7 +253,7 @@ def rules_installed(paths: dict[nn.Module, str], mode: Frozen) -> Iterator[None]
         yield
 
 
-class Registration:
+class Registration(AbstractContextManager["Registration"]):
     """A rule of the user's own, until `remove()` or the end of a `with` block."""
 
     def __init__(self, rule: Rule) -> None:
@@ -267,9 +264,6 @@ class Registration:
         """Remove the rule."""
         if self.rule in _registered:
             _registered.remove(self.rule)
-
-    def __enter__(self) -> Registration:
-        return self
 
     def __exit__(self, *_exc: object) -> None:
         self.remove()

@@ -23,13 +23,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class NonlinearUse:
-    """A coefficient used where only a live tensor keeps the network linear: in a sum, or as a layer's output.
-
-    `error` is its relative size in the sum: |coefficient| / |sum|.
-    """
+    """A coefficient used where only a live tensor keeps the network linear: in a sum, or as a layer's output."""
 
     origin: Origin
-    error: float
+    error: float  # its relative size in the sum: |coefficient| / |sum|
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +51,11 @@ class Live:
 
 @dataclass(frozen=True, eq=False)
 class Coefficient:
-    """A tensor that is not affine in the input: it can only be used as a frozen coefficient.
-
-    `probabilities` is True for the output of a softmax, until something is multiplied by it.
-    """
+    """A tensor that is not affine in the input: it can only be used as a frozen coefficient."""
 
     origin: Origin
     root: object = field(default_factory=object)
-    probabilities: bool = False
+    probabilities: bool = False  # the output of a softmax, until something is multiplied by it
 
 
 Status = Live | Coefficient | None

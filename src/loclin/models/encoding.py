@@ -66,10 +66,7 @@ def encode(
 
 
 def strip_padding(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> list[Tensor]:
-    """Strip the padding of each row: its own tokens `[1, T_b]`, where the mask is not zero.
-
-    Padding between tokens is refused: no prompt without padding is then equivalent.
-    """
+    """Strip the padding of each row `[1, T_b]`; between tokens it is refused, since no other prompt is equivalent."""
     if attention_mask.shape != input_ids.shape:
         raise PromptError(
             f"the attention mask has the shape {list(attention_mask.shape)}: give {list(input_ids.shape)}, as the ids"

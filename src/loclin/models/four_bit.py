@@ -9,10 +9,7 @@ PACKING = "support_avx512bf16_for_cpu"
 
 
 def keep_from_packing(model: nn.Module) -> None:
-    """Make every four-bit layer compute in its own `compute_dtype` on every CPU.
-
-    For models that have not run yet: the first forward pass packs the weights.
-    """
+    """Make every four-bit layer compute in its own `compute_dtype` on every CPU; the first forward pass packs it."""
     for module in model.modules():
         if hasattr(module, PACKING):
             setattr(module, PACKING, False)

@@ -11,10 +11,7 @@ TIMEOUT = 10.0  # seconds
 
 
 def resolve_revision(name: str, revision: str | None, token: Any = None, cache_dir: Any = None) -> dict[str, Any]:
-    """Resolve a hub model's revision, or find its downloaded copy. Cost: one request, no retries.
-
-    Returns arguments for `from_pretrained`: the exact commit, or `local_files_only` for a downloaded copy.
-    """
+    """Find a hub model's commit by one request, or its downloaded copy, as arguments for `from_pretrained`."""
     from huggingface_hub import constants, model_info, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -117,8 +117,8 @@ class Model:
     def decode_each(self, ids: Sequence[int]) -> list[str]:
         """Each token's own text, with the space that it includes, so that different tokens look different.
 
-        Bytes that are no whole character are written `⟨F0 9F⟩`, ids without a token `⟨unused 49160⟩`; without a
-        tokenizer, ids are shown as numbers. For a text, see `decode`.
+        Bytes that are no whole character are written `⟨F0 9F⟩`, ids without a token `⟨unused 49160⟩`, tokens without
+        any text `⟨empty 7⟩`; without a tokenizer, ids are shown as numbers. For a text, see `decode`.
         """
         return self.tokens.shown(ids)
 
@@ -146,10 +146,8 @@ def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, 
     hf_model
         A causal language model of transformers, compiled or with adapters of peft as you like. It keeps its mode,
         device and dtype; adapters stay as they are, and so do those that are switched off.
-    tokenizer
-        Without one, prompts are token ids.
-    name
-        Its name in results; by default the name by which it was loaded.
+    tokenizer, name
+        Without a tokenizer, prompts are token ids. The name in results is by default that by which it was loaded.
 
     Raises
     ------

@@ -20,10 +20,7 @@ logger = logging.getLogger("loclin")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' log and progress bars inside the block, and put both back as they were.
-
-    Downloads keep their bars, which belong to the hub's client.
-    """
+    """Silence transformers' log and progress bars inside the block; downloads keep theirs, which are the hub's."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     hub_bars_off = are_progress_bars_disabled()

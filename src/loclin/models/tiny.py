@@ -34,10 +34,7 @@ def families() -> tuple[str, ...]:
 def build(
     family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, attn: str | None = None
 ) -> PreTrainedModel:
-    """Build a family's tiny model in eval mode, with random weights far from where training starts.
-
-    `attn` is the attention implementation; the library's own choice where None, or where the family has no such one.
-    """
+    """Build a family's tiny model in eval mode, with `attn` if it can, and weights far from where training starts."""
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"transformers has no causal language model for the family {family!r}: choose one of tiny.families()"

@@ -31,11 +31,7 @@ class Tokens:
         self._shown: dict[int, str] = {}
 
     def shown(self, ids: Sequence[int]) -> list[str]:
-        """Each token by itself, with the space that it includes, so that different tokens look different.
-
-        Bytes that are no whole character are written `⟨F0 9F⟩`, ids without a token `⟨unused 49160⟩`, and tokens
-        without any text `⟨empty 7⟩`. Cost: some microseconds for each new id.
-        """
+        """Each token by itself, as `Model.decode_each` says. Cost: some microseconds for each new id."""
         if self._tokenizer is None:
             return [str(int(token)) for token in ids]
         if self._size != len(self._tokenizer):  # tokens have been added
@@ -60,10 +56,7 @@ class Tokens:
         return "".join(pieces)
 
     def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """The place `(start, end)` of each token in their `text`. Tokens that form one character share its place.
-
-        Cost: a decoding of a few tokens for each; of all before it, where a tokenizer changes text behind itself.
-        """
+        """The place `(start, end)` of each token in their `text`; tokens that form one character share its place."""
         ids, text = [int(token) for token in ids], self.text(ids)
         groups: list[tuple[int, str]] = []  # how many tokens, and what they add
         first = read = 0
@@ -93,10 +86,7 @@ class Tokens:
         return self.text(both)[self.offsets(both)[len(context)][0] :] if ids else ""
 
     def alike(self, text: str) -> list[int]:
-        """The ids of the tokens that are shown as this text; if it has no characters, of all that are decoded to it.
-
-        Cost: the whole vocabulary is decoded, some microseconds for each token.
-        """
+        """The ids of tokens that are shown as (without characters: decoded to) this text. Cost: decoding all tokens."""
         if self._tokenizer is None:
             return []
         ids = range(len(self._tokenizer))

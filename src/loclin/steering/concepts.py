@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import product
 
 from loclin.common.arguments import strings
 from loclin.common.brief import brief
@@ -25,47 +26,25 @@ _STOP_WORDS = frozenset(_STOP.split())
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept to steer towards.
-
-    Attributes
-    ----------
-    name, phrase
-        The name of the concept, and the phrase that a sentence uses for it.
-    words
-        The words that count as the concept's.
-    texts
-        Texts about it; an operator of one text uses the first.
-    """
+    """A concept to steer towards."""
 
     name: str
-    phrase: str
-    words: list[str]
-    texts: list[str]
+    phrase: str  # that a sentence uses for it
+    words: list[str]  # that count as the concept's
+    texts: list[str]  # about it; an operator of one text uses the first
 
     __repr__ = brief
 
 
 @dataclass(frozen=True)
 class Concepts:
-    """The concepts, prompts and texts for measuring steering.
-
-    Attributes
-    ----------
-    concepts
-        Ten concepts.
-    choosing, measuring
-        Prompts about none of the concepts: for choosing layers and strengths, and for measuring the chosen ones.
-    neutral
-        Texts about none of the concepts.
-    other_phrases
-        Phrases for other subjects.
-    """
+    """Ten concepts, and 50 prompts and some texts about none of them, for measuring steering."""
 
     concepts: list[Concept]
-    choosing: list[str]
-    measuring: list[str]
-    neutral: list[str]
-    other_phrases: list[str]
+    choosing: list[str]  # prompts for choosing layers and strengths
+    measuring: list[str]  # prompts for measuring the chosen ones
+    neutral: list[str]  # texts
+    other_phrases: list[str]  # for other subjects
 
     __repr__ = brief
 
@@ -79,16 +58,11 @@ class Concepts:
 
 @cache
 def packaged_concepts() -> Concepts:
-    """Load the packaged 10 concepts and 50 prompts."""
+    """Load the packaged concepts and prompts."""
     packaged = json.loads(files("loclin.steering").joinpath("concepts.json").read_text("utf-8"))
+    concepts = [Concept(**concept) for concept in packaged["concepts"]]
     prompts, n = packaged["prompts"], packaged["choosing"]
-    return Concepts(
-        concepts=[Concept(**concept) for concept in packaged["concepts"]],
-        choosing=prompts[:n],
-        measuring=prompts[n:],
-        neutral=packaged["neutral"],
-        other_phrases=packaged["other_phrases"],
-    )
+    return Concepts(concepts, prompts[:n], prompts[n:], packaged["neutral"], packaged["other_phrases"])
 
 
 def words_of(text: str) -> list[str]:
@@ -98,24 +72,16 @@ def words_of(text: str) -> list[str]:
 
 
 def token_ids(model: Model, words: Sequence[str]) -> list[int]:
-    """List the ids of tokens that are, or begin, one of the words: capitalised or not, with or without a leading space.
-
-    For a spelling of several tokens, the first one counts only if it has at least three letters.
-
-    Raises
-    ------
-    PromptError
-        When there is no such token.
-    """
+    """List the ids of tokens that are, or begin, one of the words, capitalised or not, after a space or not."""
     found: dict[int, None] = {}
     words = strings("words", words)
-    for word in words:
-        for spelling in dict.fromkeys((word, word.lower(), word.capitalize())):
-            for text in (f" {spelling}", spelling):
-                ids = model.encode(text, bos=False)[0].tolist()
-                first = model.decode_each(ids[:1])[0].strip()
-                if first and spelling.startswith(first) and (len(ids) == 1 or len(first) >= 3):
-                    found[ids[0]] = None
+    spellings = [spelling for word in words for spelling in (word, word.lower(), word.capitalize())]
+    for spelling, space in product(dict.fromkeys(spellings), (" ", "")):
+        ids = model.encode(f"{space}{spelling}", bos=False)[0].tolist()
+        first = model.decode_each(ids[:1])[0].strip()
+        # of several tokens, the first one counts only if it has at least three letters
+        if first and spelling.startswith(first) and (len(ids) == 1 or len(first) >= 3):
+            found[ids[0]] = None
     if not found:
         raise PromptError(
             f"no token of {model.info.name} begins one of the words {', '.join(words) or '(none)'}: give others"

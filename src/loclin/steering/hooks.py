@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,17 +28,13 @@ _REORDERED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"
 
 
 @runtime_checkable
-class Pusher(Protocol):
+class _Pusher(Protocol):
     """The part of a steering that hooks use; see `loclin.steering.base.Steering`."""
 
     spare_first: bool
+    accumulates: ClassVar[bool]
 
-    @property
-    def accumulates(self) -> bool:
-        """Whether S_p is a sum over the tokens up to p; otherwise it is the same at every position."""
-
-    def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """Compute what tokens with embeddings x, at positions `index` of their texts, add to S."""
+    def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]: ...
 
 
 @dataclass
@@ -56,13 +52,13 @@ class _ForwardCall:
 class Hooks:
     """The hooks of one `with steering.apply(...)`.
 
-    The sums over earlier tokens are stored with the key-value cache of those tokens. So several caches, cropped caches
-    and caches with reordered rows all have the right sums.
+    The sums over earlier tokens are stored with those tokens' key-value cache. So several caches, cropped caches and
+    caches with reordered rows all have the right sums.
     """
 
     why_not_linearized = "is being steered; linearize it outside the 'with steering.apply(...)'"
 
-    def __init__(self, steering: Pusher, model: Model, strengths: Sequence[float], form: Form) -> None:
+    def __init__(self, steering: _Pusher, model: Model, strengths: Sequence[float], form: Form) -> None:
         self._steering = steering
         self._hf, self._parts = model.hf, find_anatomy(model.hf)
         self._strengths, self._form = list(strengths), form
@@ -170,10 +166,7 @@ class Hooks:
         )
 
     def _keep(self, cache: Cache, running: RunningSums) -> None:
-        """Store the sums of a cache, and reorder them with its rows.
-
-        The methods are bound to this one cache: those of a copy are bound to the copy, and leave these sums alone.
-        """
+        """Store the sums of a cache, and reorder them with its rows; the methods are bound to it, and not to a copy."""
         if cache not in self._kept:
             for name in _REORDERED:
                 setattr(cache, name, MethodType(_track_rows(name, self._kept), cache))

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from torch import nn
 
 from loclin.errors import SteeringError
 from loclin.models import Model
+from loclin.models.hashing import hash_tensors
 from loclin.models.snapshot import sample
 
 _NAMED = ("name", "family", "revision", "sha256", "dtype", "n_parameters")
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash 64 numbers of every weight: other revisions, dtypes and fine-tunes have other hashes.
-
-    Offloaded weights count by name and shape only. Cost: milliseconds.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in module.named_parameters():
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-        digest.update(sample(weight))
-    return digest.hexdigest()
+    """Hash 64 numbers of every weight that is in memory: other revisions, dtypes and fine-tunes have other hashes."""
+    return hash_tensors(module.named_parameters(), sample)
 
 
 def check_model(what: str, made_with: dict[str, Any], weights: str, model: Model) -> None:
-    """Refuse a model whose weights differ from those that something was made with.
-
-    Raises
-    ------
-    SteeringError
-        The message says how the two models differ.
-    """
+    """Refuse a model whose weights differ from those that something was made with, and say how they differ."""
     if fingerprint(model.hf) == weights:
         return
     here = model.info.to_dict()

@@ -30,29 +30,13 @@ METHODS: dict[Method, str] = {
 
 @dataclass(frozen=True)
 class Source:
-    """What a steering is made from.
-
-    Attributes
-    ----------
-    model, method
-        The model, and one of `METHODS`.
-    lins
-        The model linearized at each steering text.
-    toward
-        The steering texts.
-    ids
-        The tokens that begin the concept's words, for `"suffix"`.
-    rank, normed
-        See `Operator.make`.
-    bos
-        As for `loclin.linearize`.
-    """
+    """What a steering is made from; the options are those of `steer`."""
 
     model: Model
     method: Method
-    lins: list[Linearized]
-    toward: list[str]
-    ids: list[int]
+    lins: list[Linearized]  # the model at each steering text
+    toward: list[str]  # the steering texts
+    ids: list[int]  # the tokens that begin the concept's words, for "suffix"
     rank: int | None
     normed: bool
     bos: bool | None
@@ -61,13 +45,7 @@ class Source:
 
 
 def make_steering(source: Source, layer: int) -> Steering:
-    """Make what a method steers with at one layer.
-
-    Raises
-    ------
-    OptionError
-        For several texts where the method takes one.
-    """
+    """Make what a method steers with at one layer."""
     point, lins, method = f"resid_post.{layer}", source.lins, source.method
     if method in ("operator", "published"):
         at: At = "published" if method == "published" else "output"
@@ -84,13 +62,7 @@ def make_steering(source: Source, layer: int) -> Steering:
 
 
 def find_concept_words(toward: Sequence[str], lins: Sequence[Linearized]) -> list[str]:
-    """Find the words of some texts, and what the model predicts after each text, if that is a word.
-
-    Raises
-    ------
-    PromptError
-        When there are none.
-    """
+    """Find the words of some texts, and what the model predicts after each text, if that is a word."""
     predicted = [text.strip() for lin in lins for text, _ in lin.next_tokens(1) if text.startswith(" ")]
     found = list(dict.fromkeys(word for text in (*toward, *predicted) for word in words_of(text)))
     if not found:

@@ -30,34 +30,18 @@ _SAME = ("weights", "target", "point", "normed", "align", "gate", "rank", "spare
 class Operator(Steering):
     """The maps of one or several steering texts from the embeddings to a layer: S_p = sum_{q <= p} J[q] x_q.
 
-    Made by `Operator.make` and `merge`.
+    Made by `Operator.make` and `merge`. Attributes that are not here are those of `Steering`.
 
     Attributes
     ----------
-    left
-        `[N, d, d]`, the maps of the N = T tokens of one text; or `[N, d, k]`, left singular vectors times their values.
-    right
-        The right singular vectors `[N, k, d]`; None for full-rank maps.
-    signs
-        `[N, k]`: fixed signs of the singular vectors' coefficients, those of the steering text. None: each new text has
-        its own signs.
-    embeddings
-        `[N, d]`, the embeddings of the steering tokens.
-    lengths
-        How many of the N maps belong to each text; one number unless merged.
-    point, model, weights, spare_first
-        See `Steering`.
-    normed
-        Whether the maps include the final norm, frozen at the text.
-    align
-        Which map is applied to a new token. "cycle": the map at the token's position modulo T, as the paper's author
-        does. "nearest": the map of the steering token with the most similar embedding, by cosine.
-    gate, rank
-        The gate split and the rank of the maps; rank None is full rank.
-    sources
-        For each text, its weight in the sum and the provenance of its map.
-    provenance
-        That of the first text's map.
+    left: `[N, d, d]`, the maps of the N = T tokens of one text; or `[N, d, k]`, left singular vectors times values.
+    right: the right singular vectors `[N, k, d]`; None for full-rank maps.
+    signs: fixed signs `[N, k]` of the singular vectors' coefficients; None: each new text has its own.
+    embeddings: `[N, d]`, those of the steering tokens.
+    lengths: how many of the N maps belong to each text; one number unless merged.
+    normed, align, gate, rank: as for `make`.
+    sources: for each text, its weight in the sum and the provenance of its map.
+    provenance: that of the first text's map.
     """
 
     left: Float[Tensor, "N d k"]
@@ -76,6 +60,7 @@ class Operator(Steering):
     sources: list[dict[str, Any]]
     provenance: Provenance | None
     warnings: list[str] = field(default_factory=list)
+    accumulates = True
 
     @classmethod
     @in_plain_torch
@@ -97,8 +82,6 @@ class Operator(Steering):
 
         Parameters
         ----------
-        lin
-            The model at the steering text.
         layer
             The layer whose output (or input) is steered; negative ones count from the end.
         at
@@ -115,7 +98,8 @@ class Operator(Steering):
         position
             The position of the steering text at which the maps end; the last by default.
         align
-            Which map is applied to a new token, see the class.
+            Which map is applied to a new token. "cycle": the map at the token's position modulo T, as the paper's
+            author does. "nearest": the map of the steering token with the most similar embedding, by cosine.
         signs
             "fixed" gives each singular vector's coefficient the sign that it has in the steering text; needs a rank.
         spare_first
@@ -124,10 +108,8 @@ class Operator(Steering):
 
         Raises
         ------
-        OptionError
-            For a layer, a rank, an alignment or tokens that do not exist.
-        PromptError
-            For a position outside the text.
+        OptionError, PromptError
+            For a layer, a rank, an alignment, tokens or a position that do not exist.
 
         Notes
         -----
@@ -145,7 +127,6 @@ class Operator(Steering):
         target = site(lin.model, f"{'resid_pre' if at == 'input' else 'resid_post'}.{layer}")
         J = lin.jacobian(target=str(target), position=position, normed=normed)
         chosen = _choose_positions(lin, positions)
-        x = lin.embeddings[chosen].to(J.device, J.dtype)
         right = fixed = None
         if rank is None:
             left = J.dense().transpose(0, 1)[chosen]
@@ -159,7 +140,7 @@ class Operator(Steering):
             left=left,
             right=right,
             signs=fixed,
-            embeddings=x,
+            embeddings=lin.embeddings[chosen].to(J.device, J.dtype),
             lengths=[len(chosen)],
             point=str(where),
             normed=normed,
@@ -181,16 +162,6 @@ class Operator(Steering):
         return f"Operator({texts} -> {self.target}{'.normed' * self.normed}, {added}{rank})"
 
     @property
-    def accumulates(self) -> bool:
-        """True: S_p is a sum over the tokens up to p."""
-        return True
-
-    @property
-    def gates(self) -> set[str]:
-        """The gate split of its maps."""
-        return {self.gate}
-
-    @property
     def target(self) -> str:
         """The point at which its maps end, before a final norm: `point`, unless it is published."""
         return str(self.sources[0]["provenance"]["target"])
@@ -205,21 +176,14 @@ class Operator(Steering):
         """d, the width of the hidden states it acts on."""
         return self.embeddings.shape[-1]
 
-    def to(self, device: torch.device) -> Operator:
-        """Copy it to a device."""
-        names = ("left", "right", "signs", "embeddings")
-        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
-
     def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """Compute J[q] x_q for tokens with embeddings x at positions q of their texts, summed over the merged texts.
-
-        Cost: for each of n tokens and each merged text, one d x d product, or two d x k products.
-        """
+        """Compute J[q] x_q for tokens with embeddings x at positions q of their texts, summed over the merged texts."""
         x = x.to(self.left.dtype)
         total, start = torch.zeros_like(x), 0
         for length in self.lengths:
-            maps = self._find_nearest(x, start, length) if self.align == "nearest" else start + index % length
+            own = self.embeddings[start : start + length]
+            nearest = (normalize(x, dim=-1) @ normalize(own, dim=-1).T).argmax(-1) if self.align == "nearest" else None
+            maps = start + (index % length if nearest is None else nearest)
             for i in maps.unique().tolist():
                 rows = maps == i
                 total[rows] += self._multiply(i, x[rows])
@@ -239,24 +203,13 @@ class Operator(Steering):
             coefficients = coefficients.abs() * self.signs[i]
         return coefficients @ self.left[i].T
 
-    def _find_nearest(self, x: Tensor, start: int, length: int) -> Tensor:
-        own = self.embeddings[start : start + length]
-        return start + (normalize(x, dim=-1) @ normalize(own, dim=-1).T).argmax(-1)
-
 
 @in_plain_torch
 def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None) -> Operator:
     """Merge operators of several texts: S is the weighted sum of theirs, by default the mean.
 
-    A negative weight steers away from its text. The maps of each text are aligned by its own length.
-
-    Raises
-    ------
-    OptionError
-        Without operators, or when the numbers of weights and operators differ.
-    SteeringError
-        When the operators differ in model, points, norm, alignment, gate split, rank or signs; the message says in
-        which.
+    A negative weight steers away from its text. The maps of each text are aligned by its own length. Operators that
+    differ in model, points, norm, alignment, gate split, rank or signs are refused with a SteeringError.
     """
     if not operators:
         raise OptionError("merge needs at least one operator: give a list of operators")
@@ -272,22 +225,18 @@ def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None)
             what = ", ".join(f"{n} ({getattr(head, n)!r} and {getattr(other, n)!r})" for n in differing)
             raise SteeringError(f"merged operators must not differ in {what}; make them with equal options")
 
-    def join(name: str) -> Tensor | None:
-        parts = [getattr(operator, name) for operator in operators]
-        return None if parts[0] is None else torch.cat(parts)
-
+    weighted = list(zip(weights, operators, strict=True))
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(operator, name) for operator in operators])
+        for name in ("right", "signs", "embeddings")
+        if getattr(head, name) is not None
+    }
     return replace(
         head,
-        left=torch.cat([weight * operator.left for weight, operator in zip(weights, operators, strict=True)]),
-        right=join("right"),
-        signs=join("signs"),
-        embeddings=torch.cat([operator.embeddings for operator in operators]),
+        left=torch.cat([weight * operator.left for weight, operator in weighted]),
         lengths=[length for operator in operators for length in operator.lengths],
-        sources=[
-            source | {"weight": weight * source["weight"]}
-            for weight, operator in zip(weights, operators, strict=True)
-            for source in operator.sources
-        ],
+        sources=[one | {"weight": weight * one["weight"]} for weight, operator in weighted for one in operator.sources],
+        **joined,
     )
 
 

@@ -20,25 +20,13 @@ from loclin.steering.match import check_model
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Projection(Result):
-    """A subspace that is projected out of a module's output: h - Q Q^T h, at every position.
+    """A subspace that is projected out of a module's output: h - Q Q^T h, at every position."""
 
-    Attributes
-    ----------
-    basis
-        Q `[d, m]`, orthonormal columns.
-    module
-        The path of the module: a decoder layer, or the final norm.
-    model, weights
-        The model it was made with, as in `loclin.steering.Steering`.
-    provenance
-        That of the map from which the directions come.
-    """
-
-    basis: Float[Tensor, "d m"]
-    module: str
-    model: dict[str, Any]
+    basis: Float[Tensor, "d m"]  # Q, with orthonormal columns
+    module: str  # the path of the module: a decoder layer, or the final norm
+    model: dict[str, Any]  # and `weights`: as in `loclin.steering.Steering`
     weights: str
-    provenance: Provenance | None
+    provenance: Provenance | None  # of the map from which the directions come
     warnings: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -48,14 +36,7 @@ class Projection(Result):
     def apply(self, model: Model | nn.Module) -> Iterator[None]:
         """Project the subspace out inside a `with`; afterwards the model is unchanged, also after an error.
 
-        Raises
-        ------
-        SteeringError
-            When this was made with another model.
-
-        Notes
-        -----
-        Cost: two d x m products per token.
+        Cost: two d x m products per token. Another model than the one this was made with is refused.
         """
         model = model if isinstance(model, Model) else wrap(model)
         check_model("projection", self.model, self.weights, model)

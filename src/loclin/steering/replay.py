@@ -21,17 +21,7 @@ from loclin.steering.form import Form, move_towards
 
 
 class Replay:
-    """A batch of prompts that a model has read once; the layers below the steered one are not run again.
-
-    Memory: L B T d numbers.
-
-    Parameters
-    ----------
-    model
-        The model.
-    prompts
-        Token ids `[1, T_b]` of each prompt.
-    """
+    """A batch of prompts `[1, T_b]` whose lower layers run once. Memory: the L B T d numbers of hidden states."""
 
     @in_plain_torch
     def __init__(self, model: Model, prompts: Sequence[Tensor]) -> None:
@@ -83,16 +73,12 @@ class Replay:
     def log_probs(
         self, steering: Steering, strength: float, form: Form = "add", S: Tensor | None = None
     ) -> Float[Tensor, "B V"]:
-        """Compute the steered model's log-probabilities of the next token, equal to those under `Steering.apply`.
-
-        Cost: one pass through the layers above the steered one. Give S if it is known from `sums`.
-        """
+        """Compute log-probabilities of the next token as under `Steering.apply`; give S if it is known from `sums`."""
         h = self.hidden(steering.point)
         new = move_towards(h, self.sums(steering) if S is None else S, strength, form)
         moved = self._real & (self._real.cumsum(1) > 1) if steering.spare_first else self._real
         new = torch.where(moved.unsqueeze(-1), new, h)
-        node = self._find_node(steering.point)
-        with self._start_at(node, new):
+        with self._start_at(self._find_node(steering.point), new):
             return self._predict()
 
     def _find_node(self, point: str) -> int:

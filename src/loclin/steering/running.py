@@ -13,22 +13,19 @@ Push = Callable[[Tensor, Tensor], Tensor]
 
 
 class RunningSums:
-    """S_p at every column p of a batch `[B, t]`, and the number of tokens of each sequence up to p.
-
-    Padding adds nothing and has no position. Memory: B t d numbers, about as much as the keys of one layer.
-    """
+    """S_p at every column p of a batch `[B, t]`, and how many tokens of each sequence are up to p: B t d numbers."""
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
         self._counts: list[Tensor] = []
 
-    def fits(self, batch: int, past: int) -> bool:
-        """Tell whether it holds the first `past` columns of `batch` sequences."""
-        return past == 0 or (self._columns >= past and len(self._sums[0]) == batch)
-
     @property
     def _columns(self) -> int:
         return sum(part.shape[1] for part in self._counts)
+
+    def fits(self, batch: int, past: int) -> bool:
+        """Tell whether it holds the first `past` columns of `batch` sequences."""
+        return past == 0 or (self._columns >= past and len(self._sums[0]) == batch)
 
     def add(
         self, x: Float[Tensor, "B n d"], real: Bool[Tensor, "B n"], push: Push, past: int

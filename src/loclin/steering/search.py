@@ -33,21 +33,11 @@ MAX_KL = 2.0
 
 @dataclass(frozen=True)
 class Score:
-    """What steering changes at the next token, for each prompt.
+    """What steering changes at the next token, for each prompt, in nats."""
 
-    Attributes
-    ----------
-    log_p
-        log P(the next token begins one of the concept's words) of the steered model `[B]`.
-    gain
-        The same minus the unsteered model's, in nats `[B]`.
-    kl
-        KL(steered || unsteered) of the next token, in nats `[B]`: the loss of fluency.
-    """
-
-    log_p: Float[Tensor, " B"]
-    gain: Float[Tensor, " B"]
-    kl: Float[Tensor, " B"]
+    log_p: Float[Tensor, " B"]  # log P(the next token begins one of the concept's words) of the steered model
+    gain: Float[Tensor, " B"]  # the same minus the unsteered model's
+    kl: Float[Tensor, " B"]  # KL(steered || unsteered) of the next token: the loss of fluency
 
     __repr__ = brief
 
@@ -65,43 +55,25 @@ class Trial:
 
 def trial_table(trials: Sequence[Trial]) -> dict[str, list[Any]]:
     """List the trials, one per row: layer, strength, gain, KL and the text written."""
-    return {
-        "layer": [trial.layer for trial in trials],
-        "strength": [trial.strength for trial in trials],
-        "gain": [trial.gain for trial in trials],
-        "kl": [trial.kl for trial in trials],
-        "text": [None if trial.written is None else trial.written.text for trial in trials],
-    }
+    columns = {name: [getattr(trial, name) for trial in trials] for name in ("layer", "strength", "gain", "kl")}
+    return {**columns, "text": [None if trial.written is None else trial.written.text for trial in trials]}
 
 
 @dataclass(frozen=True)
 class Sweep(Result):
     """Every layer and strength that was tried, and the best one within the KL limit.
 
-    Attributes
-    ----------
-    form
-        See `Steering.apply`.
-    trials
-        One for each layer and strength.
-    best
-        The trial with the largest gain among those with `kl <= max_kl`; the one with the smallest KL if there is none.
-        `loclin.steering.steer.steer` chooses by the texts that the trials write.
-    max_kl
-        The KL limit, in nats.
-    unsteered
-        The unsteered model's mean log-probability of the concept's words.
-    provenance, warnings
-        None and empty, since the result is about several prompts.
+    `best` has the largest gain among those with `kl <= max_kl`, or the smallest KL if there is none. `steer` chooses it
+    by the texts that the trials write.
     """
 
     form: Form
     trials: list[Trial]
     best: Trial
-    max_kl: float
-    unsteered: float
+    max_kl: float  # in nats
+    unsteered: float  # the unsteered model's mean log-probability of the concept's words
 
-    provenance: Provenance | None = None
+    provenance: Provenance | None = None  # the result is about several prompts
     warnings: list[str] = field(default_factory=list)
 
     __repr__ = brief
@@ -138,35 +110,10 @@ def sweep(
     max_kl: float = MAX_KL,
     progress: Progress = True,
 ) -> Sweep:
-    """Try strengths at layers, and choose the largest gain within a KL limit.
+    """Try strengths at layers, and choose the largest gain within a KL limit, as means over the prompts, in nats.
 
-    Parameters
-    ----------
-    replay
-        The prompts; gain and KL are means over them.
-    ids
-        The tokens that begin the concept's words (see `loclin.steering.concepts.token_ids`).
-    steering
-        A function that makes the steering of a layer.
-    layers
-        The layers to try.
-    strengths
-        The strengths to try; those of `STRENGTHS` by default.
-    form
-        See `Steering.apply`.
-    max_kl
-        The largest allowed mean KL divergence of the next token, in nats.
-    progress
-        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
-
-    Raises
-    ------
-    OptionError
-        When there is nothing to try.
-
-    Notes
-    -----
-    Cost: for each layer, making its steering, and for each strength one pass through the layers above.
+    `ids` are the tokens that begin the concept's words; `steering` makes the steering of a layer; other options are as
+    for `steer`. Cost: for each layer, making its steering, and for each strength one pass through the layers above.
     """
     tell = steps(progress)
     strengths = STRENGTHS[form] if strengths is None else strengths

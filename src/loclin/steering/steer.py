@@ -7,9 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from jaxtyping import Int
-from torch import Tensor
-
 from loclin.common.arguments import real, strings, whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
@@ -30,7 +27,7 @@ from loclin.steering.form import NEUTRAL, Form
 from loclin.steering.methods import METHODS, Method, Source, find_concept_words, make_steering
 from loclin.steering.operator import Operator
 from loclin.steering.replay import Replay
-from loclin.steering.search import MAX_KL, STRENGTHS, Score, Sweep, Trial, depths, score, sweep, trial_table
+from loclin.steering.search import MAX_KL, STRENGTHS, Sweep, Trial, depths, score, sweep, trial_table
 from loclin.steering.writing import Continuation, check_room, check_writing, encode_prompt, write
 
 REPEATS = 0.3
@@ -47,26 +44,16 @@ class Steered(Result):
 
     Attributes
     ----------
-    prompt, toward
-        The prompt, and the texts that it is steered towards.
-    words
-        The concept's words.
-    method, layer, strength, form
-        The steering method, and where and how strongly it is applied.
-    normal, steered
-        The two texts.
-    gain, kl
-        At the prompt's next token: the change of the log-probability of the words, and
-        KL(steered || unsteered), in nats.
-    sweep
-        How layer and strength were chosen; None if both were given.
-    provenance, settings
-        Model, prompt, gate and precision; and every option.
-    warnings
-        Oddities of the tokens of prompt and texts. Also if the steered text says the words no more often than the
+    prompt, toward, words: the prompt, the texts that it is steered towards, and the concept's words.
+    method, layer, strength, form: the steering method, and where and how strongly it is applied.
+    normal, steered: the two texts.
+    gain, kl: at the prompt's next token, the change of the log-probability of the words, and KL(steered || unsteered),
+        in nats.
+    sweep: how layer and strength were chosen; None if both were given.
+    provenance, settings: model, prompt, gate and precision; and every option.
+    warnings: oddities of the tokens of prompt and texts. Also if the steered text says the words no more often than the
         normal one, repeats itself, or exceeds the KL limit.
-    steering
-        The operator or vector, to `save`, or to `apply` elsewhere; None in a result that was loaded.
+    steering: the operator or vector, to `save`, or to `apply` elsewhere; None in a result that was loaded.
     """
 
     prompt: str
@@ -118,16 +105,10 @@ def steer(
     progress: Progress = True,
     **options: Any,
 ) -> Steered:
-    """Continue a prompt, unsteered and steered.
+    """Continue a prompt, unsteered and steered toward some texts, with a model that has a tokenizer.
 
     Parameters
     ----------
-    model
-        The model, with a tokenizer.
-    prompt
-        The prompt to continue.
-    toward
-        The texts to steer towards.
     operator
         A saved operator to steer with. Its own texts and layer then take the place of `toward` and `layer`.
     words
@@ -158,11 +139,6 @@ def steer(
     progress
         True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
 
-    Returns
-    -------
-    Steered
-        Both texts; its `steering` is the operator or vector.
-
     Raises
     ------
     SteeringError
@@ -180,10 +156,11 @@ def steer(
     check_writing(max_new_tokens, seed, options)
     tell = steps(progress)
     model = model.replicate()
+    n_layers = len(find_anatomy(model.hf).layers)
     if operator is not None:
         operator.check(model, gate)
         toward = [model.decode(source["provenance"]["token_ids"], special=False) for source in operator.sources]
-        layer = parse_point(operator.point, len(find_anatomy(model.hf).layers)).layer
+        layer = parse_point(operator.point, n_layers).layer
         method = "published" if operator.published else "operator"
     toward, words = strings("toward", toward), None if words is None else strings("words", words)
     layer = None if layer is None else whole("layer", layer)
@@ -203,30 +180,44 @@ def steer(
     chosen = list(words or find_concept_words(toward, lins))
     source = Source(model, method, lins, toward, token_ids(model, chosen), rank, normed, bos)
     make = cache(lambda where: operator or make_steering(source, where))
-    run = _Run(model, ids, chosen, source.ids, make, form, options)
+
+    def write_steered(where: int, strengths: list[float], at_most: int = max_new_tokens) -> list[Continuation]:
+        made = {"steering": make(where), "strength": strengths, "form": form, "max_new_tokens": at_most}
+        return write(model, [ids] * len(strengths), chosen, **options | made)
+
+    def write_trials(where: int, strengths: list[float]) -> list[Continuation]:
+        tell(f"writing with layer {where}")
+        return write_steered(where, strengths, min(max_new_tokens, _TRIED))
+
     tell("writing the normal text")
     (normal,) = write(model, [ids], chosen, **options)
     found = None
     if layer is None or strength is None:
         tried = _PUBLISHED if (method, form) == ("published", "add") else STRENGTHS[form]
         neutral = [encode_prompt(model, text, chat, bos) for text in packaged_concepts().choosing]
-        found = run.sweep(neutral, layer, tried if strength is None else [strength], max_kl, tell)
-        found = run.choose(found, normal, tell)
+        tell("the unsteered model at the prompt and at neutral ones")
+        replay, layers = Replay(model, [ids, *neutral]), depths(n_layers) if layer is None else [layer]
+        strengths = tried if strength is None else [strength]
+        swept = sweep(replay, source.ids, make, layers, strengths=strengths, form=form, max_kl=max_kl, progress=tell)
+        found = _choose(swept, normal, write_trials)
         layer, strength = found.best.layer, found.best.strength
     assert layer is not None
     assert strength is not None
     tell(f"writing the steered text: layer {layer}, strength {strength:g}")
-    (steered,) = run.write(layer, [strength])
+    (steered,) = write_steered(layer, [strength])
     tell("the next token, normal and steered")
-    next_token, steering = run.score(layer, strength), make(layer)
-    if strength != NEUTRAL[form]:
+    replay, steering = Replay(model, [ids]), make(layer)
+    if strength == NEUTRAL[form]:  # the model is unchanged: exactly, also where the formula would round
+        next_token = score(replay, source.ids, replay.unsteered)
+    else:
+        next_token = score(replay, source.ids, replay.log_probs(steering, strength, form))
         warnings += _list_warnings(normal, steered, chosen, found)
     return Steered(
         prompt=prompt,
         toward=toward,
         words=chosen,
         method=method,
-        layer=parse_point(steering.point, len(find_anatomy(model.hf).layers)).layer or 0,
+        layer=parse_point(steering.point, n_layers).layer or 0,
         strength=strength,
         form=form,
         normal=normal,
@@ -244,68 +235,20 @@ def steer(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One call of `steer` after its arguments are checked: the prompt, the concept, and how texts are written.
+def _choose(
+    found: Sweep, normal: Continuation, write_trials: Callable[[int, list[float]], list[Continuation]]
+) -> Sweep:
+    """Write a text with every trial within the KL limit, and make the one with the best text the best.
 
-    `ids` is the prompt `[1, T]`; `targets` are the tokens that begin the concept's `words`; `make` makes the steering
-    of a layer; `options` are those of `write`.
+    The next token alone does not show what a whole text says, nor whether it degenerates.
     """
-
-    model: Model
-    ids: Int[Tensor, "1 T"]
-    words: list[str]
-    targets: list[int]
-    make: Callable[[int], Steering]
-    form: Form
-    options: dict[str, Any]
-
-    __repr__ = brief
-
-    def sweep(
-        self,
-        neutral: list[Tensor],
-        layer: int | None,
-        strengths: Sequence[float],
-        max_kl: float,
-        tell: Callable[[str], None],
-    ) -> Sweep:
-        """Try layers and strengths at the next token of the prompt and of neutral prompts."""
-        tell("the unsteered model at the prompt and at neutral ones")
-        replay = Replay(self.model, [self.ids, *neutral])
-        layers = depths(len(find_anatomy(self.model.hf).layers)) if layer is None else [layer]
-        options: dict[str, Any] = {"strengths": strengths, "form": self.form, "max_kl": max_kl, "progress": tell}
-        return sweep(replay, self.targets, self.make, layers, **options)
-
-    def write(self, layer: int, strengths: Sequence[float], at_most: int | None = None) -> list[Continuation]:
-        """Write one steered text for each strength, in one batch."""
-        options = self.options | ({} if at_most is None else {"max_new_tokens": at_most})
-        prompts = [self.ids] * len(strengths)
-        return write(
-            self.model, prompts, self.words, steering=self.make(layer), strength=strengths, form=self.form, **options
-        )
-
-    def choose(self, found: Sweep, normal: Continuation, tell: Callable[[str], None]) -> Sweep:
-        """Write a short text with every trial within the KL limit, and make the one with the best text the best.
-
-        The next token alone does not show what a whole text says, nor whether it degenerates.
-        """
-        texts: dict[Trial, Continuation] = {}
-        at_most = min(self.options["max_new_tokens"], _TRIED)
-        for layer in dict.fromkeys(trial.layer for trial in found.within):
-            tell(f"writing with layer {layer}")
-            own = [trial for trial in found.within if trial.layer == layer]
-            texts |= zip(own, self.write(layer, [trial.strength for trial in own], at_most), strict=True)
-        trials = [replace(trial, written=texts.get(trial)) for trial in found.trials]
-        best = max((trial for trial in trials if trial.written is not None), key=lambda trial: _rank(trial, normal))
-        return replace(found, trials=trials, best=best)
-
-    def score(self, layer: int, strength: float) -> Score:
-        """Compare the steered next token of the prompt with the unsteered one."""
-        replay = Replay(self.model, [self.ids])
-        if strength == NEUTRAL[self.form]:  # the model is unchanged: exactly, also where the formula would round
-            return score(replay, self.targets, replay.unsteered)
-        return score(replay, self.targets, replay.log_probs(self.make(layer), strength, self.form))
+    texts: dict[Trial, Continuation] = {}
+    for layer in dict.fromkeys(trial.layer for trial in found.within):
+        own = [trial for trial in found.within if trial.layer == layer]
+        texts |= zip(own, write_trials(layer, [trial.strength for trial in own]), strict=True)
+    trials = [replace(trial, written=texts.get(trial)) for trial in found.trials]
+    best = max((trial for trial in trials if trial.written is not None), key=lambda trial: _rank(trial, normal))
+    return replace(found, trials=trials, best=best)
 
 
 def repeats(text: Continuation, normal: Continuation) -> bool:

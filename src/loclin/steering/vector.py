@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,14 +29,8 @@ class Vector(Steering):
 
     Attributes
     ----------
-    direction
-        S `[d]`.
-    rule
-        How the direction was found.
-    point, model, weights, spare_first
-        See `Steering`.
-    provenance
-        That of the map from which it comes, if any.
+    direction, rule: S `[d]`, and how it was found.
+    provenance: that of the map from which it comes, if any.
     """
 
     direction: Float[Tensor, " d"]
@@ -47,23 +41,10 @@ class Vector(Steering):
     spare_first: bool = True
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
+    accumulates = False
 
     def __repr__(self) -> str:
         return f"Vector({self.rule} -> {self.point})"
-
-    @property
-    def accumulates(self) -> bool:
-        """False: S is the same at every position."""
-        return False
-
-    @property
-    def gates(self) -> set[str]:
-        """The gate split of the map from which it comes, if any."""
-        return set() if self.provenance is None else {self.provenance.gate}
-
-    def to(self, device: torch.device) -> Vector:
-        """Copy it to a device."""
-        return replace(self, direction=self.direction.to(device))
 
     def push(self, x: Float[Tensor, "n d"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:  # noqa: ARG002
         """Return S for each of n tokens."""
@@ -109,11 +90,6 @@ def pullback(lin: Linearized, point: str, ids: Sequence[int]) -> Vector:
 
     The suffix map is the frozen map from the point to the logits, at the steering text's last token. Its transpose is
     applied to the gradient of the log of the tokens' summed probability with respect to the logits. Cost: one column.
-
-    Raises
-    ------
-    OptionError
-        Without tokens.
     """
     ids = [whole("ids", token) for token in ids]
     if not ids:
@@ -122,7 +98,7 @@ def pullback(lin: Linearized, point: str, ids: Sequence[int]) -> Vector:
     J = lin.jacobian(source=str(where), target="logits")
     log_p = log_softmax(J.value, dim=-1)
     gradient = -log_p.exp()
-    gradient[list(ids)] += torch.softmax(log_p[list(ids)], dim=0)
+    gradient[ids] += torch.softmax(log_p[ids], dim=0)
     return _make_vector(lin.model, where, J.rmatvec(gradient)[-1], "suffix map", J.provenance())
 
 
@@ -162,11 +138,6 @@ def contrast(model: Model, pairs: Sequence[tuple[str, str]], point: str, *, bos:
 
     Differences are not centred, since the order of a pair is arbitrary. The sign is that of the mean difference. Cost:
     one forward pass of each of the two batches.
-
-    Raises
-    ------
-    PromptError
-        Without pairs.
     """
     if not pairs:
         raise PromptError("contrast needs at least one pair of texts: give [(text, other), ...]")
@@ -182,13 +153,7 @@ def contrast(model: Model, pairs: Sequence[tuple[str, str]], point: str, *, bos:
 
 
 def hidden_states(model: Model, texts: Sequence[str], where: Point, bos: bool | str | None = None) -> list[Tensor]:
-    """Return the hidden states of each text `[T_b, d]` at a layer's input or output, in float32 or wider.
-
-    Raises
-    ------
-    PromptError
-        Without texts.
-    """
+    """Return the hidden states of each text `[T_b, d]` at a layer's input or output, in float32 or wider."""
     texts = strings("texts", texts)
     if not texts:
         raise PromptError("give at least one text")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,74 +36,38 @@ _DEPENDENT = 1e-6
 
 @dataclass(frozen=True)
 class Hit:
-    """A singular vector that writes a watched word.
+    """A singular vector that writes a watched word."""
 
-    Attributes
-    ----------
-    token, text
-        The token of the prompt to whose map it belongs.
-    rank, value
-        Its rank among the map's singular values, from 1, and the value.
-    gain
-        v . x: how strongly the token's embedding excites it.
-    writes
-        The words that it writes with the sign of its gain, the strongest first.
-    watched
-        The watched ones among them.
-    """
-
-    token: int
+    token: int  # and `text`: of the prompt, to whose map it belongs
     text: str
-    rank: int
-    value: float
-    gain: float
-    writes: list[str]
-    watched: list[str]
+    rank: int  # among the map's singular values, from 1
+    value: float  # the singular value
+    gain: float  # v . x: how strongly the token's embedding excites it
+    writes: list[str]  # the words that it writes with the sign of its gain, the strongest first
+    watched: list[str]  # the watched ones among them
 
     __repr__ = brief
 
 
 @dataclass(frozen=True)
 class TokenShare:
-    """A possible next token, its logit, and the part of the logit that comes from the hits.
-
-    Attributes
-    ----------
-    text, probability, logit
-        The token, its probability and its logit.
-    part
-        The sum over the hits of sigma (v . x) u, through the output head: an exact part of the logit.
-    without
-        The token's probability after the hits' directions are projected out.
-    watched
-        Whether the token begins a watched word.
-    """
+    """A possible next token, its logit, and the part of the logit that comes from the hits."""
 
     text: str
     probability: float
     logit: float
-    part: float
-    without: float
-    watched: bool
+    part: float  # the sum over the hits of sigma (v . x) u, through the output head: an exact part of the logit
+    without: float  # the probability after the hits' directions are projected out
+    watched: bool  # the token begins a watched word
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What projecting the directions out changes, as means over prompts.
+    """What projecting the directions out changes, as means over prompts."""
 
-    Attributes
-    ----------
-    gain
-        The change of the log-probability that the next token begins a watched word, in nats.
-    kl
-        KL(without || with) of the next token, in nats: the cost.
-    prompts
-        The number of prompts.
-    """
-
-    gain: float
-    kl: float
-    prompts: int
+    gain: float  # of the log-probability that the next token begins a watched word, in nats
+    kl: float  # KL(without || with) of the next token, in nats: the cost
+    prompts: int  # how many
 
 
 @dataclass(frozen=True)
@@ -112,25 +76,16 @@ class Watched(Result):
 
     Attributes
     ----------
-    words
-        The watched words.
-    hits
-        The singular vectors that write watched words, by decreasing |value * gain|.
-    shares
-        The most probable next tokens, and the most probable watched ones.
-    here, elsewhere
-        The effect of removing the hits at this prompt, and at the packaged neutral prompts; None without hits.
-    normal, without
-        The text that the model writes with and without them; None without hits.
-    searched
-        The number of singular vectors that were decoded.
-    provenance, settings
-        Model, prompt, gate and map; `k` and `top`.
-    warnings
-        What a reader should know before trusting it.
-    projection
-        Projects the hits' directions out: `projection.apply(model)` in a `with`. It is too large for JSON: save the
-        result as `.safetensors`.
+    words: the watched words.
+    hits: the singular vectors that write watched words, by decreasing |value * gain|.
+    shares: the most probable next tokens, and the most probable watched ones.
+    here, elsewhere: the effect of removing the hits at this prompt, and at the packaged neutral prompts; None without
+        hits, as are `normal` and `without`, the texts that the model writes with and without them.
+    searched: the number of singular vectors that were decoded.
+    provenance, settings: model, prompt, gate and map; `k` and `top`.
+    warnings: what a reader should know before trusting it.
+    projection: projects the hits' directions out, by `projection.apply(model)` in a `with`. It is too large for JSON:
+        save the result as `.safetensors`.
     """
 
     words: list[str]
@@ -156,15 +111,9 @@ class Watched(Result):
 
     def table(self) -> dict[str, list[Any]]:
         """One row per hit."""
-        return {
-            "token": [hit.token for hit in self.hits],
-            "text": [hit.text for hit in self.hits],
-            "rank": [hit.rank for hit in self.hits],
-            "value": [hit.value for hit in self.hits],
-            "gain": [hit.gain for hit in self.hits],
-            "watched": [" ".join(hit.watched) for hit in self.hits],
-            "writes": [" ".join(hit.writes) for hit in self.hits],
-        }
+        names = ("token", "text", "rank", "value", "gain")
+        columns: dict[str, list[Any]] = {name: [getattr(hit, name) for hit in self.hits] for name in names}
+        return columns | {name: [" ".join(getattr(hit, name)) for hit in self.hits] for name in ("watched", "writes")}
 
 
 @question
@@ -185,10 +134,6 @@ def watch(
 
     Parameters
     ----------
-    lin
-        The model at the prompt; its map to the last position is searched.
-    words
-        The watched words.
     k
         How many singular vectors of each token's map to search.
     top
@@ -206,17 +151,10 @@ def watch(
     progress
         True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
 
-    Returns
-    -------
-    Watched
-        The hits and their effects; its `projection` projects them out.
-
     Raises
     ------
-    OptionError
-        For a k or a layer that does not exist, or without words.
-    PromptError
-        When no token begins any of the words.
+    OptionError, PromptError
+        For a k or a layer that does not exist, without words, or when no token begins any of them.
 
     Notes
     -----
@@ -238,66 +176,63 @@ def watch(
     gains = svd.gains(J.input)
     tell("words")
     skipped = [] if sinks else lin.non_words
-    found = [hit for hit in _find_hits(lin, svd.U, svd.S, gains, watched, top) if hit.token not in skipped]
+    found = [hit for hit in _find_hits(lin, svd, gains, watched, top) if hit.token not in skipped]
     directions = [svd.U[hit.token, :, hit.rank - 1] for hit in found]
-    parts = torch.zeros_like(lin.trace.logits(lin.trace.length - 1))
-    if layer is None:  # after a layer, other layers follow: its vectors have no exact part of the logits
-        parts = _add_parts(lin, found, svd, gains, parts)
+    # after a layer, other layers follow: its vectors have no exact part of the logits
+    parts = _sum_parts(lin, found if layer is None else [], svd, gains)
     tell("projecting them out")
     projection = _span_directions(lin, directions, point, J.provenance())
     before, after = (_predict(model, lin.input_ids, p) for p in (None, projection))
-    report = Watched(
+    here = elsewhere = normal = without = None
+    if found:
+        prompts = [model.encode(prompt, bos=None) for prompt in packaged_concepts().choosing]
+        pairs = [(_predict(model, ids, None), _predict(model, ids, projection)) for ids in prompts]
+        here, elsewhere = _measure_effect([(before, after)], watched), _measure_effect(pairs, watched)
+        if model.context_length is not None:
+            max_new_tokens = min(max_new_tokens, model.context_length - lin.input_ids.shape[1] + 1)
+        tell("writing with them")
+        (normal,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
+        tell("writing without them")
+        with projection.apply(model):
+            (without,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
+    return Watched(
         words=words,
         hits=found,
         shares=_share_tokens(lin, parts, before, after, watched, n_tokens),
-        here=_measure_effect([(before, after)], watched) if found else None,
-        elsewhere=_measure_effect(_predict_elsewhere(model, projection), watched) if found else None,
-        normal=None,
-        without=None,
+        here=here,
+        elsewhere=elsewhere,
+        normal=normal,
+        without=without,
         searched=(len(lin.tokens) - len(skipped)) * k,
         provenance=J.provenance(),
         settings={"k": k, "top": top},
         warnings=lin.warnings,
         projection=projection,
     )
-    if not found:
-        return report
-    room = max_new_tokens if model.context_length is None else model.context_length - lin.input_ids.shape[1] + 1
-    max_new_tokens = min(max_new_tokens, room)
-    tell("writing with them")
-    (normal,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
-    tell("writing without them")
-    with projection.apply(model):
-        (without,) = write(model, [lin.input_ids], words, max_new_tokens=max_new_tokens)
-    return replace(report, normal=normal, without=without)
 
 
-def _add_parts(
-    lin: Linearized, hits: Sequence[Hit], svd: SVD, gains: Float[Tensor, "T k"], parts: Float[Tensor, " V"]
-) -> Float[Tensor, " V"]:
-    """Add the hits' parts of the logits to `parts`: sigma (v . x) u through the output head, for each."""
+def _sum_parts(lin: Linearized, hits: list[Hit], svd: SVD, gains: Float[Tensor, "T k"]) -> Float[Tensor, " V"]:
+    """Sum the hits' parts of the logits: sigma (v . x) u through the output head, for each."""
     head = OutputHeadLink(lin.trace, lin.trace.length - 1)
+    parts = torch.zeros_like(lin.trace.logits(lin.trace.length - 1))
     for hit in hits:
         token, j = hit.token, hit.rank - 1
         parts = parts + head.jvp((svd.S[token, j] * gains[token, j] * svd.U[token, :, j])[None])[0]
     return parts
 
 
-def _find_hits(
-    lin: Linearized, U: Tensor, S: Tensor, gains: Float[Tensor, "T k"], watched: set[int], top: int
-) -> list[Hit]:
+def _find_hits(lin: Linearized, svd: SVD, gains: Float[Tensor, "T k"], watched: set[int], top: int) -> list[Hit]:
     """Find the vectors of whose `top` words, with the sign of the gain, one is watched."""
-    length, _, k = U.shape
-    signed = (U * gains.sign().unsqueeze(1)).transpose(1, 2).reshape(length * k, -1)
-    words = Decoder(lin.model).writes(signed, top)
+    length, _, k = svd.U.shape
+    signed = (svd.U * gains.sign().unsqueeze(1)).transpose(1, 2).reshape(length * k, -1)
     texts = set(lin.model.decode_each(sorted(watched)))
     hits = []
-    for n, written in enumerate(words):
+    for n, written in enumerate(Decoder(lin.model).writes(signed, top)):
         token, j = divmod(n, k)
         said = [text for text, _ in written]
         matched = [text for text in said if text in texts]
         if matched:
-            value, gain = S[token, j].item(), gains[token, j].item()
+            value, gain = svd.S[token, j].item(), gains[token, j].item()
             hits.append(Hit(token, lin.tokens[token], j + 1, value, gain, said, matched))
     return sorted(hits, key=lambda hit: -abs(hit.value * hit.gain))
 
@@ -314,9 +249,8 @@ def _span_directions(lin: Linearized, directions: list[Tensor], point: str, prov
         rows = lin.chain.norm(where, trace.length - 1).vjp(rows)
     U, S, _ = torch.linalg.svd(to_wide(rows.T), full_matrices=False)
     least = _DEPENDENT * S.max().item() if len(S) else 0.0
-    basis = U[:, least < S]
     return Projection(
-        basis=basis.contiguous(),
+        basis=U[:, least < S].contiguous(),
         module=names[module],
         model=model.info.to_dict(),
         weights=fingerprint(model.hf),
@@ -330,15 +264,9 @@ def _predict(model: Model, ids: Tensor, projection: Projection | None) -> Float[
         return torch.log_softmax(logits_at(model, ids, ids.shape[1] - 1).float(), dim=-1)
 
 
-def _predict_elsewhere(model: Model, projection: Projection) -> list[tuple[Tensor, Tensor]]:
-    prompts = [model.encode(prompt, bos=None) for prompt in packaged_concepts().choosing]
-    return [(_predict(model, ids, None), _predict(model, ids, projection)) for ids in prompts]
-
-
 def _measure_effect(pairs: list[tuple[Tensor, Tensor]], watched: set[int]) -> Effect:
-    ids = torch.tensor(sorted(watched))
     before, after = (torch.stack(side) for side in zip(*pairs, strict=True))
-    ids = ids.to(before.device)
+    ids = torch.tensor(sorted(watched), device=before.device)
     gain = after[:, ids].logsumexp(1) - before[:, ids].logsumexp(1)
     kl = (after.exp() * (after - before)).sum(1)
     return Effect(gain.mean().item(), kl.mean().item(), len(pairs))

@@ -25,30 +25,14 @@ from loclin.steering.form import Form
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text that a model wrote.
+    """A text that a model wrote."""
 
-    Attributes
-    ----------
-    text
-        What follows the prompt, up to and including the end-of-text token if the model writes one.
-    ids
-        Its tokens.
-    ended
-        Whether the model ended the text.
-    loss
-        The unsteered model's mean loss on the text, in nats per token; 0 for an empty text.
-    repetition
-        The fraction of its three-token sequences that occurred before in the text.
-    frequency
-        How many of its words are words of the concept, per hundred.
-    """
-
-    text: str
+    text: str  # what follows the prompt, up to and including the end-of-text token if the model writes one
     ids: list[int]
-    ended: bool
-    loss: float
-    repetition: float
-    frequency: float
+    ended: bool  # by the model
+    loss: float  # the unsteered model's mean loss on the text, in nats per token; 0 for an empty text
+    repetition: float  # the fraction of its three-token sequences that occurred before in the text
+    frequency: float  # how many of its words are words of the concept, per hundred
 
     __repr__ = brief
 
@@ -67,54 +51,23 @@ def write(
     seed: int | None = None,
     **options: object,
 ) -> list[Continuation]:
-    """Continue prompts, steered or not, and measure the texts.
+    """Continue prompts `[1, T_b]`, steered or not, and measure the texts by the concept's words.
 
-    Parameters
-    ----------
-    model
-        The model, with a tokenizer.
-    prompts
-        Token ids `[1, T_b]`.
-    words
-        The concept's words.
-    steering, strength, form
-        See `Steering.apply`; one strength, or one for each prompt. Without a steering the texts are unsteered.
-    max_new_tokens
-        The largest number of new tokens.
-    seed
-        Sample with this seed; None is greedy.
-    options
-        Further options of `generate`.
-
-    Raises
-    ------
-    OptionError
-        See `check_writing`.
-    PromptError
-        When a text would be longer than the model's context.
-
-    Notes
-    -----
-    Cost: one generation of the whole batch, and one unsteered forward pass over the texts.
+    Steering, strength and form are as for `Steering.apply`. A seed samples, None is greedy; further options are for
+    `generate`. Cost: one generation of the whole batch, and one unsteered forward pass over the texts.
     """
     check_writing(max_new_tokens, seed, options)
     check_room(model, max(prompt.shape[1] for prompt in prompts), max_new_tokens)
     model = model.replicate()
     ids, mask = pad_prompts(list(prompts), "left", 0)
     ends = _list_ids(options["eos_token_id"]) if "eos_token_id" in options else sorted(model.stops)
-    settings: dict[str, object] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": seed is not None,
-        "pad_token_id": ends[0] if ends else 0,
-        **options,
-    }
-
+    settings: dict[str, object] = {"do_sample": seed is not None, "pad_token_id": ends[0] if ends else 0, **options}
     generate: Any = model.hf.generate
     steered = nullcontext() if steering is None else steering.apply(model, strength, form)
     with steered, torch.random.fork_rng():
         if seed is not None:
             torch.manual_seed(seed)
-        written = generate(ids, attention_mask=mask.long(), **settings)
+        written = generate(ids, attention_mask=mask.long(), max_new_tokens=max_new_tokens, **settings)
     new = written[:, ids.shape[1] :]
     own = torch.ones_like(new, dtype=torch.bool)  # False from the end-of-text token on
     for end in ends:
@@ -127,13 +80,7 @@ def write(
 
 
 def check_writing(max_new_tokens: int, seed: int | None, options: Mapping[str, object]) -> None:
-    """Refuse impossible options of `write` before any work.
-
-    Raises
-    ------
-    OptionError
-        For fewer than one token, an invalid seed or temperature, or a temperature without sampling.
-    """
+    """Refuse impossible options of `write` before any work."""
     whole("max_new_tokens", max_new_tokens, 1)
     if seed is not None:
         whole("seed", seed, 0, 2**63 - 1)
@@ -144,13 +91,7 @@ def check_writing(max_new_tokens: int, seed: int | None, options: Mapping[str, o
 
 
 def check_room(model: Model, length: int, max_new_tokens: int) -> None:
-    """Refuse a text that would be longer than the model's context.
-
-    Raises
-    ------
-    PromptError
-        The message says how many tokens the model takes.
-    """
+    """Refuse a text that would be longer than the model's context."""
     limit = model.context_length
     if limit is not None and length + max_new_tokens - 1 > limit:
         raise PromptError(
@@ -164,11 +105,6 @@ def encode_prompt(model: Model, prompt: str, chat: bool, bos: bool | None) -> In
 
     With a template, `bos=True` puts a beginning token in front unless the template does so already, and `bos=False`
     removes the template's own.
-
-    Raises
-    ------
-    ModelError
-        When there is no tokenizer, or it has no chat template.
     """
     if not chat:
         return model.encode(prompt, bos=bos)

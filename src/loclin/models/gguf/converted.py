@@ -22,10 +22,7 @@ _NOTES = ("backend", "tokenizer_class", "is_local", "local_files_only")
 
 
 def load(source: GgufSource, name: str, kind: Source, arguments: dict[str, Any], bos_token: str | None = None) -> Model:
-    """Load a GGUF model, converting it first where no sound copy exists.
-
-    `arguments` are for `from_pretrained`; `bos_token` is given where it is known better than from the tokenizer.
-    """
+    """Load a GGUF model with arguments for `from_pretrained`, converting it first where no sound copy exists."""
     path = cache.obtain(source)
     read = partial(_read, path, source, name, kind, arguments, bos_token)
     with cache.readable(path, name):
@@ -91,10 +88,7 @@ def _replace(path: Path, source: GgufSource, fault: _AlteredError) -> None:
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Read a copy's tokenizer straight from its one file.
-
-    `from_pretrained` gives the same one, but parses a large vocabulary twice more in Python: 4.6 s, not 2 s for Gemma.
-    """
+    """Read a copy's tokenizer from its one file; `from_pretrained` would parse it twice more (Gemma: 4.6 s, not 2)."""
     file = path / "tokenizer.json"
     try:
         if not file.is_file():

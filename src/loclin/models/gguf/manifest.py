@@ -34,10 +34,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int = FORMAT
 
     def faults(self, directory: Path, *, content: bool = True) -> list[str]:
-        """List the files that are not as they were written: missing, added, of another size or content.
-
-        Cost: with `content`, one read of all of them.
-        """
+        """List the files that are missing, added, or of another size or content; content costs one read of all."""
         present = {path.name for path in directory.iterdir()} - {FILE}
         wrong = present ^ self.files.keys()
         for name, file in sorted(self.files.items(), key=lambda item: -item[1].size):  # the long work starts first

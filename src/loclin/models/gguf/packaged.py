@@ -13,10 +13,7 @@ from loclin.models.gguf.source import GgufSource
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """One packaged model.
-
-    The packages of its `parts` are looked up and never imported, so what else they do or need does not matter.
-    """
+    """One packaged model; its packages are never imported, so what else they do or need does not matter."""
 
     name: str  # what `load` calls it
     file_name: str

@@ -32,10 +32,7 @@ class GgufSource:
     __repr__ = brief
 
     def place(self, scratch: Path) -> Path:
-        """Put the file, joined and verified, into a scratch directory that contains nothing else.
-
-        Other files in a user's directory could be taken for parts of the model.
-        """
+        """Put the file, joined and verified, into a scratch directory, where no other file passes for part of it."""
         files = self.find()
         got = sha256(*files)
         if got != self.sha256:
