@@ -80,7 +80,7 @@ def encoded(model: Model, prompts: list[str]) -> list[Tensor]:
 def curve(replay: Replay, case: Case, steering: s.Steering, strengths: tuple[float, ...], form: s.Form = "add") -> Any:
     """Gain and KL of every strength and prompt."""
     S = replay.sums(steering)
-    found = [score(replay, case.ids, replay.log_probs(steering, strength, form, S)) for strength in strengths]
+    found = [score(replay.unsteered, case.ids, replay.log_probs(steering, strength, form, S)) for strength in strengths]
     return {
         "strength": list(strengths),
         "gain": [[round(x, 4) for x in f.gain.tolist()] for f in found],
@@ -96,7 +96,7 @@ def several(replay: Replay, case: Case, strengths: tuple[float, ...]) -> Any:
         with ExitStack() as stack:
             for operator in operators[1:]:
                 stack.enter_context(operator.apply(case.model, strength / 3))
-            found.append(score(replay, case.ids, replay.log_probs(operators[0], strength / 3)))
+            found.append(score(replay.unsteered, case.ids, replay.log_probs(operators[0], strength / 3)))
     return {
         "strength": list(strengths),
         "gain": [[round(x, 4) for x in f.gain.tolist()] for f in found],

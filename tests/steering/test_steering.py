@@ -53,7 +53,7 @@ def test_a_replay_is_the_steered_model(model, replay, layer, at, form, strength)
 def test_scores(model, replay):
     steering = random_direction(model, "resid_post.1")
     p, q = replay.log_probs(steering, 1.0).double(), replay.unsteered.double()
-    found = score(replay, IDS, p.float())
+    found = score(replay.unsteered, IDS, p.float())
     gain = (p.exp()[:, IDS].sum(1) / q.exp()[:, IDS].sum(1)).log()
     torch.testing.assert_close(found.gain.double(), gain, rtol=1e-4, atol=1e-4)
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(1)

@@ -63,6 +63,6 @@ def frozen(
     if dtype is None:
         dtype = options.dtype(next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32))
     paths = {module: f"{name}.{path}".strip(".") or "model" for path, module in root.named_modules()}
-    mode = Frozen(paths, options, dtype, collect=collect, keep=keep)
+    mode = Frozen(paths, options, dtype, collect, keep)
     with exclusive(root), exact_arithmetic(), eager_code(), _evaluating(root), rules_installed(paths, mode), mode:
         yield mode

@@ -59,13 +59,7 @@ class Frozen(TorchFunctionMode):
     """
 
     def __init__(
-        self,
-        paths: dict[nn.Module, str],
-        options: FreezeOptions,
-        dtype: torch.dtype,
-        *,
-        collect: bool = False,
-        keep: Keep | None = None,
+        self, paths: dict[nn.Module, str], options: FreezeOptions, dtype: torch.dtype, collect: bool, keep: Keep | None
     ) -> None:
         super().__init__()
         self.options, self.dtype = options, dtype

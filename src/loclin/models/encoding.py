@@ -65,6 +65,12 @@ def encode(
     return plain if plain[0] == start else [start, *plain]
 
 
+def refuse_long(length: int, limit: int | None, name: str) -> None:
+    """Refuse a prompt of more tokens than a model takes."""
+    if limit is not None and length > limit:
+        raise PromptError(f"the prompt has {length} tokens; {name} takes at most {limit}: shorten it")
+
+
 def strip_padding(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> list[Tensor]:
     """Strip the padding of each row `[1, T_b]`; between tokens it is refused, since no other prompt is equivalent."""
     if attention_mask.shape != input_ids.shape:

@@ -91,10 +91,7 @@ class Model:
         if self.tokenizer is None:
             raise ModelError(f"{self.info.name} has no tokenizer; pass token ids [1, T] instead of text")
         ids = encoding.encode(self.tokenizer, prompt, bos, self.bos)
-        if self.context_length is not None and len(ids) > self.context_length:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens; {self.info.name} takes at most {self.context_length}: shorten it"
-            )
+        encoding.refuse_long(len(ids), self.context_length, self.info.name)
         if max(ids) >= (vocabulary := self._embeddings.weight.shape[0]):
             raise PromptError(
                 f"the tokenizer returned token {max(ids)}, but {self.info.name} has {vocabulary} embeddings: give the "

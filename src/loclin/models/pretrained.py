@@ -13,7 +13,7 @@ from loclin.errors import ModelError, first_line
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
 from loclin.models.four_bit import keep_from_packing
 from loclin.models.hub import describe_gated
-from loclin.models.model import Model, describe
+from loclin.models.model import Model, Source, describe
 from loclin.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -36,22 +36,23 @@ def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
         hint = f"; to load its GGUF file, give {ggufs[0]}" if ggufs else ""
         raise ModelError(f"the directory {name} has no config.json{hint or ': give the directory of a model'}")
     stored = stored_dtype(inside)
-    arguments = {**arguments, "local_files_only": True}
-    config = read_config(str(path), name, arguments)
-    stored = quantized(config) or stored or config_dtype(config)
     has_tokenizer = any((inside / file).exists() for file in _TOKENIZER_FILES.split())
-    tokenizer = read_tokenizer(str(path), name, arguments) if has_tokenizer else None
-    hf = read_weights(str(path), name, arguments)
-    return describe(hf, tokenizer, name=name, source="directory", stored_dtype=stored)
+    return _load(str(path), name, "directory", {**arguments, "local_files_only": True}, stored, has_tokenizer)
 
 
 def load_hub(name: str, arguments: dict[str, Any]) -> Model:
     """Load a model from the hub, or from the copy its client has downloaded."""
-    config = read_config(name, name, arguments)
-    stored = quantized(config) or config_dtype(config)
-    tokenizer = read_tokenizer(name, name, arguments)
-    hf = read_weights(name, name, arguments)
-    return describe(hf, tokenizer, name=name, source="hub", revision=arguments["revision"], stored_dtype=stored)
+    return _load(name, name, "hub", arguments)
+
+
+def _load(
+    place: str, name: str, source: Source, arguments: dict[str, Any], stored: str | None = None, tokenized: bool = True
+) -> Model:
+    config = read_config(place, name, arguments)
+    stored = quantized(config) or stored or config_dtype(config)
+    tokenizer = read_tokenizer(place, name, arguments) if tokenized else None
+    hf = read_weights(place, name, arguments)
+    return describe(hf, tokenizer, name=name, source=source, revision=arguments.get("revision"), stored_dtype=stored)
 
 
 def read_config(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loclin.errors import PromptError
 from loclin.models import Model
-from loclin.models.encoding import appended_tokens, strip_padding
+from loclin.models.encoding import appended_tokens, refuse_long, strip_padding
 
 Prompt = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
 """What can be given as a prompt: see `read_prompt`."""
@@ -79,11 +79,7 @@ def check_ids(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
     """Refuse token ids of another shape, too many, or such as the model does not have."""
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
         raise PromptError(f"{_SHAPE}, not {list(input_ids.shape)}")
-    if model.context_length is not None and input_ids.numel() > model.context_length:
-        raise PromptError(
-            f"the prompt has {input_ids.numel()} tokens; {model.info.name} takes at most {model.context_length}: "
-            "shorten it"
-        )
+    refuse_long(input_ids.numel(), model.context_length, model.info.name)
     vocabulary = cast("Tensor", model.hf.get_input_embeddings().weight).shape[0]
     if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
         raise PromptError(f"token ids must be whole numbers from 0 to {vocabulary - 1}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -21,10 +21,56 @@ from loclin.models.forward import hidden_input, hidden_output, hooked, with_hidd
 from loclin.network.anatomy import find_anatomy
 from loclin.network.points import Point
 from loclin.steering.form import Form, move_towards
-from loclin.steering.running import RunningSums
 
 _REORDERED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 """The methods with which generation reorders the rows (sequences) of a cache."""
+_Push = Callable[[Tensor, Tensor], Tensor]
+"""From embeddings [n, d] and their positions [n] to what they add [n, d]."""
+
+
+class RunningSums:
+    """S_p at every column p of a batch `[B, t]`, and how many tokens of each sequence are up to p: B t d numbers."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._counts: list[Tensor] = []
+
+    @property
+    def _columns(self) -> int:
+        return sum(part.shape[1] for part in self._counts)
+
+    def fits(self, batch: int, past: int) -> bool:
+        """Tell whether it holds the first `past` columns of `batch` sequences."""
+        return past == 0 or (self._columns >= past and len(self._sums[0]) == batch)
+
+    def add(
+        self, x: Float[Tensor, "B n d"], real: Bool[Tensor, "B n"], push: _Push, past: int
+    ) -> Float[Tensor, "B n d"]:
+        """Add n new tokens after the first `past` columns, and return S at each of them."""
+        if self._columns > past:  # generation has cropped the cache
+            self._sums = [torch.cat(self._sums, 1)[:, :past]]
+            self._counts = [torch.cat(self._counts, 1)[:, :past]]
+        counts = real.long().cumsum(1)
+        if past:
+            counts = counts + self._counts[-1][:, -1:]
+        added = push(x[real], counts[real] - 1)
+        sums = added.new_zeros((*real.shape, added.shape[-1]))
+        sums[real] = added
+        if past:
+            sums[:, 0] += self._sums[-1][:, -1]
+        sums = sums.cumsum(1)
+        self._sums.append(sums)
+        self._counts.append(counts)
+        return sums
+
+    def move(self, rows: Tensor | int) -> None:
+        """Select these rows, in this order; an int repeats every row that often."""
+        for parts in (self._sums, self._counts):
+            whole = torch.cat(parts, 1)
+            if isinstance(rows, int):
+                parts[:] = [whole.repeat_interleave(rows, dim=0)]
+            else:
+                parts[:] = [whole.index_select(0, rows.to(whole.device))]
 
 
 @runtime_checkable

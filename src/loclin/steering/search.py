@@ -89,12 +89,11 @@ class Sweep(Result):
 
 
 @in_plain_torch
-def score(replay: Replay, ids: Sequence[int], log_probs: Float[Tensor, "B V"]) -> Score:
-    """Compare a steered prediction with the unsteered one."""
-    chosen = torch.tensor(list(ids), device=log_probs.device)
-    before, after = (table[:, chosen].logsumexp(1) for table in (replay.unsteered, log_probs))
-    kl = (log_probs.exp() * (log_probs - replay.unsteered)).sum(1)
-    return Score(after, after - before, kl)
+def score(unsteered: Float[Tensor, "B V"], ids: Sequence[int], steered: Float[Tensor, "B V"]) -> Score:
+    """Compare the log-probabilities of steered predictions with those of the unsteered ones."""
+    chosen = torch.tensor(list(ids), device=steered.device)
+    before, after = (table[:, chosen].logsumexp(1) for table in (unsteered, steered))
+    return Score(after, after - before, (steered.exp() * (steered - unsteered)).sum(1))
 
 
 @in_plain_torch
@@ -128,10 +127,9 @@ def sweep(
         made = steering(layer)
         S = replay.sums(made)
         for strength in bar(strengths, desc=f"layer {layer}", unit="strength"):
-            found = score(replay, ids, replay.log_probs(made, strength, form, S))
-            if not found.kl.isfinite().all():
-                continue
-            trials.append(Trial(layer, float(strength), found.gain.mean().item(), found.kl.mean().item()))
+            found = score(replay.unsteered, ids, replay.log_probs(made, strength, form, S))
+            if found.kl.isfinite().all():
+                trials.append(Trial(layer, float(strength), found.gain.mean().item(), found.kl.mean().item()))
     if not trials:
         raise OptionError("with every strength of the sweep the model's values are not finite; try smaller strengths")
     within = [trial for trial in trials if trial.kl <= max_kl]

@@ -208,9 +208,9 @@ def steer(
     tell("the next token, normal and steered")
     replay, steering = Replay(model, [ids]), make(layer)
     if strength == NEUTRAL[form]:  # the model is unchanged: exactly, also where the formula would round
-        next_token = score(replay, source.ids, replay.unsteered)
+        next_token = score(replay.unsteered, source.ids, replay.unsteered)
     else:
-        next_token = score(replay, source.ids, replay.log_probs(steering, strength, form))
+        next_token = score(replay.unsteered, source.ids, replay.log_probs(steering, strength, form))
         warnings += _list_warnings(normal, steered, chosen, found)
     return Steered(
         prompt=prompt,

@@ -28,6 +28,7 @@ from loclin.spectral import SVD, to_wide
 from loclin.steering.concepts import packaged_concepts, token_ids
 from loclin.steering.match import fingerprint
 from loclin.steering.projection import Projection
+from loclin.steering.search import score
 from loclin.steering.writing import Continuation, write
 
 _DEPENDENT = 1e-6
@@ -266,10 +267,8 @@ def _predict(model: Model, ids: Tensor, projection: Projection | None) -> Float[
 
 def _measure_effect(pairs: list[tuple[Tensor, Tensor]], watched: set[int]) -> Effect:
     before, after = (torch.stack(side) for side in zip(*pairs, strict=True))
-    ids = torch.tensor(sorted(watched), device=before.device)
-    gain = after[:, ids].logsumexp(1) - before[:, ids].logsumexp(1)
-    kl = (after.exp() * (after - before)).sum(1)
-    return Effect(gain.mean().item(), kl.mean().item(), len(pairs))
+    found = score(before, sorted(watched), after)
+    return Effect(found.gain.mean().item(), found.kl.mean().item(), len(pairs))
 
 
 def _share_tokens(

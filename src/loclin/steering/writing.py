@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.models import Model
 from loclin.models.encoding import pad_prompts
+from loclin.models.forward import keeps_logits
 from loclin.steering.base import Steering
 from loclin.steering.form import Form
 
@@ -147,7 +147,7 @@ def _measure_loss(
     """Compute the unsteered model's mean loss on the last n tokens of each row, where `own` is True."""
     n = own.shape[1]
     position = (mask.cumsum(1) - 1).clamp_min(0)
-    keep = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(model.hf.forward).parameters else {}
+    keep = {"logits_to_keep": n + 1} if keeps_logits(model.hf) else {}
     output = model.hf(written, attention_mask=mask, position_ids=position, use_cache=False, **keep)
     logits = output.logits[:, -n - 1 : -1]  # the logits at a token predict the next one
     lost = -torch.log_softmax(logits.float(), -1).gather(2, written[:, -n:, None])[..., 0]
