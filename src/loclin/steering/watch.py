@@ -135,6 +135,8 @@ def watch(
 
     Parameters
     ----------
+    lin
+        The model at the prompt; its map to the last position is searched.
     k
         How many singular vectors of each token's map to search.
     top
