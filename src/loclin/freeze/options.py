@@ -21,17 +21,14 @@ class FreezeOptions:
 
     The coefficients always come from the model's own forward pass, in the model's own dtype.
 
-    Parameters
+    Attributes
     ----------
-    gate
-        The split of act(gate) * up: `"activation"` freezes act(gate) (the paper); `"up"` freezes up, and the gate is
+    gate: the split of act(gate) * up. `"activation"` freezes act(gate) (the paper); `"up"` freezes up, and the gate is
         live through its secant act(gate) / gate; `"half"` is the mean of both.
-    precision
-        The dtype of the linear path, and so of every map and sweep. `"stock"`: the model's own. `"single"`: float32.
-        `"double"`: float64; a map is then exact to 1e-13 instead of 1e-7. `"auto"`: float32 for a float16 or bfloat16
-        model, else the model's own.
-    ordinary
-        Freeze nothing: the ordinary Jacobian, for comparison (the paper's Figure 3).
+    precision: the dtype of the linear path, and so of every map and sweep. `"stock"`: the model's own. `"single"`:
+        float32. `"double"`: float64; a map is then exact to 1e-13 instead of 1e-7. `"auto"`: float32 for a float16 or
+        bfloat16 model, else the model's own.
+    ordinary: freeze nothing, the ordinary Jacobian, for comparison (the paper's Figure 3).
     """
 
     gate: Gate = "activation"

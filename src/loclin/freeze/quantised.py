@@ -21,7 +21,7 @@ _BY_INPUT = ("act_quant_kwargs", "activation_qtype", "input_quant_func")
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:
-    """The weight `[out, in]` of a linear layer, dequantised at each call; None if the layer is of an unknown kind."""
+    """A linear layer's weight `[out, in]`, itself or dequantised at each call; None for an unknown kind of layer."""
     if not has_dense_weight(module):
         return None
     weight: Any = module.weight

@@ -117,7 +117,7 @@ class Steering(Result, ABC):
             yield
 
     def check(self, model: Model, gate: str | None = None) -> None:
-        """Refuse a model that this was not made with, or a gate split that its maps do not have."""
+        """Raise a SteeringError for a model that this was not made with, or a gate split that its maps do not have."""
         check_model(type(self).__name__.lower(), self.model, self.weights, model)
         if gate is not None and self.gates - {gate}:
             own = ", ".join(sorted(self.gates))

@@ -209,7 +209,8 @@ def merge(operators: Sequence[Operator], weights: Sequence[float] | None = None)
     """Merge operators of several texts: S is the weighted sum of theirs, by default the mean.
 
     A negative weight steers away from its text. The maps of each text are aligned by its own length. Operators that
-    differ in model, points, norm, alignment, gate split, rank or signs are refused with a SteeringError.
+    differ in model, points, norm, alignment, gate split, rank or signs raise a SteeringError; no operators, or another
+    number of weights, an OptionError.
     """
     if not operators:
         raise OptionError("merge needs at least one operator: give a list of operators")

@@ -36,7 +36,7 @@ class Projection(Result):
     def apply(self, model: Model | nn.Module) -> Iterator[None]:
         """Project the subspace out inside a `with`; afterwards the model is unchanged, also after an error.
 
-        Cost: two d x m products per token. Another model than the one this was made with is refused.
+        Cost: two d x m products per token. Another model than the one it was made with: SteeringError.
         """
         model = model if isinstance(model, Model) else wrap(model)
         check_model("projection", self.model, self.weights, model)

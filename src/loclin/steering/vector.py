@@ -90,6 +90,7 @@ def pullback(lin: Linearized, point: str, ids: Sequence[int]) -> Vector:
 
     The suffix map is the frozen map from the point to the logits, at the steering text's last token. Its transpose is
     applied to the gradient of the log of the tokens' summed probability with respect to the logits. Cost: one column.
+    Without tokens it raises an OptionError.
     """
     ids = [whole("ids", token) for token in ids]
     if not ids:
@@ -137,7 +138,7 @@ def contrast(model: Model, pairs: Sequence[tuple[str, str]], point: str, *, bos:
     """Find the first principal direction of differences at the last tokens of paired texts (Zou et al. 2023; repeng).
 
     Differences are not centred, since the order of a pair is arbitrary. The sign is that of the mean difference. Cost:
-    one forward pass of each of the two batches.
+    one forward pass of each of the two batches. Without pairs it raises a PromptError.
     """
     if not pairs:
         raise PromptError("contrast needs at least one pair of texts: give [(text, other), ...]")
