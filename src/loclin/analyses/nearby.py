@@ -45,10 +45,8 @@ class Nearby:
 
     Parameters
     ----------
-    lin
-        The linearized prompt.
-    position
-        The position of the outputs. Negative positions count from the end of each input.
+    lin: The linearized prompt.
+    position: The position of the outputs. Negative positions count from the end of each input.
     """
 
     def __init__(self, lin: Linearized, position: int = -1) -> None:

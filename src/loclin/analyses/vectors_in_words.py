@@ -21,24 +21,14 @@ from loclin.common.brief import brief
 class SingularBlock:
     """Singular triples that belong together: one, or several with near-equal values.
 
-    Attributes
-    ----------
-    indices
-        Which singular values, counted from 0.
-    values
-        The singular values.
-    writes
-        What the left vectors write, decoded by the output head.
-    reads
-        What the right vectors read: the nearest input embeddings. Empty for a joint map, which has no single token.
-    gain
-        v . x for a single vector: how strongly the prompt's own embedding excites it. None for a block, or a joint map.
+    `gain` is v . x for a single vector: how strongly the prompt's own embedding excites it. None for several. A joint
+    map, which has no single token, has neither `gain` nor `reads`.
     """
 
-    indices: list[int]
+    indices: list[int]  # which singular values, counted from 0
     values: list[float]
-    writes: Words
-    reads: Words
+    writes: Words  # of the left vectors, by the output head
+    reads: Words  # of the right vectors: the nearest input embeddings
     gain: float | None
 
     __repr__ = brief
@@ -46,17 +36,7 @@ class SingularBlock:
 
 @dataclass(frozen=True)
 class Triples:
-    """The singular triples of one map, and which of them to put into words.
-
-    Attributes
-    ----------
-    U, S
-        The left singular vectors `[d_out, k]` and the singular values `[k]`.
-    Vh, x
-        The right singular vectors `[k, d_in]` and the token's embedding `[d_in]`; None for the joint map of all tokens.
-    blocks
-        The indices that belong together, block by block.
-    """
+    """The singular triples of one map, and the blocks of indices to put into words; a joint map has no `Vh` and `x`."""
 
     U: Float[Tensor, "d_out k"]
     S: Float[Tensor, " k"]
@@ -68,11 +48,9 @@ class Triples:
 
 
 def put_into_words(maps: Sequence[Triples], decoder: Decoder, k: int) -> list[list[SingularBlock]]:
-    """Put the singular vectors of several maps into words, k of them for each side of a vector.
+    """Put the singular vectors of several maps into words, k of them for each side; a map that is zero has no blocks.
 
-    The vectors of all maps that stand alone are decoded in one product with the output head, and one with the input
-    embeddings. A map that is zero has no blocks.
-
+    All vectors that stand alone are decoded in one product with the output head, and one with the input embeddings.
     Cost: n V d for n single vectors on each side, and m V d for each block of m.
     """
     chosen = [triples.blocks if triples.S[0] > 0 else [] for triples in maps]
@@ -88,9 +66,7 @@ def put_into_words(maps: Sequence[Triples], decoder: Decoder, k: int) -> list[li
         if len(indices) == 1:
             gain = None if triples.x is None else (right[key] @ triples.x.to(right[key])).item()
             return SingularBlock(indices, values, writes[key], reads.get(key, []), gain)
-        written = decoder.writes_subspace(triples.U[:, indices], k)
-        return SingularBlock(
-            indices, values, written, [] if Vh is None else decoder.reads_subspace(Vh[indices].T, k), None
-        )
+        read = [] if Vh is None else decoder.reads_subspace(Vh[indices].T, k)
+        return SingularBlock(indices, values, decoder.writes_subspace(triples.U[:, indices], k), read, None)
 
     return [[describe(number, block) for block in blocks] for number, blocks in enumerate(chosen)]

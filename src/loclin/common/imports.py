@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 from loclin.common.shared import SharedState
 
@@ -14,11 +13,5 @@ def _log_no_warnings(stack: ExitStack) -> None:
     logging.disable(logging.WARNING)
 
 
-_quiet = SharedState(_log_no_warnings)
-
-
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Log no warnings inside: transformers imports what is installed (torchao, ...), whatever is used of it."""
-    with _quiet():
-        yield
+quiet_imports = SharedState(_log_no_warnings)
+"""Logs no warnings inside: transformers imports what is installed (torchao, ...), whatever is used of it."""

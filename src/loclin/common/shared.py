@@ -10,12 +10,8 @@ from contextlib import ExitStack, contextmanager
 class SharedState:
     """A state of the whole process while any thread needs it: the first thread sets it, the last one restores it.
 
-    If each thread restored the state that it found, overlapping threads would leave it set.
-
-    Parameters
-    ----------
-    enter
-        Sets the state, and puts what restores it on the stack.
+    If each thread restored the state that it found, overlapping threads would leave it set. `enter` sets the state, and
+    puts what restores it on the stack.
     """
 
     def __init__(self, enter: Callable[[ExitStack], None]) -> None:

@@ -22,14 +22,9 @@ class Comparison(Result):
 
     Attributes
     ----------
-    kind
-        The class of both results.
-    differences
-        Fields of the provenance that differ, without dates and certificates: both values, by field.
-    errors
-        |a - b| / |b| of every tensor, and of all numbers of a field together (`tokens.share`); 0 if they are equal.
-    provenance, warnings
-        None and empty, since the result is about two maps.
+    kind: The class of both results.
+    differences: Fields of the provenance that differ, without dates and certificates: both values, by field.
+    errors: |a - b| / |b| of every tensor, and of all numbers of a field together (`tokens.share`); 0 if they are equal.
     """
 
     kind: str
@@ -49,32 +44,27 @@ class Comparison(Result):
 def compare(a: Result, b: Result) -> Comparison:
     """Compare two results of one kind: a new run with a saved one, or one gate split with another.
 
-    Raises
-    ------
-    OptionError
-        When they differ in kind or shape, so that their numbers do not correspond.
+    Raises OptionError when they differ in kind or shape, so that their numbers do not correspond.
     """
     if type(a) is not type(b):
         raise OptionError(f"a {type(a).__name__} and a {type(b).__name__} cannot be compared: give two of one kind")
-    (first, second), (mine, other) = ((f(a), f(b)) for f in (_describe, _collect_numbers))
+    mine, other = _collect_numbers(a), _collect_numbers(b)
+    first, second = (
+        {} if one is None else one.key() | {"versions": one.versions} for one in (a.provenance, b.provenance)
+    )
     names = dict.fromkeys([*first, *second])
     differing = {n: (first.get(n), second.get(n)) for n in names if first.get(n) != second.get(n)}
     errors = {}
     for name in dict.fromkeys([*mine, *other]):
         one, two = mine.get(name), other.get(name)
         if one is not None and two is not None and one.shape == two.shape:
-            errors[name] = _relative_error(one, two)
+            errors[name] = 0.0 if torch.equal(one, two) else ((one - two).norm() / two.norm()).item()
         elif one is not None and two is not None and "." not in name:
             shapes = f"{list(one.shape)} and {list(two.shape)}"
             raise OptionError(f"{name} has the shapes {shapes}: compare maps of one shape, with the same k")
         else:  # only one of them has this field, or it has more numbers
             differing[name] = (_count(one), _count(two))
     return Comparison(type(a).__name__, differing, errors)
-
-
-def _describe(result: Result) -> dict[str, Any]:
-    known = result.provenance
-    return {} if known is None else known.key() | {"versions": known.versions}
 
 
 def _collect_numbers(result: Result) -> dict[str, Tensor]:
@@ -105,7 +95,3 @@ def _collect_numbers(result: Result) -> dict[str, Tensor]:
 
 def _count(values: Tensor | None) -> str:
     return "nothing" if values is None else f"{values.numel()} numbers"
-
-
-def _relative_error(a: Tensor, b: Tensor) -> float:
-    return 0.0 if torch.equal(a, b) else ((a - b).norm() / b.norm()).item()

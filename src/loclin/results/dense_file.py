@@ -34,21 +34,8 @@ class DenseFile:
     """A dense map `[d_out, T, d_in]` in the file `path`, with a description in `PATH.json`.
 
     Until all rows are written, they are in `PATH.partial`, and the `.json` counts the rows that are on the disk. The
-    hidden `.lock` file may be deleted while no process writes.
-
-    Parameters
-    ----------
-    path
-        The `.npy` file.
-    shape, dtype
-        Those of the map.
-    key
-        Identifies the map; JSON values. A file with another key is refused.
-
-    Raises
-    ------
-    OptionError
-        When NumPy has no such dtype.
+    hidden `.lock` file may be deleted while no process writes. The `key`, of JSON values, identifies the map: a file
+    with another key is refused. Raises OptionError for a dtype that NumPy does not have.
     """
 
     def __init__(
@@ -65,27 +52,17 @@ class DenseFile:
     def obtain(self, rows_from: Callable[[int], Iterator[tuple[slice, Tensor]]]) -> Tensor:
         """Open the file, after writing the rows that are missing.
 
-        `rows_from(start)` yields the rows from `start` on, in order. A second process waits for the first one.
+        `rows_from(start)` yields the rows from `start` on, in order. A second process waits for the first one. The
+        tensor `[d_out, T, d_in]` on the CPU is read from the file on demand; writing to it does not change the file.
 
-        Returns
-        -------
-        Tensor
-            `[d_out, T, d_in]` on the CPU, read from the file on demand; writing to it does not change the file.
-
-        Raises
-        ------
-        OutputError
-            When the file cannot be written, or the disk has no room for it.
-        ResultError
-            When the file is of another map, or was altered.
+        Raises OutputError when the file cannot be written, or the disk has no room for it; ResultError when the file is
+        of another map, or was altered.
         """
         if not os.path.isfile(self.path):  # noqa: PTH113 - it never raises
             check_writable(self.path)
-        found = self._read()
-        if found is None:
+        if (found := self._read()) is None:
             with self._lock():
-                found = self._read()
-                if found is None:
+                if (found := self._read()) is None:
                     try:
                         self._write(rows_from)
                     except OSError as error:

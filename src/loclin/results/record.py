@@ -15,17 +15,7 @@ R = TypeVar("R", bound=Result)
 
 
 class Record(Generic[R]):
-    """The file of a long run.
-
-    Parameters
-    ----------
-    path
-        The file; None: nothing is written.
-    kind
-        The class of the result.
-    fresh
-        Ignore the contents of the file, and overwrite it.
-    """
+    """The file of a long run, whose result is a `kind`. Without a path nothing is written; `fresh`: overwrite it."""
 
     def __init__(self, path: str | os.PathLike[str] | None, kind: type[R], fresh: bool) -> None:
         self.path = None if path is None else Path(path)
@@ -34,10 +24,7 @@ class Record(Generic[R]):
     def read(self) -> R | None:
         """Read the result of an earlier run; None if there is nothing to resume.
 
-        Raises
-        ------
-        OutputError
-            When the file cannot be read or holds something else; the file is not changed.
+        Raises OutputError when the file cannot be read or holds something else; the file is not changed.
         """
         if self.path is None or self._fresh:
             return None

@@ -29,10 +29,8 @@ class Result:
 
     Attributes
     ----------
-    provenance
-        Model, prompt and map, and the versions it was computed with; None for a result that is not about one map.
-    warnings
-        What a reader should know before trusting it.
+    provenance: Model, prompt and map, and the versions it was computed with; None if it is not about one map.
+    warnings: What a reader should know before trusting it.
     """
 
     provenance: Provenance | None
@@ -44,8 +42,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Convert it to plain values: the name of the class as `result`, every field, and derived properties.
 
-        A tensor becomes its dtype, its shape and its numbers as nested lists. A number that is not finite becomes a
-        text. Fields that are marked as too large are left out.
+        A tensor becomes its dtype, its shape and its numbers as nested lists, a number that is not finite a text.
+        Fields that are marked as too large are left out.
         """
         return {"result": type(self).__name__, **to_plain(self)}
 
@@ -57,37 +55,21 @@ class Result:
     def from_dict(cls: type[R], values: dict[str, Any]) -> R:
         """Build the result that `to_dict` described.
 
-        Raises
-        ------
-        ResultError
-            When the values describe something else, or were written by a version with other fields.
+        Raises ResultError when the values describe something else, or were written by a version with other fields.
         """
         return cls._from_plain(values, "it")
 
     @classmethod
     def from_json(cls: type[R], text: str) -> R:
-        """Build the result that `to_json` wrote.
-
-        Raises
-        ------
-        ResultError
-            When the text is not JSON, describes something else, or was written by a version with other fields.
-        """
+        """Build the result that `to_json` wrote; raises ResultError as `from_dict` does, and for what is not JSON."""
         return cls._from_json(text, "it")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to a file, completely or not at all.
 
-        Parameters
-        ----------
-        path
-            `.safetensors` has every field that can be saved, with tensors bit for bit; a readable description is
-            written to `PATH.json`. `.json` has the text of `to_json`.
-
-        Raises
-        ------
-        OutputError
-            When a file cannot be written, or the path has another ending.
+        At a `path` that ends in `.safetensors` it has every field that can be saved, with tensors bit for bit, and a
+        readable description is written to `PATH.json`; `.json` has the text of `to_json`. Raises OutputError when a
+        file cannot be written, or for another ending.
         """
         if Path(path).suffix == ".json":
             write_text(path, self.to_json())
@@ -103,13 +85,7 @@ class Result:
 
     @classmethod
     def load(cls: type[R], path: str | os.PathLike[str]) -> R:
-        """Load a saved result; its tensors are on the CPU.
-
-        Raises
-        ------
-        ResultError
-            When the file is missing, altered, or holds something else.
-        """
+        """Load a saved result, with tensors on the CPU; ResultError if it is missing, altered, or something else."""
         if Path(path).suffix == ".json":
             return cls._from_json(read_text(path), str(path))
         tensors, about = load_tensors(path)
@@ -137,13 +113,7 @@ class Result:
             ) from error
 
     def to_dataframe(self) -> DataFrame:
-        """Make a table of it; this needs pandas (`pip install "loclin[pandas]"`).
-
-        Raises
-        ------
-        MissingExtraError
-            When pandas is not installed.
-        """
+        """Make a table of it; raises MissingExtraError without pandas (`pip install "loclin[pandas]"`)."""
         return dataframe(self.table())
 
     def table(self) -> dict[str, list[Any]]:
@@ -158,12 +128,7 @@ class Result:
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """Render it as a complete HTML page that needs no network, and write that to `path`, if given.
 
-        Raises
-        ------
-        OutputError
-            When the file cannot be written.
-        MissingExtraError
-            When plotly, which draws the figures, is not installed.
+        Raises OutputError when it cannot be written, and MissingExtraError without plotly, which draws the figures.
         """
         text = display.page(self)
         if path is not None:
@@ -172,3 +137,14 @@ class Result:
 
     def _repr_html_(self) -> str:
         return display.fragment(self)
+
+
+class AtPrompt(Result):
+    """The base class of results about one prompt."""
+
+    provenance: Provenance
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as the tokenizer reads it."""
+        return self.provenance.text

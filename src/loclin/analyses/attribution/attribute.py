@@ -1,9 +1,8 @@
 """Exact attribution: a target of the frozen network as a sum of shares.
 
 The residual stream is the sum of the embedding, every attention output and every MLP output. A target is linear in it:
-`target = sum_c g . c`, with the target's gradient g and one term for each component c. The term g . c is the direct
-effect of a layer's component; a head or a neuron is one part of it. The vjp of g down to the embeddings gives the total
-effect of each token and of each bias.
+`target = sum_c g . c`, with the target's gradient g and one term, the direct effect, for each component c. The vjp of g
+down to the embeddings gives the total effect of each token and of each bias.
 """
 
 from __future__ import annotations
@@ -46,16 +45,24 @@ def attribute(
     in_words: int = 12,
     progress: Progress = True,
 ) -> Attribution:
-    """Split a target into exact shares.
+    """Split a target into exact shares, which sum to it up to rounding (`Attribution.residual`).
+
+    Cost: by token or bias one column backward, and two forward passes of each layer that has biases. By layer, head or
+    neuron a graph of each layer (two forward passes) and two columns. By token × layer a graph of each layer and L
+    columns, since the two columns of each layer go through the layers below it. Memory: one layer's graph; by token ×
+    layer the budget, for as many of the 2 L columns at a time as fit (each batch builds its graphs again). If
+    float32 rounds the sum by more than 5e-7, everything is computed again in float64.
+
+    Raises OptionError for an unknown `by`; for an invalid target (see
+    `loclin.analyses.attribution.target.read_target`); for a model whose layers, heads or neurons cannot be told apart;
+    PromptError for a position outside the prompt.
 
     Parameters
     ----------
-    lin
-        From `loclin.linearize`.
-    target
-        A token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Direction`, or
-        a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
-    by
+    lin: From `loclin.linearize`.
+    target: A token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Direction`,
+        or a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
+    by: One of
         `"token"`: the total effect of each input token (J_i x_i through the target) and of each bias.
         `"bias"`: the same, with all tokens as one share.
         `"layer"`: the direct effect of the embedding, of each attention and of each MLP. What later layers compute from
@@ -65,33 +72,9 @@ def attribute(
         `"token×layer"`: the effect of each token (and of the biases) along all paths on which a given attention or MLP
         is the last component that writes. Rows sum to `"token"`, columns to `"layer"`. `"token x layer"` and
         `"token*layer"` are the same.
-    position
-        The position at which the target is read.
-    in_words
-        How many of the largest shares to put into words (not for tokens and biases).
-    progress
-        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
-
-    Returns
-    -------
-    Attribution
-        Its shares sum to the target, up to rounding (`residual`).
-
-    Raises
-    ------
-    OptionError
-        For an unknown `by`; for an invalid target (see `loclin.analyses.attribution.target.read_target`); for a model
-        whose layers, heads or neurons cannot be told apart.
-    PromptError
-        For a position outside the prompt.
-
-    Notes
-    -----
-    Cost: by token or bias one column backward, and two forward passes of each layer that has biases. By layer, head or
-    neuron a graph of each layer (two forward passes) and two columns. By token × layer a graph of each layer and L
-    columns, since the two columns of each layer go through the layers below it. Memory: one layer's graph; by token ×
-    layer the budget, for as many of the 2 L columns at a time as fit (each batch builds its graphs again). If
-    float32 rounds the sum by more than 5e-7, everything is computed again in float64.
+    position: The position at which the target is read.
+    in_words: How many of the largest shares to put into words (not for tokens and biases).
+    progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     chosen, in_words, tell = parse_level(by), whole("in_words", in_words, 0), steps(progress)
     readout = read_target(lin, target, position)
@@ -135,10 +118,7 @@ def _share(lin: Linearized, chain: Chain, readout: Readout, level: By) -> Shares
 def parse_level(by: str) -> By:
     """Parse the name of a level, in any of its spellings.
 
-    Raises
-    ------
-    OptionError
-        For an unknown level.
+    Raises OptionError for an unknown level.
     """
     plain = by.replace(" ", "")
     plain = _SPELLINGS.get(plain, plain)

@@ -27,10 +27,7 @@ class StudyPrompt:
 def load_prompts(count: int | None = None, seed: int = 0) -> list[StudyPrompt]:
     """Load `count` of the packaged prompts in a random order that alternates between kinds and halves; all by default.
 
-    Raises
-    ------
-    OptionError
-        When there are fewer.
+    Raises OptionError when there are fewer.
     """
     kinds: dict[str, list[str]] = json.loads(files(__package__).joinpath("prompts.json").read_text("utf-8"))
     total = sum(map(len, kinds.values()))

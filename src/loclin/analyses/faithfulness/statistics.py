@@ -27,10 +27,7 @@ class Interval:
 def check_scipy() -> None:
     """Refuse to start without SciPy.
 
-    Raises
-    ------
-    MissingExtraError
-        When it is not installed.
+    Raises MissingExtraError when it is not installed.
     """
     try:
         import scipy.stats  # noqa: F401 (the tables need it later)

@@ -17,18 +17,7 @@ FEWEST = 3
 def correlations(study: Faithfulness, half: Half, effect: str, last: bool, sizes: bool = False) -> dict[str, Interval]:
     """Compute the rank correlation (Spearman) of each method's shares with single-token effects, the best first.
 
-    Parameters
-    ----------
-    study
-        The measured prompts.
-    half
-        Which half of the prompts.
-    effect
-        `"removed"` or `"replaced"`.
-    last
-        Whether the last token is ranked too.
-    sizes
-        Take |share| instead of the share.
+    The effect is `"removed"` or `"replaced"`; `last`: rank the last token, too; `sizes`: take |share| instead.
     """
     values = _correlate(study, half, effect, last, sizes)
     return _sort({name: interval(found) for name, found in values.items()})
@@ -44,10 +33,9 @@ def hits(study: Faithfulness, half: Half, effect: str, last: bool) -> dict[str, 
     """Count how often the token with the largest share is the one with the largest effect; also for a random guess."""
     values: dict[str, list[float]] = {}
     for prompt, chosen in _select_ranked(study, half, last):
-        effects = np.take(prompt.effects[effect], chosen)
+        largest = np.take(prompt.effects[effect], chosen).argmax()
         for name, shares in prompt.shares.items():
-            hit = np.take(shares, chosen).argmax() == effects.argmax()
-            values.setdefault(name, []).append(float(hit))
+            values.setdefault(name, []).append(float(np.take(shares, chosen).argmax() == largest))
         values.setdefault("random", []).append(1 / len(chosen))
     return _sort({name: interval(found) for name, found in values.items()})
 
@@ -82,12 +70,10 @@ def apart(study: Faithfulness, method: str) -> dict[str, dict[str, Interval]]:
     """
     values: dict[str, dict[str, list[float]]] = {}
     for prompt in study.prompts:
-        length, sizes = len(prompt.tokens), np.abs(prompt.shares[method])
-        groups = {
-            "attention sink": prompt.sinks,
-            "last token": [i for i in [length - 1] if i not in prompt.sinks],
-            "other tokens": [i for i in range(length - 1) if i not in prompt.sinks],
-        }
+        last, sizes = len(prompt.tokens) - 1, np.abs(prompt.shares[method])
+        others = [i for i in range(last) if i not in prompt.sinks]
+        ends = [i for i in [last] if i not in prompt.sinks]
+        groups = {"attention sink": prompt.sinks, "last token": ends, "other tokens": others}
         numbers = prompt.effects | {"share": (sizes / sizes.sum()).tolist()}
         for group, positions in groups.items():
             for name, found in numbers.items():
@@ -99,11 +85,10 @@ def apart(study: Faithfulness, method: str) -> dict[str, dict[str, Interval]]:
 def planes(study: Faithfulness) -> dict[tuple[str, int], dict[str, Interval]]:
     """Average the effects of projecting the input, by kind of subspace and number of vectors."""
     values: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for prompt in study.prompts:
-        for found in prompt.planes:
-            numbers = values.setdefault((found.plane, found.k), {"moved": [], "drop": [], "output": []})
-            for name, rows in numbers.items():
-                rows.append(getattr(found, name))
+    for found in (one for prompt in study.prompts for one in prompt.planes):
+        numbers = values.setdefault((found.plane, found.k), {"moved": [], "drop": [], "output": []})
+        for name, rows in numbers.items():
+            rows.append(getattr(found, name))
     return {key: {name: interval(rows) for name, rows in parts.items()} for key, parts in values.items()}
 
 
