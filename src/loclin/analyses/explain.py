@@ -6,13 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.attribution.attribute import attribute
-from loclin.analyses.decode import Decoder, Words
-from loclin.analyses.vectors_in_words import SingularBlock, Triples, put_into_words
+from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, put_into_words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
@@ -67,13 +65,13 @@ class Explanation(AtPrompt):
 
     Attributes
     ----------
-    predictions: The model's most probable next tokens, as (text, probability).
-    target: That of `loclin.attribute` without a target, the predicted token's logit minus the mean of all logits: its
+    predictions: the model's most probable next tokens, as (text, probability).
+    target: that of `loclin.attribute` without a target, the predicted token's logit minus the mean of all logits: its
         `kind`, `value` and `size`; the token's `id`, `text`, `probability` and `logit`.
-    tokens: The input tokens and their maps.
-    bias_share: The share of all biases.
+    tokens: the input tokens and their maps.
+    bias_share: the share of all biases.
     share_residual: value - (sum of the shares): rounding.
-    certificate: How exact the map is.
+    certificate: how exact the map is.
     ordinary_error: std(J_ordinary x - y) / std(y), the paper's metric for the ordinary Jacobian (its Figure 3).
     output, reconstruction, ordinary: y, J x + b and J_ordinary x, `[d]` each: the scatter plot of Figure 3.
     """
@@ -90,9 +88,6 @@ class Explanation(AtPrompt):
     reconstruction: list[float]
     ordinary: list[float]
     warnings: list[str]
-
-    derived = ("prompt",)
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per token: position, text, id, sink, share, Frobenius norm, stable rank, largest singular value."""
@@ -114,9 +109,8 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
 
     Parameters
     ----------
-    lin: From `loclin.linearize`.
-    k: How many singular vectors of each token to put into words.
-    position: The prediction after this token is explained.
+    k: how many singular vectors of each token to put into words.
+    position: the prediction after this token is explained.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     tell, at, k = steps(progress), lin.trace.position(position), whole("k", k)
@@ -166,11 +160,8 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
 def _describe_units(vectors: Float[Tensor, "T n d"], decode: Callable[[Tensor, int], list[Words]]) -> list[list[Unit]]:
     """Put the largest of each token's n vectors into words; none for a token whose map is zero."""
     top = vectors.norm(dim=2).topk(min(_UNITS, vectors.shape[1]), dim=1)
-    chosen = torch.stack([block[indices] for block, indices in zip(vectors, top.indices, strict=True)])
-    words = decode(chosen.flatten(0, 1), _WORDS)
-    found = [
-        Unit(index, norm, word)
-        for index, norm, word in zip(top.indices.flatten().tolist(), top.values.flatten().tolist(), words, strict=True)
-    ]
-    per_token = top.indices.shape[1]
-    return [found[t * per_token : (t + 1) * per_token] if top.values[t, 0] > 0 else [] for t in range(len(vectors))]
+    chosen = vectors.take_along_dim(top.indices[:, :, None], dim=1)
+    words = iter(decode(chosen.flatten(0, 1), _WORDS))
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    found = [[Unit(*unit) for unit in zip(indices, norms, words, strict=False)] for indices, norms in rows]
+    return [units if units[0].norm > 0 else [] for units in found]

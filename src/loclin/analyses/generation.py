@@ -11,7 +11,6 @@ from torch import Tensor
 
 from loclin.analyses.explain import Explanation, explain
 from loclin.common.arguments import whole
-from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.common.sums import norms
 from loclin.errors import PromptError
@@ -44,10 +43,10 @@ class Generation(Result):
 
     Attributes
     ----------
-    text: The generated text, as the continuation of the prompt.
-    steps: The explanation of each prediction. The target of a step is the last token of the next step.
-    drift: For each step but the first, the drift of every token of the previous step.
-    provenance, warnings: That of the first step, and those of all steps.
+    text: the generated text, as the continuation of the prompt.
+    steps: the explanation of each prediction. The target of a step is the last token of the next step.
+    drift: for each step but the first, the drift of every token of the previous step.
+    provenance, warnings: that of the first step, and those of all steps.
     """
 
     text: str
@@ -55,8 +54,6 @@ class Generation(Result):
     drift: list[list[Drift]]
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
-
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per generated token."""
@@ -80,9 +77,9 @@ def generate(lin: Linearized, max_new_tokens: int, *, k: int = 8, progress: Prog
 
     Parameters
     ----------
-    lin: The prompt, from `loclin.linearize`.
-    max_new_tokens: The largest number of tokens to generate.
-    k: How many singular vectors of each token to put into words.
+    lin: the prompt, from `loclin.linearize`.
+    max_new_tokens: the largest number of tokens to generate.
+    k: how many singular vectors of each token to put into words.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     count, k, tell = whole("max_new_tokens", max_new_tokens, 1), whole("k", k), steps(progress)

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.decode import Decoder, Words
+from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, put_into_words
 from loclin.analyses.logit_lens import LensLayer, logit_lens
-from loclin.analyses.vectors_in_words import SingularBlock, Triples, put_into_words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
@@ -49,15 +48,15 @@ class ComponentLayers:
     Attributes
     ----------
     name: `resid_post`, `attn_out` or `mlp_out`.
-    joint_sigma1, joint_spectra: The largest singular value, and the k largest ones divided by it (paper, Figure 6A).
-    path, path_defined: The first two joint left vectors against those of the last layer, |<u1, u1_last>| and |<u2,
+    joint_sigma1, joint_spectra: the largest singular value, and the k largest ones divided by it (paper, Figure 6A).
+    path, path_defined: the first two joint left vectors against those of the last layer, |<u1, u1_last>| and |<u2,
         u2_last>| (Figure 6B), without sign, since singular vectors have none. False where a near-equal singular value
         leaves one of the four vectors undefined.
-    joint_stable_rank, token_stable_rank: Stable ranks of the joint map (Figure 6C), and of each of the T tokens' maps.
-    joint_own_rank, token_own_rank: The same of the layer's own maps (Figure 6D).
-    joint_vectors, token_vectors: The first singular vectors in words (Tables 1 to 3 and 5 to 7). Joint ones have no
+    joint_stable_rank, token_stable_rank: stable ranks of the joint map (Figure 6C), and of each of the T tokens' maps.
+    joint_own_rank, token_own_rank: the same of the layer's own maps (Figure 6D).
+    joint_vectors, token_vectors: the first singular vectors in words (Tables 1 to 3 and 5 to 7). Joint ones have no
         `reads`; a token whose map is zero has no vectors.
-    joint_word_rank, token_word_rank: The predicted token's rank among the words of the first left vector: of the joint
+    joint_word_rank, token_word_rank: the predicted token's rank among the words of the first left vector: of the joint
         map, and of the map of the token at the position itself. None where that vector is not defined.
     reconstruction_error, own_reconstruction_error: |J x + b - y| / |y|.
     """
@@ -94,15 +93,15 @@ class LayerExplanation(AtPrompt):
     Attributes
     ----------
     settings: `k`, `signs`, and the cost of the sweeps.
-    tokens, sinks: The T input tokens, and the positions of attention sinks.
-    predictions: The model's most probable next tokens, as (text, probability).
-    target: The token that is followed with depth, the most probable one: its `id`, `text` and `probability`.
-    components: The attention output, the MLP output and the residual stream after the layer, if every layer has them.
-    lens: The logit lens at the position, layer by layer.
-    appears, leads: The first layer at which the predicted token is among the first ten words, and at which it is the
+    tokens, sinks: the T input tokens, and the positions of attention sinks.
+    predictions: the model's most probable next tokens, as (text, probability).
+    target: the token that is followed with depth, the most probable one: its `id`, `text` and `probability`.
+    components: the attention output, the MLP output and the residual stream after the layer, if every layer has them.
+    lens: the logit lens at the position, layer by layer.
+    appears, leads: the first layer at which the predicted token is among the first ten words, and at which it is the
         first one; None: never. Keys: `lens`, and `joint` and `token` for each component, such as `resid_post joint`.
-    tolerance: The largest reconstruction error at which a map counts as exact.
-    spectra: The triples of all maps from the embeddings; too large for JSON: save the result as `.safetensors`.
+    tolerance: the largest reconstruction error at which a map counts as exact.
+    spectra: the triples of all maps from the embeddings; too large for JSON: save the result as `.safetensors`.
     """
 
     provenance: Provenance
@@ -120,7 +119,6 @@ class LayerExplanation(AtPrompt):
     spectra: LayerSpectra | None = field(default=None, repr=False, compare=False, metadata=TENSORS_ONLY)
 
     derived = ("prompt", "largest_error", "passed")
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per component and layer: stable ranks, word ranks and errors."""
@@ -175,11 +173,10 @@ def explain_layers(
 
     Parameters
     ----------
-    lin: From `loclin.linearize`.
-    k: How many singular values of each map from the embeddings; the first three vectors are put into words.
-    position: The prediction after this token is explained.
-    components: Some of `resid_post`, `attn_out` and `mlp_out`. None: all that every layer has.
-    signs: Singular vectors have no sign of their own, but their words depend on it. "layer" chooses the sign that has a
+    k: how many singular values of each map from the embeddings; the first three vectors are put into words.
+    position: the prediction after this token is explained.
+    components: some of `resid_post`, `attn_out` and `mlp_out`. None: all that every layer has.
+    signs: singular vectors have no sign of their own, but their words depend on it. "layer" chooses the sign that has a
         positive product with the layer's own output; "final" the one that has a positive product with the final hidden
         state, as the paper's author does.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.

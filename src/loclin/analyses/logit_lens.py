@@ -44,8 +44,8 @@ class LogitLens(Result):
 
     Attributes
     ----------
-    token, text: The token that is followed, and its text.
-    layers: One for each of L layers. Nothing is frozen here.
+    token, text: the token that is followed, and its text.
+    layers: one for each of L layers. Nothing is frozen here.
     """
 
     token: int
@@ -53,8 +53,6 @@ class LogitLens(Result):
     layers: list[LensLayer]
     provenance: Provenance
     warnings: list[str]
-
-    __repr__ = brief
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -82,10 +80,9 @@ def logit_lens(lin: Linearized, token: Token | None = None, *, position: int = -
 
     Parameters
     ----------
-    lin: From `loclin.linearize`.
-    token: The token to follow, by text or id: its probability and rank at each layer. None: the predicted token.
-    position: The position of the residual stream.
-    k: How many words to list for each layer.
+    token: the token to follow, by text or id: its probability and rank at each layer. None: the predicted token.
+    position: the position of the residual stream.
+    k: how many words to list for each layer.
     """
     k = whole("k", k, 1)
     token = lin.next_token_ids(1, position=position)[0][0] if token is None else find_token(lin, token)

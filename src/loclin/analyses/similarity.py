@@ -9,9 +9,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
-from loclin.maps.linear_map import LinearMap
 from loclin.maps.linearized import Linearized, question
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
@@ -29,8 +27,6 @@ class Similarity(Result):
     cosines: Float64[Tensor, "T T"]
     provenance: Provenance
     warnings: list[str]
-
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per pair of tokens, the earlier one first: both positions and texts, and their cosine."""
@@ -57,26 +53,20 @@ def similarity(lin: Linearized, *, position: int = -1, progress: Progress = True
 
     Parameters
     ----------
-    lin: From `loclin.linearize`.
-    position: Where the maps end. Tokens behind it have no map in a causal model: their cosines are 0.
+    position: where the maps end. Tokens behind it have no map in a causal model: their cosines are 0.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     tell = steps(progress)
     J = lin.jacobian(position=position)
     tell("the exact map")
-    return Similarity(_cosines(J), J.provenance(), lin.warnings)
-
-
-def _cosines(J: LinearMap) -> Float64[Tensor, "T T"]:
-    """Compute the cosine of each pair of blocks; products are summed over chunks of rows."""
     if J.fits_in_budget:
         J.dense()
-    length = J.shape[1]
-    products = torch.zeros(length, length, dtype=torch.float64, device=J.device)
+    products = torch.zeros(J.shape[1], J.shape[1], dtype=torch.float64, device=J.device)
     for _, part in J.rows():
         maps = part.transpose(0, 1).flatten(1).double()
         products += maps @ maps.T
     products = (products + products.T) / 2  # no product of matrices is bound to be symmetric in its last bits
     norms = products.diagonal().sqrt()
     inverse = torch.where(norms == 0, 0.0, 1 / norms)
-    return (products * (inverse[:, None] * inverse)).clamp(-1, 1)
+    cosines = (products * (inverse[:, None] * inverse)).clamp(-1, 1)
+    return Similarity(cosines, J.provenance(), lin.warnings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -78,9 +78,9 @@ class Validity(AtPrompt):
 
     Attributes
     ----------
-    settings: How many random directions and swaps, and their seed.
-    tokens: The T input tokens.
-    rays: Every direction, and the errors along it.
+    settings: how many random directions and swaps, and their seed.
+    tokens: the T input tokens.
+    rays: every direction, and the errors along it.
     """
 
     provenance: Provenance
@@ -90,7 +90,6 @@ class Validity(AtPrompt):
     warnings: list[str]
 
     derived = ("prompt", "curves")
-    __repr__ = brief
 
     @property
     def curves(self) -> dict[str, list[Step]]:
@@ -139,12 +138,11 @@ def validity(
 
     Parameters
     ----------
-    lin: From `loclin.linearize`.
-    position: The prediction after this token is compared.
-    sizes: Lengths of the random moves, relative to the norm of each token's embedding.
-    draws: How many random directions.
-    swaps: To how many nearest neighbours, and to how many random tokens, to move each token. Attention sinks stay.
-    seed: The seed of the random directions and tokens.
+    position: the prediction after this token is compared.
+    sizes: lengths of the random moves, relative to the norm of each token's embedding.
+    draws: how many random directions.
+    swaps: to how many nearest neighbours, and to how many random tokens, to move each token. Attention sinks stay.
+    seed: the seed of the random directions and tokens.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     tell = steps(progress)
@@ -159,27 +157,25 @@ def validity(
     nearby, x = Nearby(lin, at), lin.embeddings
     generator = torch.Generator().manual_seed(seed)
     moves: list[Tensor] = []
-    about: list[tuple[str, int | None, str | None, Sequence[float]]] = []
     for _ in range(draws):
         noise = torch.nn.functional.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
         moves.append(noise * x.norm(dim=-1, keepdim=True))
-        about.append(("noise", None, None, sizes))
     ids, swapped = _swap_tokens(lin, at, swaps, generator)
-    if not draws and not len(ids):
+    if not draws and not swapped:
         raise OptionError(
             "every token up to that position is an attention sink: give a random direction, or another position"
         )
-    for part in ids.split(64) if len(ids) else ():  # in parts, since each row also has logits
+    for part in ids.split(64) if swapped else ():  # in parts, since each row also has logits
         moves += list(nearby.tokens(part).embeddings.to(x) - x)
     names = lin.model.decode_each([int(row[i]) for row, (_, i) in zip(ids, swapped, strict=True)])
-    about += [(kind, i, name, FRACTIONS) for (kind, i), name in zip(swapped, names, strict=True)]
+    rays = [Ray("noise", None, None, [])] * draws
+    rays += [Ray(kind, i, name, []) for (kind, i), name in zip(swapped, names, strict=True)]
     tell("what the maps predict")
     predictor = _Predictor(lin, at, torch.stack(moves))
     tell("what the model gives")
-    rays = []
-    for number in bar(range(len(moves)), desc="moved inputs", unit="ray"):
-        kind, i, name, places = about[number]
-        rays.append(Ray(kind, i, name, _measure_ray(nearby, predictor, x, number, places)))
+    for number, ray in enumerate(bar(rays, desc="moved inputs", unit="ray")):
+        places = sizes if ray.kind == "noise" else FRACTIONS
+        rays[number] = replace(ray, steps=_measure_ray(nearby, predictor, x, number, places))
     return Validity(
         provenance=lin.jacobian(position=at).provenance(),
         settings={"draws": draws, "swaps": swaps, "seed": seed},
@@ -215,9 +211,8 @@ def _measure_ray(nearby: Nearby, predictor: _Predictor, x: Tensor, ray: int, pla
     true = nearby.embeddings(x + sizes[:, None, None] * move)
     errors = {name: _measure_errors(true, predictor.value, *predictor.at(name, ray, sizes)) for name in PREDICTORS}
     length = relative_error(move, x)
-    return [
-        Step(size, size * length, {name: found[i] for name, found in errors.items()}) for i, size in enumerate(places)
-    ]
+    found = [dict(zip(errors, row, strict=True)) for row in zip(*errors.values(), strict=True)]
+    return [Step(size, size * length, row) for size, row in zip(places, found, strict=True)]
 
 
 def _measure_errors(true: Outputs, start: Tensor, final: Tensor, logits: Tensor) -> list[Deviation]:
@@ -239,25 +234,20 @@ def _swap_tokens(
     places = [i for i in range(position + 1) if i not in lin.sinks]
     if not count or not places:
         return ids.new_zeros((0, len(ids))), []
-    decoder = Decoder(lin.model)
-    near = decoder.neighbours(ids[places], count)
+    decoder, known = Decoder(lin.model), lin.model.tokens.knows
+    near = decoder.neighbours(ids[places], count).tolist()
     special = set(lin.model.tokenizer.all_special_ids) if lin.model.tokenizer is not None else set()
     rows, about = [], []
-    for row, i in enumerate(places):
-        chosen = _draw_tokens(decoder, count, special | {int(ids[i])}, generator)
-        for kind, others in (("near", near[row].tolist()), ("random", chosen)):
+    for i, neighbours in zip(places, near, strict=True):
+        order, without = torch.randperm(decoder.vocabulary, generator=generator).tolist(), special | {int(ids[i])}
+        drawn = (token for token in order if token not in without and known(token))
+        for kind, others in (("near", neighbours), ("random", islice(drawn, count))):
             for other in others:
                 swapped = ids.clone()
                 swapped[i] = other
                 rows.append(swapped)
                 about.append((kind, i))
     return torch.stack(rows), about
-
-
-def _draw_tokens(decoder: Decoder, count: int, without: set[int], generator: torch.Generator) -> list[int]:
-    order = torch.randperm(decoder.vocabulary, generator=generator).tolist()
-    known = decoder.model.tokens.knows
-    return list(islice((token for token in order if token not in without and known(token)), count))
 
 
 def _average(steps: Sequence[Step]) -> Step:

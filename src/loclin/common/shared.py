@@ -1,7 +1,8 @@
-"""States of the whole process that several threads need at once."""
+"""States of the whole process that several threads need at once, such as imports without warnings."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,3 +35,12 @@ class SharedState:
                 self._users -= 1
                 if not self._users:
                     self._restore.close()
+
+
+def _log_no_warnings(stack: ExitStack) -> None:
+    stack.callback(logging.disable, logging.root.manager.disable)
+    logging.disable(logging.WARNING)
+
+
+quiet_imports = SharedState(_log_no_warnings)
+"""Logs no warnings inside: transformers imports what is installed (torchao, ...), whatever is used of it."""

@@ -74,7 +74,12 @@ def plain_torch() -> Iterator[None]:
     Raises OptionError inside a function that torch transforms or traces (`vmap`, `grad`, `jit.trace`, fake tensors),
     where tensors have no values.
     """
-    _refuse_transforms()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+        raise OptionError(
+            "loclin was called inside a function that torch transforms or traces (vmap, grad, jit.trace, fake "
+            "tensors); call it outside, on ordinary tensors"
+        )
     with ExitStack() as stack:
         stack.enter_context(exact_arithmetic())
         stack.enter_context(_plain())
@@ -118,12 +123,3 @@ def in_plain_torch(function: F) -> F:
 def usable(tensor: Tensor) -> Tensor:
     """A caller's tensor, detached; copied if it was made in inference mode, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def _refuse_transforms() -> None:
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
-        raise OptionError(
-            "loclin was called inside a function that torch transforms or traces (vmap, grad, jit.trace, fake "
-            "tensors); call it outside, on ordinary tensors"
-        )

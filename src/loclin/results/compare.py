@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loclin.common.brief import brief
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
 from loclin.results.provenance import Provenance
@@ -22,8 +21,8 @@ class Comparison(Result):
 
     Attributes
     ----------
-    kind: The class of both results.
-    differences: Fields of the provenance that differ, without dates and certificates: both values, by field.
+    kind: the class of both results.
+    differences: fields of the provenance that differ, without dates and certificates: both values, by field.
     errors: |a - b| / |b| of every tensor, and of all numbers of a field together (`tokens.share`); 0 if they are equal.
     """
 
@@ -32,8 +31,6 @@ class Comparison(Result):
     errors: dict[str, float]
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
-
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per field: its name and its relative error."""

@@ -20,14 +20,14 @@ class Provenance:
 
     Attributes
     ----------
-    model: Name, family, revision and source of the model.
-    token_ids, tokens, text: The whole prompt: its ids, the text of each token, and of all together (`Model.decode`).
-    gate, precision, dtype: The gate split (`"ordinary"`: nothing was frozen), the precision, the dtype of the sweeps.
-    source, target, position, normed: Start and end of the map, as in `Linearization.jacobian`.
-    positions: The source positions whose maps are in the result: all, or one.
-    versions: Those of loclin, torch, transformers and Python.
-    certificate: The errors of the map's certificate and whether it passed; None if there was no certificate yet.
-    date: The time of the computation, in UTC.
+    model: name, family, revision and source of the model.
+    token_ids, tokens, text: the whole prompt: its ids, the text of each token, and of all together (`Model.decode`).
+    gate, precision, dtype: the gate split (`"ordinary"`: nothing was frozen), the precision, the dtype of the sweeps.
+    source, target, position, normed: start and end of the map, as in `Linearization.jacobian`.
+    positions: the source positions whose maps are in the result: all, or one.
+    versions: those of loclin, torch, transformers and Python.
+    certificate: the errors of the map's certificate and whether it passed; None if there was no certificate yet.
+    date: the time of the computation, in UTC.
     """
 
     model: ModelInfo

@@ -6,11 +6,13 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from loclin.errors import ResultError
+from loclin.common.access import reason
+from loclin.common.brief import brief
+from loclin.errors import OutputError, ResultError
 from loclin.results import display
 from loclin.results.files import read_text, write_text
 from loclin.results.provenance import Provenance
@@ -29,8 +31,8 @@ class Result:
 
     Attributes
     ----------
-    provenance: Model, prompt and map, and the versions it was computed with; None if it is not about one map.
-    warnings: What a reader should know before trusting it.
+    provenance: model, prompt and map, and the versions it was computed with; None if it is not about one map.
+    warnings: what a reader should know before trusting it.
     """
 
     provenance: Provenance | None
@@ -38,6 +40,10 @@ class Result:
 
     derived: ClassVar[tuple[str, ...]] = ()
     """Properties that `to_dict` adds to the fields."""
+
+    def __init_subclass__(cls) -> None:
+        if "__repr__" not in vars(cls):  # else `dataclass` would write one with every number
+            cls.__repr__ = brief  # type: ignore[method-assign]
 
     def to_dict(self) -> dict[str, Any]:
         """Convert it to plain values: the name of the class as `result`, every field, and derived properties.
@@ -144,7 +150,41 @@ class AtPrompt(Result):
 
     provenance: Provenance
 
+    derived: ClassVar[tuple[str, ...]] = ("prompt",)
+
     @property
     def prompt(self) -> str:
         """The prompt as the tokenizer reads it."""
         return self.provenance.text
+
+
+class Record(Generic[R]):
+    """The JSON file of a long run, which grows, and from which an interrupted run is resumed.
+
+    The result is of the class `kind`. Without a path nothing is written; `fresh`: overwrite the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, kind: type[R], fresh: bool) -> None:
+        self.path = None if path is None else Path(path)
+        self._kind, self._fresh = kind, fresh
+
+    def read(self) -> R | None:
+        """Read the result of an earlier run; None if there is nothing to resume.
+
+        Raises OutputError when the file cannot be read or holds something else; the file is not changed.
+        """
+        if self.path is None or self._fresh:
+            return None
+        try:
+            return self._kind.from_json(read_text(self.path)) if self.path.is_file() else None
+        except OSError as error:
+            raise OutputError(f"cannot read {self.path}: {reason(error, self.path)}") from error
+        except ResultError as error:
+            raise OutputError(
+                f"cannot resume {self.path}: {error}; or choose another file, or overwrite it with --fresh (fresh=True)"
+            ) from error
+
+    def write(self, result: R) -> None:
+        """Write the result so far, completely or not at all."""
+        if self.path is not None:
+            write_text(self.path, result.to_json())

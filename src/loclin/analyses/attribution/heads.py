@@ -47,13 +47,13 @@ class Head(Result):
     Attributes
     ----------
     name: `L3H5`: query head 5 of layer 3, also where several query heads share keys and values.
-    pattern: The attention probabilities of the position `[T]`.
-    target: The attribution target: its `kind`, `tokens`, `ids`, `value` and `position`.
-    share: The head's direct effect on the target.
-    attends, bias: The parts of the share that are read at each token `[T]`, and that come from biases before the head's
+    pattern: the attention probabilities of the position `[T]`.
+    target: the attribution target: its `kind`, `tokens`, `ids`, `value` and `position`.
+    share: the head's direct effect on the target.
+    attends, bias: the parts of the share that are read at each token `[T]`, and that come from biases before the head's
         output.
-    triples: The largest singular triples of the map, in words.
-    map: The map from the layer's input at all tokens to the head's output at the position: W_O W_V through the frozen
+    triples: the largest singular triples of the map, in words.
+    map: the map from the layer's input at all tokens to the head's output at the position: W_O W_V through the frozen
         attention pattern. It belongs to a model in memory: a result that was loaded has None.
     """
 
@@ -68,8 +68,6 @@ class Head(Result):
     warnings: list[str]
     map: PathMap | None = field(default=None, metadata=NOT_SAVED)
 
-    __repr__ = brief
-
     def table(self) -> dict[str, list[Any]]:
         """One row per token: its text, its attention probability, and the part of the share that is read there."""
         return _tabulate(self.provenance.tokens, attention=self.pattern, share=self.attends)
@@ -81,11 +79,11 @@ class Path(Result):
 
     Attributes
     ----------
-    name: The components, in order.
-    target: As in `Head`.
-    shares: The effect of each token on the target along this path `[T]`.
-    token: The position of the chosen token; None for all tokens.
-    map: The map from the embeddings to `final` along this path alone: the product of the components' maps. None in a
+    name: the components, in order.
+    target: as in `Head`.
+    shares: the effect of each token on the target along this path `[T]`.
+    token: the position of the chosen token; None for all tokens.
+    map: the map from the embeddings to `final` along this path alone: the product of the components' maps. None in a
         result that was loaded.
     """
 
@@ -98,7 +96,6 @@ class Path(Result):
     map: PathMap | None = field(default=None, metadata=NOT_SAVED)
 
     derived = ("share",)
-    __repr__ = brief
 
     @property
     def share(self) -> float:
@@ -126,11 +123,10 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
 
     Parameters
     ----------
-    lin: From `loclin.linearize`.
-    layer, head: Which head; negative numbers count from the end.
-    target: The attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
-    k: How many singular triples to put into words.
-    position: The position at which the head writes and the target is read.
+    layer, head: which head; negative numbers count from the end.
+    target: the attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
+    k: how many singular triples to put into words.
+    position: the position at which the head writes and the target is read.
     """
     readout = _require_end(lin, read_target(lin, target, position))
     layer, head, k = whole("layer", layer), whole("head", head), whole("k", k)
@@ -173,13 +169,12 @@ def path(
 
     Parameters
     ----------
-    lin: From `loclin.linearize`.
-    parts: The components of the path, in the order of the network: `L3H5` for a head, `attn_out.3` for a whole
+    parts: the components of the path, in the order of the network: `L3H5` for a head, `attn_out.3` for a whole
         attention, `mlp_out.3` for an MLP; `L3H5@4` for what it writes at position 4 alone. Between two components the
         path follows the residual stream only.
-    target: The attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
-    token: The position of the token at which the path begins; None for all tokens.
-    position: The position at which the target is read.
+    target: the attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
+    token: the position of the token at which the path begins; None for all tokens.
+    position: the position at which the target is read.
     """
     readout = _require_end(lin, read_target(lin, target, position))
     start = None if token is None else lin.trace.position(token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from loclin.results.table import make_columns
 
 By = Literal["token", "layer", "head", "neuron", "bias", "token×layer"]
 Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias"]
-KINDS: tuple[Kind, ...] = ("token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """What a share belongs to; `block` is a whole layer whose attention and MLP cannot be told apart."""
 NONE = -1
 """Stands for "no layer", "no index" or "no token" in tensors."""
@@ -31,15 +31,15 @@ class Share:
 
     Attributes
     ----------
-    name: A token's text; the name of a point (`attn_out.3`); `L3H5` for query head 5 of layer 3, `L3N57` for a neuron;
+    name: a token's text; the name of a point (`attn_out.3`); `L3H5` for query head 5 of layer 3, `L3N57` for a neuron;
         the path of a bias. In a token × layer attribution: the name of the point.
-    kind: See `KINDS`.
-    layer, index, token: The layer, the number within it, and the position in the prompt; None where it has none.
-    share: The exact part of the target: a total effect by token and bias, a direct effect by layer, head and neuron.
-    through: The total effect through the component: its direct effect, and its effect along all paths through later
+    kind: see `KINDS`.
+    layer, index, token: the layer, the number within it, and the position in the prompt; None where it has none.
+    share: the exact part of the target: a total effect by token and bias, a direct effect by layer, head and neuron.
+    through: the total effect through the component: its direct effect, and its effect along all paths through later
         layers. None by token, bias and token × layer.
-    writes: What the component writes into the output, in words; for the largest shares only.
-    attends: For the largest heads `[T]`: the part of the share that is read at each position; biases are the rest.
+    writes: what the component writes into the output, in words; for the largest shares only.
+    attends: for the largest heads `[T]`: the part of the share that is read at each position; biases are the rest.
     """
 
     name: str
@@ -59,14 +59,18 @@ class Share:
 class Attribution(Result):
     """n shares that sum to a target; made by `loclin.attribute`.
 
-    Attributes ---------- by: The level: what the shares belong to. target: The attribution target: its `kind`,
-    `tokens`, `ids`, `value` and `position`; its `size`, the sum of the absolute values of its terms (for a difference,
-    of both logits); and the `probability` of its first token. shares: Values of the frozen network, each times its
-    exact weight in the target, `[n]` in float64. through: The total effect through each component `[n]`, or None. Total
-    effects overlap, and do not sum to the target. kinds, layers, indices, positions: What each share belongs to `[n]`,
-    see `Share`; -1 for none. `kinds` are indices into `KINDS`. biases: The names of biases; the index of a bias is its
-    place in this list. writes, attends: For the largest shares, see `Share`; keys are the shares' indices, as text.
-    sinks: Positions of attention sinks.
+    Attributes
+    ----------
+    by: the level: what the shares belong to.
+    target: its `kind`, `tokens`, `ids`, `value` and `position`; its `size`, the sum of the absolute values of its terms
+        (for a difference, of both logits); and the `probability` of its first token.
+    shares: values of the frozen network, each times its exact weight in the target, `[n]` in float64.
+    through: the total effect through each component `[n]`, or None. They overlap, and do not sum to the target.
+    kinds, layers, indices, positions: what each share belongs to `[n]`, see `Share`; -1 for none. `kinds` are indices
+        into `KINDS`.
+    biases: the names of biases; the index of a bias is its place in this list.
+    writes, attends: for the largest shares, see `Share`; keys are the shares' indices, as text.
+    sinks: positions of attention sinks.
     """
 
     by: By
@@ -85,7 +89,6 @@ class Attribution(Result):
     provenance: Provenance | None = None
 
     derived = ("parts", "sum", "residual", "relative_residual")
-    __repr__ = brief
 
     def __len__(self) -> int:
         return len(self.shares)

@@ -96,7 +96,7 @@ def share_by_source(chain: Chain, readout: Readout, *, together: bool) -> Shares
     lookups: dict[str, Tensor] = {}
     block, workspace, active = _new_block(trace, 1), Workspace(), _find_active(trace, readout)
     block[0] = readout.cotangent
-    for index, below, above in reversed(chain.steps(Point("embed"), _find_point(readout))):
+    for index, below, above in _list_steps(chain, readout):
         if trace.biased[index]:
             graph = chain.layers[index].graph(collect=True)
             if not together:
@@ -132,8 +132,8 @@ def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Sh
     trace, shares, wholes = chain.trace, Shares(), dict[str, list[int]]()
     unit: Kind = "head" if split == "attn_out" else "neuron"
     direct = total = readout.cotangent[None].to(trace.dtype)
-    steps = chain.steps(Point("embed"), _find_point(readout))
-    for index, _, above in bar(steps[::-1], desc="shares", unit="layer"):
+    steps = _list_steps(chain, readout)
+    for index, _, above in bar(steps, desc="shares", unit="layer"):
         finder = UnitFinder(trace.layers[index].block.sublayers) if split else None
         graph = chain.layers[index].graph(collect=finder is not None and trace.biased[index], finder=finder)
         output, found = graph.points[above], None
@@ -168,7 +168,7 @@ def share_by_token_and_layer(chain: Chain, readout: Readout, budget: int) -> Sha
     """
     trace, shares = chain.trace, Shares()
     direct = readout.cotangent[None].to(trace.dtype)
-    steps = chain.steps(Point("embed"), _find_point(readout))[::-1]
+    steps = _list_steps(chain, readout)
     ends = [(index, kind) for index, _, above in steps for kind, _ in list_additions(trace, index, above)]
     most = max(1, budget // (chain.column_bytes(Point("final")) + direct.nbytes))
     with bar(total=len(ends), desc="shares", unit="part") as progress_bar:
@@ -304,9 +304,8 @@ def _find_active(trace: Trace, readout: Readout) -> slice:
     return slice(0, readout.position + 1 if trace.causal else trace.length)
 
 
-def _find_point(readout: Readout) -> Point:
-    """Find the point on the residual stream at which a target is read."""
+def _list_steps(chain: Chain, readout: Readout) -> list[tuple[int, str, str]]:
+    """List the parts of layers from where a target is read down to the embeddings, as `Chain.steps` does."""
     layer, mid = divmod(readout.node, 2)
-    if mid:
-        return Point("resid_mid", layer)
-    return Point("resid_post", layer - 1) if layer else Point("embed")
+    end = Point("resid_mid", layer) if mid else Point("resid_post", layer - 1) if layer else Point("embed")
+    return chain.steps(Point("embed"), end)[::-1]

@@ -31,7 +31,7 @@ class Margin:
 
     Parameters
     ----------
-    token: The token; None for the predicted one.
+    token: the token; None for the predicted one.
     over: `"runner-up"`: minus the largest other logit. `"others"`: minus the mean of all other logits, weighted by
         their probabilities at the prompt, which are frozen; this is log(p / (1 - p)) plus the entropy of the others.
         `"mean"`: minus the plain mean of all logits. The shares of this target agree best with what removing a token

@@ -68,8 +68,15 @@ def describe_parts(model: PreTrainedModel, input_ids: Tensor) -> Description:
     Cost: one forward pass. If it fails, the model is described by all its modules.
     """
     modules, config = _find_called(model, input_ids), model.config.get_text_config(decoder=True)
-    positions, mlp = _describe_positions(config, modules), _describe_mlp(config, modules)
-    return Description(_describe_attention(config, modules), positions, _describe_norm(modules), mlp)
+    mixers = [kind for module in modules.values() if (kind := _classify_mixer(module)) is not None]
+    usual = f"{_describe_span(config)} {_classify_heads(config)}".strip() if "" in mixers else ""
+    norms = (re.search(_NORM, _class_name(module)) for module in modules.values())
+    return Description(
+        attention=_join([usual, *mixers]),
+        positions=_describe_positions(config, modules),
+        norm=_join(match[0] for match in norms if match),
+        mlp=_describe_mlp(config, modules),
+    )
 
 
 def _find_called(model: PreTrainedModel, input_ids: Tensor) -> dict[str, nn.Module]:
@@ -104,12 +111,6 @@ def _classify_mixer(module: nn.Module) -> str | None:
     return next((kind for pattern, kind in _MIXERS.items() if re.search(pattern, _class_name(module))), None)
 
 
-def _describe_attention(config: Any, modules: dict[str, nn.Module]) -> str:
-    kinds = [kind for module in modules.values() if (kind := _classify_mixer(module)) is not None]
-    usual = [" ".join(filter(None, (_describe_span(config), _classify_heads(config))))] if "" in kinds else []
-    return _join([*usual, *kinds])
-
-
 def _classify_heads(config: Any) -> str:
     if getattr(config, "kv_lora_rank", None):
         return "latent"
@@ -139,11 +140,6 @@ def _describe_positions(config: Any, modules: dict[str, nn.Module]) -> str:
     if getattr(config, "alibi", False) or next(alibi, None):
         found.append("ALiBi")
     return _join(found)
-
-
-def _describe_norm(modules: dict[str, nn.Module]) -> str:
-    matches = (re.search(_NORM, _class_name(module)) for module in modules.values())
-    return _join(match[0] for match in matches if match)
 
 
 def _describe_mlp(config: Any, modules: dict[str, nn.Module]) -> str:

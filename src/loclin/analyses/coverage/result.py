@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from loclin.analyses.coverage.describe import Description
 from loclin.common.brief import brief
@@ -17,9 +17,9 @@ from loclin.results.table import make_columns
 Outcome = Literal["passed", "refused", "error"]
 Status = Literal["exact", "affine", "refused", "not built", "error"]
 
-GATES: tuple[Gate, ...] = ("activation", "up", "half")
+GATES: tuple[Gate, ...] = get_args(Gate)
 DTYPES = ("float64", "float32")
-STATUSES: tuple[Status, ...] = ("exact", "affine", "refused", "not built", "error")
+STATUSES: tuple[Status, ...] = get_args(Status)
 NO_BIAS = 1e-12
 """Up to this |b| / |y| a model counts as linear, without biases."""
 
@@ -110,9 +110,9 @@ class Coverage(Result):
 
     Attributes
     ----------
-    versions: Of loclin, torch, transformers and Python.
-    code: The hash of loclin's own source code: a run by another version is not resumed.
-    results: One for each family, sorted by name.
+    versions: of loclin, torch, transformers and Python.
+    code: the hash of loclin's own source code: a run by another version is not resumed.
+    results: one for each family, sorted by name.
     """
 
     versions: dict[str, str]
@@ -122,7 +122,6 @@ class Coverage(Result):
     warnings: list[str] = field(default_factory=list)
 
     derived = ("counts",)
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per family: status, class, number of passed runs, largest errors, bias share, reason."""

@@ -28,7 +28,7 @@ from loclin.models import tiny, wrap
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
 from loclin.results.provenance import versions
-from loclin.results.record import Record
+from loclin.results.result import Record
 from loclin.spectral.threads import single_thread
 
 
@@ -52,11 +52,11 @@ def coverage(
 
     Parameters
     ----------
-    families: Names of model types; None: every model type of which transformers has a causal language model.
-    gates: How gated MLPs are split (see `loclin.linearize`).
-    path: A JSON file to which each family is written as soon as it is finished. Families that the file already has,
+    families: names of model types; None: every model type of which transformers has a causal language model.
+    gates: how gated MLPs are split (see `loclin.linearize`).
+    path: a JSON file to which each family is written as soon as it is finished. Families that the file already has,
         from the same versions, are not run again: an interrupted run is resumed.
-    fresh: Run everything again, and overwrite the file.
+    fresh: run everything again, and overwrite the file.
     progress: True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
     """
     wanted = _check_families(families)

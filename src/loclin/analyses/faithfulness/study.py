@@ -25,8 +25,7 @@ from loclin.errors import ModelError
 from loclin.maps.linearized import Linearized
 from loclin.models import Model
 from loclin.results.provenance import Provenance, versions
-from loclin.results.record import Record
-from loclin.results.result import Result
+from loclin.results.result import Record, Result
 from loclin.results.table import make_columns
 
 WRITE_EVERY = 4
@@ -48,16 +47,16 @@ class PromptResult:
 
     Attributes
     ----------
-    kind, text, half, tokens: The prompt (see `loclin.analyses.faithfulness.prompts`), and its T input tokens' texts.
-    sinks: Positions that are left out of rankings: attention sinks, and the beginning token.
-    target, probability: The token that the model predicts, and its probability.
-    shares: The score of each token, by method.
-    effects: How far the target's log-probability falls, in nats, if one token is `removed`, or `replaced` by the mean
+    kind, text, half, tokens: the prompt (see `loclin.analyses.faithfulness.prompts`), and its T input tokens' texts.
+    sinks: positions that are left out of rankings: attention sinks, and the beginning token.
+    target, probability: the token that the model predicts, and its probability.
+    shares: the score of each token, by method.
+    effects: how far the target's log-probability falls, in nats, if one token is `removed`, or `replaced` by the mean
         embedding.
-    curves: How far it falls as tokens are removed one after another, by test and method. `first` removes the tokens
+    curves: how far it falls as tokens are removed one after another, by test and method. `first` removes the tokens
         with the largest shares first, `last` those with the smallest; both keep the last token. `first, all` may remove
         it, too.
-    planes: Projections of singular vectors, and of random subspaces, out of the input.
+    planes: projections of singular vectors, and of random subspaces, out of the input.
     """
 
     kind: str
@@ -84,8 +83,6 @@ class Faithfulness(Result):
     prompts: list[PromptResult]
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
-
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per prompt, token and method: the share, and the effect of removing or replacing the token."""
@@ -124,14 +121,14 @@ def faithfulness(
 
     Parameters
     ----------
-    model: From `loclin.load` or `loclin.wrap`, with a tokenizer.
-    prompts: See `loclin.analyses.faithfulness.prompts.load_prompts`.
-    bos: Whether to put a beginning token in front (see `loclin.linearize`).
-    seed: The seed of random orders and subspaces.
-    path: A JSON file, written after every few prompts. Prompts that it already has, with the same settings and
+    model: from `loclin.load` or `loclin.wrap`, with a tokenizer.
+    prompts: see `loclin.analyses.faithfulness.prompts.load_prompts`.
+    bos: whether to put a beginning token in front (see `loclin.linearize`).
+    seed: the seed of random orders and subspaces.
+    path: a JSON file, written after every few prompts. Prompts that it already has, with the same settings and
         versions, are not run again.
-    fresh: Run everything again, and overwrite the file.
-    planes: The number of prompts on which to measure projections, which need the dense map.
+    fresh: run everything again, and overwrite the file.
+    planes: the number of prompts on which to measure projections, which need the dense map.
     progress: True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
     """
     whole("planes", planes, 0)

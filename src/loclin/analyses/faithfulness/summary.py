@@ -1,17 +1,31 @@
-"""Tables of the study: means over prompts with confidence intervals."""
+"""Tables of the study: means over prompts with confidence intervals, and rank correlations, by SciPy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from loclin.analyses.faithfulness.prompts import Half
-from loclin.analyses.faithfulness.statistics import Interval, interval, rank_correlations
 from loclin.analyses.faithfulness.study import Faithfulness, PromptResult
+from loclin.errors import MissingExtraError
 
+RESAMPLES = 2000
+LEVEL = 0.95
 FEWEST = 3
 """The smallest number of ranked tokens of a prompt that counts."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` prompts, and its confidence interval at `LEVEL` (bootstrap over prompts)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
 
 
 def correlations(study: Faithfulness, half: Half, effect: str, last: bool, sizes: bool = False) -> dict[str, Interval]:
@@ -113,3 +127,43 @@ def _select_ranked(study: Faithfulness, half: Half, last: bool) -> Iterator[tupl
 
 def _sort(found: dict[str, Interval]) -> dict[str, Interval]:
     return dict(sorted(found.items(), key=lambda item: -np.nan_to_num(item[1].mean, nan=-2.0)))
+
+
+def check_scipy() -> None:
+    """Raise MissingExtraError without SciPy, before anything is computed."""
+    try:
+        import scipy.stats  # noqa: F401 (the tables need it later)
+    except ImportError:
+        raise MissingExtraError("the study", "SciPy", "faithfulness") from None
+
+
+def rank_correlations(scores: ArrayLike, effects: ArrayLike) -> list[float]:
+    """Compute Spearman's rank correlation of each row of `scores` `[M, n]` with `effects` `[n]`; ties get mean ranks.
+
+    NaN if all numbers of a row, or all effects, are equal.
+    """
+    from scipy.stats import rankdata
+
+    rows = _center(rankdata(np.atleast_2d(np.asarray(scores, dtype=float)), axis=1))
+    target = _center(rankdata(np.asarray(effects, dtype=float)))
+    with np.errstate(invalid="ignore"):
+        found: list[float] = (rows @ target / (np.linalg.norm(rows, axis=1) * np.linalg.norm(target))).tolist()
+    return found
+
+
+def _center(ranks: np.ndarray) -> np.ndarray:
+    return np.asarray(ranks - ranks.mean(-1, keepdims=True))
+
+
+def interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Compute the mean of one number per prompt and its BCa bootstrap interval, without NaN."""
+    from scipy.stats import bootstrap
+
+    known = np.asarray([value for value in values if not np.isnan(value)], dtype=float)
+    if len(known) < 2 or np.ptp(known) == 0:
+        mean = float(known.mean()) if len(known) else float("nan")
+        return Interval(mean, mean, mean, len(known))
+    found = bootstrap((known,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=seed)
+    return Interval(
+        float(known.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high), len(known)
+    )
