@@ -81,8 +81,7 @@ class Decoder:
     def writes_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
         """Find the k tokens whose rows of the output head are nearest to a subspace with an orthonormal basis.
 
-        This is for near-equal singular values, whose single vectors are not defined. Scores are cosines with the
-        subspace.
+        Scores are cosines. This is for near-equal singular values, whose single vectors are not defined.
         """
         return self._find_nearest(basis, self._head, k)
 
@@ -97,22 +96,18 @@ class Decoder:
     def ranks(self, vectors: Float[Tensor, "n d"], token: int) -> list[int]:
         """Find a token's rank among the words of each vector: 1 is the first word of `writes`. Cost: n V d."""
         token = whole("token", token)
-        table, before, start = self._head, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device), 0
+        table, before = self._head, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
         own = vectors @ table[token].to(vectors)
-        for rows in table.split(_fit_rows(len(vectors) + table.shape[1])):
+        for start, rows in _split(table, len(vectors)):
             above = vectors @ rows.to(vectors).T > own[:, None]
             if start <= token < start + len(rows):
                 above[:, token - start] = False  # another batch may round the token's own product differently
             before += above.sum(1)
-            start += len(rows)
         return (before + 1).tolist()
 
     def _find_nearest(self, basis: Tensor, table: Tensor, k: int) -> Words:
-        scores = []
-        for rows in table.split(_fit_rows(basis.shape[1] + table.shape[1])):
-            rows = rows.to(basis)
-            scores.append((rows @ basis).norm(dim=1) / _measure_rows(rows))
-        return self._to_words(torch.cat(scores).topk(k))
+        parts = (rows.to(basis) for _, rows in _split(table, basis.shape[1]))
+        return self._to_words(torch.cat([(rows @ basis).norm(dim=1) / _measure_rows(rows) for rows in parts]).topk(k))
 
     def _find_top(self, vectors: Tensor, table: Tensor, k: int, cosine: bool = False) -> list[Words]:
         values, ids = _find_best(vectors, table, k, cosine)
@@ -131,15 +126,13 @@ def _find_rows(module: nn.Module) -> Tensor:
 
 def _find_best(vectors: Tensor, table: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
     """Find the k largest products (or cosines) of each vector with the rows of a table, and their row numbers."""
-    values, ids, start = [], [], 0
-    blocks = table.split(_fit_rows(len(vectors) + table.shape[1]))
-    for rows in bar(blocks, desc="words", unit="block"):
+    values, ids = [], []
+    for start, rows in bar(_split(table, len(vectors)), desc="words", unit="block"):
         rows = rows.to(vectors)
         scores = vectors @ rows.T
         best = (scores / _measure_rows(rows) if cosine else scores).topk(min(k, len(rows)))
         values.append(best.values)
         ids.append(best.indices + start)
-        start += len(rows)
     top = torch.cat(values, dim=1).topk(k)
     return top.values, torch.cat(ids, dim=1).gather(1, top.indices)
 
@@ -148,9 +141,10 @@ def _measure_rows(rows: Tensor) -> Tensor:
     return rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
-def _fit_rows(width: int) -> int:
-    """Compute how many rows of a token table to score at a time."""
-    return max(1, _BLOCK_BYTES // (4 * width))
+def _split(table: Tensor, vectors: int) -> list[tuple[int, Tensor]]:
+    """Split the rows of a token table into blocks to score at a time, with the number of each block's first row."""
+    size = max(1, _BLOCK_BYTES // (4 * (vectors + table.shape[1])))
+    return list(zip(range(0, len(table), size), table.split(size), strict=True))
 
 
 @dataclass(frozen=True)

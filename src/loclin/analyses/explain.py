@@ -109,6 +109,7 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
 
     Parameters
     ----------
+    lin: from `loclin.linearize`.
     k: how many singular vectors of each token to put into words.
     position: the prediction after this token is explained.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.

@@ -173,6 +173,7 @@ def explain_layers(
 
     Parameters
     ----------
+    lin: from `loclin.linearize`.
     k: how many singular values of each map from the embeddings; the first three vectors are put into words.
     position: the prediction after this token is explained.
     components: some of `resid_post`, `attn_out` and `mlp_out`. None: all that every layer has.

@@ -80,6 +80,7 @@ def logit_lens(lin: Linearized, token: Token | None = None, *, position: int = -
 
     Parameters
     ----------
+    lin: from `loclin.linearize`.
     token: the token to follow, by text or id: its probability and rank at each layer. None: the predicted token.
     position: the position of the residual stream.
     k: how many words to list for each layer.

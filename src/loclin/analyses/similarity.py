@@ -53,6 +53,7 @@ def similarity(lin: Linearized, *, position: int = -1, progress: Progress = True
 
     Parameters
     ----------
+    lin: from `loclin.linearize`.
     position: where the maps end. Tokens behind it have no map in a causal model: their cosines are 0.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """

@@ -138,6 +138,7 @@ def validity(
 
     Parameters
     ----------
+    lin: from `loclin.linearize`.
     position: the prediction after this token is compared.
     sizes: lengths of the random moves, relative to the norm of each token's embedding.
     draws: how many random directions.

@@ -39,10 +39,7 @@ class Comparison(Result):
 
 @in_plain_torch
 def compare(a: Result, b: Result) -> Comparison:
-    """Compare two results of one kind: a new run with a saved one, or one gate split with another.
-
-    Raises OptionError when they differ in kind or shape, so that their numbers do not correspond.
-    """
+    """Compare two results, such as a new run and a saved one; OptionError where `a` and `b` differ in kind or shape."""
     if type(a) is not type(b):
         raise OptionError(f"a {type(a).__name__} and a {type(b).__name__} cannot be compared: give two of one kind")
     mine, other = _collect_numbers(a), _collect_numbers(b)

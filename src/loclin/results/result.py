@@ -59,10 +59,7 @@ class Result:
 
     @classmethod
     def from_dict(cls: type[R], values: dict[str, Any]) -> R:
-        """Build the result that `to_dict` described.
-
-        Raises ResultError when the values describe something else, or were written by a version with other fields.
-        """
+        """Build the result that `to_dict` described; ResultError for another class, or a version with other fields."""
         return cls._from_plain(values, "it")
 
     @classmethod
@@ -169,10 +166,7 @@ class Record(Generic[R]):
         self._kind, self._fresh = kind, fresh
 
     def read(self) -> R | None:
-        """Read the result of an earlier run; None if there is nothing to resume.
-
-        Raises OutputError when the file cannot be read or holds something else; the file is not changed.
-        """
+        """Read the result of an earlier run, None if there is none; OutputError for a file with something else."""
         if self.path is None or self._fresh:
             return None
         try:

@@ -30,7 +30,7 @@ def make_columns(names: str, rows: Iterable[tuple[Any, ...]]) -> dict[str, list[
 
 
 def by_rank(columns: dict[str, Tensor], provenance: Provenance | None) -> dict[str, list[Any]]:
-    """Make columns with one row per token and rank from tensors `[T, k]`, or one row per rank from `[k]`.
+    """Make columns from tensors `[T, k]`, one row per token and rank, or `[k]`, one row per rank.
 
     Tokens are numbered by their positions in the prompt, and have a text if the provenance is known.
     """

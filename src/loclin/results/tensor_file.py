@@ -41,10 +41,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Refuse a path that `save_tensors` could not write, before the computation starts.
-
-    Raises OutputError when the files cannot be written, or the path has another ending.
-    """
+    """Refuse, by an OutputError, a path with another ending or that cannot be written, before anything is computed."""
     target = Path(path)
     if target.suffix != SUFFIX:
         raise OutputError(f"cannot write {target}: results are safetensors files; call it {target}{SUFFIX}")

@@ -65,6 +65,7 @@ def attribute(
 
     Parameters
     ----------
+    lin: from `loclin.linearize`.
     target: a token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Direction`,
         or a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
     by: one of

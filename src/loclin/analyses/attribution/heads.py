@@ -123,6 +123,7 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
 
     Parameters
     ----------
+    lin: from `loclin.linearize`.
     layer, head: which head; negative numbers count from the end.
     target: the attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
     k: how many singular triples to put into words.
@@ -169,6 +170,7 @@ def path(
 
     Parameters
     ----------
+    lin: from `loclin.linearize`.
     parts: the components of the path, in the order of the network: `L3H5` for a head, `attn_out.3` for a whole
         attention, `mlp_out.3` for an MLP; `L3H5@4` for what it writes at position 4 alone. Between two components the
         path follows the residual stream only.

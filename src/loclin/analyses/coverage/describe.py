@@ -63,10 +63,7 @@ class Description:
 
 
 def describe_parts(model: PreTrainedModel, input_ids: Tensor) -> Description:
-    """Describe the parts of a model that a prompt runs through; an unused encoder is left out.
-
-    Cost: one forward pass. If it fails, the model is described by all its modules.
-    """
+    """Describe the parts that a prompt runs through, by one forward pass; all modules of the model if it fails."""
     modules, config = _find_called(model, input_ids), model.config.get_text_config(decoder=True)
     mixers = [kind for module in modules.values() if (kind := _classify_mixer(module)) is not None]
     usual = f"{_describe_span(config)} {_classify_heads(config)}".strip() if "" in mixers else ""

@@ -78,10 +78,7 @@ def _linear_map(lin: Linearized, gate: Gate) -> LinearMap:
 
 
 def gradient(lin: Linearized, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
-    """Compute gradient times input of the unmodified model: `gradient/OBJECTIVE/BASELINE`.
-
-    Cost: a forward and a backward pass for each objective.
-    """
+    """Compute gradient times input: `gradient/OBJECTIVE/BASELINE`. Cost: a forward and a backward pass for each."""
     x, shared = lin.embeddings, objectives(lin.trace.stock_logits)
     inputs = x.repeat(len(shared), 1, 1).requires_grad_()
     logits = nearby.embeddings(inputs).logits

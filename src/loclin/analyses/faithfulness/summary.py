@@ -138,10 +138,7 @@ def check_scipy() -> None:
 
 
 def rank_correlations(scores: ArrayLike, effects: ArrayLike) -> list[float]:
-    """Compute Spearman's rank correlation of each row of `scores` `[M, n]` with `effects` `[n]`; ties get mean ranks.
-
-    NaN if all numbers of a row, or all effects, are equal.
-    """
+    """Compute Spearman's correlation of each row of `scores` `[M, n]` with `effects` `[n]`; NaN if all are equal."""
     from scipy.stats import rankdata
 
     rows = _center(rankdata(np.atleast_2d(np.asarray(scores, dtype=float)), axis=1))
@@ -164,6 +161,5 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
         mean = float(known.mean()) if len(known) else float("nan")
         return Interval(mean, mean, mean, len(known))
     found = bootstrap((known,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=seed)
-    return Interval(
-        float(known.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high), len(known)
-    )
+    low, high = map(float, found.confidence_interval)
+    return Interval(float(known.mean()), low, high, len(known))
