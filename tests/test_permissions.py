@@ -20,7 +20,7 @@ from loclin.models import load
 from loclin.models.gguf import cache
 from loclin.results.dense_file import DenseFile
 from loclin.results.files import check_writable, write_text
-from loclin.results.record import Record
+from loclin.results.result import Record
 from loclin.results.tensor_file import load_tensors, save_tensors
 from models.helpers import tiny_gguf
 from users import stranger, umask

@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from loclin.common.imports import quiet_imports
+from loclin.common.shared import quiet_imports
 
 if TYPE_CHECKING:
     from loclin import freeze, steering

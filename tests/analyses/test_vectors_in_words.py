@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import tiny
-from loclin.analyses.decode import Decoder
-from loclin.analyses.vectors_in_words import Triples, put_into_words
+from loclin.analyses.decode import Decoder, Triples, put_into_words
 from loclin.models import wrap
 
 K = 3

@@ -6,7 +6,7 @@ import logging
 import threading
 
 import loclin
-from loclin.common.imports import quiet_imports
+from loclin.common.shared import quiet_imports
 
 
 def test_imports_that_overlap_leave_logging_as_it_was():

@@ -8,8 +8,8 @@ import torch
 import loclin
 from loclin.analyses.faithfulness.deletion import Removal
 from loclin.analyses.faithfulness.methods import frozen
-from loclin.analyses.faithfulness.statistics import rank_correlations
 from loclin.analyses.faithfulness.study import mean_embedding
+from loclin.analyses.faithfulness.summary import rank_correlations
 from loclin.analyses.nearby import Nearby
 
 pytestmark = pytest.mark.real

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from loclin.analyses.decode import SingularBlock
 from loclin.analyses.explain import Explanation, TokenExplanation, Unit
-from loclin.analyses.vectors_in_words import SingularBlock
 from loclin.maps.certificate import Certificate, Culprit
 from loclin.models.model import ModelInfo
 from loclin.results.provenance import Provenance

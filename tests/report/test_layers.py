@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 import tiny
+from loclin.analyses.decode import SingularBlock
 from loclin.analyses.layers import ComponentLayers, LayerExplanation, explain_layers
-from loclin.analyses.vectors_in_words import SingularBlock
 from loclin.linearization import linearize
 from loclin.report.layers.figures import depth_colour
 from loclin.report.text import number, sigmas, signed, visible

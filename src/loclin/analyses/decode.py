@@ -1,7 +1,12 @@
-"""Vectors in words: what a vector writes (through the output head), and what it reads (nearest input embeddings)."""
+"""Vectors in words: what a vector writes (through the output head), and what it reads (nearest input embeddings).
+
+Singular vectors with near-equal values can be rotated into one another, so that only their span means anything: they
+are put into words as one block.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -76,8 +81,7 @@ class Decoder:
     def writes_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
         """Find the k tokens whose rows of the output head are nearest to a subspace with an orthonormal basis.
 
-        This is for near-equal singular values, whose single vectors are not defined. Scores are cosines with the
-        subspace.
+        Scores are cosines. This is for near-equal singular values, whose single vectors are not defined.
         """
         return self._find_nearest(basis, self._head, k)
 
@@ -92,22 +96,18 @@ class Decoder:
     def ranks(self, vectors: Float[Tensor, "n d"], token: int) -> list[int]:
         """Find a token's rank among the words of each vector: 1 is the first word of `writes`. Cost: n V d."""
         token = whole("token", token)
-        table, before, start = self._head, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device), 0
+        table, before = self._head, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
         own = vectors @ table[token].to(vectors)
-        for rows in table.split(_fit_rows(len(vectors) + table.shape[1])):
+        for start, rows in _split(table, len(vectors)):
             above = vectors @ rows.to(vectors).T > own[:, None]
             if start <= token < start + len(rows):
                 above[:, token - start] = False  # another batch may round the token's own product differently
             before += above.sum(1)
-            start += len(rows)
         return (before + 1).tolist()
 
     def _find_nearest(self, basis: Tensor, table: Tensor, k: int) -> Words:
-        scores = []
-        for rows in table.split(_fit_rows(basis.shape[1] + table.shape[1])):
-            rows = rows.to(basis)
-            scores.append((rows @ basis).norm(dim=1) / _measure_rows(rows))
-        return self._to_words(torch.cat(scores).topk(k))
+        parts = (rows.to(basis) for _, rows in _split(table, basis.shape[1]))
+        return self._to_words(torch.cat([(rows @ basis).norm(dim=1) / _measure_rows(rows) for rows in parts]).topk(k))
 
     def _find_top(self, vectors: Tensor, table: Tensor, k: int, cosine: bool = False) -> list[Words]:
         values, ids = _find_best(vectors, table, k, cosine)
@@ -126,15 +126,13 @@ def _find_rows(module: nn.Module) -> Tensor:
 
 def _find_best(vectors: Tensor, table: Tensor, k: int, cosine: bool) -> tuple[Tensor, Tensor]:
     """Find the k largest products (or cosines) of each vector with the rows of a table, and their row numbers."""
-    values, ids, start = [], [], 0
-    blocks = table.split(_fit_rows(len(vectors) + table.shape[1]))
-    for rows in bar(blocks, desc="words", unit="block"):
+    values, ids = [], []
+    for start, rows in bar(_split(table, len(vectors)), desc="words", unit="block"):
         rows = rows.to(vectors)
         scores = vectors @ rows.T
         best = (scores / _measure_rows(rows) if cosine else scores).topk(min(k, len(rows)))
         values.append(best.values)
         ids.append(best.indices + start)
-        start += len(rows)
     top = torch.cat(values, dim=1).topk(k)
     return top.values, torch.cat(ids, dim=1).gather(1, top.indices)
 
@@ -143,6 +141,62 @@ def _measure_rows(rows: Tensor) -> Tensor:
     return rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
-def _fit_rows(width: int) -> int:
-    """Compute how many rows of a token table to score at a time."""
-    return max(1, _BLOCK_BYTES // (4 * width))
+def _split(table: Tensor, vectors: int) -> list[tuple[int, Tensor]]:
+    """Split the rows of a token table into blocks to score at a time, with the number of each block's first row."""
+    size = max(1, _BLOCK_BYTES // (4 * (vectors + table.shape[1])))
+    return list(zip(range(0, len(table), size), table.split(size), strict=True))
+
+
+@dataclass(frozen=True)
+class SingularBlock:
+    """Singular triples that belong together: one, or several with near-equal values.
+
+    `gain` is v . x for a single vector: how strongly the prompt's own embedding excites it. None for several. A joint
+    map, which has no single token, has neither `gain` nor `reads`.
+    """
+
+    indices: list[int]  # which singular values, counted from 0
+    values: list[float]
+    writes: Words  # of the left vectors, by the output head
+    reads: Words  # of the right vectors: the nearest input embeddings
+    gain: float | None
+
+    __repr__ = brief
+
+
+@dataclass(frozen=True)
+class Triples:
+    """The singular triples of one map, and the blocks of indices to put into words; a joint map has no `Vh` and `x`."""
+
+    U: Float[Tensor, "d_out k"]
+    S: Float[Tensor, " k"]
+    Vh: Float[Tensor, "k d_in"] | None
+    x: Float[Tensor, " d_in"] | None
+    blocks: list[list[int]]
+
+    __repr__ = brief
+
+
+def put_into_words(maps: Sequence[Triples], decoder: Decoder, k: int) -> list[list[SingularBlock]]:
+    """Put the singular vectors of several maps into words, k of them for each side; a map that is zero has no blocks.
+
+    All vectors that stand alone are decoded in one product with the output head, and one with the input embeddings.
+    Cost: n V d for n single vectors on each side, and m V d for each block of m.
+    """
+    chosen = [triples.blocks if triples.S[0] > 0 else [] for triples in maps]
+    alone = [(number, block[0]) for number, blocks in enumerate(chosen) for block in blocks if len(block) == 1]
+    left = {key: maps[key[0]].U[:, key[1]] for key in alone}
+    right = {(number, j): Vh[j] for number, j in alone if (Vh := maps[number].Vh) is not None}
+    writes = dict(zip(left, decoder.writes(torch.stack(list(left.values())), k) if left else [], strict=True))
+    reads = dict(zip(right, decoder.reads(torch.stack(list(right.values())), k) if right else [], strict=True))
+
+    def describe(number: int, indices: list[int]) -> SingularBlock:
+        triples, key = maps[number], (number, indices[0])
+        values, Vh = triples.S[indices].tolist(), triples.Vh
+        if len(indices) == 1:
+            gain = None if triples.x is None else (right[key] @ triples.x.to(right[key])).item()
+            return SingularBlock(indices, values, writes[key], reads.get(key, []), gain)
+        read = [] if Vh is None else decoder.reads_subspace(Vh[indices].T, k)
+        return SingularBlock(indices, values, decoder.writes_subspace(triples.U[:, indices], k), read, None)
+
+    return [[describe(number, block) for block in blocks] for number, blocks in enumerate(chosen)]

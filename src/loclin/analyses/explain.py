@@ -6,20 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.attribution.attribute import attribute
-from loclin.analyses.decode import Decoder, Words
-from loclin.analyses.vectors_in_words import SingularBlock, Triples, put_into_words
+from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, put_into_words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.maps.certificate import Certificate
 from loclin.maps.linearized import Linearized, question
 from loclin.results.provenance import Provenance
-from loclin.results.result import Result
+from loclin.results.result import AtPrompt
+from loclin.results.table import make_columns
 from loclin.spectral import check_rank
 
 _WORDS = 8
@@ -41,9 +40,9 @@ class Unit:
 class TokenExplanation:
     """One input token i, and its map J_i.
 
-    `share` is the token's exact share of the target: J_i x_i through the output head. `rows` are the output units with
-    the largest row norms, with the input tokens that drive them; `columns` are the input units with the largest column
-    norms, with the output tokens that they write (paper, Figure 4A).
+    `share` is its exact share of the target: J_i x_i through the output head. `rows` are the output units with the
+    largest row norms, with the input tokens that drive them; `columns` the input units with the largest column norms,
+    with the output tokens that they write (paper, Figure 4A).
     """
 
     text: str
@@ -61,32 +60,20 @@ class TokenExplanation:
 
 
 @dataclass(frozen=True)
-class Explanation(Result):
+class Explanation(AtPrompt):
     """A prompt explained; made by `explain`.
 
     Attributes
     ----------
-    provenance
-        Model, prompt, gate and precision: enough to run it again.
-    predictions
-        The model's most probable next tokens, as (text, probability).
-    target
-        The attribution target, that of `loclin.attribute` without a target: the predicted token's logit minus the mean
-        of all logits. Its `kind` and `value`; the token's `id`, `text`, `probability` and `logit`.
-    tokens
-        The input tokens and their maps.
-    bias_share
-        The share of all biases.
-    share_residual
-        value - (sum of the shares): rounding.
-    certificate
-        How exact the map is.
-    ordinary_error
-        std(J_ordinary x - y) / std(y), the paper's metric for the ordinary Jacobian (its Figure 3).
-    output, reconstruction, ordinary
-        y, J x + b and J_ordinary x, `[d]` each: the scatter plot of Figure 3.
-    warnings
-        What a reader should know before trusting the shares.
+    predictions: the model's most probable next tokens, as (text, probability).
+    target: that of `loclin.attribute` without a target, the predicted token's logit minus the mean of all logits: its
+        `kind`, `value` and `size`; the token's `id`, `text`, `probability` and `logit`.
+    tokens: the input tokens and their maps.
+    bias_share: the share of all biases.
+    share_residual: value - (sum of the shares): rounding.
+    certificate: how exact the map is.
+    ordinary_error: std(J_ordinary x - y) / std(y), the paper's metric for the ordinary Jacobian (its Figure 3).
+    output, reconstruction, ordinary: y, J x + b and J_ordinary x, `[d]` each: the scatter plot of Figure 3.
     """
 
     provenance: Provenance
@@ -102,60 +89,30 @@ class Explanation(Result):
     ordinary: list[float]
     warnings: list[str]
 
-    derived = ("prompt",)
-    __repr__ = brief
-
-    @property
-    def prompt(self) -> str:
-        """The prompt as the tokenizer reads it."""
-        return self.provenance.text
-
     def table(self) -> dict[str, list[Any]]:
         """One row per token: position, text, id, sink, share, Frobenius norm, stable rank, largest singular value."""
-        return {
-            "token": list(range(len(self.tokens))),
-            "text": [token.text for token in self.tokens],
-            "id": [token.id for token in self.tokens],
-            "sink": [token.is_sink for token in self.tokens],
-            "share": [token.share for token in self.tokens],
-            "frobenius_norm": [token.frobenius_norm for token in self.tokens],
-            "stable_rank": [token.stable_rank for token in self.tokens],
-            "singular_value": [token.singular_values[0] for token in self.tokens],
-        }
+        rows = (
+            (i, t.text, t.id, t.is_sink, t.share, t.frobenius_norm, t.stable_rank, t.singular_values[0])
+            for i, t in enumerate(self.tokens)
+        )
+        return make_columns("token text id sink share frobenius_norm stable_rank singular_value", rows)
 
 
 @question
 @with_progress
-def explain(
-    lin: Linearized,
-    *,
-    k: int = 8,
-    position: int = -1,
-    progress: Progress = True,
-) -> Explanation:
+def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progress = True) -> Explanation:
     """Explain a linearized prompt at one position (paper, Figures 3, 4 and 5).
+
+    Cost: the dense map (d columns), T dense SVDs, and about 15 more columns. Memory: the map, T d^2 numbers.
+
+    Raises PromptError for a position outside the prompt; OptionError for a k larger than the number of singular values.
 
     Parameters
     ----------
-    lin
-        From `loclin.linearize`.
-    k
-        How many singular vectors of each token to put into words.
-    position
-        The prediction after this token is explained.
-    progress
-        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
-
-    Raises
-    ------
-    PromptError
-        For a position outside the prompt.
-    OptionError
-        For a k larger than the number of singular values.
-
-    Notes
-    -----
-    Cost: the dense map (d columns), T dense SVDs, and about 15 more columns. Memory: the map, T d^2 numbers.
+    lin: from `loclin.linearize`.
+    k: how many singular vectors of each token to put into words.
+    position: the prediction after this token is explained.
+    progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     tell, at, k = steps(progress), lin.trace.position(position), whole("k", k)
     J = lin.jacobian(position=at)
@@ -179,25 +136,16 @@ def explain(
     tell("shares")
     found = attribute(lin, by="token", position=at, in_words=0)
     shares, bias_share = found.by_token()
-    tokens = [
-        TokenExplanation(
-            text=lin.tokens[i],
-            id=int(lin.input_ids[0, i]),
-            is_sink=i in lin.sinks,
-            frobenius_norm=norms[i],
-            stable_rank=ranks[i],
-            share=shares[i],
-            singular_values=spectra[i],
-            blocks=blocks[i],
-            rows=rows[i],
-            columns=columns[i],
-        )
-        for i in range(len(lin.tokens))
-    ]
+    ids, is_sink = lin.input_ids[0].tolist(), [i in lin.sinks for i in range(len(lin.tokens))]
+    described = (lin.tokens, ids, is_sink, norms, ranks, shares, spectra, blocks, rows, columns)
+    tokens = [TokenExplanation(*token) for token in zip(*described, strict=True)]
+    about = found.target
+    (id_,), (text,) = about["ids"], about["tokens"]
+    shared = {name: about[name] for name in ("kind", "value", "size", "probability")}
     return Explanation(
         provenance=J.provenance(),
         predictions=lin.next_tokens(10, position=at),
-        target=_describe_target(found.target, lin.trace.logits(at)),
+        target={"id": id_, "text": text, "logit": lin.trace.logits(at)[id_].item()} | shared,
         tokens=tokens,
         bias_share=bias_share,
         share_residual=found.residual,
@@ -210,21 +158,11 @@ def explain(
     )
 
 
-def _describe_target(about: dict[str, Any], logits: Tensor) -> dict[str, Any]:
-    """Describe the attribution target with plain values."""
-    (id_,), (text,) = about["ids"], about["tokens"]
-    shared = {name: about[name] for name in ("kind", "value", "size", "probability")}
-    return {"id": id_, "text": text, "logit": logits[id_].item()} | shared
-
-
 def _describe_units(vectors: Float[Tensor, "T n d"], decode: Callable[[Tensor, int], list[Words]]) -> list[list[Unit]]:
     """Put the largest of each token's n vectors into words; none for a token whose map is zero."""
     top = vectors.norm(dim=2).topk(min(_UNITS, vectors.shape[1]), dim=1)
-    chosen = torch.stack([block[indices] for block, indices in zip(vectors, top.indices, strict=True)])
-    words = decode(chosen.flatten(0, 1), _WORDS)
-    found = [
-        Unit(index, norm, word)
-        for index, norm, word in zip(top.indices.flatten().tolist(), top.values.flatten().tolist(), words, strict=True)
-    ]
-    per_token = top.indices.shape[1]
-    return [found[t * per_token : (t + 1) * per_token] if top.values[t, 0] > 0 else [] for t in range(len(vectors))]
+    chosen = vectors.take_along_dim(top.indices[:, :, None], dim=1)
+    words = iter(decode(chosen.flatten(0, 1), _WORDS))
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    found = [[Unit(*unit) for unit in zip(indices, norms, words, strict=False)] for indices, norms in rows]
+    return [units if units[0].norm > 0 else [] for units in found]

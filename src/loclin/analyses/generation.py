@@ -11,13 +11,13 @@ from torch import Tensor
 
 from loclin.analyses.explain import Explanation, explain
 from loclin.common.arguments import whole
-from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.common.sums import norms
 from loclin.errors import PromptError
 from loclin.maps.linearized import Linearized, question
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
+from loclin.results.table import make_columns
 from loclin.spectral import SVD
 
 _TRIPLES = 4
@@ -27,19 +27,12 @@ _TRIPLES = 4
 class Drift:
     """How one token's map J changes to J' from one step to the next.
 
-    Attributes
-    ----------
-    change
-        |J' - J|_F / |J|_F.
-    cosine
-        <J', J> / (|J'|_F |J|_F): 1 if only the norm changed.
-    writes, reads
-        The angle in degrees between the first left (right) singular vectors; for near-equal singular values, the
-        largest angle between their subspaces.
+    `writes` and `reads` are the angles in degrees between the first left (right) singular vectors; for near-equal
+    singular values, the largest angle between their subspaces.
     """
 
-    change: float
-    cosine: float
+    change: float  # |J' - J|_F / |J|_F
+    cosine: float  # <J', J> / (|J'|_F |J|_F): 1 if only the norm changed
     writes: float
     reads: float
 
@@ -50,16 +43,10 @@ class Generation(Result):
 
     Attributes
     ----------
-    text
-        The generated text, as the continuation of the prompt.
-    steps
-        The explanation of each prediction. The target of a step is the last token of the next step.
-    drift
-        For each step but the first, the drift of every token of the previous step.
-    provenance
-        That of the first step.
-    warnings
-        The warnings of all steps.
+    text: the generated text, as the continuation of the prompt.
+    steps: the explanation of each prediction. The target of a step is the last token of the next step.
+    drift: for each step but the first, the drift of every token of the previous step.
+    provenance, warnings: that of the first step, and those of all steps.
     """
 
     text: str
@@ -68,17 +55,11 @@ class Generation(Result):
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
 
-    __repr__ = brief
-
     def table(self) -> dict[str, list[Any]]:
         """One row per generated token."""
-        return {
-            "token": [step.target["text"] for step in self.steps],
-            "id": [step.target["id"] for step in self.steps],
-            "probability": [step.target["probability"] for step in self.steps],
-            "reconstruction_error": [step.certificate.reconstruction_error for step in self.steps],
-            "passed": [step.certificate.passed for step in self.steps],
-        }
+        found = ((step.target, step.certificate) for step in self.steps)
+        rows = ((t["text"], t["id"], t["probability"], c.reconstruction_error, c.passed) for t, c in found)
+        return make_columns("token id probability reconstruction_error passed", rows)
 
 
 @question
@@ -89,27 +70,17 @@ def generate(lin: Linearized, max_new_tokens: int, *, k: int = 8, progress: Prog
     Every step is linearized anew, at the prompt and all generated tokens, so that every map is exact. Generation stops
     early if the model ends the text.
 
+    Cost: that of `explain` and a few more singular vectors for each step. Memory: two dense maps.
+
+    Raises OptionError when `max_new_tokens` is not a whole number from 1; PromptError when the text would be longer
+    than the model's context.
+
     Parameters
     ----------
-    lin
-        The prompt, from `loclin.linearize`.
-    max_new_tokens
-        The largest number of tokens to generate.
-    k
-        How many singular vectors of each token to put into words.
-    progress
-        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
-
-    Raises
-    ------
-    OptionError
-        When `max_new_tokens` is not a whole number from 1.
-    PromptError
-        When the text would be longer than the model's context.
-
-    Notes
-    -----
-    Cost: that of `explain` and a few more singular vectors for each step. Memory: two dense maps.
+    lin: the prompt, from `loclin.linearize`.
+    max_new_tokens: the largest number of tokens to generate.
+    k: how many singular vectors of each token to put into words.
+    progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     count, k, tell = whole("max_new_tokens", max_new_tokens, 1), whole("k", k), steps(progress)
     limit = lin.model.context_length
@@ -123,13 +94,12 @@ def generate(lin: Linearized, max_new_tokens: int, *, k: int = 8, progress: Prog
     prompt = lin.input_ids[0].tolist()
     for number in range(1, count + 1):
         found = explain(lin, k=k, progress=lambda step, number=number: tell(f"token {number}: {step}"))  # type: ignore[misc]
+        explained.append(found)
         J = lin.jacobian()
         now = J.dense(), J.svd(min(_TRIPLES, J.shape[0], J.shape[2]), tolerance=1e-5)
         if before is not None:
             drift.append([_measure_drift(i, *before, *now) for i in range(before[0].shape[1])])
-        explained.append(found)
-        before = now
-        token = found.target["id"]
+        before, token = now, found.target["id"]
         if number == count or token in lin.model.stops:
             break
         lin = lin.followed_by(token)
@@ -144,18 +114,13 @@ def _measure_drift(
     a, b = old[:, token], new[:, token]
     size, other = norms(a).item(), norms(b).item()
     if not size or not other:  # one of the maps is zero
-        same = size == other
-        return Drift(0.0 if same else 1.0, 1.0 if same else 0.0, 0.0 if same else 90.0, 0.0 if same else 90.0)
+        return Drift(0.0, 1.0, 0.0, 0.0) if size == other else Drift(1.0, 0.0, 90.0, 90.0)
     cosine = ((a * b).sum() / (size * other)).item()
-    reads = _measure_angle(_transpose(old_svd), _transpose(new_svd), token)
-    return Drift(norms(b - a).item() / size, cosine, _measure_angle(old_svd, new_svd, token), reads)
+    old_t, new_t = (replace(svd, U=svd.Vh.mT, Vh=svd.U.mT) for svd in (old_svd, new_svd))  # of the transposed maps
+    writes, reads = _measure_angle(old_svd, new_svd, token), _measure_angle(old_t, new_t, token)
+    return Drift(norms(b - a).item() / size, cosine, writes, reads)
 
 
 def _measure_angle(old: SVD, new: SVD, token: int) -> float:
     """Measure the largest angle, in degrees, between the first block of one SVD and as many vectors of the other."""
     return math.degrees(old.subspace_angles(new, token)[0].max().item())
-
-
-def _transpose(found: SVD) -> SVD:
-    """Return the SVD of the transposed maps."""
-    return replace(found, U=found.Vh.mT, Vh=found.U.mT)

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.decode import Decoder, Words
+from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, put_into_words
 from loclin.analyses.logit_lens import LensLayer, logit_lens
-from loclin.analyses.vectors_in_words import SingularBlock, Triples, put_into_words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
@@ -21,7 +20,7 @@ from loclin.maps.certificate import tolerance
 from loclin.maps.layer_spectra import LayerSpectra
 from loclin.maps.linearized import Linearized, question
 from loclin.results.provenance import Provenance
-from loclin.results.result import Result
+from loclin.results.result import AtPrompt
 from loclin.results.serialise import TENSORS_ONLY
 
 SHOWN = 3
@@ -44,31 +43,22 @@ class ComponentLayers:
     """The maps of one component from the first layer to the last, followed by the frozen final norm.
 
     Lists have one entry for each of L layers. The *joint* map is [J_0 ... J_{T-1}], the maps of all tokens side by
-    side.
+    side; maps are from the embeddings, but *own* ones from the layer's input.
 
     Attributes
     ----------
-    name
-        `resid_post`, `attn_out` or `mlp_out`.
-    joint_sigma1, joint_spectra
-        The largest singular value of the joint map from the embeddings, and the k largest ones divided by it (paper,
-        Figure 6A).
-    path, path_defined
-        The first two joint left vectors against those of the last layer, |<u1, u1_last>| and |<u2, u2_last>| (Figure
-        6B), without sign, since singular vectors have none. False where a near-equal singular value leaves one of the
-        four vectors undefined.
-    joint_stable_rank, token_stable_rank
-        Stable ranks of the maps from the embeddings: of the joint map (Figure 6C), and of each of the T tokens' maps.
-    joint_own_rank, token_own_rank
-        Stable ranks of the layer's own maps, from its input (Figure 6D).
-    joint_vectors, token_vectors
-        The first singular vectors of the maps from the embeddings, in words (Tables 1 to 3 and 5 to 7). Joint ones have
-        no `reads`; a token whose map is zero has no vectors.
-    joint_word_rank, token_word_rank
-        The predicted token's rank among the words of the first left vector: of the joint map, and of the map of the
-        token at the position itself. None where that vector is not defined.
-    reconstruction_error, own_reconstruction_error
-        |J x + b - y| / |y|, from the embeddings and from the layer's input.
+    name: `resid_post`, `attn_out` or `mlp_out`.
+    joint_sigma1, joint_spectra: the largest singular value, and the k largest ones divided by it (paper, Figure 6A).
+    path, path_defined: the first two joint left vectors against those of the last layer, |<u1, u1_last>| and |<u2,
+        u2_last>| (Figure 6B), without sign, since singular vectors have none. False where a near-equal singular value
+        leaves one of the four vectors undefined.
+    joint_stable_rank, token_stable_rank: stable ranks of the joint map (Figure 6C), and of each of the T tokens' maps.
+    joint_own_rank, token_own_rank: the same of the layer's own maps (Figure 6D).
+    joint_vectors, token_vectors: the first singular vectors in words (Tables 1 to 3 and 5 to 7). Joint ones have no
+        `reads`; a token whose map is zero has no vectors.
+    joint_word_rank, token_word_rank: the predicted token's rank among the words of the first left vector: of the joint
+        map, and of the map of the token at the position itself. None where that vector is not defined.
+    reconstruction_error, own_reconstruction_error: |J x + b - y| / |y|.
     """
 
     name: str
@@ -97,33 +87,21 @@ class ComponentLayers:
 
 
 @dataclass(frozen=True)
-class LayerExplanation(Result):
+class LayerExplanation(AtPrompt):
     """Every layer of a prompt explained; made by `explain_layers`.
 
     Attributes
     ----------
-    provenance, settings
-        Model, prompt, gate and precision; `k`, `signs`, and the cost of the sweeps.
-    tokens, sinks
-        The T input tokens, and the positions of attention sinks.
-    predictions
-        The model's most probable next tokens, as (text, probability).
-    target
-        The token that is followed with depth, the most probable one: its `id`, `text` and `probability`.
-    components
-        The attention output, the MLP output and the residual stream after the layer, as far as every layer has them.
-    lens
-        The logit lens at the position, layer by layer.
-    appears, leads
-        The first layer at which the predicted token is among the first ten words, and the first layer at which it is
-        the first word. Keys: `lens`, and `joint` and `token` for each component, such as `resid_post joint`. None:
-        never.
-    tolerance
-        The largest reconstruction error at which a map counts as exact.
-    warnings
-        What a reader should know before trusting the words.
-    spectra
-        The triples of all maps from the embeddings. They are too large for JSON: save the result as `.safetensors`.
+    settings: `k`, `signs`, and the cost of the sweeps.
+    tokens, sinks: the T input tokens, and the positions of attention sinks.
+    predictions: the model's most probable next tokens, as (text, probability).
+    target: the token that is followed with depth, the most probable one: its `id`, `text` and `probability`.
+    components: the attention output, the MLP output and the residual stream after the layer, if every layer has them.
+    lens: the logit lens at the position, layer by layer.
+    appears, leads: the first layer at which the predicted token is among the first ten words, and at which it is the
+        first one; None: never. Keys: `lens`, and `joint` and `token` for each component, such as `resid_post joint`.
+    tolerance: the largest reconstruction error at which a map counts as exact.
+    spectra: the triples of all maps from the embeddings; too large for JSON: save the result as `.safetensors`.
     """
 
     provenance: Provenance
@@ -141,12 +119,6 @@ class LayerExplanation(Result):
     spectra: LayerSpectra | None = field(default=None, repr=False, compare=False, metadata=TENSORS_ONLY)
 
     derived = ("prompt", "largest_error", "passed")
-    __repr__ = brief
-
-    @property
-    def prompt(self) -> str:
-        """The prompt as the tokenizer reads it."""
-        return self.provenance.text
 
     def table(self) -> dict[str, list[Any]]:
         """One row per component and layer: stable ranks, word ranks and errors."""
@@ -192,36 +164,23 @@ def explain_layers(
 ) -> LayerExplanation:
     """Explain how a prediction forms with depth (paper, section 3.4, Figure 6, Tables 1 to 3 and 5 to 7).
 
-    Parameters
-    ----------
-    lin
-        From `loclin.linearize`.
-    k
-        How many singular values of each map from the embeddings; the first three vectors are put into words.
-    position
-        The prediction after this token is explained.
-    components
-        Some of `resid_post`, `attn_out` and `mlp_out`. None: all that every layer has.
-    signs
-        Singular vectors have no sign of their own, but their words depend on it. "layer" chooses the sign that has a
-        positive product with the layer's own output; "final" the one that has a positive product with the final hidden
-        state, as the paper's author does.
-    progress
-        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
-
-    Raises
-    ------
-    PromptError
-        For a position outside the prompt.
-    OptionError
-        For a k below 2 (the path needs two vectors) or above the number of singular values; for unknown components or
-        signs.
-
-    Notes
-    -----
     Cost: `Linearization.layer_spectra` twice, `"cumulative"` (about two and a half dense maps) and `"layerwise"` (up to
     three dense maps, with three components); about 6 C L (T + 1) products with the output head or the embeddings; two
     forward passes. Memory: that of `Linearization.layer_spectra`; the result keeps 2 C L T d k numbers.
+
+    Raises PromptError for a position outside the prompt; OptionError for a k below 2 (the path needs two vectors) or
+    above the number of singular values; for unknown components or signs.
+
+    Parameters
+    ----------
+    lin: from `loclin.linearize`.
+    k: how many singular values of each map from the embeddings; the first three vectors are put into words.
+    position: the prediction after this token is explained.
+    components: some of `resid_post`, `attn_out` and `mlp_out`. None: all that every layer has.
+    signs: singular vectors have no sign of their own, but their words depend on it. "layer" chooses the sign that has a
+        positive product with the layer's own output; "final" the one that has a positive product with the final hidden
+        state, as the paper's author does.
+    progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     tell, k = steps(progress), whole("k", k)
     if k < 2:
@@ -271,18 +230,17 @@ def explain_layers(
     )
 
 
+def _known(found: Tensor | None) -> Tensor:
+    """Narrow the type of joint triples, which are always computed here."""
+    assert found is not None
+    return found
+
+
 def _orient(spectra: LayerSpectra, towards: Tensor) -> LayerSpectra:
     """Choose the signs of all triples so that every left vector has a non-negative product with a vector `[d]`."""
-    assert spectra.joint_U is not None
-    sign, joint = (
-        torch.where(towards.to(U) @ U < 0, -1.0, 1.0).to(U).unsqueeze(-2) for U in (spectra.U, spectra.joint_U)
-    )
-    return replace(
-        spectra,
-        U=spectra.U * sign,
-        Vh=spectra.Vh * sign.transpose(-1, -2),
-        joint_U=spectra.joint_U * joint,
-    )
+    both = (spectra.U, _known(spectra.joint_U))
+    sign, joint = (torch.where(towards.to(U) @ U < 0, -1.0, 1.0).to(U).unsqueeze(-2) for U in both)
+    return replace(spectra, U=both[0] * sign, Vh=spectra.Vh * sign.transpose(-1, -2), joint_U=both[1] * joint)
 
 
 def _find_first(ranks: Sequence[int | None], at_most: int) -> int | None:
@@ -297,25 +255,18 @@ def _describe_component(
     ranks: dict[Place, int],
     position: int,
 ) -> ComponentLayers:
-    U, S = cumulative.joint_U, cumulative.joint_S
-    joint, own_joint = cumulative.joint_stable_rank, own.joint_stable_rank
-    assert U is not None
-    assert S is not None
-    assert joint is not None
-    assert own_joint is not None
     layers, length = range(cumulative.n_layers), cumulative.S.shape[2]
     singles = [[len(block.indices) == 1 for block in words[c, layer, None][:2]] for layer in layers]
-    pair = U[c, :, :, :2]
-    largest = S[c, :, :1]
+    pair, S = _known(cumulative.joint_U)[c, :, :, :2], _known(cumulative.joint_S)[c]
     return ComponentLayers(
         name=cumulative.components[c],
-        joint_sigma1=largest[:, 0].tolist(),
-        joint_spectra=torch.where(largest > 0, S[c] / largest, 0.0).tolist(),
+        joint_sigma1=S[:, 0].tolist(),
+        joint_spectra=torch.where(S[:, :1] > 0, S / S[:, :1], 0.0).tolist(),
         path=torch.einsum("ldj,dj->lj", pair, pair[-1]).abs().clamp(max=1).tolist(),
         path_defined=[all(singles[layer]) and all(singles[-1]) for layer in layers],
-        joint_stable_rank=joint[c].tolist(),
+        joint_stable_rank=_known(cumulative.joint_stable_rank)[c].tolist(),
         token_stable_rank=cumulative.stable_rank[c].tolist(),
-        joint_own_rank=own_joint[c].tolist(),
+        joint_own_rank=_known(own.joint_stable_rank)[c].tolist(),
         token_own_rank=own.stable_rank[c].tolist(),
         joint_vectors=[words[c, layer, None] for layer in layers],
         token_vectors=[[words[c, layer, token] for token in range(length)] for layer in layers],
@@ -331,9 +282,7 @@ def _left_vectors(spectra: LayerSpectra, place: Place) -> tuple[Tensor, Tensor]:
     c, layer, token = place
     if token is not None:
         return spectra.U[c, layer, token], spectra.S[c, layer, token]
-    assert spectra.joint_U is not None
-    assert spectra.joint_S is not None
-    return spectra.joint_U[c, layer], spectra.joint_S[c, layer]
+    return _known(spectra.joint_U)[c, layer], _known(spectra.joint_S)[c, layer]
 
 
 def _put_into_words(
@@ -356,10 +305,7 @@ def _put_into_words(
 def _rank_word(
     spectra: LayerSpectra, words: dict[Place, list[SingularBlock]], decoder: Decoder, chosen: int, position: int
 ) -> dict[Place, int]:
-    """Find a token's rank among the words of the first left vector of the joint map and of the position's own map.
-
-    Maps whose first vector is not defined are left out.
-    """
+    """Find a token's rank among the words of each first left vector that is defined: joint, and at the position."""
     places = [
         place for place, found in words.items() if place[2] in (None, position) and found and len(found[0].indices) == 1
     ]

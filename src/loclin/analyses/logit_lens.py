@@ -20,6 +20,7 @@ from loclin.models.forward import hidden_output, hooked, keeps_logits, logits_at
 from loclin.models.replica import exclusive
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
+from loclin.results.table import make_columns
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,8 @@ class LogitLens(Result):
 
     Attributes
     ----------
-    token, text
-        The token that is followed, and its text.
-    layers
-        One for each of L layers.
-    provenance, warnings
-        Model and prompt, and what a reader should know about them. Nothing is frozen here.
+    token, text: the token that is followed, and its text.
+    layers: one for each of L layers. Nothing is frozen here.
     """
 
     token: int
@@ -56,8 +53,6 @@ class LogitLens(Result):
     layers: list[LensLayer]
     provenance: Provenance
     warnings: list[str]
-
-    __repr__ = brief
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -70,57 +65,35 @@ class LogitLens(Result):
 
     def table(self) -> dict[str, list[Any]]:
         """One row per layer: the first word and its probability, and the followed token's probability and rank."""
-        return {
-            "layer": list(range(len(self))),
-            "word": [layer.words[0][0] for layer in self.layers],
-            "word_probability": [layer.words[0][1] for layer in self.layers],
-            "probability": [layer.probability for layer in self.layers],
-            "rank": [layer.rank for layer in self.layers],
-        }
+        rows = ((i, *layer.words[0], layer.probability, layer.rank) for i, layer in enumerate(self.layers))
+        return make_columns("layer word word_probability probability rank", rows)
 
 
 @question
 def logit_lens(lin: Linearized, token: Token | None = None, *, position: int = -1, k: int = 5) -> LogitLens:
     """Decode every layer's residual stream with the final norm and the output head (nostalgebraist, 2020).
 
+    Cost: two forward passes, and L products with the output head.
+
+    Raises PromptError for a position outside the prompt; OptionError for a text that is not one token, or an id that
+    the model does not have.
+
     Parameters
     ----------
-    lin
-        From `loclin.linearize`.
-    token
-        The token to follow, by text or id: its probability and rank at each layer. None: the predicted token.
-    position
-        The position of the residual stream.
-    k
-        How many words to list for each layer.
-
-    Raises
-    ------
-    PromptError
-        For a position outside the prompt.
-    OptionError
-        For a text that is not one token, or an id that the model does not have.
-
-    Notes
-    -----
-    Cost: two forward passes, and L products with the output head.
+    lin: from `loclin.linearize`.
+    token: the token to follow, by text or id: its probability and rank at each layer. None: the predicted token.
+    position: the position of the residual stream.
+    k: how many words to list for each layer.
     """
     k = whole("k", k, 1)
     token = lin.next_token_ids(1, position=position)[0][0] if token is None else find_token(lin, token)
     probabilities = torch.softmax(compute_layer_logits(lin, position).double(), dim=-1)
     top = probabilities.topk(min(k, probabilities.shape[1]))
     ranks = (probabilities > probabilities[:, token, None]).sum(1) + 1
-    layers = [
-        LensLayer(
-            words=list(zip(lin.model.decode_each(ids.tolist()), values.tolist(), strict=True)),
-            probability=own,
-            rank=rank,
-        )
-        for ids, values, own, rank in zip(
-            top.indices, top.values, probabilities[:, token].tolist(), ranks.tolist(), strict=True
-        )
-    ]
-    (text,) = lin.model.decode_each([token])
+    found = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    words = [list(zip(lin.model.decode_each(ids), values, strict=True)) for ids, values in found]
+    rows = zip(words, probabilities[:, token].tolist(), ranks.tolist(), strict=True)
+    layers, (text,) = [LensLayer(*row) for row in rows], lin.model.decode_each([token])
     return LogitLens(token, text, layers, lin.jacobian(position=position).provenance(), lin.warnings)
 
 
@@ -151,10 +124,7 @@ def compute_layer_logits(lin: Linearized, position: int = -1) -> Float[Tensor, "
 
 
 class _Calls:
-    """A hook that counts a module's calls in one pass, and replaces the output of the last call in the next.
-
-    Some models call the final norm elsewhere, too.
-    """
+    """A hook that counts a module's calls, which may be several, and then replaces the output of the last one."""
 
     def __init__(self, given: Tensor) -> None:
         self.given, self.made, self.last = given, 0, 0

@@ -43,21 +43,12 @@ class Outputs:
 class Nearby:
     """Runs the unmodified model of a linearized prompt on inputs near that prompt.
 
-    Parameters
-    ----------
-    lin
-        The linearized prompt.
-    position
-        The position of the outputs. Negative positions count from the end of each input.
+    A negative position of the outputs counts from the end of each input.
     """
 
     def __init__(self, lin: Linearized, position: int = -1) -> None:
-        self._trace, self._hf, self._ids = lin.trace, lin.trace.model.hf, lin.input_ids
-        self._position = position
-        route, call = lin.trace.sequence, lin.trace.layers[0]
-        self._exit = route.exit
-        self._block = None if route.fallback_reason is not None else call.block.module
-        self._dtype = call.hidden.dtype
+        self._trace, self._position = lin.trace, position
+        self._hf = lin.trace.model.hf
         self._keeps = keeps_logits(self._hf)
 
     @in_plain_torch
@@ -71,8 +62,8 @@ class Nearby:
         At the prompt's own vectors, one input at a time, the outputs are the model's bit for bit. Positions, masks and
         whatever else a model derives from token ids are those of the prompt. Cost: n forward passes.
         """
-        parts = X.to(self._dtype).split(_fit_rows(X.shape[1]))
-        return _join(self._run(self._ids.expand(len(part), -1), part) for part in parts)
+        parts = X.to(self._trace.layers[0].hidden.dtype).split(_fit_rows(X.shape[1]))
+        return _join(self._run(self._trace.input_ids.expand(len(part), -1), part) for part in parts)
 
     def _run(self, ids: Tensor, entering: Tensor | None) -> Outputs:
         keep: dict[str, Any] = {}
@@ -110,12 +101,13 @@ class Nearby:
         def note_final(_module: nn.Module, _args: Any, output: Any) -> None:
             seen["final"] = hidden_output(output)
 
-        handles = [self._exit.register_forward_hook(note_final)]
-        if self._block is None:
-            handles.append(self._hf.get_input_embeddings().register_forward_hook(replace_embeddings))
+        route = self._trace.sequence
+        if route.fallback_reason is None:
+            block = self._trace.layers[0].block.module
+            handle = block.register_forward_pre_hook(replace_hidden, with_kwargs=True)
         else:
-            handles.append(self._block.register_forward_pre_hook(replace_hidden, with_kwargs=True))
-        with hooked(handles):
+            handle = self._hf.get_input_embeddings().register_forward_hook(replace_embeddings)
+        with hooked([route.exit.register_forward_hook(note_final), handle]):
             yield seen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,8 @@ from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized, question
 from loclin.network.ends import OutputHeadLink
 from loclin.results.provenance import Provenance
-from loclin.results.result import Result
+from loclin.results.result import AtPrompt
+from loclin.results.table import make_columns
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Lengths of random moves, relative to the norm of each token's embedding."""
@@ -32,45 +33,25 @@ PREDICTORS = ("frozen", "ordinary", "constant")
 
 @dataclass(frozen=True)
 class Deviation:
-    """The errors of one predictor at a moved input, or their means.
+    """The errors of one predictor at a moved input, or their means."""
 
-    Attributes
-    ----------
-    final
-        |predicted - true| / |true| of the final hidden state.
-    missed
-        |predicted - true| / |true - y|: the fraction of the true change that is not predicted; 1 if no change is
-        predicted.
-    kl
-        KL(true || predicted) of the next-token probabilities, in nats.
-    top
-        1 if the most probable token is the same, else 0.
-    """
-
-    final: float
-    missed: float
-    kl: float
-    top: float
+    final: float  # |predicted - true| / |true| of the final hidden state
+    missed: float  # |predicted - true| / |true - y|: the fraction of the true change that is not predicted
+    kl: float  # KL(true || predicted) of the next-token probabilities, in nats
+    top: float  # 1 if the most probable token is the same, else 0
 
 
 @dataclass(frozen=True)
 class Step:
     """One point on a ray.
 
-    Attributes
-    ----------
-    size
-        The fraction or length along the ray.
-    moved
-        |x' - x| / |x| over all tokens.
-    errors
-        By predictor: `frozen`, J x' + b; `ordinary`, y + J_ord (x' - x), the first-order Taylor expansion; `constant`,
-        y.
+    The predictors are `frozen`, J x' + b; `ordinary`, y + J_ord (x' - x), the first-order Taylor expansion; and
+    `constant`, y.
     """
 
-    size: float
-    moved: float
-    errors: dict[str, Deviation]
+    size: float  # the fraction or length along the ray
+    moved: float  # |x' - x| / |x| over all tokens
+    errors: dict[str, Deviation]  # by predictor
 
     __repr__ = brief
 
@@ -79,39 +60,27 @@ class Step:
 class Ray:
     """A direction in which the input is moved, and the errors along it.
 
-    Attributes
-    ----------
-    kind
-        `noise`: all tokens at once, each in a random direction, in proportion to its norm. `near` and `random`: one
-        token towards one of its nearest neighbours, or towards a random token; at size 1 it has become that token.
-    position, token
-        Which token is moved, and towards which token; None for noise.
-    steps
-        Points along the ray, by size.
+    Its kind is `noise`: all tokens at once, each in a random direction, in proportion to its norm; or `near` or
+    `random`: one token towards one of its nearest neighbours, or towards a random token, which it is at size 1.
     """
 
     kind: str
-    position: int | None
-    token: str | None
-    steps: list[Step]
+    position: int | None  # of the token that is moved; None for noise
+    token: str | None  # towards which it is moved
+    steps: list[Step]  # by size
 
     __repr__ = brief
 
 
 @dataclass(frozen=True)
-class Validity(Result):
+class Validity(AtPrompt):
     """How far the map is valid; made by `validity`.
 
     Attributes
     ----------
-    provenance, settings
-        Model, prompt, gate and precision; how many random directions and swaps, and their seed.
-    tokens
-        The T input tokens.
-    rays
-        Every direction, and the errors along it.
-    warnings
-        What a reader should know about the prompt.
+    settings: how many random directions and swaps, and their seed.
+    tokens: the T input tokens.
+    rays: every direction, and the errors along it.
     """
 
     provenance: Provenance
@@ -121,12 +90,6 @@ class Validity(Result):
     warnings: list[str]
 
     derived = ("prompt", "curves")
-    __repr__ = brief
-
-    @property
-    def prompt(self) -> str:
-        """The prompt as the tokenizer reads it."""
-        return self.provenance.text
 
     @property
     def curves(self) -> dict[str, list[Step]]:
@@ -140,17 +103,13 @@ class Validity(Result):
 
     def table(self) -> dict[str, list[Any]]:
         """One row per ray, point and predictor."""
-        rows = [(n, ray, step, p) for n, ray in enumerate(self.rays) for step in ray.steps for p in PREDICTORS]
-        return {
-            "ray": [n for n, _, _, _ in rows],
-            "kind": [ray.kind for _, ray, _, _ in rows],
-            "position": [ray.position for _, ray, _, _ in rows],
-            "becomes": [ray.token for _, ray, _, _ in rows],
-            "size": [step.size for _, _, step, _ in rows],
-            "moved": [step.moved for _, _, step, _ in rows],
-            "predictor": [p for _, _, _, p in rows],
-            **{f.name: [getattr(step.errors[p], f.name) for _, _, step, p in rows] for f in fields(Deviation)},
-        }
+        rows = (
+            (n, ray.kind, ray.position, ray.token, step.size, step.moved, name, *astuple(step.errors[name]))
+            for n, ray in enumerate(self.rays)
+            for step in ray.steps
+            for name in PREDICTORS
+        )
+        return make_columns("ray kind position becomes size moved predictor final missed kl top", rows)
 
 
 @question
@@ -171,34 +130,21 @@ def validity(
     the ordinary Jacobian is right. This measures by how much, and from which distance on the frozen map is the better
     one.
 
-    Parameters
-    ----------
-    lin
-        From `loclin.linearize`.
-    position
-        The prediction after this token is compared.
-    sizes
-        Lengths of the random moves, relative to the norm of each token's embedding.
-    draws
-        How many random directions.
-    swaps
-        To how many nearest neighbours, and to how many random tokens, to move each token. Attention sinks stay.
-    seed
-        The seed of the random directions and tokens.
-    progress
-        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
-
-    Raises
-    ------
-    OptionError
-        When nothing is to be moved, or a size is not above 0.
-    PromptError
-        For a position outside the prompt.
-
-    Notes
-    -----
     Cost: `len(sizes) * draws + 12 * T * swaps` forward passes; for each ray one column of the frozen and of the
     ordinary map.
+
+    Raises OptionError when nothing is to be moved, or a size is not above 0; PromptError for a position outside the
+    prompt.
+
+    Parameters
+    ----------
+    lin: from `loclin.linearize`.
+    position: the prediction after this token is compared.
+    sizes: lengths of the random moves, relative to the norm of each token's embedding.
+    draws: how many random directions.
+    swaps: to how many nearest neighbours, and to how many random tokens, to move each token. Attention sinks stay.
+    seed: the seed of the random directions and tokens.
+    progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     tell = steps(progress)
     draws, seed = whole("draws", draws, 0), whole("seed", seed, 0)
@@ -212,27 +158,25 @@ def validity(
     nearby, x = Nearby(lin, at), lin.embeddings
     generator = torch.Generator().manual_seed(seed)
     moves: list[Tensor] = []
-    about: list[tuple[str, int | None, str | None, Sequence[float]]] = []
     for _ in range(draws):
         noise = torch.nn.functional.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
         moves.append(noise * x.norm(dim=-1, keepdim=True))
-        about.append(("noise", None, None, sizes))
     ids, swapped = _swap_tokens(lin, at, swaps, generator)
-    if not draws and not len(ids):
+    if not draws and not swapped:
         raise OptionError(
             "every token up to that position is an attention sink: give a random direction, or another position"
         )
-    for part in ids.split(64) if len(ids) else ():  # in parts, since each row also has logits
+    for part in ids.split(64) if swapped else ():  # in parts, since each row also has logits
         moves += list(nearby.tokens(part).embeddings.to(x) - x)
     names = lin.model.decode_each([int(row[i]) for row, (_, i) in zip(ids, swapped, strict=True)])
-    about += [(kind, i, name, FRACTIONS) for (kind, i), name in zip(swapped, names, strict=True)]
+    rays = [Ray("noise", None, None, [])] * draws
+    rays += [Ray(kind, i, name, []) for (kind, i), name in zip(swapped, names, strict=True)]
     tell("what the maps predict")
     predictor = _Predictor(lin, at, torch.stack(moves))
     tell("what the model gives")
-    rays = []
-    for number in bar(range(len(moves)), desc="moved inputs", unit="ray"):
-        kind, i, name, places = about[number]
-        rays.append(Ray(kind, i, name, _measure_ray(nearby, predictor, x, number, places)))
+    for number, ray in enumerate(bar(rays, desc="moved inputs", unit="ray")):
+        places = sizes if ray.kind == "noise" else FRACTIONS
+        rays[number] = replace(ray, steps=_measure_ray(nearby, predictor, x, number, places))
     return Validity(
         provenance=lin.jacobian(position=at).provenance(),
         settings={"draws": draws, "swaps": swaps, "seed": seed},
@@ -243,10 +187,7 @@ def validity(
 
 
 class _Predictor:
-    """Predicts the final hidden state and the logits along several rays, with the frozen map and the ordinary Jacobian.
-
-    Both are affine, so that one column for each ray gives every point on it.
-    """
+    """Predicts hidden states and logits along rays by two affine maps: one column for each ray gives all its points."""
 
     def __init__(self, lin: Linearized, position: int, moves: Float[Tensor, "n T d"]) -> None:
         J = lin.jacobian(position=position)
@@ -271,9 +212,8 @@ def _measure_ray(nearby: Nearby, predictor: _Predictor, x: Tensor, ray: int, pla
     true = nearby.embeddings(x + sizes[:, None, None] * move)
     errors = {name: _measure_errors(true, predictor.value, *predictor.at(name, ray, sizes)) for name in PREDICTORS}
     length = relative_error(move, x)
-    return [
-        Step(size, size * length, {name: found[i] for name, found in errors.items()}) for i, size in enumerate(places)
-    ]
+    found = [dict(zip(errors, row, strict=True)) for row in zip(*errors.values(), strict=True)]
+    return [Step(size, size * length, row) for size, row in zip(places, found, strict=True)]
 
 
 def _measure_errors(true: Outputs, start: Tensor, final: Tensor, logits: Tensor) -> list[Deviation]:
@@ -295,13 +235,14 @@ def _swap_tokens(
     places = [i for i in range(position + 1) if i not in lin.sinks]
     if not count or not places:
         return ids.new_zeros((0, len(ids))), []
-    decoder = Decoder(lin.model)
-    near = decoder.neighbours(ids[places], count)
+    decoder, known = Decoder(lin.model), lin.model.tokens.knows
+    near = decoder.neighbours(ids[places], count).tolist()
     special = set(lin.model.tokenizer.all_special_ids) if lin.model.tokenizer is not None else set()
     rows, about = [], []
-    for row, i in enumerate(places):
-        chosen = _draw_tokens(decoder, count, special | {int(ids[i])}, generator)
-        for kind, others in (("near", near[row].tolist()), ("random", chosen)):
+    for i, neighbours in zip(places, near, strict=True):
+        order, without = torch.randperm(decoder.vocabulary, generator=generator).tolist(), special | {int(ids[i])}
+        drawn = (token for token in order if token not in without and known(token))
+        for kind, others in (("near", neighbours), ("random", islice(drawn, count))):
             for other in others:
                 swapped = ids.clone()
                 swapped[i] = other
@@ -310,22 +251,10 @@ def _swap_tokens(
     return torch.stack(rows), about
 
 
-def _draw_tokens(decoder: Decoder, count: int, without: set[int], generator: torch.Generator) -> list[int]:
-    order = torch.randperm(decoder.vocabulary, generator=generator).tolist()
-    known = decoder.model.tokens.knows
-    return list(islice((token for token in order if token not in without and known(token)), count))
-
-
-def _average(steps: Iterable[Step]) -> Step:
-    found = list(steps)
-
-    def mean(values: Iterable[float]) -> float:
-        return sum(values) / len(found)
-
-    errors = {
-        name: Deviation(
-            **{f.name: mean(getattr(step.errors[name], f.name) for step in found) for f in fields(Deviation)}
-        )
-        for name in PREDICTORS
-    }
-    return Step(found[0].size, mean(step.moved for step in found), errors)
+def _average(steps: Sequence[Step]) -> Step:
+    """Average the errors at one size."""
+    errors = {}
+    for name in PREDICTORS:
+        columns = zip(*(astuple(step.errors[name]) for step in steps), strict=True)
+        errors[name] = Deviation(*(sum(column) / len(steps) for column in columns))
+    return Step(steps[0].size, sum(step.moved for step in steps) / len(steps), errors)

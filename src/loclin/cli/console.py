@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from loclin.common.imports import quiet_imports
+from loclin.common.shared import quiet_imports
 from loclin.errors import LoclinError
 
 stdout = Console()

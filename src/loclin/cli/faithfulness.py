@@ -28,8 +28,8 @@ def faithfulness(
     """
     with importing():
         from loclin.analyses.faithfulness.prompts import load_prompts
-        from loclin.analyses.faithfulness.statistics import check_scipy
         from loclin.analyses.faithfulness.study import faithfulness as run
+        from loclin.analyses.faithfulness.summary import check_scipy
         from loclin.models import load
         from loclin.report.faithfulness import faithfulness_markdown
         from loclin.results.files import write_text

@@ -10,12 +10,7 @@ from pathlib import Path
 def reason(fault: OSError, path: Path) -> str:
     """Explain an operating system error; for a missing permission, with the file that refuses and its owner.
 
-    Parameters
-    ----------
-    fault
-        The error.
-    path
-        The path that was used; the error's own file name is preferred, if it is absolute.
+    `path` is what was used; the error's own file name is preferred, if it is absolute.
     """
     if not isinstance(fault, PermissionError):
         return fault.strerror or str(fault)
@@ -44,10 +39,7 @@ def _owner(path: Path, uid: int) -> str:
 
 
 def share(directory: Path) -> None:
-    """Give a directory's files the directory's own read and write permissions.
-
-    The directory has those of the umask; some libraries write files that only their owner may read.
-    """
+    """Give a directory's files its own permissions, those of the umask: some libraries write for their owner alone."""
     mode = stat.S_IMODE(directory.stat().st_mode) & 0o666
     for path in directory.iterdir():
         if path.is_file():

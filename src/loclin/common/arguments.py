@@ -10,13 +10,7 @@ from loclin.errors import OptionError, PromptError
 
 
 def strings(name: str, given: Any) -> list[str]:
-    """A list of strings; a single string, which Python would read as a list of letters, is refused.
-
-    Raises
-    ------
-    OptionError
-        For a string, or for anything that is not a list of strings.
-    """
+    """A list of strings; OptionError for anything else, and for one string, which would read as a list of letters."""
     if isinstance(given, str):
         raise OptionError(f"{name}={given!r} is one string: give a list, {name}=[{given!r}]")
     try:
@@ -30,13 +24,7 @@ def strings(name: str, given: Any) -> list[str]:
 
 
 def whole(name: str, given: Any, least: int | None = None, most: int | None = None) -> int:
-    """A whole number in a range, also NumPy's or a tensor's, as an int; True and False are refused.
-
-    Raises
-    ------
-    OptionError
-        For anything else; the message gives the range.
-    """
+    """A whole number in a range, also NumPy's or a tensor's, as an int; OptionError for anything else, also bools."""
     try:
         found = None if isinstance(given, bool) else operator.index(given)
     except TypeError:
@@ -48,13 +36,7 @@ def whole(name: str, given: Any, least: int | None = None, most: int | None = No
 
 
 def real(name: str, given: Any, least: float | None = None, above: float | None = None) -> float:
-    """A finite number of at least `least`, or above `above`, also NumPy's or a tensor's, as a float.
-
-    Raises
-    ------
-    OptionError
-        For anything else; the message gives the range.
-    """
+    """A finite number from `least` on, or above `above`, also NumPy's or a tensor's, as a float; else OptionError."""
     try:
         found = math.nan if isinstance(given, bool | str) else float(given)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # not a number, or several
@@ -66,13 +48,7 @@ def real(name: str, given: Any, least: float | None = None, above: float | None 
 
 
 def text(name: str, given: str) -> str:
-    """A text that every tokenizer and file can take: not empty, and without lone surrogates.
-
-    Raises
-    ------
-    PromptError
-        For an empty text, or one with lone surrogates.
-    """
+    """A text that every tokenizer and file can take; PromptError if it is empty, or has lone surrogates."""
     if not given:
         raise PromptError(f"{name} is empty: give some text")
     try:

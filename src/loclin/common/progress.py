@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -22,16 +21,12 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 def steps(progress: Progress) -> Callable[[str], None]:
-    """The function that is told each step.
-
-    Raises
-    ------
-    OptionError
-        When it is neither True, False nor a function.
-    """
-    if not isinstance(progress, bool) and not callable(progress):
+    """The function that is told each step; OptionError when it is neither True, False nor a function."""
+    if isinstance(progress, bool):
+        return lambda _step: None
+    if not callable(progress):
         raise OptionError(f"progress={progress!r}: give True, False, or a function that takes each step's name")
-    return _silent if isinstance(progress, bool) else progress
+    return progress
 
 
 def with_progress(function: Callable[P, R]) -> Callable[P, R]:
@@ -39,26 +34,16 @@ def with_progress(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _without_bars(_quiet.get() or kwargs.get("progress") is False):
+        token = _quiet.set(_quiet.get() or kwargs.get("progress") is False)
+        try:
             return function(*args, **kwargs)
+        finally:
+            _quiet.reset(token)
 
     return run
-
-
-@contextmanager
-def _without_bars(quiet: bool) -> Iterator[None]:
-    token = _quiet.set(quiet)
-    try:
-        yield
-    finally:
-        _quiet.reset(token)
 
 
 def bar(items: Any = None, *, shown: bool = True, **options: Any) -> tqdm:
     """A tqdm bar that appears after two seconds, on a terminal, unless the caller wants none."""
     hidden = None if shown and not _quiet.get() else True  # None: on a terminal only
     return tqdm(items, delay=2, leave=False, disable=hidden, **options)
-
-
-def _silent(_step: str) -> None:
-    """Tell nobody."""

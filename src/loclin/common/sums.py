@@ -36,13 +36,7 @@ def relative_error(difference: Tensor, reference: Tensor) -> float:
 
 
 def refuse_non_finite(name: str, vector: Tensor) -> None:
-    """Refuse a vector with NaN or infinite numbers, since every product with it would have them too.
-
-    Raises
-    ------
-    OptionError
-        With their number.
-    """
+    """Refuse a vector with NaN or infinite numbers, by an OptionError: every product with it would have them too."""
     bad = int((~vector.isfinite()).sum()) if vector.is_floating_point() else 0
     if bad:
         raise OptionError(f"{name} has {bad} of {vector.numel()} numbers that are NaN or infinite: give finite ones")

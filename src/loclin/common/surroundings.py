@@ -57,24 +57,11 @@ def _run_eagerly(stack: ExitStack) -> None:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
-_exact, _plain, _eager = SharedState(_compute_exactly), SharedState(_be_plain), SharedState(_run_eagerly)
-
-
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Switch TF32 and reduced-precision sums off; every switch is restored afterwards, also after an error.
-
-    The switches belong to the process: they apply to other threads meanwhile too.
-    """
-    with _exact():
-        yield
-
-
-@contextmanager
-def eager_code() -> Iterator[None]:
-    """Run compiled code eagerly: a compiled graph hides its operations."""
-    with _eager():
-        yield
+exact_arithmetic = SharedState(_compute_exactly)
+"""Switches TF32 and reduced-precision sums off, for the whole process; restored afterwards, also after an error."""
+eager_code = SharedState(_run_eagerly)
+"""Runs compiled code eagerly: a compiled graph hides its operations."""
+_plain = SharedState(_be_plain)
 
 
 @contextmanager
@@ -84,13 +71,15 @@ def plain_torch() -> Iterator[None]:
     Also the default device and dtype: the CPU and float32. The dtype and the switches of `exact_arithmetic` belong to
     the process, everything else to the thread.
 
-    Raises
-    ------
-    OptionError
-        Inside a function that torch transforms or traces (`vmap`, `grad`, `jit.trace`, fake tensors), where tensors
-        have no values.
+    Raises OptionError inside a function that torch transforms or traces (`vmap`, `grad`, `jit.trace`, fake tensors),
+    where tensors have no values.
     """
-    _refuse_transforms()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
+        raise OptionError(
+            "loclin was called inside a function that torch transforms or traces (vmap, grad, jit.trace, fake "
+            "tensors); call it outside, on ordinary tensors"
+        )
     with ExitStack() as stack:
         stack.enter_context(exact_arithmetic())
         stack.enter_context(_plain())
@@ -134,12 +123,3 @@ def in_plain_torch(function: F) -> F:
 def usable(tensor: Tensor) -> Tensor:
     """A caller's tensor, detached; copied if it was made in inference mode, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def _refuse_transforms() -> None:
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
-        raise OptionError(
-            "loclin was called inside a function that torch transforms or traces (vmap, grad, jit.trace, fake "
-            "tensors); call it outside, on ordinary tensors"
-        )

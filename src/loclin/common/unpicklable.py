@@ -16,13 +16,7 @@ class Unpicklable:
     """What to do instead of pickling."""
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
-        """Refuse to be pickled or copied deeply.
-
-        Raises
-        ------
-        OutputError
-            Saying what can be saved instead.
-        """
+        """Refuse to be pickled or copied deeply; the OutputError says what can be saved instead."""
         name = type(self).__name__
         raise OutputError(f"a {name} holds the model and cannot be pickled or copied deeply: {self.instead}")
 

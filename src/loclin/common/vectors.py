@@ -22,32 +22,17 @@ def is_block(given: Any, dims: int) -> bool:
 
 
 def vectors(name: str, given: Any, **sides: int | None) -> Tensor:
-    """Read real numbers of a given shape from a tensor, an array or lists.
+    """Read real numbers from an argument: a tensor, an array or lists. `sides` are its lengths by name, None for any.
 
-    Parameters
-    ----------
-    name
-        The argument's name.
-    given
-        Its value.
-    sides
-        The lengths of the axes, by their names; None for any length.
-
-    Raises
-    ------
-    OptionError
-        For another shape, for complex numbers, and for numbers that are NaN or infinite.
+    Raises OptionError for another shape, for complex numbers, and for numbers that are NaN or infinite.
     """
     shape = ", ".join(side if length is None else f"{side} = {length}" for side, length in sides.items())
     try:
         found = given if isinstance(given, Tensor) else torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError):
         raise OptionError(f"{name} is {type(given).__name__}: give a tensor or an array [{shape}]") from None
-    lengths = list(sides.values())
-    fits = found.dim() == len(lengths) and all(
-        length is None or length == side for length, side in zip(lengths, found.shape, strict=True)
-    )
-    if not fits:
+    wanted, shown = sides.values(), found.shape
+    if len(wanted) != len(shown) or any(one not in (None, side) for one, side in zip(wanted, shown, strict=True)):
         raise OptionError(f"{name} has the shape {list(found.shape)}: give [{shape}]")
     if found.is_complex() or found.is_meta or found.layout != torch.strided:
         raise OptionError(f"{name} is complex, sparse, or without numbers: give a dense tensor of real numbers")

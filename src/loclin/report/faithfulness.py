@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from loclin.analyses.faithfulness import summary
 from loclin.analyses.faithfulness.prompts import HALVES, Half
-from loclin.analyses.faithfulness.statistics import Interval
 from loclin.analyses.faithfulness.study import Faithfulness
+from loclin.analyses.faithfulness.summary import Interval
 from loclin.report.run import run_of
 from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe
 from loclin.report.table import Column, Table

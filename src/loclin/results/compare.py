@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loclin.common.brief import brief
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
 from loclin.results.provenance import Provenance
@@ -22,14 +21,9 @@ class Comparison(Result):
 
     Attributes
     ----------
-    kind
-        The class of both results.
-    differences
-        Fields of the provenance that differ, without dates and certificates: both values, by field.
-    errors
-        |a - b| / |b| of every tensor, and of all numbers of a field together (`tokens.share`); 0 if they are equal.
-    provenance, warnings
-        None and empty, since the result is about two maps.
+    kind: the class of both results.
+    differences: fields of the provenance that differ, without dates and certificates: both values, by field.
+    errors: |a - b| / |b| of every tensor, and of all numbers of a field together (`tokens.share`); 0 if they are equal.
     """
 
     kind: str
@@ -38,8 +32,6 @@ class Comparison(Result):
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
 
-    __repr__ = brief
-
     def table(self) -> dict[str, list[Any]]:
         """One row per field: its name and its relative error."""
         return {"field": list(self.errors), "error": list(self.errors.values())}
@@ -47,34 +39,26 @@ class Comparison(Result):
 
 @in_plain_torch
 def compare(a: Result, b: Result) -> Comparison:
-    """Compare two results of one kind: a new run with a saved one, or one gate split with another.
-
-    Raises
-    ------
-    OptionError
-        When they differ in kind or shape, so that their numbers do not correspond.
-    """
+    """Compare two results, such as a new run and a saved one; OptionError where `a` and `b` differ in kind or shape."""
     if type(a) is not type(b):
         raise OptionError(f"a {type(a).__name__} and a {type(b).__name__} cannot be compared: give two of one kind")
-    (first, second), (mine, other) = ((f(a), f(b)) for f in (_describe, _collect_numbers))
+    mine, other = _collect_numbers(a), _collect_numbers(b)
+    first, second = (
+        {} if one is None else one.key() | {"versions": one.versions} for one in (a.provenance, b.provenance)
+    )
     names = dict.fromkeys([*first, *second])
     differing = {n: (first.get(n), second.get(n)) for n in names if first.get(n) != second.get(n)}
     errors = {}
     for name in dict.fromkeys([*mine, *other]):
         one, two = mine.get(name), other.get(name)
         if one is not None and two is not None and one.shape == two.shape:
-            errors[name] = _relative_error(one, two)
+            errors[name] = 0.0 if torch.equal(one, two) else ((one - two).norm() / two.norm()).item()
         elif one is not None and two is not None and "." not in name:
             shapes = f"{list(one.shape)} and {list(two.shape)}"
             raise OptionError(f"{name} has the shapes {shapes}: compare maps of one shape, with the same k")
         else:  # only one of them has this field, or it has more numbers
             differing[name] = (_count(one), _count(two))
     return Comparison(type(a).__name__, differing, errors)
-
-
-def _describe(result: Result) -> dict[str, Any]:
-    known = result.provenance
-    return {} if known is None else known.key() | {"versions": known.versions}
 
 
 def _collect_numbers(result: Result) -> dict[str, Tensor]:
@@ -105,7 +89,3 @@ def _collect_numbers(result: Result) -> dict[str, Tensor]:
 
 def _count(values: Tensor | None) -> str:
     return "nothing" if values is None else f"{values.numel()} numbers"
-
-
-def _relative_error(a: Tensor, b: Tensor) -> float:
-    return 0.0 if torch.equal(a, b) else ((a - b).norm() / b.norm()).item()

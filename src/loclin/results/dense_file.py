@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +34,8 @@ class DenseFile:
     """A dense map `[d_out, T, d_in]` in the file `path`, with a description in `PATH.json`.
 
     Until all rows are written, they are in `PATH.partial`, and the `.json` counts the rows that are on the disk. The
-    hidden `.lock` file may be deleted while no process writes.
-
-    Parameters
-    ----------
-    path
-        The `.npy` file.
-    shape, dtype
-        Those of the map.
-    key
-        Identifies the map; JSON values. A file with another key is refused.
-
-    Raises
-    ------
-    OptionError
-        When NumPy has no such dtype.
+    hidden `.lock` file may be deleted while no process writes. The `key`, of JSON values, identifies the map: a file
+    with another key is refused. Raises OptionError for a dtype that NumPy does not have.
     """
 
     def __init__(
@@ -57,6 +44,7 @@ class DenseFile:
         self.path = Path(os.path.realpath(path))
         self._beside = self.path.with_name(f"{self.path.name}.json")
         self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self._fix = f"delete it and {self._beside.name}, or choose another path"
         self._shape, self._dtype = shape, dtype
         self._key = json.loads(json.dumps(key))
         self._header = _make_header(shape, dtype)
@@ -65,27 +53,17 @@ class DenseFile:
     def obtain(self, rows_from: Callable[[int], Iterator[tuple[slice, Tensor]]]) -> Tensor:
         """Open the file, after writing the rows that are missing.
 
-        `rows_from(start)` yields the rows from `start` on, in order. A second process waits for the first one.
+        `rows_from(start)` yields the rows from `start` on, in order. A second process waits for the first one. The
+        tensor `[d_out, T, d_in]` on the CPU is read from the file on demand; writing to it does not change the file.
 
-        Returns
-        -------
-        Tensor
-            `[d_out, T, d_in]` on the CPU, read from the file on demand; writing to it does not change the file.
-
-        Raises
-        ------
-        OutputError
-            When the file cannot be written, or the disk has no room for it.
-        ResultError
-            When the file is of another map, or was altered.
+        Raises OutputError when the file cannot be written, or the disk has no room for it; ResultError when the file is
+        of another map, or was altered.
         """
         if not os.path.isfile(self.path):  # noqa: PTH113 - it never raises
             check_writable(self.path)
-        found = self._read()
-        if found is None:
+        if (found := self._read()) is None:
             with self._lock():
-                found = self._read()
-                if found is None:
+                if (found := self._read()) is None:
                     try:
                         self._write(rows_from)
                     except OSError as error:
@@ -119,16 +97,11 @@ class DenseFile:
         count = math.prod(self._shape)
         return torch.frombuffer(mapped, dtype=self._dtype, count=count, offset=len(self._header)).reshape(self._shape)
 
-    @property
-    def _fix(self) -> str:
-        return f"delete it and {self._beside.name}, or choose another path"
-
     def _rows_done(self) -> int:
         """Read from `PATH.json` how many rows are written; refuse files of other maps."""
         try:
             record = json.loads(self._beside.read_text(encoding="utf-8"))
-            done, key = record["rows"], record["key"]
-            known = record["format"] == FORMAT
+            done, key, known = record["rows"], record["key"], record["format"] == FORMAT
         except FileNotFoundError:
             if self.path.exists():
                 raise ResultError(f"{self.path} exists already, and is not by loclin: {self._fix}") from None
@@ -173,21 +146,16 @@ class DenseFile:
         record = {"format": FORMAT, "rows": done, "of": self._shape[0], "shape": self._shape, "key": self._key}
         write_text(self._beside, json.dumps(record, ensure_ascii=False, indent=1))
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Hold the lock of the file, so that only one process writes."""
+    def _lock(self) -> AbstractContextManager[object]:
+        """Take the lock of the file, so that only one process writes, until the end of a `with`."""
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(timeout=0)
         except Timeout:
             with status(f"Waiting for another process that is writing {self.path.name} …"):
-                lock.acquire()
+                return lock.acquire()
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {reason(error, self.path)}; choose another path") from error
-        try:
-            yield
-        finally:
-            lock.release()
 
 
 def _make_header(shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loclin.common.access import reason, refusal
@@ -13,14 +13,9 @@ from loclin.errors import OutputError, ResultError
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a path that cannot be written, before the computation starts.
+    """Refuse a path that cannot be written, before the computation starts: creates a file beside it, and removes it.
 
-    The check creates a file in the same directory, and removes it.
-
-    Raises
-    ------
-    OutputError
-        When the directory is missing or not writable, or the path is a directory or a protected file.
+    Raises OutputError when the directory is missing or not writable, or the path is a directory or a protected file.
     """
     target = Path(path)
     try:
@@ -34,7 +29,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             raise OutputError(f"cannot write {target}: {folder} is not a directory; choose another path")
         with suppress(FileNotFoundError):
             real.stat()  # raises for a loop of links, or a name that is too long
-        for needed in _list_written(target):
+        plain = not target.exists() or target.is_file()  # others are written in place: no file is created or replaced
+        for needed in [folder, *([real] if real.exists() else [])] if plain else [target]:
             if not os.access(needed, os.W_OK):
                 raise OutputError(f"cannot write {target}: {refusal(needed)}; chmod it or choose another path")
         if not real.exists() or real.is_file():  # pipes and devices are written directly
@@ -46,28 +42,22 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"cannot write {target}: {why}; choose another path") from error
 
 
-def _list_written(target: Path) -> list[Path]:
-    """List what must be writable: the directory, in which the file is created, and a file that it replaces."""
-    real = Path(os.path.realpath(target))
-    if target.exists() and not target.is_file():
-        return [target]
-    return [real.parent, *([real] if real.exists() else [])]
-
-
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a text file in UTF-8.
-
-    Raises
-    ------
-    ResultError
-        When the file is missing, not readable, or not text.
-    """
+    """Read a text file in UTF-8; raises ResultError when it is missing, not readable, or not text."""
     try:
-        return Path(path).read_text("utf-8")
-    except FileNotFoundError as error:
-        raise ResultError(f"cannot read {path}: there is no such file; check its name") from error
+        with readable(path):
+            return Path(path).read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ResultError(f"cannot read {path}: it is not text; name a file that save() made") from error
+
+
+@contextmanager
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise ResultError where a file that is read inside is missing or not readable."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ResultError(f"cannot read {path}: there is no such file; check its name") from error
     except OSError as error:
         raise ResultError(f"cannot read {path}: {reason(error, Path(path))}") from error
 
@@ -78,13 +68,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file completely or not at all: to a temporary file in the same directory, which is then renamed.
-
-    Raises
-    ------
-    OutputError
-        When the file cannot be written.
-    """
+    """Write a file completely (a temporary file beside it is renamed) or not at all, and raise OutputError."""
     check_writable(path)
     target = Path(path)
     try:
@@ -101,19 +85,8 @@ def check_apart(
 ) -> None:
     """Refuse two outputs in one file, and an output that would overwrite an input or the printed output.
 
-    Links, hard links and other spellings of a path count as the same file.
-
-    Parameters
-    ----------
-    outputs
-        Paths that will be written, by the name of the option.
-    inputs
-        Files and model directories that are read, by the name of the option.
-
-    Raises
-    ------
-    OutputError
-        The message names both.
+    Both are by the names of options; inputs are files and model directories. Links, hard links and other spellings of a
+    path count as the same file. Raises OutputError, which names both.
     """
     written = list(outputs.items())
     for i, (name, path) in enumerate(written):
@@ -121,7 +94,8 @@ def check_apart(
             if _is_same(path, second):
                 raise OutputError(f"{other} and {name} are the same file, {path}; name two")
         for other, second in (inputs or {}).items():
-            if _is_same(path, second) or (Path(second).is_dir() and Path(path).exists() and _is_within(path, second)):
+            folder = Path(os.path.realpath(path)).parent
+            if _is_same(path, second) or (Path(second).is_dir() and Path(path).exists() and folder.samefile(second)):
                 raise OutputError(f"{name} would overwrite what {other} reads, {path}; name another file")
         for stream in (1, 2):
             if _is_stream(path, stream):
@@ -133,10 +107,6 @@ def _is_same(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> boo
     if one.exists() and two.exists():
         return one.samefile(two) and (one.is_file() or one.is_dir())  # a device can take several outputs
     return one == two
-
-
-def _is_within(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
-    return Path(os.path.realpath(path)).parent.samefile(folder)
 
 
 def _is_stream(path: str | os.PathLike[str], stream: int) -> bool:

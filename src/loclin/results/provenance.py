@@ -13,9 +13,6 @@ import torch
 from loclin.common.brief import brief
 from loclin.models.model import Model, ModelInfo
 
-_CIRCUMSTANCES = ("versions", "certificate", "date")
-"""Fields that may differ between two computations of the same numbers."""
-
 
 @dataclass(frozen=True)
 class Provenance:
@@ -23,22 +20,14 @@ class Provenance:
 
     Attributes
     ----------
-    model
-        Name, family, revision and source of the model.
-    token_ids, tokens, text
-        The whole prompt: its ids, the text of each token, and the text of all tokens together (see `Model.decode`).
-    gate, precision, dtype
-        The gate split (`"ordinary"`: nothing was frozen), the precision, and the dtype of the sweeps.
-    source, target, position, normed
-        Start and end of the map, as in `Linearization.jacobian`.
-    positions
-        The source positions whose maps are in the result: all, or one.
-    versions
-        Those of loclin, torch, transformers and Python.
-    certificate
-        The errors of the map's certificate and whether it passed; None if there was no certificate yet.
-    date
-        The time of the computation, in UTC.
+    model: name, family, revision and source of the model.
+    token_ids, tokens, text: the whole prompt: its ids, the text of each token, and of all together (`Model.decode`).
+    gate, precision, dtype: the gate split (`"ordinary"`: nothing was frozen), the precision, the dtype of the sweeps.
+    source, target, position, normed: start and end of the map, as in `Linearization.jacobian`.
+    positions: the source positions whose maps are in the result: all, or one.
+    versions: those of loclin, torch, transformers and Python.
+    certificate: the errors of the map's certificate and whether it passed; None if there was no certificate yet.
+    date: the time of the computation, in UTC.
     """
 
     model: ModelInfo
@@ -96,10 +85,8 @@ class Provenance:
 
     def key(self) -> dict[str, Any]:
         """Return the fields that determine the numbers: all except versions, certificate and date."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if name not in _CIRCUMSTANCES} | {
-            "model": self.model.to_dict()
-        }
+        names = [field.name for field in fields(self) if field.name not in ("versions", "certificate", "date")]
+        return {name: getattr(self, name) for name in names} | {"model": self.model.to_dict()}
 
 
 def versions() -> dict[str, str]:

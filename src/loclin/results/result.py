@@ -6,11 +6,13 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from loclin.errors import ResultError
+from loclin.common.access import reason
+from loclin.common.brief import brief
+from loclin.errors import OutputError, ResultError
 from loclin.results import display
 from loclin.results.files import read_text, write_text
 from loclin.results.provenance import Provenance
@@ -29,10 +31,8 @@ class Result:
 
     Attributes
     ----------
-    provenance
-        Model, prompt and map, and the versions it was computed with; None for a result that is not about one map.
-    warnings
-        What a reader should know before trusting it.
+    provenance: model, prompt and map, and the versions it was computed with; None if it is not about one map.
+    warnings: what a reader should know before trusting it.
     """
 
     provenance: Provenance | None
@@ -41,11 +41,15 @@ class Result:
     derived: ClassVar[tuple[str, ...]] = ()
     """Properties that `to_dict` adds to the fields."""
 
+    def __init_subclass__(cls) -> None:
+        if "__repr__" not in vars(cls):  # else `dataclass` would write one with every number
+            cls.__repr__ = brief  # type: ignore[method-assign]
+
     def to_dict(self) -> dict[str, Any]:
         """Convert it to plain values: the name of the class as `result`, every field, and derived properties.
 
-        A tensor becomes its dtype, its shape and its numbers as nested lists. A number that is not finite becomes a
-        text. Fields that are marked as too large are left out.
+        A tensor becomes its dtype, its shape and its numbers as nested lists, a number that is not finite a text.
+        Fields that are marked as too large are left out.
         """
         return {"result": type(self).__name__, **to_plain(self)}
 
@@ -55,39 +59,20 @@ class Result:
 
     @classmethod
     def from_dict(cls: type[R], values: dict[str, Any]) -> R:
-        """Build the result that `to_dict` described.
-
-        Raises
-        ------
-        ResultError
-            When the values describe something else, or were written by a version with other fields.
-        """
+        """Build the result that `to_dict` described; ResultError for another class, or a version with other fields."""
         return cls._from_plain(values, "it")
 
     @classmethod
     def from_json(cls: type[R], text: str) -> R:
-        """Build the result that `to_json` wrote.
-
-        Raises
-        ------
-        ResultError
-            When the text is not JSON, describes something else, or was written by a version with other fields.
-        """
+        """Build the result that `to_json` wrote; raises ResultError as `from_dict` does, and for what is not JSON."""
         return cls._from_json(text, "it")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to a file, completely or not at all.
 
-        Parameters
-        ----------
-        path
-            `.safetensors` has every field that can be saved, with tensors bit for bit; a readable description is
-            written to `PATH.json`. `.json` has the text of `to_json`.
-
-        Raises
-        ------
-        OutputError
-            When a file cannot be written, or the path has another ending.
+        At a `path` that ends in `.safetensors` it has every field that can be saved, with tensors bit for bit, and a
+        readable description is written to `PATH.json`; `.json` has the text of `to_json`. Raises OutputError when a
+        file cannot be written, or for another ending.
         """
         if Path(path).suffix == ".json":
             write_text(path, self.to_json())
@@ -103,13 +88,7 @@ class Result:
 
     @classmethod
     def load(cls: type[R], path: str | os.PathLike[str]) -> R:
-        """Load a saved result; its tensors are on the CPU.
-
-        Raises
-        ------
-        ResultError
-            When the file is missing, altered, or holds something else.
-        """
+        """Load a saved result, with tensors on the CPU; ResultError if it is missing, altered, or something else."""
         if Path(path).suffix == ".json":
             return cls._from_json(read_text(path), str(path))
         tensors, about = load_tensors(path)
@@ -137,13 +116,7 @@ class Result:
             ) from error
 
     def to_dataframe(self) -> DataFrame:
-        """Make a table of it; this needs pandas (`pip install "loclin[pandas]"`).
-
-        Raises
-        ------
-        MissingExtraError
-            When pandas is not installed.
-        """
+        """Make a table of it; raises MissingExtraError without pandas (`pip install "loclin[pandas]"`)."""
         return dataframe(self.table())
 
     def table(self) -> dict[str, list[Any]]:
@@ -158,12 +131,7 @@ class Result:
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """Render it as a complete HTML page that needs no network, and write that to `path`, if given.
 
-        Raises
-        ------
-        OutputError
-            When the file cannot be written.
-        MissingExtraError
-            When plotly, which draws the figures, is not installed.
+        Raises OutputError when it cannot be written, and MissingExtraError without plotly, which draws the figures.
         """
         text = display.page(self)
         if path is not None:
@@ -172,3 +140,45 @@ class Result:
 
     def _repr_html_(self) -> str:
         return display.fragment(self)
+
+
+class AtPrompt(Result):
+    """The base class of results about one prompt."""
+
+    provenance: Provenance
+
+    derived: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as the tokenizer reads it."""
+        return self.provenance.text
+
+
+class Record(Generic[R]):
+    """The JSON file of a long run, which grows, and from which an interrupted run is resumed.
+
+    The result is of the class `kind`. Without a path nothing is written; `fresh`: overwrite the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, kind: type[R], fresh: bool) -> None:
+        self.path = None if path is None else Path(path)
+        self._kind, self._fresh = kind, fresh
+
+    def read(self) -> R | None:
+        """Read the result of an earlier run, None if there is none; OutputError for a file with something else."""
+        if self.path is None or self._fresh:
+            return None
+        try:
+            return self._kind.from_json(read_text(self.path)) if self.path.is_file() else None
+        except OSError as error:
+            raise OutputError(f"cannot read {self.path}: {reason(error, self.path)}") from error
+        except ResultError as error:
+            raise OutputError(
+                f"cannot resume {self.path}: {error}; or choose another file, or overwrite it with --fresh (fresh=True)"
+            ) from error
+
+    def write(self, result: R) -> None:
+        """Write the result so far, completely or not at all."""
+        if self.path is not None:
+            write_text(self.path, result.to_json())

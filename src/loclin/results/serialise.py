@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,19 +22,11 @@ NOT_SAVED = {"saved": "never"}
 
 
 def to_plain(value: Any, store: Callable[[str, Tensor], Any] | None = None, name: str = "") -> Any:
-    """Convert a value to dicts, lists, numbers and texts; numbers that are not finite become texts.
+    """Convert dataclasses, lists, tuples, mappings, tensors and plain values, in any nesting, to plain JSON values.
 
-    A dataclass becomes a dict of its fields, and of the properties that its `derived` names, for readers.
-
-    Parameters
-    ----------
-    value
-        Dataclasses, lists, tuples, dicts, tensors and plain values in any nesting.
-    store
-        A function that takes each tensor with its name (`field.field`) and returns a plain value for it. Without it, a
-        tensor becomes its dtype, its shape and its numbers.
-    name
-        The name of `value` itself.
+    Numbers that are not finite become texts. `store` takes each tensor with its name (`field.field`) and returns a
+    plain value for it; without it, a tensor becomes its dtype, its shape and its numbers, and a dataclass has also the
+    properties that its `derived` names, for readers. `name` is the name of `value` itself.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -48,20 +40,15 @@ def to_plain(value: Any, store: Callable[[str, Tensor], Any] | None = None, name
         return [to_plain(item, store, _join(name, str(i))) for i, item in enumerate(value)]
     if not is_dataclass(value):
         raise TypeError(f"{name}: a {type(value).__name__} cannot be saved")
-    wanted = [field.name for field in fields(value) if _is_saved(field, tensors=store is not None)]
+    kept = (None,) if store is None else (None, "tensors")
+    wanted = [field.name for field in fields(value) if field.metadata.get("saved") in kept]
     if store is None:
         wanted += getattr(value, "derived", ())
     return {field: to_plain(getattr(value, field), store, _join(name, field)) for field in wanted}
 
 
 def from_plain(values: Any, kind: type[T], tensors: Mapping[str, Tensor] | None = None) -> T:
-    """Build a dataclass from what `to_plain` returned; unknown keys are ignored.
-
-    Raises
-    ------
-    ResultError
-        When a field is missing or has another type; the message says which.
-    """
+    """Build a dataclass from what `to_plain` returned, but for unknown keys; ResultError says which field is wrong."""
 
     def read(wanted: type, given: Any) -> Any:
         if not isinstance(given, dict):
@@ -78,11 +65,6 @@ def from_plain(values: Any, kind: type[T], tensors: Mapping[str, Tensor] | None 
     except (msgspec.ValidationError, KeyError, RuntimeError) as error:
         why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise ResultError(why) from error
-
-
-def _is_saved(field: Field[Any], tensors: bool) -> bool:
-    saved = field.metadata.get("saved")
-    return saved is None or (saved == "tensors" and tensors)
 
 
 def _join(name: str, part: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,13 +15,7 @@ if TYPE_CHECKING:
 
 
 def dataframe(columns: dict[str, Any]) -> DataFrame:
-    """Make a table from columns of equal length.
-
-    Raises
-    ------
-    MissingExtraError
-        When pandas is not installed.
-    """
+    """Make a table from columns of equal length; raises MissingExtraError when pandas is not installed."""
     try:
         from pandas import DataFrame
     except ImportError as error:
@@ -28,8 +23,14 @@ def dataframe(columns: dict[str, Any]) -> DataFrame:
     return DataFrame(columns)
 
 
+def make_columns(names: str, rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
+    """Make columns, by their names with spaces between, from rows."""
+    found = list(rows)
+    return {name: [row[i] for row in found] for i, name in enumerate(names.split())}
+
+
 def by_rank(columns: dict[str, Tensor], provenance: Provenance | None) -> dict[str, list[Any]]:
-    """Make columns with one row per token and rank from tensors `[T, k]`, or one row per rank from `[k]`.
+    """Make columns from tensors `[T, k]`, one row per token and rank, or `[k]`, one row per rank.
 
     Tokens are numbered by their positions in the prompt, and have a text if the provenance is known.
     """

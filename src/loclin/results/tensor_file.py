@@ -13,10 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from loclin.common.access import reason
 from loclin.errors import OutputError, ResultError
 from loclin.models.hashing import tensor_bytes
-from loclin.results.files import check_writable, write_bytes, write_text
+from loclin.results.files import check_writable, readable, write_bytes, write_text
 
 FORMAT = "1"
 SUFFIX = ".safetensors"
@@ -26,25 +25,10 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about
     """Write tensors to one `.safetensors` file, with `about` as JSON in its metadata.
 
     `PATH.json` gets `about` and the tensors' shapes, for people to read; it is never loaded. Each file is written
-    completely or not at all. Memory: two copies of the tensors.
-
-    Parameters
-    ----------
-    path
-        The file, which must end in `.safetensors`.
-    tensors
-        Any shapes and dtypes, on any device.
-    about
-        JSON values.
-
-    Raises
-    ------
-    OutputError
-        When the files cannot be written, or the path has another ending.
+    completely or not at all; see `check_path` for errors. Memory: two copies of the tensors.
     """
     check_path(path)
     target = Path(path)
-    beside = _path_beside(target)
     # safetensors refuses tensors that share memory
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -52,17 +36,12 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about
     text = json.dumps(about, ensure_ascii=False)
     write_bytes(target, save(plain, {"loclin": FORMAT, "about": text, "digest": _digest(plain, text)}))
     shapes = {name: {"shape": list(tensor.shape), "dtype": _dtype_name(tensor)} for name, tensor in plain.items()}
-    write_text(beside, json.dumps({"file": target.name, "tensors": shapes} | about, ensure_ascii=False, indent=1))
+    described = json.dumps({"file": target.name, "tensors": shapes} | about, ensure_ascii=False, indent=1)
+    write_text(_path_beside(target), described)
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Refuse a path that `save_tensors` could not write, before the computation starts.
-
-    Raises
-    ------
-    OutputError
-        When the files cannot be written, or the path has another ending.
-    """
+    """Refuse, by an OutputError, a path with another ending or that cannot be written, before anything is computed."""
     target = Path(path)
     if target.suffix != SUFFIX:
         raise OutputError(f"cannot write {target}: results are safetensors files; call it {target}{SUFFIX}")
@@ -73,21 +52,15 @@ def check_path(path: str | os.PathLike[str]) -> None:
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: the tensors, bit for bit and on the CPU, and `about`.
 
-    Raises
-    ------
-    ResultError
-        When the file is missing, cut short, altered, or not written by `save_tensors` in a format known here.
+    Raises ResultError when the file is missing, cut short, altered, or of an unknown format.
     """
     target = Path(path)
     try:
-        target.open("rb").close()  # safetensors reports an unreadable file as missing
-        with safe_open(target, "pt") as stored:
-            facts = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()} if "loclin" in facts else {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ResultError(f"cannot read {target}: there is no such file; check its name") from error
-    except OSError as error:
-        raise ResultError(f"cannot read {target}: {reason(error, target)}") from error
+        with readable(target):
+            target.open("rb").close()  # safetensors reports an unreadable file as missing
+            with safe_open(target, "pt") as stored:
+                facts = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()} if "loclin" in facts else {}  # noqa: SIM118
     except SafetensorError as error:
         raise ResultError(f"cannot read {target}: it is cut short, or not a safetensors file; save it again") from error
     if "loclin" not in facts:
@@ -111,7 +84,6 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    """Hash everything in a file."""
     digest = hashlib.sha256(text.encode("utf-8"))
     for name in sorted(tensors):
         digest.update(f"\n{name} {_dtype_name(tensors[name])} {list(tensors[name].shape)}\n".encode())

@@ -19,8 +19,8 @@ from loclin.analyses.faithfulness import methods, planes, summary
 from loclin.analyses.faithfulness import study as study_module
 from loclin.analyses.faithfulness.deletion import Removal, rank_positions, replace_each
 from loclin.analyses.faithfulness.prompts import HALVES, StudyPrompt, load_prompts
-from loclin.analyses.faithfulness.statistics import interval, rank_correlations
 from loclin.analyses.faithfulness.study import Faithfulness, PromptResult, faithfulness
+from loclin.analyses.faithfulness.summary import interval, rank_correlations
 from loclin.analyses.nearby import Nearby
 from loclin.errors import ModelError, OptionError, OutputError
 from loclin.linearization import linearize

@@ -1,9 +1,8 @@
 """Exact attribution: a target of the frozen network as a sum of shares.
 
 The residual stream is the sum of the embedding, every attention output and every MLP output. A target is linear in it:
-`target = sum_c g . c`, with the target's gradient g and one term for each component c. The term g . c is the direct
-effect of a layer's component; a head or a neuron is one part of it. The vjp of g down to the embeddings gives the total
-effect of each token and of each bias.
+`target = sum_c g . c`, with the target's gradient g and one term, the direct effect, for each component c. The vjp of g
+down to the embeddings gives the total effect of each token and of each bias.
 """
 
 from __future__ import annotations
@@ -12,26 +11,32 @@ from dataclasses import replace
 from typing import get_args
 
 import torch
+from torch import Tensor
 
-from loclin.analyses.attribution.result import Attribution, By, Kind
+from loclin.analyses.attribution.result import Attribution, By, Kind, Share
 from loclin.analyses.attribution.shares import (
     Shares,
     compute_shares,
+    list_additions,
     share_by_component,
     share_by_source,
     share_by_token_and_layer,
 )
 from loclin.analyses.attribution.target import Readout, Target, describe_target, read_target
-from loclin.analyses.attribution.wording import put_into_words
+from loclin.analyses.decode import Decoder
 from loclin.common.arguments import whole
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized, question
 from loclin.network import memory
+from loclin.network.autograd import batched_jvp
 from loclin.network.chain import Chain
+from loclin.network.points import Point
+from loclin.network.units import UnitFinder
 
 LEVELS: tuple[By, ...] = get_args(By)
 _SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
+_WORDS = 8
 _SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
 
 
@@ -46,16 +51,24 @@ def attribute(
     in_words: int = 12,
     progress: Progress = True,
 ) -> Attribution:
-    """Split a target into exact shares.
+    """Split a target into exact shares, which sum to it up to rounding (`Attribution.residual`).
+
+    Cost: by token or bias one column backward, and two forward passes of each layer that has biases. By layer, head or
+    neuron a graph of each layer (two forward passes) and two columns. By token × layer a graph of each layer and L
+    columns, since the two columns of each layer go through the layers below it. Memory: one layer's graph; by token ×
+    layer the budget, for as many of the 2 L columns at a time as fit (each batch builds its graphs again). If
+    float32 rounds the sum by more than 5e-7, everything is computed again in float64.
+
+    Raises OptionError for an unknown `by`; for an invalid target (see
+    `loclin.analyses.attribution.target.read_target`); for a model whose layers, heads or neurons cannot be told apart;
+    PromptError for a position outside the prompt.
 
     Parameters
     ----------
-    lin
-        From `loclin.linearize`.
-    target
-        A token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Direction`, or
-        a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
-    by
+    lin: from `loclin.linearize`.
+    target: a token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Direction`,
+        or a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
+    by: one of
         `"token"`: the total effect of each input token (J_i x_i through the target) and of each bias.
         `"bias"`: the same, with all tokens as one share.
         `"layer"`: the direct effect of the embedding, of each attention and of each MLP. What later layers compute from
@@ -65,41 +78,15 @@ def attribute(
         `"token×layer"`: the effect of each token (and of the biases) along all paths on which a given attention or MLP
         is the last component that writes. Rows sum to `"token"`, columns to `"layer"`. `"token x layer"` and
         `"token*layer"` are the same.
-    position
-        The position at which the target is read.
-    in_words
-        How many of the largest shares to put into words (not for tokens and biases).
-    progress
-        True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
-
-    Returns
-    -------
-    Attribution
-        Its shares sum to the target, up to rounding (`residual`).
-
-    Raises
-    ------
-    OptionError
-        For an unknown `by`; for an invalid target (see `loclin.analyses.attribution.target.read_target`); for a model
-        whose layers, heads or neurons cannot be told apart.
-    PromptError
-        For a position outside the prompt.
-
-    Notes
-    -----
-    Cost: by token or bias one column backward, and two forward passes of each layer that has biases. By layer, head or
-    neuron a graph of each layer (two forward passes) and two columns. By token × layer a graph of each layer and L
-    columns, since the two columns of each layer go through the layers below it. Memory: one layer's graph; by token ×
-    layer the budget, for as many of the 2 L columns at a time as fit (each batch builds its graphs again). If
-    float32 rounds the sum by more than 5e-7, everything is computed again in float64.
+    position: the position at which the target is read.
+    in_words: how many of the largest shares to put into words (not for tokens and biases).
+    progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     chosen, in_words, tell = parse_level(by), whole("in_words", in_words, 0), steps(progress)
     readout = read_target(lin, target, position)
-    if chosen not in ("token", "bias") and lin.trace.sequence.fallback_reason is not None:
-        raise OptionError(
-            f"{lin.model.info.name} has no layers to tell apart: {lin.trace.sequence.fallback_reason}; "
-            "use by='token' or by='bias'"
-        )
+    why = lin.trace.sequence.fallback_reason
+    if chosen not in ("token", "bias") and why is not None:
+        raise OptionError(f"{lin.model.info.name} has no layers to tell apart: {why}; use by='token' or by='bias'")
     tell(f"shares by {chosen}")
     shares = compute_shares(lin.chain, readout, lambda chain: _share(lin, chain, readout, chosen))
     rows = shares.sort_rows()
@@ -121,7 +108,7 @@ def attribute(
         warnings=[*lin.warnings, *readout.warnings, *shares.notes],
         provenance=replace(lin.jacobian(position=position).provenance(), target=readout.at),
     )
-    return put_into_words(lin, readout, found, in_words)
+    return _put_into_words(lin, readout, found, in_words)
 
 
 def _share(lin: Linearized, chain: Chain, readout: Readout, level: By) -> Shares:
@@ -133,15 +120,62 @@ def _share(lin: Linearized, chain: Chain, readout: Readout, level: By) -> Shares
 
 
 def parse_level(by: str) -> By:
-    """Parse the name of a level, in any of its spellings.
-
-    Raises
-    ------
-    OptionError
-        For an unknown level.
-    """
+    """Parse the name of a level, in any of its spellings; OptionError for an unknown one."""
     plain = by.replace(" ", "")
     plain = _SPELLINGS.get(plain, plain)
     if plain not in LEVELS:
         raise OptionError(f"by={by!r}: choose one of {', '.join(LEVELS)}")
     return plain
+
+
+def _put_into_words(lin: Linearized, readout: Readout, found: Attribution, most: int) -> Attribution:
+    """Add the words of the `most` largest shares to an attribution by layer, head or neuron, and where heads read.
+
+    The words are the tokens whose logits the component's output raises most, through the frozen final norm. Cost: a
+    graph of each layer that has such a share, one column of that layer for each, and one product with the output head.
+    """
+    if found.through is None or readout.node != 2 * lin.trace.n_layers:
+        return found
+    chosen = {i: found.parts[i] for i in found.ranking(most, found.unit) if found.parts[i].kind != "bias"}
+    if not chosen:
+        return found
+    written, attends = dict[int, Tensor](), dict[str, list[float]]()
+    for layer in dict.fromkeys(part.layer for part in chosen.values()):
+        here = {i: part for i, part in chosen.items() if part.layer == layer}
+        if layer is None:
+            written |= dict.fromkeys(here, lin.embeddings[readout.position])
+        else:
+            _describe_layer(lin, readout, layer, here, written, attends)
+    norm = lin.chain.norm(Point("final"), readout.position)
+    words = Decoder(lin.model).writes(norm.jvp(torch.stack([written[i].to(lin.embeddings) for i in chosen])), _WORDS)
+    return replace(found, writes={str(i): row for i, row in zip(chosen, words, strict=True)}, attends=attends)
+
+
+def _describe_layer(
+    lin: Linearized,
+    readout: Readout,
+    layer: int,
+    parts: dict[int, Share],
+    written: dict[int, Tensor],
+    attends: dict[str, list[float]],
+) -> None:
+    """Find what some components of one layer write at the target's position, and where its heads read."""
+    values = dict(list_additions(lin.trace, layer, "resid_post"))
+    written |= {i: values[part.kind][readout.position] for i, part in parts.items() if part.kind in values}
+    units = {i: part for i, part in parts.items() if part.kind not in values}
+    if not units:
+        return
+    finder = UnitFinder(lin.trace.layers[layer].block.sublayers)
+    graph = lin.chain.layers[layer].graph(collect=lin.trace.biased[layer], finder=finder)
+    kind = "attn_out" if next(iter(units.values())).kind == "head" else "mlp_out"
+    output, x = graph.points[kind], graph.points["resid_pre"]
+    found = finder.projection(kind, output, graph.constants)
+    assert found is not None  # the attribution has split it before
+    push, source = batched_jvp(output, found.source), found.source
+    for i, part in units.items():
+        written[i] = push(found.isolate(source.detach(), part.index or 0)[None])[0, 0, readout.position]
+        if part.kind == "head":
+            (weights,) = torch.autograd.grad(output, source, readout.cotangent[None].to(output), retain_graph=True)
+            own = found.isolate(weights, part.index or 0)
+            (pulled,) = torch.autograd.grad(source, x, own, retain_graph=True)
+            attends[str(i)] = (pulled.double() * x.detach().double()).sum(-1)[0].tolist()

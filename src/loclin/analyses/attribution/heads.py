@@ -29,21 +29,12 @@ _WORDS = 8
 class HeadTriple:
     """A singular triple of a head's joint map, from all tokens.
 
-    Attributes
-    ----------
-    value
-        The singular value.
-    writes
-        What the left vector writes, through the frozen final norm and the output head.
-    reads
-        The input embeddings nearest to the right vector, at the token where that vector is largest.
-    gains
-        `[T]`: sigma v_i . x_i for each token i: how much of the left vector the head writes from it at this prompt.
+    `gains` `[T]` are sigma v_i . x_i: how much of the left vector the head writes from each token at this prompt.
     """
 
-    value: float
-    writes: Words
-    reads: Words
+    value: float  # sigma
+    writes: Words  # of the left vector, through the frozen final norm and the output head
+    reads: Words  # the input embeddings nearest to the right vector v, at the token where it is largest
     gains: list[float]
 
     __repr__ = brief
@@ -55,25 +46,15 @@ class Head(Result):
 
     Attributes
     ----------
-    name
-        `L3H5`: query head 5 of layer 3, also where several query heads share keys and values.
-    map
-        The map from the layer's input at all tokens to the head's output at the position: W_O W_V through the frozen
+    name: `L3H5`: query head 5 of layer 3, also where several query heads share keys and values.
+    pattern: the attention probabilities of the position `[T]`.
+    target: the attribution target: its `kind`, `tokens`, `ids`, `value` and `position`.
+    share: the head's direct effect on the target.
+    attends, bias: the parts of the share that are read at each token `[T]`, and that come from biases before the head's
+        output.
+    triples: the largest singular triples of the map, in words.
+    map: the map from the layer's input at all tokens to the head's output at the position: W_O W_V through the frozen
         attention pattern. It belongs to a model in memory: a result that was loaded has None.
-    pattern
-        `[T]`: the attention probabilities of the position.
-    target
-        The attribution target: its `kind`, `tokens`, `ids`, `value` and `position`.
-    share
-        The head's direct effect on the target.
-    attends
-        `[T]`: the part of the share that is read at each token; these and `bias` sum to the share.
-    bias
-        The part of the share that comes from biases before the head's output.
-    triples
-        The largest singular triples of the map, in words.
-    provenance, warnings
-        Where the map comes from, and what a reader should know before trusting it.
     """
 
     name: str
@@ -87,16 +68,9 @@ class Head(Result):
     warnings: list[str]
     map: PathMap | None = field(default=None, metadata=NOT_SAVED)
 
-    __repr__ = brief
-
     def table(self) -> dict[str, list[Any]]:
         """One row per token: its text, its attention probability, and the part of the share that is read there."""
-        return {
-            "token": list(range(len(self.pattern))),
-            "text": self.provenance.tokens,
-            "attention": self.pattern.tolist(),
-            "share": self.attends.tolist(),
-        }
+        return _tabulate(self.provenance.tokens, attention=self.pattern, share=self.attends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,19 +79,12 @@ class Path(Result):
 
     Attributes
     ----------
-    name
-        The components, in order.
-    map
-        The map from the embeddings to `final` along this path alone: the product of the components' maps. None in a
+    name: the components, in order.
+    target: as in `Head`.
+    shares: the effect of each token on the target along this path `[T]`.
+    token: the position of the chosen token; None for all tokens.
+    map: the map from the embeddings to `final` along this path alone: the product of the components' maps. None in a
         result that was loaded.
-    target
-        The attribution target: its `kind`, `tokens`, `ids`, `value` and `position`.
-    shares
-        `[T]`: the effect of each token on the target along this path.
-    token
-        The position of the chosen token; None for all tokens.
-    provenance, warnings
-        Where the map comes from, and what a reader should know before trusting it.
     """
 
     name: str
@@ -129,7 +96,6 @@ class Path(Result):
     map: PathMap | None = field(default=None, metadata=NOT_SAVED)
 
     derived = ("share",)
-    __repr__ = brief
 
     @property
     def share(self) -> float:
@@ -138,37 +104,30 @@ class Path(Result):
 
     def table(self) -> dict[str, list[Any]]:
         """One row per token: its text, and its effect along this path."""
-        tokens = self.provenance.tokens
-        return {"token": list(range(len(tokens))), "text": tokens, "share": self.shares.tolist()}
+        return _tabulate(self.provenance.tokens, share=self.shares)
+
+
+def _tabulate(tokens: list[str], **numbers: Tensor) -> dict[str, list[Any]]:
+    given = {name: column.tolist() for name, column in numbers.items()}
+    return {"token": list(range(len(tokens))), "text": tokens, **given}
 
 
 @question
 def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
     """Show one query head: its map in words, its attention pattern, and its share of a target.
 
+    Cost: two forward passes of the layer, d columns of its attention, and an SVD of its map.
+
+    Raises OptionError for a layer, a head, a target or a k that does not exist; for a layer without heads; PromptError
+    for a position outside the prompt.
+
     Parameters
     ----------
-    lin
-        From `loclin.linearize`.
-    layer, head
-        Which head; negative numbers count from the end.
-    target
-        The attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
-    k
-        How many singular triples to put into words.
-    position
-        The position at which the head writes and the target is read.
-
-    Raises
-    ------
-    OptionError
-        For a layer, a head, a target or a k that does not exist; for a layer without heads.
-    PromptError
-        For a position outside the prompt.
-
-    Notes
-    -----
-    Cost: two forward passes of the layer, d columns of its attention, and an SVD of its map.
+    lin: from `loclin.linearize`.
+    layer, head: which head; negative numbers count from the end.
+    target: the attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
+    k: how many singular triples to put into words.
+    position: the position at which the head writes and the target is read.
     """
     readout = _require_end(lin, read_target(lin, target, position))
     layer, head, k = whole("layer", layer), whole("head", head), whole("k", k)
@@ -204,31 +163,20 @@ def path(
 ) -> Path:
     """Compute the effect of a token, or of all tokens, on a target along one path through named components.
 
+    Cost: two forward passes and one column of each component's layer. Memory: the graphs of these layers.
+
+    Raises OptionError for a component that does not exist, or components that are not in the order of the network;
+    PromptError for a position outside the prompt.
+
     Parameters
     ----------
-    lin
-        From `loclin.linearize`.
-    parts
-        The components of the path, in the order of the network: `L3H5` for a head, `attn_out.3` for a whole attention,
-        `mlp_out.3` for an MLP; `L3H5@4` for what it writes at position 4 alone. Between two components the path follows
-        the residual stream only.
-    target
-        The attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
-    token
-        The position of the token at which the path begins; None for all tokens.
-    position
-        The position at which the target is read.
-
-    Raises
-    ------
-    OptionError
-        For a component that does not exist, or components that are not in the order of the network.
-    PromptError
-        For a position outside the prompt.
-
-    Notes
-    -----
-    Cost: two forward passes and one column of each component's layer. Memory: the graphs of these layers.
+    lin: from `loclin.linearize`.
+    parts: the components of the path, in the order of the network: `L3H5` for a head, `attn_out.3` for a whole
+        attention, `mlp_out.3` for an MLP; `L3H5@4` for what it writes at position 4 alone. Between two components the
+        path follows the residual stream only.
+    target: the attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
+    token: the position of the token at which the path begins; None for all tokens.
+    position: the position at which the target is read.
     """
     readout = _require_end(lin, read_target(lin, target, position))
     start = None if token is None else lin.trace.position(token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,12 @@ from loclin.analyses.decode import Words
 from loclin.common.brief import brief
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
+from loclin.results.table import make_columns
 
 By = Literal["token", "layer", "head", "neuron", "bias", "token×layer"]
 Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias"]
-KINDS: tuple[Kind, ...] = ("token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """What a share belongs to; `block` is a whole layer whose attention and MLP cannot be told apart."""
-_UNITS: dict[By, Kind] = {"head": "head", "neuron": "neuron"}
 NONE = -1
 """Stands for "no layer", "no index" or "no token" in tensors."""
 
@@ -31,22 +31,15 @@ class Share:
 
     Attributes
     ----------
-    name
-        A token's text; the name of a point (`attn_out.3`); `L3H5` for query head 5 of layer 3, `L3N57` for a neuron;
+    name: a token's text; the name of a point (`attn_out.3`); `L3H5` for query head 5 of layer 3, `L3N57` for a neuron;
         the path of a bias. In a token × layer attribution: the name of the point.
-    kind
-        See `KINDS`.
-    layer, index, token
-        The layer, the number within the layer, and the position in the prompt; None where it has none.
-    share
-        The exact part of the target: a total effect by token and bias, a direct effect by layer, head and neuron.
-    through
-        The total effect through the component: its direct effect, and its effect along all paths through later layers.
-        None by token, bias and token × layer.
-    writes
-        What the component writes into the output, in words; for the largest shares only.
-    attends
-        `[T]`, for the largest heads: the part of the share that is read at each position; biases make up the rest.
+    kind: see `KINDS`.
+    layer, index, token: the layer, the number within it, and the position in the prompt; None where it has none.
+    share: the exact part of the target: a total effect by token and bias, a direct effect by layer, head and neuron.
+    through: the total effect through the component: its direct effect, and its effect along all paths through later
+        layers. None by token, bias and token × layer.
+    writes: what the component writes into the output, in words; for the largest shares only.
+    attends: for the largest heads `[T]`: the part of the share that is read at each position; biases are the rest.
     """
 
     name: str
@@ -68,28 +61,16 @@ class Attribution(Result):
 
     Attributes
     ----------
-    by
-        The level: what the shares belong to.
-    target
-        The attribution target: its `kind`, `tokens`, `ids`, `value` and `position`; its `size`, the sum of the absolute
-        values of its terms (for a difference, of both logits); and the `probability` of its first token.
-    shares
-        `[n]`, float64: values of the frozen network, each times its exact weight in the target.
-    through
-        `[n]`, or None: the total effect through each component. Total effects overlap, so they do not sum to the
-        target.
-    kinds, layers, indices, positions
-        `[n]`: what each share belongs to, see `Share`; -1 for none. `kinds` are indices into `KINDS`.
-    biases
-        The names of biases; the index of a bias is its place in this list.
-    writes, attends
-        For the largest shares, see `Share`; keys are the shares' indices, as text.
-    sinks
-        Positions of attention sinks.
-    warnings
-        What a reader should know before trusting the shares.
-    provenance
-        Model, prompt, gate and precision.
+    by: the level: what the shares belong to.
+    target: its `kind`, `tokens`, `ids`, `value` and `position`; its `size`, the sum of the absolute values of its terms
+        (for a difference, of both logits); and the `probability` of its first token.
+    shares: values of the frozen network, each times its exact weight in the target, `[n]` in float64.
+    through: the total effect through each component `[n]`, or None. They overlap, and do not sum to the target.
+    kinds, layers, indices, positions: what each share belongs to `[n]`, see `Share`; -1 for none. `kinds` are indices
+        into `KINDS`.
+    biases: the names of biases; the index of a bias is its place in this list.
+    writes, attends: for the largest shares, see `Share`; keys are the shares' indices, as text.
+    sinks: positions of attention sinks.
     """
 
     by: By
@@ -108,7 +89,6 @@ class Attribution(Result):
     provenance: Provenance | None = None
 
     derived = ("parts", "sum", "residual", "relative_residual")
-    __repr__ = brief
 
     def __len__(self) -> int:
         return len(self.shares)
@@ -152,7 +132,7 @@ class Attribution(Result):
     @property
     def unit(self) -> Kind | None:
         """The kind of share that is split by head or neuron; None for other levels."""
-        return _UNITS.get(self.by)
+        return self.by if self.by in ("head", "neuron") else None
 
     @property
     def sum(self) -> float:
@@ -166,13 +146,12 @@ class Attribution(Result):
 
     def by_token(self) -> tuple[list[float], float]:
         """Return the shares of the T tokens, and the sum of the shares of biases, of an attribution by token."""
-        kinds, shares = self.kinds.tolist(), self.shares.tolist()
         tokens, biases = [0.0] * len(self.texts), 0.0
-        for kind, token, share in zip(kinds, self.positions.tolist(), shares, strict=True):
-            if KINDS[kind] == "token":
-                tokens[token] += share
+        for part in self.parts:
+            if part.kind == "token" and part.token is not None:
+                tokens[part.token] += part.share
             else:
-                biases += share
+                biases += part.share
         return tokens, biases
 
     @property
@@ -197,26 +176,19 @@ class Attribution(Result):
         and last the biases of the final norm and the output head. A row sums to the token's share, a column to the
         share of the component.
         """
-        columns = list(dict.fromkeys(zip(self.kinds.tolist(), self.layers.tolist(), strict=True)))
-        place = {column: i for i, column in enumerate(columns)}
+        pairs = list(zip(self.kinds.tolist(), self.layers.tolist(), strict=True))
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
         rows = torch.where(self.positions == NONE, len(self.texts), self.positions)
-        which = torch.tensor([place[pair] for pair in zip(self.kinds.tolist(), self.layers.tolist(), strict=True)])
-        found = self.shares.new_zeros(len(self.texts) + 1, len(columns))
-        found.index_put_((rows, which), self.shares, accumulate=True)
-        names = [KINDS[kind] if layer == NONE else f"{KINDS[kind]}.{layer}" for kind, layer in columns]
-        return found, names
+        found = self.shares.new_zeros(len(self.texts) + 1, len(place))
+        found.index_put_((rows, torch.tensor([place[pair] for pair in pairs])), self.shares, accumulate=True)
+        return found, [KINDS[kind] if layer == NONE else f"{KINDS[kind]}.{layer}" for kind, layer in place]
 
     def table(self) -> dict[str, list[Any]]:
         """One row per share: name, kind, layer, index, token, text, share, through, sink."""
-        rows, texts = self.parts, self.texts
-        return {
-            "name": [row.name for row in rows],
-            "kind": [row.kind for row in rows],
-            "layer": [row.layer for row in rows],
-            "index": [row.index for row in rows],
-            "token": [row.token for row in rows],
-            "text": [None if row.token is None else texts[row.token] for row in rows],
-            "share": [row.share for row in rows],
-            "through": [row.through for row in rows],
-            "sink": [row.token in self.sinks for row in rows],
-        }
+        texts = self.texts
+        rows = (
+            (s.name, s.kind, s.layer, s.index, s.token, None if s.token is None else texts[s.token], s.share, s.through)
+            for s in self.parts
+        )
+        found = make_columns("name kind layer index token text share through", rows)
+        return found | {"sink": [share.token in self.sinks for share in self.parts]}

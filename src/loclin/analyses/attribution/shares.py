@@ -1,7 +1,7 @@
 """Backward sweeps that compute shares: from the target's gradient on the residual stream down to the embeddings.
 
-With the cotangent g of a value c in the frozen network, the share of c is g . c. `direct` is the target's gradient at
-the node where it reads the residual stream, `total` its vjp from there through all layers above the current one.
+The share of a value c with the cotangent g is g . c. `direct` is the target's gradient where it reads the residual
+stream, `total` its vjp from there through all layers above the current one.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def share_by_source(chain: Chain, readout: Readout, *, together: bool) -> Shares
     lookups: dict[str, Tensor] = {}
     block, workspace, active = _new_block(trace, 1), Workspace(), _find_active(trace, readout)
     block[0] = readout.cotangent
-    for index, below, above in reversed(chain.steps(Point("embed"), _find_point(readout))):
+    for index, below, above in _list_steps(chain, readout):
         if trace.biased[index]:
             graph = chain.layers[index].graph(collect=True)
             if not together:
@@ -127,18 +127,13 @@ def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Sh
     """Compute the direct and the total effect of each component of each layer.
 
     With `split`, each `attn_out` is split into its heads, or each `mlp_out` into its neurons, and the biases after
-    them. Notes name the components that cannot be split.
-
-    Raises
-    ------
-    OptionError
-        When no component can be split.
+    them. Notes name the components that cannot be split; OptionError if none can.
     """
     trace, shares, wholes = chain.trace, Shares(), dict[str, list[int]]()
     unit: Kind = "head" if split == "attn_out" else "neuron"
     direct = total = readout.cotangent[None].to(trace.dtype)
-    steps = chain.steps(Point("embed"), _find_point(readout))
-    for index, _, above in bar(steps[::-1], desc="shares", unit="layer"):
+    steps = _list_steps(chain, readout)
+    for index, _, above in bar(steps, desc="shares", unit="layer"):
         finder = UnitFinder(trace.layers[index].block.sublayers) if split else None
         graph = chain.layers[index].graph(collect=finder is not None and trace.biased[index], finder=finder)
         output, found = graph.points[above], None
@@ -167,26 +162,23 @@ def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Sh
 
 
 def share_by_token_and_layer(chain: Chain, readout: Readout, budget: int) -> Shares:
-    """Compute the effects of tokens and biases along paths that end in a given component, for every component.
+    """Compute the effects of tokens and biases along all paths whose last component is a given one, for each component.
 
-    The last component on a path is the one that writes into the target. Components are swept in batches that fit the
-    budget, from the last layer down.
+    Components are swept in batches that fit the budget, from the last layer down.
     """
     trace, shares = chain.trace, Shares()
     direct = readout.cotangent[None].to(trace.dtype)
-    steps = chain.steps(Point("embed"), _find_point(readout))[::-1]
+    steps = _list_steps(chain, readout)
     ends = [(index, kind) for index, _, above in steps for kind, _ in list_additions(trace, index, above)]
     most = max(1, budget // (chain.column_bytes(Point("final")) + direct.nbytes))
     with bar(total=len(ends), desc="shares", unit="part") as progress_bar:
         for start in range(0, len(ends), most):
             some = ends[start : start + most]
             below = [step for step in steps if step[0] <= some[0][0]]
-            block, biases = _pull_from_components(
-                chain, direct, some, below, _find_active(trace, readout), progress_bar
-            )
-            for (index, kind), row, bias in zip(
-                some, _sum_by_token(trace, block).tolist(), biases.tolist(), strict=True
-            ):
+            active = _find_active(trace, readout)
+            block, biases = _pull_from_components(chain, direct, some, below, active, progress_bar)
+            found = zip(some, _sum_by_token(trace, block).tolist(), biases.tolist(), strict=True)
+            for (index, kind), row, bias in found:
                 for token, share in enumerate(row):
                     shares.add(kind, share, layer=index, token=token)
                 if any(trace.biased):
@@ -205,10 +197,7 @@ def _pull_from_components(
     active: slice,
     progress_bar: tqdm,
 ) -> tuple[Float[Tensor, "n T d"], Float[Tensor, " n"]]:
-    """Pull the target's gradient back from n components to the embeddings; also sum what the biases on these paths add.
-
-    For each component, only paths count on which it is the last one that writes.
-    """
+    """Pull the target's gradient back from n components to the embeddings, and sum what biases on these paths add."""
     trace, workspace, done = chain.trace, Workspace(), 0
     block, biases = _new_block(trace, len(ends)), torch.zeros(len(ends), dtype=torch.float64)
     for index, below, above in steps:
@@ -243,8 +232,7 @@ def list_additions(trace: Trace, index: int, above: str) -> list[tuple[Kind, Flo
 def _add_units(shares: Shares, found: OutputProjection, kind: Kind, layer: int, *ends: tuple[Tensor, Tensor]) -> None:
     """Add the shares of a projection's heads or neurons, and of the biases after it.
 
-    `ends` are two pairs of a point in the layer's graph and its cotangent: the first gives direct effects, the second
-    total effects.
+    `ends` are pairs of a point in the layer's graph and its cotangent, for direct and for total effects.
     """
     parts = [found.source, *(leaf for _, leaf in found.behind)]
     shared, passing = (_weigh(end, parts, cotangent) for end, cotangent in ends)
@@ -316,9 +304,8 @@ def _find_active(trace: Trace, readout: Readout) -> slice:
     return slice(0, readout.position + 1 if trace.causal else trace.length)
 
 
-def _find_point(readout: Readout) -> Point:
-    """Find the point on the residual stream at which a target is read."""
+def _list_steps(chain: Chain, readout: Readout) -> list[tuple[int, str, str]]:
+    """List the parts of layers from where a target is read down to the embeddings, as `Chain.steps` does."""
     layer, mid = divmod(readout.node, 2)
-    if mid:
-        return Point("resid_mid", layer)
-    return Point("resid_post", layer - 1) if layer else Point("embed")
+    end = Point("resid_mid", layer) if mid else Point("resid_post", layer - 1) if layer else Point("embed")
+    return chain.steps(Point("embed"), end)[::-1]

@@ -31,11 +31,9 @@ class Margin:
 
     Parameters
     ----------
-    token
-        The token; None for the predicted one.
-    over
-        `"runner-up"`: minus the largest other logit. `"others"`: minus the mean of all other logits, weighted by their
-        probabilities at the prompt, which are frozen; this is log(p / (1 - p)) plus the entropy of the others.
+    token: the token; None for the predicted one.
+    over: `"runner-up"`: minus the largest other logit. `"others"`: minus the mean of all other logits, weighted by
+        their probabilities at the prompt, which are frozen; this is log(p / (1 - p)) plus the entropy of the others.
         `"mean"`: minus the plain mean of all logits. The shares of this target agree best with what removing a token
         does (see docs/faithfulness.md).
     """
@@ -77,39 +75,19 @@ None is the predicted token's logit minus the mean of all logits: `Margin(over="
 class Readout:
     """A target as an affine function of the residual stream: value = sum(cotangent * stream) + sum(constants).
 
-    Attributes
-    ----------
-    kind
-        The kind of target, in words.
-    at
-        The point at which the target is, or the name of the neuron.
-    tokens, ids
-        The tokens whose logits are part of the target.
-    value, size
-        The target's value in the frozen network, and the sum of the absolute values of its terms: a difference of two
-        logits is rounded as much as the logits are.
-    position
-        The position at which the target is read.
-    node
-        Where on the stream it is read (see `Point.node`).
-    cotangent
-        The target's gradient at that node `[T, d]`.
-    constants
-        What each bias between the stream and the target adds.
-    warnings
-        Warnings about the tokens: that the predicted token differs from the target by a leading space only.
+    `size` is the sum of the absolute values of its terms: a difference of two logits is rounded as much as they are.
     """
 
-    kind: str
-    at: str
-    tokens: list[str]
+    kind: str  # in words
+    at: str  # its point, or the name of the neuron
+    tokens: list[str]  # those whose logits are part of it
     ids: list[int]
-    value: float
+    value: float  # in the frozen network
     size: float
     position: int
-    node: int
-    cotangent: Float[Tensor, "T d"]
-    constants: dict[str, float]
+    node: int  # where on the stream it is read (see `Point.node`)
+    cotangent: Float[Tensor, "T d"]  # its gradient there
+    constants: dict[str, float]  # what each bias between the stream and the target adds
     warnings: tuple[str, ...] = ()
 
     __repr__ = brief
@@ -121,15 +99,8 @@ class Readout:
 
 
 def find_token(lin: Linearized, token: Token) -> int:
-    """Find the id of a token that is given by text or id.
-
-    Raises
-    ------
-    OptionError
-        When the text is not one token (the message shows how it splits); when there is no such id.
-    """
-    model = lin.model
-    vocabulary = lin.trace.stock_logits.shape[0]
+    """Find the id of a token. OptionError: a text is not one token (it says how it splits), or an id is unknown."""
+    model, vocabulary = lin.model, lin.trace.stock_logits.shape[0]
     if not isinstance(token, str):
         token = whole("target", token)
         if not 0 <= token < vocabulary:
@@ -166,32 +137,23 @@ def _warn_of_space(lin: Linearized, at: int, token: int) -> tuple[str, ...]:
     (asked,) = lin.model.decode_each([token])
     if token == predicted or text.lstrip(" ") != asked.lstrip(" "):
         return ()
-    return (
-        f"The target {asked!r} is not the predicted token: that is {text!r}, {_describe_space(text)} "
-        f"(id {predicted}, {100 * probability:.1f} %).",
-    )
+    shown = f"{text!r}, {_describe_space(text)} (id {predicted}, {100 * probability:.1f} %)"
+    return (f"The target {asked!r} is not the predicted token: that is {shown}.",)
 
 
 def read_target(lin: Linearized, target: Target, position: int) -> Readout:
     """Write a target as an affine function of the residual stream.
 
-    Cost: one forward pass the first time that another position than the last is used; for a neuron, two passes of its
-    layer.
+    Cost: one forward pass for the first use of each position but the last; for a neuron, two passes of its layer.
 
-    Raises
-    ------
-    OptionError
-        For a text that is not one token, a layer or a neuron that does not exist, or a vector of the wrong length.
-    PromptError
-        For a position outside the prompt.
+    Raises OptionError for a text that is not one token, a layer or a neuron that does not exist, or a vector of the
+    wrong length; PromptError for a position outside the prompt.
     """
     at = lin.trace.position(position)
     if isinstance(target, (Tensor, np.ndarray)) and target.ndim:
         target = Direction(_check_vector(torch.as_tensor(target)))
-    if isinstance(target, Neuron):
-        return _read_neuron(lin, target, at)
-    if isinstance(target, Direction):
-        return _read_direction(lin, target, at)
+    if isinstance(target, Neuron | Direction):
+        return _read_neuron(lin, target, at) if isinstance(target, Neuron) else _read_direction(lin, target, at)
     kind, ids, weights = _read_logits(lin, target, at)
     readout = _read_end(lin, weights, Point("logits"), at, kind, ids)
     return replace(readout, warnings=_warn_of_space(lin, at, ids[0]))
@@ -199,10 +161,10 @@ def read_target(lin: Linearized, target: Target, position: int) -> Readout:
 
 def describe_target(lin: Linearized, readout: Readout) -> dict[str, Any]:
     """Describe a target with plain values for JSON, with the probability of its first token."""
-    about = readout.to_dict()
-    if readout.ids:
-        about["probability"] = lin.trace.logits(readout.position).double().softmax(0)[readout.ids[0]].item()
-    return about
+    if not readout.ids:
+        return readout.to_dict()
+    probabilities = lin.trace.logits(readout.position).double().softmax(0)
+    return readout.to_dict() | {"probability": probabilities[readout.ids[0]].item()}
 
 
 def _read_logits(lin: Linearized, target: Target, at: int) -> tuple[str, list[int], Tensor]:

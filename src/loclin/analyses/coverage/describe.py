@@ -17,7 +17,7 @@ from loclin.models.quiet import quiet
 NONE = "—"
 """Stands for a part that the model does not have, or that its modules do not show."""
 
-# mixers of tokens, by the end of their class names; other kinds of attention are classified by their heads
+# mixers of tokens, by the end of their class names; ordinary attention, the last, is classified by its heads
 _MIXERS = {
     r"(Mixer|MambaLayer)$": "state space",
     r"Delta(Net|Attention)$": "delta rule",
@@ -28,9 +28,9 @@ _MIXERS = {
     r"ShortConv(olution)?$": "short convolution",
     r"LSHSelfAttention$": "LSH",
     r"CrossAttention$": "cross",
+    r"(Attention|MLA)$": "",
 }
 _SEEN = r"(?<!linear)_attention|sparse|hybrid|global|local"
-_ATTENTION = r"(Attention|MLA)$"
 _NORM = r"(?:Gated|Unweighted|Weightless|MultiHead)?(?:RMS|Layer|Group|Batch|L2|QK)Norm(?:Gated|\d\w*)?$"
 _MLP = r"(MLP|Mlp|FeedForward|FFN|Intermediate|Experts)$"
 _GATED = r"gate_proj|gate_up|up_gate|gate_and_up|\bw3\b|\bv1\b|\bWi\b|input_linear|gating"
@@ -47,49 +47,31 @@ _HEADS = ("num_attention_heads", "n_heads", "num_heads", "attention_heads", "dec
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _LAYER_TYPES = ("layer_types", "layers_block_type", "block_types", "attention_layers")
 _ACTIVATIONS = (
-    "hidden_act",
-    "hidden_activation",
-    "activation_function",
-    "mlp_hidden_act",
-    "activation",
-    "ff_activation",
-)
+    "hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "activation", "ff_activation",
+)  # fmt: skip
 _N_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class Description:
-    """The parts of a model.
+    """The parts of a model."""
 
-    Attributes
-    ----------
-    attention
-        The mixers of tokens: the kind of attention heads and the tokens that they see, state spaces, and so on.
-    positions
-        The kind of position encoding.
-    norm
-        The classes of its norms, without the name of the family.
-    mlp
-        Gated or not, the activation, and the number of experts.
-    """
-
-    attention: str
-    positions: str
-    norm: str
-    mlp: str
+    attention: str  # the mixers of tokens: the kind of attention heads and what they see, state spaces, and so on
+    positions: str  # the kind of position encoding
+    norm: str  # the classes of its norms, without the name of the family
+    mlp: str  # gated or not, the activation, and the number of experts
 
 
 def describe_parts(model: PreTrainedModel, input_ids: Tensor) -> Description:
-    """Describe the parts of a model that a prompt runs through; an unused encoder is left out.
-
-    Cost: one forward pass. If it fails, the model is described by all its modules.
-    """
-    modules = _find_called(model, input_ids)
-    config = model.config.get_text_config(decoder=True)
+    """Describe the parts that a prompt runs through, by one forward pass; all modules of the model if it fails."""
+    modules, config = _find_called(model, input_ids), model.config.get_text_config(decoder=True)
+    mixers = [kind for module in modules.values() if (kind := _classify_mixer(module)) is not None]
+    usual = f"{_describe_span(config)} {_classify_heads(config)}".strip() if "" in mixers else ""
+    norms = (re.search(_NORM, _class_name(module)) for module in modules.values())
     return Description(
-        attention=_describe_attention(config, modules),
+        attention=_join([usual, *mixers]),
         positions=_describe_positions(config, modules),
-        norm=_describe_norm(modules),
+        norm=_join(match[0] for match in norms if match),
         mlp=_describe_mlp(config, modules),
     )
 
@@ -121,18 +103,9 @@ def _join(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(name for name in names if name)) or NONE
 
 
-def _classify_mixer(name: str) -> str | None:
-    """Name the kind of token mixer of a class: empty for ordinary attention, None if it does not mix tokens."""
-    for pattern, kind in _MIXERS.items():
-        if re.search(pattern, name):
-            return kind
-    return "" if re.search(_ATTENTION, name) else None
-
-
-def _describe_attention(config: Any, modules: dict[str, nn.Module]) -> str:
-    kinds = [kind for module in modules.values() if (kind := _classify_mixer(_class_name(module))) is not None]
-    usual = [" ".join(filter(None, (_describe_span(config), _classify_heads(config))))] if "" in kinds else []
-    return _join([*usual, *kinds])
+def _classify_mixer(module: nn.Module) -> str | None:
+    """Name the kind of token mixer of a module: empty for ordinary attention, None if it does not mix tokens."""
+    return next((kind for pattern, kind in _MIXERS.items() if re.search(pattern, _class_name(module))), None)
 
 
 def _classify_heads(config: Any) -> str:
@@ -166,13 +139,8 @@ def _describe_positions(config: Any, modules: dict[str, nn.Module]) -> str:
     return _join(found)
 
 
-def _describe_norm(modules: dict[str, nn.Module]) -> str:
-    matches = (re.search(_NORM, _class_name(module)) for module in modules.values())
-    return _join(match[0] for match in matches if match)
-
-
 def _describe_mlp(config: Any, modules: dict[str, nn.Module]) -> str:
-    mixing = [f"{path}." for path, module in modules.items() if _classify_mixer(_class_name(module)) is not None]
+    mixing = [f"{path}." for path, module in modules.items() if _classify_mixer(module) is not None]
     rest = {p: m for p, m in modules.items() if not f"{p}.".startswith(tuple(mixing)) and re.search(r"\.\d+\b", p)}
     names = [_class_name(module) for module in rest.values()]
     own = [f"{path}.{name}" for path, module in rest.items() for name, _ in module.named_parameters(recurse=False)]

@@ -5,74 +5,49 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from loclin.analyses.coverage.describe import Description
 from loclin.common.brief import brief
 from loclin.freeze import Gate
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
+from loclin.results.table import make_columns
 
 Outcome = Literal["passed", "refused", "error"]
 Status = Literal["exact", "affine", "refused", "not built", "error"]
 
-GATES: tuple[Gate, ...] = ("activation", "up", "half")
+GATES: tuple[Gate, ...] = get_args(Gate)
 DTYPES = ("float64", "float32")
-STATUSES: tuple[Status, ...] = ("exact", "affine", "refused", "not built", "error")
+STATUSES: tuple[Status, ...] = get_args(Status)
 NO_BIAS = 1e-12
 """Up to this |b| / |y| a model counts as linear, without biases."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One certificate, or the failure that stopped it.
+    """One certificate, or the failure that stopped it; numbers are None without one, or if they are not finite."""
 
-    Attributes
-    ----------
-    dtype, gate
-        The model's dtype, and how gated MLPs are split; float64 runs with `precision="double"`.
-    outcome
-        `passed`; `refused`: by a LoclinError or a failed certificate; `error`: any other exception, which is a bug.
-    reconstruction_error, forward_error, bit_identical, bias_share
-        The certificate's numbers; None without a certificate, or where the number is not finite.
-    module, reason
-        Which module failed, and why.
-    """
-
-    dtype: str
+    dtype: str  # float64 runs with `precision="double"`
     gate: str
-    outcome: Outcome
+    outcome: Outcome  # refused: by a LoclinError or a failed certificate; error: any other exception, which is a bug
     reconstruction_error: float | None = None
     forward_error: float | None = None
     bit_identical: bool | None = None
     bias_share: float | None = None
-    module: str = ""
+    module: str = ""  # which failed
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class FamilyResult:
-    """All runs of one family.
+    """All runs of one family: one for every dtype and gate split of its tiny model."""
 
-    Attributes
-    ----------
-    family
-        The model type.
-    class_name
-        The model's class.
-    parts
-        The parts of the tiny model; None where it could not be built.
-    runs
-        One for every dtype and gate split.
-    not_built
-        Why the tiny model could not be built.
-    """
-
-    family: str
+    family: str  # the model type
     class_name: str = ""
-    parts: Description | None = None
+    parts: Description | None = None  # None where it could not be built
     runs: list[Run] = field(default_factory=list)
-    not_built: str = ""
+    not_built: str = ""  # why not
 
     derived = ("status",)
     __repr__ = brief
@@ -135,14 +110,9 @@ class Coverage(Result):
 
     Attributes
     ----------
-    versions
-        Of loclin, torch, transformers and Python.
-    code
-        The hash of loclin's own source code: a run by another version is not resumed.
-    results
-        One for each family, sorted by name.
-    provenance, warnings
-        None and empty, since the result is about many models.
+    versions: of loclin, torch, transformers and Python.
+    code: the hash of loclin's own source code: a run by another version is not resumed.
+    results: one for each family, sorted by name.
     """
 
     versions: dict[str, str]
@@ -152,19 +122,15 @@ class Coverage(Result):
     warnings: list[str] = field(default_factory=list)
 
     derived = ("counts",)
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per family: status, class, number of passed runs, largest errors, bias share, reason."""
-        return {
-            "family": [result.family for result in self.results],
-            "status": [result.status for result in self.results],
-            "class": [result.class_name for result in self.results],
-            "passed": [result.passed for result in self.results],
-            **{f"error_{dtype}": [result.worst(dtype) for result in self.results] for dtype in DTYPES},
-            "bias_share": [result.bias_share for result in self.results],
-            "reason": [result.reason for result in self.results],
-        }
+        rows = (
+            (r.family, r.status, r.class_name, r.passed, *map(r.worst, DTYPES), r.bias_share, r.reason)
+            for r in self.results
+        )
+        errors = " ".join(f"error_{dtype}" for dtype in DTYPES)
+        return make_columns(f"family status class passed {errors} bias_share reason", rows)
 
     @property
     def counts(self) -> dict[Status, int]:

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from loclin.analyses.coverage.describe import describe_parts
-from loclin.analyses.coverage.result import DTYPES, GATES, Coverage, FamilyResult, Run
+from loclin.analyses.coverage.result import DTYPES, GATES, Coverage, FamilyResult, Outcome, Run
 from loclin.common.progress import Progress, bar, steps, with_progress
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import LoclinError, ModelError, OptionError, first_line
@@ -28,7 +28,7 @@ from loclin.models import tiny, wrap
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
 from loclin.results.provenance import versions
-from loclin.results.record import Record
+from loclin.results.result import Record
 from loclin.spectral.threads import single_thread
 
 
@@ -44,35 +44,20 @@ def coverage(
 ) -> Coverage:
     """Certify a tiny random model of each family, in float64 and float32, with each gate split.
 
+    The result has the requested families, and those that were in the file.
+
+    Cost: one or two seconds for each family, in one thread. A family that fails does not stop the others.
+
+    Raises OptionError for an unknown family; OutputError when the file cannot be written, or holds something else.
+
     Parameters
     ----------
-    families
-        Names of model types; None: every model type of which transformers has a causal language model.
-    gates
-        How gated MLPs are split (see `loclin.linearize`).
-    path
-        A JSON file to which each family is written as soon as it is finished. Families that the file already has, from
-        the same versions, are not run again: an interrupted run is resumed.
-    fresh
-        Run everything again, and overwrite the file.
-    progress
-        True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
-
-    Returns
-    -------
-    Coverage
-        The requested families, and those that were in the file.
-
-    Raises
-    ------
-    OptionError
-        For an unknown family.
-    OutputError
-        When the file cannot be written, or holds something else.
-
-    Notes
-    -----
-    Cost: one or two seconds for each family, in one thread. A family that fails does not stop the others.
+    families: names of model types; None: every model type of which transformers has a causal language model.
+    gates: how gated MLPs are split (see `loclin.linearize`).
+    path: a JSON file to which each family is written as soon as it is finished. Families that the file already has,
+        from the same versions, are not run again: an interrupted run is resumed.
+    fresh: run everything again, and overwrite the file.
+    progress: True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
     """
     wanted = _check_families(families)
     found, tell = Coverage(versions(), _hash_source(), []), steps(progress)
@@ -86,34 +71,25 @@ def coverage(
     rest = [family for family in wanted if family not in done or not done[family].has(gates)]
     if done:
         tell(f"{len(wanted) - len(rest)} of {len(wanted)} families are done in {path}")
-    with (
-        single_thread(),
-        bar(total=len(wanted), initial=len(wanted) - len(rest), unit="family") as progress_bar,
-    ):
+    started = len(wanted) - len(rest)
+    with single_thread(), bar(total=len(wanted), initial=started, unit="family") as progress_bar:
         for family in rest:
             progress_bar.set_description(family)
             done[family] = certify_family(family, gates)
-            record.write(replace(found, results=_sort(done)))
+            record.write(replace(found, results=[done[name] for name in sorted(done)]))
             progress_bar.update()
-    return replace(found, results=_sort(done))
+    return replace(found, results=[done[name] for name in sorted(done)])
 
 
 @in_plain_torch
 def certify_family(family: str, gates: Sequence[Gate] = GATES) -> FamilyResult:
-    """Build the tiny model of one family, and certify it in every dtype with every gate split.
-
-    No failure is raised: each one is part of the result.
-    """
+    """Certify the tiny model of one family in every dtype with every gate split. Failures are part of the result."""
     try:
         model = tiny.build(family, dtype=torch.float32)
     except ModelError as fault:
         return FamilyResult(family, not_built=str(fault))
-    return FamilyResult(
-        family=family,
-        class_name=type(model).__name__,
-        parts=describe_parts(model, tiny.prompt(model)),
-        runs=[_certify(family, dtype, gate) for dtype in DTYPES for gate in gates],
-    )
+    runs = [_certify(family, dtype, gate) for dtype in DTYPES for gate in gates]
+    return FamilyResult(family, type(model).__name__, describe_parts(model, tiny.prompt(model)), runs)
 
 
 def _certify(family: str, dtype: str, gate: Gate) -> Run:
@@ -129,18 +105,10 @@ def _certify(family: str, dtype: str, gate: Gate) -> Run:
         return Run(dtype, gate, "refused", module=str(getattr(fault, "module", "")), reason=first_line(fault))
     except Exception as fault:  # families fail in many ways: every failure is shown
         return Run(dtype, gate, "error", reason=f"{type(fault).__name__}: {first_line(fault)}{_locate(fault)}")
-    module, reason = _blame(certificate)
-    return Run(
-        dtype=dtype,
-        gate=gate,
-        outcome="passed" if certificate.passed else "refused",
-        reconstruction_error=_keep_finite(certificate.reconstruction_error),
-        forward_error=_keep_finite(certificate.forward_error),
-        bit_identical=certificate.bit_identical,
-        bias_share=_keep_finite(certificate.bias_share),
-        module=module,
-        reason=reason,
-    )
+    numbers = (certificate.reconstruction_error, certificate.forward_error, certificate.bias_share)
+    reconstruction, forward, biases = (number if math.isfinite(number) else None for number in numbers)
+    outcome: Outcome = "passed" if certificate.passed else "refused"
+    return Run(dtype, gate, outcome, reconstruction, forward, certificate.bit_identical, biases, *_blame(certificate))
 
 
 def _blame(certificate: Certificate) -> tuple[str, str]:
@@ -157,19 +125,11 @@ def _blame(certificate: Certificate) -> tuple[str, str]:
     return "", "; ".join(beyond)
 
 
-def _keep_finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
 def _locate(fault: Exception) -> str:
     """Name the last line in loclin or transformers of an error's traceback: it tells whose bug it is."""
     homes = [Path(__file__).parents[2], Path(inspect.getfile(transformers)).parent]
     frames = [f for f in traceback.extract_tb(fault.__traceback__) if any(Path(f[0]).is_relative_to(h) for h in homes)]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-
-
-def _sort(results: dict[str, FamilyResult]) -> list[FamilyResult]:
-    return [results[family] for family in sorted(results)]
 
 
 def _check_families(families: Sequence[str] | None) -> list[str]:

@@ -14,8 +14,7 @@ from loclin.analyses.nearby import Nearby
 class Removal:
     """The log-probability of one token after a prompt with some of its tokens removed.
 
-    Removed tokens are dropped from the sequence, so that later tokens move to earlier positions. Results are cached,
-    and prompts of equal length run in one batch.
+    Removed tokens are dropped, so that later ones move to earlier positions. Prompts of equal length are one batch.
     """
 
     def __init__(self, nearby: Nearby, input_ids: Int[Tensor, "1 T"], target: int) -> None:
@@ -66,10 +65,7 @@ def _drop(every: tuple[int, ...], gone: set[int]) -> tuple[int, ...]:
 def replace_each(
     nearby: Nearby, embeddings: Float[Tensor, "T d"], target: int, neutral: Float[Tensor, " d"]
 ) -> Float[Tensor, " T"]:
-    """Measure how far a token's log-probability falls if one input embedding is replaced by a neutral one, for each.
-
-    Cost: T + 1 forward passes.
-    """
+    """Measure its fall if one input embedding is replaced by a neutral one, for each. Cost: T + 1 forward passes."""
     length = len(embeddings)
     inputs = embeddings.repeat(length + 1, 1, 1)
     inputs[range(1, length + 1), range(length)] = neutral

@@ -5,7 +5,8 @@ Every method gives one number for each token `[T]`. A name is the method and its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from loclin.maps.linearized import Linearized
 from loclin.network.chain import Chain
 from loclin.network.points import Point
 
-GATES: tuple[Gate, ...] = ("activation", "up", "half")
+GATES: tuple[Gate, ...] = get_args(Gate)
 STEPS = 16
 """Points on the path of integrated gradients."""
 
@@ -53,41 +54,37 @@ def frozen(lin: Linearized, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
 
     Names are `frozen/GATE/OBJECTIVE/BASELINE`. Cost: one column for each objective and gate.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for gate in GATES:
         J = _linear_map(lin, gate)
-        pulled = J.rmatmat(cotangents(J.value))
-        for name, cotangent in zip(objectives(J.value), pulled, strict=True):
-            found[f"frozen/{gate}/{name}/zero"] = (cotangent * J.input).sum(-1)
-            found[f"frozen/{gate}/{name}/mean"] = (cotangent * (J.input - mean)).sum(-1)
+        pulled = zip(objectives(J.value), J.rmatmat(cotangents(J.value)), strict=True)
+        found |= _times_input(f"frozen/{gate}", pulled, J.input, mean)
     return found
+
+
+def _times_input(method: str, slopes: Iterable[tuple[str, Tensor]], x: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    """Multiply gradients with the input, counted from zero and from the mean embedding."""
+    moves = {"zero": x, "mean": x - mean}
+    return {f"{method}/{name}/{base}": (slope * move).sum(-1) for name, slope in slopes for base, move in moves.items()}
 
 
 def _linear_map(lin: Linearized, gate: Gate) -> LinearMap:
     """Return the map to the logits with any gate split, from the same trace."""
     if gate == lin.gate:
         return lin.jacobian(target="logits")
-    chain = Chain(
-        lin.trace, FreezeOptions(gate, lin.precision), explicit=False
-    )  # the trace's coefficients are of its own gate
+    # the coefficients of the trace are of its own gate
+    chain = Chain(lin.trace, FreezeOptions(gate, lin.precision), explicit=False)
     return LinearMap(chain, Point("embed"), Point("logits"), lin.trace.length - 1)
 
 
 def gradient(lin: Linearized, nearby: Nearby, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
-    """Compute gradient times input of the unmodified model: `gradient/OBJECTIVE/BASELINE`.
-
-    Cost: a forward and a backward pass for each objective.
-    """
+    """Compute gradient times input: `gradient/OBJECTIVE/BASELINE`. Cost: a forward and a backward pass for each."""
     x, shared = lin.embeddings, objectives(lin.trace.stock_logits)
     inputs = x.repeat(len(shared), 1, 1).requires_grad_()
     logits = nearby.embeddings(inputs).logits
     total = torch.stack([objective(row) for objective, row in zip(shared.values(), logits, strict=True)]).sum()
     (slopes,) = torch.autograd.grad(total, inputs)
-    found = {}
-    for name, slope in zip(shared, slopes, strict=True):
-        found[f"gradient/{name}/zero"] = (slope * x).sum(-1)
-        found[f"gradient/{name}/mean"] = (slope * (x - mean)).sum(-1)
-    return found
+    return _times_input("gradient", zip(shared, slopes, strict=True), x, mean)
 
 
 def integrated_gradients(
@@ -97,7 +94,6 @@ def integrated_gradients(
 
     The result is empty without captum. The baseline is the mean embedding, except at the `fixed` positions. Zero is a
     bad baseline: layers begin with a norm, so that on the path from zero nearly all change is at its very beginning.
-
     Cost: `STEPS` forward and backward passes.
     """
     try:

@@ -20,28 +20,17 @@ SEEDS = 4
 class Projected:
     """The unmodified model at a projected input, compared with the prompt itself.
 
-    Attributes
-    ----------
-    plane
-        The vectors that are projected out: `joint`, the first k right singular vectors of [J_0 ... J_{T-1}]; `each`,
-        those of every token's own map; `each word`, the same without attention sinks. With the suffix ` random`: random
-        subspaces of the same dimension instead. With ` moved`: each token moved by the same distance in a random
-        direction. Both are means over `SEEDS` draws.
-    k
-        How many vectors.
-    moved
-        |x' - x| / |x|.
-    drop
-        How far the log-probability of the prediction falls, in nats.
-    output
-        The relative change of the final hidden state.
+    What is projected out is `joint`, the first k right singular vectors of [J_0 ... J_{T-1}]; `each`, those of every
+    token's own map; `each word`, the same without attention sinks. With the suffix ` random`: random subspaces of the
+    same dimension instead. With ` moved`: each token moved by the same distance in a random direction. Both are means
+    over `SEEDS` draws.
     """
 
     plane: str
     k: int
-    moved: float
-    drop: float
-    output: float
+    moved: float  # |x' - x| / |x|
+    drop: float  # how far the log-probability of the prediction falls, in nats
+    output: float  # the relative change of the final hidden state
 
 
 def project(lin: Linearized, nearby: Nearby, target: int, seed: int = 0) -> list[Projected]:

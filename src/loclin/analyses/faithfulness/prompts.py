@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from loclin.common.arguments import whole
 
 Half = Literal["development", "held-out"]
-HALVES: tuple[Half, ...] = ("development", "held-out")
+HALVES: tuple[Half, ...] = get_args(Half)
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,10 @@ class StudyPrompt:
 
 
 def load_prompts(count: int | None = None, seed: int = 0) -> list[StudyPrompt]:
-    """Load `count` of the packaged prompts in a random order that alternates between kinds and halves; all by default.
-
-    Raises
-    ------
-    OptionError
-        When there are fewer.
-    """
+    """Load `count` or all of the packaged prompts in a random order that alternates between kinds and halves."""
     kinds: dict[str, list[str]] = json.loads(files(__package__).joinpath("prompts.json").read_text("utf-8"))
-    total = sum(map(len, kinds.values()))
     if count is not None:
-        whole("prompts", count, 1, total)
+        whole("prompts", count, 1, sum(map(len, kinds.values())))
     whole("seed", seed, 0)
     random = np.random.default_rng(seed)
     turns: list[tuple[int, StudyPrompt]] = []

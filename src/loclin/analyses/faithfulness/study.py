@@ -25,8 +25,8 @@ from loclin.errors import ModelError
 from loclin.maps.linearized import Linearized
 from loclin.models import Model
 from loclin.results.provenance import Provenance, versions
-from loclin.results.record import Record
-from loclin.results.result import Result
+from loclin.results.result import Record, Result
+from loclin.results.table import make_columns
 
 WRITE_EVERY = 4
 RANDOM_ORDERS = 2
@@ -47,25 +47,16 @@ class PromptResult:
 
     Attributes
     ----------
-    kind, text, half
-        The prompt (see `loclin.analyses.faithfulness.prompts`).
-    tokens
-        The input tokens' texts, T of them.
-    sinks
-        Positions that are left out of rankings: attention sinks, and the beginning token.
-    target, probability
-        The token that the model predicts, and its probability.
-    shares
-        The score of each token, by method.
-    effects
-        How far the target's log-probability falls, in nats, if one token is `removed`, or `replaced` by the mean
+    kind, text, half, tokens: the prompt (see `loclin.analyses.faithfulness.prompts`), and its T input tokens' texts.
+    sinks: positions that are left out of rankings: attention sinks, and the beginning token.
+    target, probability: the token that the model predicts, and its probability.
+    shares: the score of each token, by method.
+    effects: how far the target's log-probability falls, in nats, if one token is `removed`, or `replaced` by the mean
         embedding.
-    curves
-        How far it falls as tokens are removed one after another, by test and method. `first` removes the tokens with
-        the largest shares first, `last` those with the smallest; both keep the last token. `first, all` may remove it,
-        too.
-    planes
-        Projections of singular vectors, and of random subspaces, out of the input.
+    curves: how far it falls as tokens are removed one after another, by test and method. `first` removes the tokens
+        with the largest shares first, `last` those with the smallest; both keep the last token. `first, all` may remove
+        it, too.
+    planes: projections of singular vectors, and of random subspaces, out of the input.
     """
 
     kind: str
@@ -85,17 +76,7 @@ class PromptResult:
 
 @dataclass(frozen=True)
 class Faithfulness(Result):
-    """The measured prompts; made by `faithfulness`.
-
-    Attributes
-    ----------
-    settings, versions
-        How the prompts were measured. A run resumes another one only if both are equal.
-    prompts
-        The numbers of each prompt.
-    provenance, warnings
-        None and empty, since the result is about many prompts.
-    """
+    """The measured `prompts`; made by `faithfulness`. A run resumes another one if settings and versions are equal."""
 
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -103,29 +84,15 @@ class Faithfulness(Result):
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
 
-    __repr__ = brief
-
     def table(self) -> dict[str, list[Any]]:
         """One row per prompt, token and method: the share, and the effect of removing or replacing the token."""
-        rows = [
-            (number, prompt, name, token)
+        rows = (
+            (number, prompt.half, method, i, prompt.tokens[i], i in prompt.sinks, *numbers)
             for number, prompt in enumerate(self.prompts)
-            for name in prompt.shares
-            for token in range(len(prompt.tokens))
-        ]
-        return {
-            "prompt": [number for number, _, _, _ in rows],
-            "half": [prompt.half for _, prompt, _, _ in rows],
-            "method": [name for _, _, name, _ in rows],
-            "token": [token for _, _, _, token in rows],
-            "text": [prompt.tokens[token] for _, prompt, _, token in rows],
-            "sink": [token in prompt.sinks for _, prompt, _, token in rows],
-            "share": [prompt.shares[name][token] for _, prompt, name, token in rows],
-            **{
-                effect: [prompt.effects[effect][token] for _, prompt, _, token in rows]
-                for effect in ("removed", "replaced")
-            },
-        }
+            for method, shares in prompt.shares.items()
+            for i, numbers in enumerate(zip(shares, prompt.effects["removed"], prompt.effects["replaced"], strict=True))
+        )
+        return make_columns("prompt half method token text sink share removed replaced", rows)
 
 
 @with_progress
@@ -145,43 +112,28 @@ def faithfulness(
     Integrated gradients, deletion curves and projections are measured on the held-out half only. Settings are chosen on
     the other half, which is measured first and needs only rank correlations.
 
-    Parameters
-    ----------
-    model
-        From `loclin.load` or `loclin.wrap`, with a tokenizer.
-    prompts
-        See `loclin.analyses.faithfulness.prompts.load_prompts`.
-    bos
-        Whether to put a beginning token in front (see `loclin.linearize`).
-    seed
-        The seed of random orders and subspaces.
-    path
-        A JSON file, written after every few prompts. Prompts that it already has, with the same settings and versions,
-        are not run again.
-    fresh
-        Run everything again, and overwrite the file.
-    planes
-        The number of prompts on which to measure projections, which need the dense map.
-    progress
-        True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
-
-    Raises
-    ------
-    ModelError
-        When the input of layer 0 is not simply the tokens' embeddings, so that a mean embedding cannot replace it.
-    OutputError
-        When the file cannot be written, or holds something else.
-
-    Notes
-    -----
     Cost of a prompt of T tokens: twelve columns, about 2 T + 10 forward passes and 4 backward passes. On the held-out
     half, 16 more of both, and about 18 T forward passes of half the length; with projections the dense map and 109 more
     passes.
+
+    Raises ModelError when the input of layer 0 is not simply the tokens' embeddings, so that a mean embedding cannot
+    replace it; OutputError when the file cannot be written, or holds something else.
+
+    Parameters
+    ----------
+    model: from `loclin.load` or `loclin.wrap`, with a tokenizer.
+    prompts: see `loclin.analyses.faithfulness.prompts.load_prompts`.
+    bos: whether to put a beginning token in front (see `loclin.linearize`).
+    seed: the seed of random orders and subspaces.
+    path: a JSON file, written after every few prompts. Prompts that it already has, with the same settings and
+        versions, are not run again.
+    fresh: run everything again, and overwrite the file.
+    planes: the number of prompts on which to measure projections, which need the dense map.
+    progress: True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
     """
     whole("planes", planes, 0)
     whole("seed", seed, 0)
-    captum = find_spec("captum") is not None
-    tell = steps(progress)
+    captum, tell = find_spec("captum") is not None, steps(progress)
     if not captum:
         tell('no integrated gradients: captum is not installed (pip install "loclin[faithfulness]")')
     settings = {"model": model.info.to_dict(), "bos": bos, "seed": seed, "planes": planes, "captum": captum}

@@ -1,34 +1,37 @@
-"""Tables of the study: means over prompts with confidence intervals."""
+"""Tables of the study: means over prompts with confidence intervals, and rank correlations, by SciPy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from loclin.analyses.faithfulness.prompts import Half
-from loclin.analyses.faithfulness.statistics import Interval, interval, rank_correlations
 from loclin.analyses.faithfulness.study import Faithfulness, PromptResult
+from loclin.errors import MissingExtraError
 
+RESAMPLES = 2000
+LEVEL = 0.95
 FEWEST = 3
 """The smallest number of ranked tokens of a prompt that counts."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` prompts, and its confidence interval at `LEVEL` (bootstrap over prompts)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
 
 
 def correlations(study: Faithfulness, half: Half, effect: str, last: bool, sizes: bool = False) -> dict[str, Interval]:
     """Compute the rank correlation (Spearman) of each method's shares with single-token effects, the best first.
 
-    Parameters
-    ----------
-    study
-        The measured prompts.
-    half
-        Which half of the prompts.
-    effect
-        `"removed"` or `"replaced"`.
-    last
-        Whether the last token is ranked too.
-    sizes
-        Take |share| instead of the share.
+    The effect is `"removed"` or `"replaced"`; `last`: rank the last token, too; `sizes`: take |share| instead.
     """
     values = _correlate(study, half, effect, last, sizes)
     return _sort({name: interval(found) for name, found in values.items()})
@@ -44,10 +47,9 @@ def hits(study: Faithfulness, half: Half, effect: str, last: bool) -> dict[str, 
     """Count how often the token with the largest share is the one with the largest effect; also for a random guess."""
     values: dict[str, list[float]] = {}
     for prompt, chosen in _select_ranked(study, half, last):
-        effects = np.take(prompt.effects[effect], chosen)
+        largest = np.take(prompt.effects[effect], chosen).argmax()
         for name, shares in prompt.shares.items():
-            hit = np.take(shares, chosen).argmax() == effects.argmax()
-            values.setdefault(name, []).append(float(hit))
+            values.setdefault(name, []).append(float(np.take(shares, chosen).argmax() == largest))
         values.setdefault("random", []).append(1 / len(chosen))
     return _sort({name: interval(found) for name, found in values.items()})
 
@@ -82,12 +84,10 @@ def apart(study: Faithfulness, method: str) -> dict[str, dict[str, Interval]]:
     """
     values: dict[str, dict[str, list[float]]] = {}
     for prompt in study.prompts:
-        length, sizes = len(prompt.tokens), np.abs(prompt.shares[method])
-        groups = {
-            "attention sink": prompt.sinks,
-            "last token": [i for i in [length - 1] if i not in prompt.sinks],
-            "other tokens": [i for i in range(length - 1) if i not in prompt.sinks],
-        }
+        last, sizes = len(prompt.tokens) - 1, np.abs(prompt.shares[method])
+        others = [i for i in range(last) if i not in prompt.sinks]
+        ends = [i for i in [last] if i not in prompt.sinks]
+        groups = {"attention sink": prompt.sinks, "last token": ends, "other tokens": others}
         numbers = prompt.effects | {"share": (sizes / sizes.sum()).tolist()}
         for group, positions in groups.items():
             for name, found in numbers.items():
@@ -99,11 +99,10 @@ def apart(study: Faithfulness, method: str) -> dict[str, dict[str, Interval]]:
 def planes(study: Faithfulness) -> dict[tuple[str, int], dict[str, Interval]]:
     """Average the effects of projecting the input, by kind of subspace and number of vectors."""
     values: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for prompt in study.prompts:
-        for found in prompt.planes:
-            numbers = values.setdefault((found.plane, found.k), {"moved": [], "drop": [], "output": []})
-            for name, rows in numbers.items():
-                rows.append(getattr(found, name))
+    for found in (one for prompt in study.prompts for one in prompt.planes):
+        numbers = values.setdefault((found.plane, found.k), {"moved": [], "drop": [], "output": []})
+        for name, rows in numbers.items():
+            rows.append(getattr(found, name))
     return {key: {name: interval(rows) for name, rows in parts.items()} for key, parts in values.items()}
 
 
@@ -128,3 +127,39 @@ def _select_ranked(study: Faithfulness, half: Half, last: bool) -> Iterator[tupl
 
 def _sort(found: dict[str, Interval]) -> dict[str, Interval]:
     return dict(sorted(found.items(), key=lambda item: -np.nan_to_num(item[1].mean, nan=-2.0)))
+
+
+def check_scipy() -> None:
+    """Raise MissingExtraError without SciPy, before anything is computed."""
+    try:
+        import scipy.stats  # noqa: F401 (the tables need it later)
+    except ImportError:
+        raise MissingExtraError("the study", "SciPy", "faithfulness") from None
+
+
+def rank_correlations(scores: ArrayLike, effects: ArrayLike) -> list[float]:
+    """Compute Spearman's correlation of each row of `scores` `[M, n]` with `effects` `[n]`; NaN if all are equal."""
+    from scipy.stats import rankdata
+
+    rows = _center(rankdata(np.atleast_2d(np.asarray(scores, dtype=float)), axis=1))
+    target = _center(rankdata(np.asarray(effects, dtype=float)))
+    with np.errstate(invalid="ignore"):
+        found: list[float] = (rows @ target / (np.linalg.norm(rows, axis=1) * np.linalg.norm(target))).tolist()
+    return found
+
+
+def _center(ranks: np.ndarray) -> np.ndarray:
+    return np.asarray(ranks - ranks.mean(-1, keepdims=True))
+
+
+def interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Compute the mean of one number per prompt and its BCa bootstrap interval, without NaN."""
+    from scipy.stats import bootstrap
+
+    known = np.asarray([value for value in values if not np.isnan(value)], dtype=float)
+    if len(known) < 2 or np.ptp(known) == 0:
+        mean = float(known.mean()) if len(known) else float("nan")
+        return Interval(mean, mean, mean, len(known))
+    found = bootstrap((known,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=seed)
+    low, high = map(float, found.confidence_interval)
+    return Interval(float(known.mean()), low, high, len(known))

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from rich.text import Text
 
+from loclin.analyses.decode import SingularBlock
 from loclin.analyses.explain import Explanation, TokenExplanation
-from loclin.analyses.vectors_in_words import SingularBlock
 from loclin.report.run import prompt, run_of
 from loclin.report.sheet import KEY, PAGE, Block, Chip, Limits, Section, Sheet, describe, full_size
 from loclin.report.table import Bar, Column, Table

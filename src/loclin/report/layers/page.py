@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loclin.analyses.decode import Words
+from loclin.analyses.decode import SingularBlock, Words
 from loclin.analyses.layers import SHOWN, WORDS, ComponentLayers, LayerExplanation
-from loclin.analyses.vectors_in_words import SingularBlock
 from loclin.report import run
 from loclin.report.html import write_page
 from loclin.report.layers.figures import layers_figures

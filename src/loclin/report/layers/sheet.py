@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from rich.text import Text
 
-from loclin.analyses.decode import Words
+from loclin.analyses.decode import SingularBlock, Words
 from loclin.analyses.layers import APPEARS, LayerExplanation
-from loclin.analyses.vectors_in_words import SingularBlock
 from loclin.report import run
 from loclin.report.sheet import PAGE, Chip, Limits, Section, Sheet, describe
 from loclin.report.table import Column, Table
