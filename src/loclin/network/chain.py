@@ -1,11 +1,8 @@
-"""The layers' links in order: sweeps backward from any target and forward from any source.
+"""The layers' links in order, y = R L_n ... L_1 x + b: sweeps u -> L_1^T ... L_n^T R^T u and v -> R L_n ... L_1 v.
 
-The network is y = R L_n ... L_1 x + b, with one linear map L_l for each layer and R for the final norm and the head as
-far as the target includes them (`loclin.network.ends`). A backward sweep computes u -> L_1^T ... L_n^T R^T u for a
-block of cotangents, a forward sweep v -> R L_n ... L_1 v for a block of tangents.
-
-Cost is counted in columns: one column is one vector pushed through all T positions of every layer between source and
-target, 2 T P flops where P counts the V, O, up and down weights of those layers.
+R is the final norm and the head as far as the target includes them (`loclin.network.ends`). Cost is counted in columns:
+one column is one vector pushed through all T positions of every layer between source and target, 2 T P flops where P
+counts the V, O, up and down weights of those layers.
 """
 
 from __future__ import annotations
@@ -33,22 +30,13 @@ _CHUNK_ROWS_ACCELERATOR = 65536
 
 
 class Chain:
-    """The links of one traced prompt.
+    """The links of one traced prompt, frozen as `options` say (as in the trace by default).
 
-    Parameters
-    ----------
-    trace
-        The traced prompt.
-    options
-        What is frozen; as in the trace by default. `FreezeOptions(ordinary=True)` gives the ordinary Jacobian's sweeps.
-    explicit
-        Use explicit products (see `loclin.network.explicit`) where the family has them.
+    `explicit` uses explicit products (see `loclin.network.explicit`) where the family has them.
     """
 
     def __init__(self, trace: Trace, options: FreezeOptions | None = None, explicit: bool = True) -> None:
-        self.trace = trace
-        self.options = options or trace.options
-        self.explicit = explicit
+        self.trace, self.options, self.explicit = trace, options or trace.options, explicit
         self.layers = [LayerLink(trace, index, self.options) for index in range(trace.n_layers)]
 
     def width(self, target: Point, normed: bool = False) -> int:
@@ -63,13 +51,7 @@ class Chain:
         return math.ceil(columns / max(1, parts))
 
     def check(self, source: Point, target: Point) -> None:
-        """Refuse a target that the source does not lead to.
-
-        Raises
-        ------
-        OptionError
-            When the target is upstream of the source, or the source is the logits.
-        """
+        """Refuse, by an OptionError, a target that the source does not lead to, and `final` or `logits` as a source."""
         n = self.trace.n_layers
         before, after = source.node(n), target.node(n)
         if source.kind in ("final", "logits"):
@@ -134,7 +116,7 @@ class Chain:
         workspace: Workspace,
         chunk: int | None = None,
     ) -> slice:
-        """Pull a block of cotangents through one layer, in place; returns the positions that they have reached.
+        """Pull cotangents through one layer, in place; returns the positions that they have reached.
 
         The block is a transposed `[T, n, d]`, zero outside the `active` positions. Cost: n columns of the layer.
         """
@@ -221,7 +203,7 @@ class Chain:
         return sum((value.to(device) for value in found.values()), start=zero)
 
     def norm(self, target: Point, position: int) -> NormLink:
-        """The final norm on top of a target, frozen at the target's own value there."""
+        """The final norm on top of a target, frozen at the target's own value."""
         return self.readout(target, position, normed=True).norm()
 
     def readout(self, target: Point, position: int, normed: bool = False) -> Readout:

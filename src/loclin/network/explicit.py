@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.network.anatomy import Weights
-from loclin.network.blocks import CausalBlock, Probe, Workspace, add_or_write, add_scaled
-from loclin.network.coefficients import LayerCoefficients
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write, add_scaled
 from loclin.network.explicit_attention import ExplicitAttention
 from loclin.network.explicit_mlp import ExplicitMLP
 
@@ -32,21 +31,9 @@ def available(layer: nn.Module, weights: Weights, dtype: torch.dtype) -> bool:
 
 
 class ExplicitLayer:
-    """One layer's explicit products.
+    """One layer's explicit products, of blocks `[T, n, d]`: what belongs to one position is one matrix.
 
-    Blocks are `[T, n, d]`: what belongs to one position is one matrix. Memory: the weights once more where they are
-    stored in another dtype, and the workspace.
-
-    Parameters
-    ----------
-    layer, weights
-        The layer, and the paths of its parts.
-    coefficients
-        Its frozen coefficients.
-    dtype
-        Of the products.
-    workspace
-        Shared by all layers of a sweep.
+    Memory: the weights once more where they are stored in another dtype, and the workspace of the sweep.
     """
 
     def __init__(
@@ -57,8 +44,7 @@ class ExplicitLayer:
         dtype: torch.dtype,
         workspace: Workspace,
     ) -> None:
-        paths = (weights.v, weights.o, weights.gate, weights.up, weights.down)
-        v, o, gate, up, down = (_weight_and_bias(layer.get_submodule(path), dtype) for path in paths)
+        v, o, gate, up, down = (_weight_and_bias(layer.get_submodule(path), dtype) for path in weights.matrices)
         if weights.fused:
             n_values = (len(v[0]) - o[0].shape[1]) // 2  # q, k and v lie one behind the other, k as wide as v
             inner = down[0].shape[1]
@@ -81,21 +67,10 @@ class ExplicitLayer:
         below: str = "resid_pre",
         above: str = "resid_post",
     ) -> None:
-        """Pull a block of cotangents from one of the layer's points back to another, in place.
+        """Pull cotangents from point `above` back to `below` (`resid_pre` or `resid_mid`), in place.
 
-        Parameters
-        ----------
-        block
-            The cotangents; those outside `active` are zero.
-        active, reached
-            The positions that have cotangents, and those that they attend to.
-        chunk
-            How many columns at a time.
-        below, above
-            The points: `resid_pre` or `resid_mid`, and any of the layer's behind it.
+        `active` positions have cotangents, others zeros; they attend to those `reached`. `chunk` columns at a time.
 
-        Notes
-        -----
         Cost: 2 T d^2 (f + n) flops for the MLP with its matrices formed, 4 n T d f with its factors; 2 n T d d_head
         (H + H_kv) for V and O, 2 n T^2 H d_head for mixing.
         """
@@ -118,23 +93,10 @@ class ExplicitLayer:
         above: str = "resid_post",
         probe: Probe | None = None,
     ) -> None:
-        """Push blocks of tangents from one of the layer's points to another, in place.
+        """Push blocks of tangents from `below` to `above`, in place; the MLP's matrices are formed once for all.
 
-        Only the `wanted` positions are right afterwards, and those behind the last of them must not matter. Where the
-        MLP's matrices are formed they serve all blocks.
-
-        Parameters
-        ----------
-        blocks
-            The tangents, each from the first position on that is not zero.
-        wanted, chunk, below, above
-            As for `vjp`.
-        probe
-            Records what attention and MLP give at a wanted position.
-
-        Notes
-        -----
-        Cost: as for `vjp`, V at all positions and the rest at those wanted.
+        Only the `wanted` positions are right afterwards, and those behind the last of them must not matter. Cost: as
+        for `vjp`, V at all positions and the rest at those wanted.
         """
         if below == "resid_pre":
             add = above != "attn_out"

@@ -15,20 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.network.blocks import CausalBlock, Probe, Workspace, add_or_write
-from loclin.network.coefficients import LayerCoefficients
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write
 
 
 class ExplicitAttention:
-    """Products with one layer's attention.
-
-    Parameters
-    ----------
-    v, o
-        (weight `[out, in]`, bias or None) of the values `[H_kv d_head, d]` and of the output matrix `[d, H d_head]`.
-    coefficients, workspace
-        As for `ExplicitLayer`.
-    """
+    """Products with one layer's attention; `v` and `o` are (weight `[out, in]`, bias or None)."""
 
     def __init__(
         self,

@@ -17,15 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.network.blocks import (
-    CausalBlock,
-    Probe,
-    Workspace,
-    add_or_write,
-    contiguous_view,
-    position_groups,
-)
-from loclin.network.coefficients import LayerCoefficients
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write, contiguous_view
 
 _FORMED_NUMBERS = 5_000_000
 """Numbers of the matrices that are formed at once: they stay in the processor's cache."""
@@ -35,15 +27,7 @@ _ROWS = 4096
 
 
 class ExplicitMLP:
-    """Products with one layer's MLP.
-
-    Parameters
-    ----------
-    up, gate, down
-        (weight `[out, in]`, bias or None) of each matrix: `[f, d]`, `[f, d]` and `[d, f]`.
-    coefficients, workspace
-        As for `ExplicitLayer`.
-    """
+    """Products with one layer's MLP; `up`, `gate` and `down` are (weight `[out, in]`, bias or None)."""
 
     def __init__(
         self,
@@ -159,11 +143,13 @@ class ExplicitMLP:
 
     def _groups(self, positions: slice, columns: int, formed: bool) -> list[slice]:
         """The positions that are done at a time."""
-        if not formed:
-            return position_groups(positions, max(1, _ROWS // columns))
-        d, f = self._down.shape
-        numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
-        return position_groups(positions, max(1, numbers // (d * (d + f)) // 2 * 2))  # odd would leave a core idle
+        size = _ROWS // columns
+        if formed:
+            d, f = self._down.shape
+            numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
+            size = numbers // (d * (d + f)) // 2 * 2  # odd would leave a core idle
+        starts = range(positions.start, positions.stop, max(1, size))
+        return [slice(t, min(t + starts.step, positions.stop)) for t in starts]
 
     def _form(self, group: slice) -> Float[Tensor, "g d d"]:
         """M_t for a group of positions; the identity of the residual stream is added behind it, which rounds less."""

@@ -32,19 +32,11 @@ class Point:
         """
         if self.layer is None:
             return {"embed": 0, "final": 2 * n_layers + 1, "logits": 2 * n_layers + 2}[self.kind]
-        return (
-            2 * self.layer + {"resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}[self.kind]
-        )
+        return 2 * self.layer + (KINDS.index(self.kind) + 1) // 2
 
 
 def parse_point(name: str | Point, n_layers: int) -> Point:
-    """Read a point's name, such as `"resid_post.3"`; negative layers count from the end.
-
-    Raises
-    ------
-    OptionError
-        When a model of `n_layers` layers has no such point; the message lists the names.
-    """
+    """Read a point's name, such as `"resid_post.3"`; negative layers count from the end. OptionError lists names."""
     if isinstance(name, Point):
         return name
     if not isinstance(name, str):

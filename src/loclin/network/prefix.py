@@ -28,33 +28,12 @@ def prefix_maps(
     components: Sequence[str] = ("resid_post",),
     progress: Callable[[int], None] = lambda _columns: None,
 ) -> Iterator[tuple[int, Maps]]:
-    """The maps of some tokens to components of every layer at one position, layer after layer.
+    """The maps of some tokens to `attn_out`, `mlp_out` or `resid_post` of every layer at one position.
 
-    Parameters
-    ----------
-    chain
-        The links.
-    position
-        Where the maps end.
-    tokens
-        Where they begin. With causal attention the maps of tokens behind `position` are zero and cost nothing.
-    components
-        Some of `attn_out`, `mlp_out` and `resid_post`.
-    progress
-        Called with the number of columns that have passed a layer.
+    With causal attention the maps of tokens behind `position` are zero and cost nothing. `progress` is called with the
+    number of columns that have passed a layer. Yields each layer and its maps, which the next layer overwrites;
+    OptionError where a layer has no module whose output is a component.
 
-    Yields
-    ------
-    tuple[int, Maps]
-        The layer, and the maps, which the next layer overwrites.
-
-    Raises
-    ------
-    OptionError
-        Where a layer has no module whose output is a component.
-
-    Notes
-    -----
     Cost: `loclin.network.cost.prefix_sweep_cost`. Memory: d^2 numbers for each token and each position behind it for
     the tangents (on an accelerator for each token and position), d^2 for each component and token, and a layer's own.
     """
@@ -100,9 +79,8 @@ def _push_through_graph(chain: Chain, layer: int, blocks: Sequence[CausalBlock],
     graph = link.graph()
     x, sublayers = graph.source("resid_pre"), [name for name in ("attn_out", "mlp_out") if name in graph.points]
     # Where both sublayers have a module, the layer adds what they add.
-    pushes = {
-        name: batched_jvp(graph.points[name], x) for name in (sublayers if len(sublayers) == 2 else ["resid_post"])
-    }
+    ends = sublayers if len(sublayers) == 2 else ["resid_post"]
+    pushes = {name: batched_jvp(graph.points[name], x) for name in ends}
     chunk = chain.chunk(trace.width, trace.width)
     for index, (start, block) in enumerate(blocks):
         rows = slice(start, start + len(block))

@@ -30,24 +30,12 @@ _COARSE = 0.1
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """The last linear module of an attention or an MLP.
-
-    Attributes
-    ----------
-    path
-        Its path, from the layer.
-    source
-        What enters it, in the layer's graph: T vectors of n numbers, in any shape.
-    count
-        How many heads or neurons that is: equal parts, side by side.
-    behind
-        The constants that are added behind it.
-    """
+    """The last linear module of an attention or an MLP, at a path from the layer."""
 
     path: str
-    source: Tensor
-    count: int
-    behind: Constants
+    source: Tensor  # what enters it, in the layer's graph: T vectors of n numbers, in any shape
+    count: int  # of heads or neurons in it: equal parts, side by side
+    behind: Constants  # added behind it
 
     __repr__ = brief
 
@@ -70,18 +58,10 @@ class _LinearCall:
 
 @dataclass
 class UnitFinder:
-    """Finds heads and neurons during one frozen pass of a layer; see `LayerLink.graph`.
-
-    Attributes
-    ----------
-    sublayers
-        Where the layer's attention and MLP end.
-    probs
-        The attention probabilities `[H, T, S]`, one pattern for each query head; None where nothing attends.
-    """
+    """Finds heads and neurons during one frozen pass of a layer; see `LayerLink.graph`."""
 
     sublayers: Sublayers
-    probs: Tensor | None = None
+    probs: Tensor | None = None  # attention [H, T, S], one pattern for each query head; None where nothing attends
     _calls: list[_LinearCall] = field(default_factory=list)
     _mixes: int = 0
     _attended: int = 0
