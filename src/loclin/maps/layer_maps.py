@@ -1,8 +1,7 @@
-"""The maps of every layer: from the embeddings to each, each layer's own, and from each to the end.
+"""The maps of every layer, yielded one by one: from the embeddings to each, each layer's own, and from each to the end.
 
-With y_l = L_l ... L_1 x, `cumulative` maps are products of the first factors, and all of them are by-products of one
-forward sweep; `suffix` maps are products of the last factors, from one backward sweep. Maps are yielded one by one and
-not kept.
+With y_l = L_l ... L_1 x, all products of the first factors are by-products of one forward sweep; products of the last
+factors, of one backward sweep.
 """
 
 from __future__ import annotations
@@ -36,31 +35,15 @@ COMPONENTS = ("attn_out", "mlp_out", "resid_post")
 
 @dataclass(frozen=True)
 class LayerMap:
-    """One component's map at one layer.
-
-    Attributes
-    ----------
-    layer, component
-        The layer and the component.
-    maps
-        Each token's map `[T, d_out, d_in]`, a view that the next layer overwrites.
-    joint
-        The same side by side, `[d_out, T d_in]`.
-    value
-        y, the network's own value at the map's target `[d_out]`.
-    bias
-        b, the part of y that does not come from the map's source `[d_out]`.
-    reconstruction_error
-        |J x + b - y| / |y|.
-    """
+    """One component's map at one layer."""
 
     layer: int
     component: str
-    maps: Tensor
-    joint: Tensor
-    value: Tensor
-    bias: Tensor
-    reconstruction_error: float
+    maps: Tensor  # each token's, [T, d_out, d_in], a view that the next layer overwrites
+    joint: Tensor  # side by side, [d_out, T d_in]
+    value: Tensor  # y, the network's own value at the map's target [d_out]
+    bias: Tensor  # b, the part of y that does not come from the map's source [d_out]
+    reconstruction_error: float  # |J x + b - y| / |y|
 
     __repr__ = brief
 
@@ -68,10 +51,7 @@ class LayerMap:
 def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[str, ...]:
     """Read the components: those asked for, or all that every layer has.
 
-    Raises
-    ------
-    OptionError
-        For one that does not exist, or that is not the output of a module in every layer.
+    OptionError for one that does not exist, or that is not the output of a module in every layer.
     """
     trace = chain.trace
     if components is None:
@@ -120,37 +100,11 @@ def layer_maps(
 ) -> Iterator[LayerMap]:
     """The maps of every layer, component by component (paper, section 3.4 and Figure 6).
 
-    Parameters
-    ----------
-    chain
-        The links.
-    mode
-        See `Mode`.
-    position
-        Where the maps end.
-    components
-        From `check_components`.
-    normed
-        Put the final norm, frozen at the point's own value, on top of maps that end at a layer.
-    direction
-        For `cumulative`: `"forward"` or `"backward"`; `plan_direction`'s choice unless given.
-    budget
-        The memory budget of sweeps.
-    progress
-        Called with the number of columns that have passed a layer.
+    They end at `position`, go to `components` (from `check_components`), and come from the first layer to the last; of
+    `suffix` from the last to the first. `normed` puts the final norm, frozen at the point's own value, on top of maps
+    that end at a layer. `direction` is that of `cumulative` sweeps, `plan_direction`'s choice unless given. `progress`
+    is called with the number of columns that have passed a layer. OptionError for an unknown mode or direction.
 
-    Yields
-    ------
-    LayerMap
-        From the first layer to the last; of `suffix` from the last to the first.
-
-    Raises
-    ------
-    OptionError
-        For a mode or a direction that does not exist.
-
-    Notes
-    -----
     Cost: `cumulative` one forward sweep (`loclin.network.cost.prefix_sweep_cost`) or (L + 1) / 2 dense maps for each
     component; `layerwise` up to one dense map for each component; `suffix` one dense map. All: one column
     for the biases.
@@ -163,17 +117,16 @@ def layer_maps(
         yield from _suffix(chain, position, components, biases, progress)
         return
     if mode == "layerwise":
-        found = _layerwise(chain, position, components, progress)
+        found = _one_by_one(chain, "resid_pre", position, components, None, progress)
     elif (direction or plan_direction(chain, position, components, budget)) == "forward":
         found = _forward(chain, position, components, progress)
     else:
-        found = _backward(chain, position, components, budget, progress)
-    embed = Point("embed")
+        found = _one_by_one(chain, "embed", position, components, budget, progress)
     for point, maps in found:
         layer, name = point.layer, point.kind
         assert layer is not None
         value, bias = chain.trace.value(point)[position].to(maps), biases[layer].at[name][position].to(maps)
-        x = chain.trace.value(Point("resid_pre", layer) if mode == "layerwise" else embed).to(maps)
+        x = chain.trace.value(Point("resid_pre", layer) if mode == "layerwise" else Point("embed")).to(maps)
         if mode == "layerwise":
             bias = bias - _apply(maps, biases[layer].at["resid_pre"])
         if normed:
@@ -193,9 +146,8 @@ def _layer_map(point: Point, maps: Tensor, value: Tensor, bias: Tensor, x: Tenso
     side_by_side = maps.transpose(0, 1)
     joint = side_by_side.flatten(1) if side_by_side.is_contiguous() else maps.mT.flatten(0, 1).mT
     assert point.layer is not None
-    return LayerMap(
-        point.layer, point.kind, maps, joint, value, bias, relative_error(_apply(maps, x) + bias - value, value)
-    )
+    error = relative_error(_apply(maps, x) + bias - value, value)
+    return LayerMap(point.layer, point.kind, maps, joint, value, bias, error)
 
 
 def _apply_norm(norm: NormLink, maps: Tensor) -> Tensor:
@@ -213,36 +165,25 @@ def _forward(
             yield Point(name, layer), found[name].mT
 
 
-def _backward(
+def _one_by_one(
     chain: Chain,
+    source: str,
     position: int,
     components: Sequence[str],
     budget: int | float | str | None,
     progress: Callable[[int], None],
 ) -> Iterator[tuple[Point, Tensor]]:
+    """Each map by a backward sweep of its own, from the embeddings or from its layer's input."""
     for layer in range(chain.trace.n_layers):
+        start = Point(source, None if source == "embed" else layer)
         for name in components:
-            J = LinearMap(chain, Point("embed"), Point(name, layer), position, budget=budget)
-            yield Point(name, layer), J.dense().transpose(0, 1)
-            progress(J.shape[0] * (layer + 1))
-
-
-def _layerwise(
-    chain: Chain, position: int, components: Sequence[str], progress: Callable[[int], None]
-) -> Iterator[tuple[Point, Tensor]]:
-    for layer in range(chain.trace.n_layers):
-        for name in components:
-            J = LinearMap(chain, Point("resid_pre", layer), Point(name, layer), position)
-            yield Point(name, layer), J.dense().transpose(0, 1)
-            progress(J.shape[0])
+            J = LinearMap(chain, start, Point(name, layer), position, budget=budget)
+            yield J.target, J.dense().transpose(0, 1)
+            progress(J.shape[0] * len(chain.steps(J.source, J.target)))
 
 
 def _suffix(
-    chain: Chain,
-    position: int,
-    components: Sequence[str],
-    biases: list[_LayerBiases],
-    progress: Callable[[int], None],
+    chain: Chain, position: int, components: Sequence[str], biases: list[_LayerBiases], progress: Callable[[int], None]
 ) -> Iterator[LayerMap]:
     """Maps to `final`, by-products of one backward sweep.
 

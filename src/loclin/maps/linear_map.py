@@ -1,9 +1,4 @@
-"""The exact linear map between two named points, as an operator.
-
-y = J x + b, J = [J_0 ... J_{T-1}] with one block for each source token. Products are sweeps through the layers
-(`loclin.network.chain`): J v is one forward sweep, J^T u one backward sweep. The dense map is J^T applied to the
-identity, and is made only when it is needed.
-"""
+"""The exact linear map between two named points, as an operator whose products are sweeps through the layers."""
 
 from __future__ import annotations
 
@@ -22,7 +17,6 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.common.unpicklable import Unpicklable
 from loclin.common.vectors import is_block, vectors
 from loclin.errors import BudgetError, OptionError
-from loclin.maps.describe import describe_map
 from loclin.maps.scipy_operator import as_scipy_operator
 from loclin.maps.spectra import Spectra
 from loclin.models.hashing import weights_hash
@@ -59,20 +53,16 @@ class LinearMap(Unpicklable, Spectra):
     """The map J of y = sum_i J_i x_i + b, from all tokens at `source` to one position at `target` (paper, equation 2).
 
     Made by `Linearization.jacobian`. `T` is the number of source tokens, `d_in` and `d_out` the widths of the points.
-    Products cost columns (see `loclin.network.chain`). The dense map is kept once it has been made.
+    J v is one forward sweep, J^T u one backward sweep; both cost columns (see `loclin.network.chain`). The dense map,
+    J^T applied to the identity, is made when it is needed, and kept.
 
     Attributes
     ----------
-    source, target
-        The points, as `Point`.
-    position
-        The target's position, from the front.
-    positions
-        The source positions, all T of them unless this is one token's block.
-    certificate
-        `Certificate.facts()`, once this map has been certified.
-    warnings
-        Warnings about the prompt, which every result includes.
+    source, target: the points, as `Point`.
+    position: the target's position, from the front.
+    positions: the source positions, all T of them unless this is one token's block.
+    certificate: `Certificate.facts()`, once this map has been certified.
+    warnings: warnings about the prompt, which every result includes.
     """
 
     instead = "save what you compute from it (J.svd().save(path), J.dense(path)), or linearize the prompt again there"
@@ -175,28 +165,17 @@ class LinearMap(Unpicklable, Spectra):
 
     @in_plain_torch
     def dense(self, path: str | os.PathLike[str] | None = None) -> Float[Tensor, "d_out T d_in"]:
-        """All of J.
+        """All of J, kept for later calls.
 
         Cost: d columns backward (for the logits: those of `final`, then one product with the head). Memory: J, and
-        the budget. Kept for later calls.
+        the budget; BudgetError where J is larger than the free memory.
 
-        Parameters
-        ----------
-        path
-            A `.npy` file that holds J instead of the memory, which then needs the budget only. It is written in chunks
-            of rows (see `rows`). Rows that are in the file already are not computed again: an interrupted run is
-            resumed, and a finished file is only opened. `PATH.json` says which map it is. The returned tensor is on
-            the CPU and reads the file; writing to it does not change the file. Cost, also to open: one read of the
-            model's weights, by which the file identifies its map.
-
-        Raises
-        ------
-        BudgetError
-            When J itself is larger than the free memory; with a path, when the budget is too small for one row.
-        OutputError
-            When the file cannot be written, or the disk has no room for it.
-        ResultError
-            When the file is of another map, or was altered.
+        With a `path`, a `.npy` file holds J instead of the memory, which then needs the budget only; BudgetError where
+        that is too small for one row. The file is written in chunks of rows (see `rows`). Rows that are in it already
+        are not computed again: an interrupted run is resumed, and a finished file is only opened. `PATH.json` says
+        which map it is. The returned tensor is on the CPU and reads the file; writing to it does not change the file.
+        Cost, also to open: one read of the model's weights, by which the file identifies its map. OutputError where
+        the file cannot be written, or the disk has no room; ResultError where it is of another map, or was altered.
         """
         if path is not None:
             key = self.provenance().key() | {"weights": weights_hash(self.chain.trace.model.hf)}
@@ -214,38 +193,21 @@ class LinearMap(Unpicklable, Spectra):
                     "is free; use dense(path=...), or rows()"
                 )
             if self.target.kind == "logits":
-                head = OutputHeadLink(self.chain.trace, self.position)
-                columns = self._to_final().dense().flatten(1).T
-                self._dense = head.jvp(columns).T.reshape(d_out, length, d_in).to(self.device)
+                columns = OutputHeadLink(self.chain.trace, self.position).jvp(self._to_final().dense().flatten(1).T)
+                self._dense = columns.T.reshape(d_out, length, d_in).to(self.device)
             else:
                 self._dense = self.rmatmat(torch.eye(d_out, dtype=self.dtype, device=self.device))
         return self._dense
 
     @in_plain_torch
     def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
-        """J in chunks of rows, in order: for sums over J that need not hold it.
+        """J in chunks of rows, from row `start` on, for sums over J that need not hold it: (which rows, these rows).
+
+        A `chunk` is as many rows as the budget allows by default. BudgetError where it is too small for one row,
+        OptionError for a `chunk` below 1.
 
         Cost: d columns in all, and one sweep's fixed cost for each chunk. Memory: two chunks and a sweep, within the
         budget; for the logits also the dense map to `final` and the head's matrix. Free once J is dense.
-
-        Parameters
-        ----------
-        chunk
-            How many rows at a time; as many as the budget allows by default.
-        start
-            The first row.
-
-        Yields
-        ------
-        tuple[slice, Tensor]
-            Which rows, and these rows of J.
-
-        Raises
-        ------
-        BudgetError
-            When the budget is too small for one row.
-        OptionError
-            When `chunk` is below 1.
         """
         if chunk is not None and chunk < 1:
             raise OptionError(f"chunk={chunk}: give at least one row, or None for what the budget allows")
@@ -306,29 +268,15 @@ class LinearMap(Unpicklable, Spectra):
         return torch.einsum("oti,ti->o", self._dense, self.input) + self.bias
 
     def block(self, i: int) -> LinearMap:
-        """One token's map J_i, as a `LinearMap` with T = 1; the other tokens then belong to its `bias`.
-
-        Raises
-        ------
-        PromptError
-            When there is no token i.
-        """
-        i = self.chain.trace.position(i)
-        return type(self)(
-            self.chain,
-            self.source,
-            self.target,
-            self.position,
-            normed=self.normed,
-            budget=self._budget,
-            parent=self._parent or self,
-            token=i,
-        )
+        """Token i's map J_i, a `LinearMap` with T = 1 whose `bias` has the other tokens; PromptError without one."""
+        ends = (self.chain, self.source, self.target, self.position)
+        parent, token = self._parent or self, self.chain.trace.position(i)
+        return type(self)(*ends, normed=self.normed, budget=self._budget, parent=parent, token=token)
 
     @cached_property
     @in_plain_torch
     def bias(self) -> Float[Tensor, " d_out"]:
-        """b: everything that does not come from the source's tokens, computed from its sources and never as y - J x.
+        """b: what does not come from the source's tokens, computed from its sources and never as y - J x.
 
         Biases behind the source; for `attn_out` and `mlp_out` also the rest of the residual stream; for one token's
         block also the other tokens. Cost: one column.
@@ -366,9 +314,20 @@ class LinearMap(Unpicklable, Spectra):
 
     def provenance(self) -> Provenance:
         """Which map this is, for what is computed from it."""
-        certificate = (self._parent or self).certificate
-        ends = (self.source, self.target, self.position, self.normed, self.positions)
-        return describe_map(self.chain, *ends, certificate=certificate)
+        trace, options = self.chain.trace, self.chain.options
+        return Provenance.of(
+            trace.model,
+            trace.input_ids[0].tolist(),
+            gate="ordinary" if options.ordinary else options.gate,
+            precision=trace.options.resolved(trace.sequence.dtype),
+            dtype=trace.dtype,
+            source=str(self.source),
+            target=str(self.target),
+            position=self.position,
+            normed=self.normed,
+            positions=self.positions,
+            certificate=(self._parent or self).certificate,
+        )
 
     def _push(self, Xs: Tensor) -> Tensor:
         Xs = Xs.to(self.device, self.dtype)
@@ -384,11 +343,7 @@ class LinearMap(Unpicklable, Spectra):
 
     @in_plain_torch
     def _sweep(
-        self,
-        sweep: Callable[..., Iterator[Tensor]],
-        block: Tensor,
-        budget: int | None = None,
-        progress: bool = True,
+        self, sweep: Callable[..., Iterator[Tensor]], block: Tensor, budget: int | None = None, progress: bool = True
     ) -> Tensor:
         """Push or pull a block of columns in chunks that fit the budget (the map's own by default)."""
         per_column = self.chain.column_bytes(self.target)

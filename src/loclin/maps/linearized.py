@@ -42,21 +42,14 @@ class Linearized(Unpicklable):
 
     Attributes
     ----------
-    model
-        The model, as it was.
-    input_ids
-        The prompt's token ids `[1, T]`.
-    gate, precision
-        What is frozen, and the linear path's precision (see `loclin.freeze.FreezeOptions`).
-    trace, chain
-        The traced prompt, and the links of its layers.
-    memory
-        The budget of sweeps beside their results, as given.
-    prompt_warnings
-        Warnings about the prompt's tokens; see `warnings`.
-    padded_error
-        |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when no batch
-        was run (see `loclin.linearize_batch`).
+    model: the model, as it was.
+    input_ids: the prompt's token ids `[1, T]`.
+    gate, precision: what is frozen, and the linear path's precision (see `loclin.freeze.FreezeOptions`).
+    trace, chain: the traced prompt, and the links of its layers.
+    memory: the budget of sweeps beside their results, as given.
+    prompt_warnings: warnings about the prompt's tokens; see `warnings`.
+    padded_error: |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when
+        no batch was run (see `loclin.linearize_batch`).
     """
 
     instead = "save the results instead, with result.save(path), or linearize the prompt again in the other process"
@@ -130,19 +123,21 @@ class Linearized(Unpicklable):
     def sinks(self) -> list[int]:
         """Positions that are attention sinks: most layers and heads attend to them, whatever the token."""
         received = self.trace.attention_received[:-1]
-        return [
-            i
-            for i, share in enumerate(received.tolist())
-            if len(received) > 1
-            and share >= SINK_SHARE
-            and share >= SINK_RATIO * torch.cat([received[:i], received[i + 1 :]]).median().item()
-        ]
+        if len(received) < 2:
+            return []
+        typical = [torch.cat([received[:i], received[i + 1 :]]).median().item() for i in range(len(received))]
+        shares = list(enumerate(received.tolist()))
+        return [i for i, share in shares if share >= SINK_SHARE and share >= SINK_RATIO * typical[i]]
+
+    @property
+    def _begins(self) -> bool:
+        """Whether the prompt has a beginning token."""
+        return self.model.bos is not None and int(self.input_ids[0, 0]) == self.model.bos
 
     @cached_property
     def non_words(self) -> list[int]:
         """Positions that stand for no word: attention sinks, and the beginning token."""
-        begins = self.model.bos is not None and int(self.input_ids[0, 0]) == self.model.bos
-        return sorted({*self.sinks, *([0] if begins else [])})
+        return sorted({*self.sinks, *([0] if self._begins else [])})
 
     @cached_property
     def warnings(self) -> list[str]:
@@ -154,14 +149,13 @@ class Linearized(Unpicklable):
                 f"The input embeddings are {width} wide and the residual stream is {self.trace.width}: there are no "
                 "words for what maps read."
             )
-        first_is_word = self.model.bos is None or int(self.input_ids[0, 0]) != self.model.bos
-        if 0 not in self.sinks or not first_is_word:
-            return warnings
-        return [
-            *warnings,
-            f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
-            "the sink, and its share says little about the word. Put a beginning token first: --bos, or bos=True.",
-        ]
+        if 0 in self.sinks and not self._begins:
+            warnings.append(
+                f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word "
+                "carries the sink, and its share says little about the word. Put a beginning token first: --bos, or "
+                "bos=True."
+            )
+        return warnings
 
     @in_plain_torch
     def value(self, point: str) -> Float[Tensor, "T n"]:
@@ -186,27 +180,14 @@ class Linearized(Unpicklable):
     ) -> LinearMap:
         """The exact map from all tokens at `source` to one position at `target` (paper, equation 2).
 
-        Parameters
-        ----------
-        source, target
-            Points along the network: `embed`, `resid_pre.L`, `attn_out.L`, `resid_mid.L`, `mlp_out.L`,
-            `resid_post.L`, `final`, `logits`. Negative layers count from the end.
-        position
-            The target's position in the prompt.
-        normed
-            Put the final norm, frozen at the target's own value, on top of a target before it.
-
-        Returns
-        -------
-        LinearMap
-            An operator; nothing is computed yet. The same arguments give the same object.
+        Points are `embed`, `resid_pre.L`, `attn_out.L`, `resid_mid.L`, `mlp_out.L`, `resid_post.L`, `final` and
+        `logits`; negative layers count from the end. `normed` puts the final norm, frozen at the target's own value, on
+        top of a target before it. Nothing is computed yet. The same arguments give the same object.
 
         Raises
         ------
-        OptionError
-            For a point that does not exist, or a target that is not downstream.
-        PromptError
-            For a position outside the prompt.
+        OptionError: for a point that does not exist, or a target that is not downstream.
+        PromptError: for a position outside the prompt.
         """
         n = self.trace.n_layers
         start, end, at = parse_point(source, n), parse_point(target, n), self.trace.position(position)
@@ -234,17 +215,12 @@ class Linearized(Unpicklable):
 
     def ordinary_jacobian(self, *, position: int = -1) -> LinearMap:
         """The ordinary Jacobian embed -> final, nothing frozen: the derivative, which does not reconstruct y."""
-        chain = Chain(self.trace, FreezeOptions(ordinary=True))
-        return LinearMap(
-            chain, parse_point("embed", 0), parse_point("final", 0), self.trace.position(position), budget=self.memory
-        )
+        chain, at = Chain(self.trace, FreezeOptions(ordinary=True)), self.trace.position(position)
+        return LinearMap(chain, Point("embed"), Point("final"), at, budget=self.memory)
 
     @in_plain_torch
     def ordinary_reconstruction(self, *, position: int = -1) -> Float[Tensor, " d"]:
-        """J_ordinary x: the reconstruction of the output by the ordinary Jacobian (the paper's Figure 3).
-
-        Cost: one column with live coefficients.
-        """
+        """J_ordinary x, the ordinary Jacobian's output (the paper's Figure 3). Cost: one column, nothing frozen."""
         J = self.ordinary_jacobian(position=position)
         return J.matvec(J.input)
 
@@ -265,33 +241,22 @@ class Linearized(Unpicklable):
 
         Parameters
         ----------
-        components
-            Some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; by default all that every layer has. In a parallel
-            block, attention and MLP both read the layer's input.
-        mode
-            `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
+        components: some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; by default all that every layer has. In a
+            parallel block, attention and MLP both read the layer's input.
+        mode: `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
             from each layer to `final`, where attention's and the MLP's output reach it through the residual stream.
-        k
-            How many singular triples of each map.
-        position
-            Where the maps end.
-        normed
-            Put the final norm, frozen at the point's own value, on top of maps that end at a layer, so that the output
-            head can read what vectors write. The default, except for `"suffix"`.
-        joint
-            Also decompose all tokens' maps side by side.
-        tolerance
-            The largest relative error of singular values, below 1.
-        direction
-            For `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); by default
-            the cheaper one.
+        k, tolerance: how many singular triples of each map; the largest relative error of their values, below 1.
+        position: where the maps end.
+        normed: put the final norm, frozen at the point's own value, on top of maps that end at a layer, so that the
+            output head can read what vectors write. The default, except for `"suffix"`.
+        joint: also decompose all tokens' maps side by side.
+        direction: for `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); by
+            default the cheaper one.
 
         Raises
         ------
-        OptionError
-            For a component, mode or k that does not exist; the message names a layer without the component.
-        PromptError
-            For a position outside the prompt.
+        OptionError: for a component, mode or k that does not exist; names a layer without the component.
+        PromptError: for a position outside the prompt.
 
         Notes
         -----
@@ -329,13 +294,7 @@ class Linearized(Unpicklable):
 
 
 def question(function: F) -> F:
-    """Run an analysis of a linearized prompt, its first argument, in `plain_torch`; anything else is refused.
-
-    Raises
-    ------
-    OptionError
-        For a first argument that is not a linearized prompt.
-    """
+    """Run an analysis of a linearized prompt, its first argument, in `plain_torch`; OptionError for anything else."""
     plain = in_plain_torch(function)
 
     @functools.wraps(function)

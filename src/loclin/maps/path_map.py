@@ -140,10 +140,7 @@ def path_map(
 ) -> PathMap:
     """A path's map, from the embeddings through its components only to a target on the stream or behind it.
 
-    Raises
-    ------
-    OptionError
-        Without components, or where one does not read what the one before it writes.
+    OptionError without components, or where one does not read what the one before it writes.
     """
     if not components:
         raise OptionError("a path has no component: give at least one, such as ['L3H5', 'L10H2']")

@@ -108,16 +108,11 @@ class Plan(Result):
 
     Attributes
     ----------
-    task
-        What is to be found.
-    methods
-        Every method and its cost, the fastest first.
-    chosen
-        The method that is used.
-    max_columns
-        How many columns `matrix_free` may spend before the dense map takes over.
-    provenance, warnings
-        Which map it is for, and warnings about the prompt.
+    task: what is to be found.
+    methods: every method and its cost.
+    chosen: the method that is used.
+    max_columns: how many columns `matrix_free` may spend before the dense map takes over.
+    provenance, warnings: which map it is for, and warnings about the prompt.
     """
 
     task: str
@@ -131,15 +126,10 @@ class Plan(Result):
 
     def table(self) -> dict[str, list[Any]]:
         """One row per method, the fastest first."""
-        costs = [method.cost for method in self.methods]
-        return {
-            "method": [method.name for method in self.methods],
-            "columns": [cost.columns for cost in costs],
-            "flops": [cost.flops for cost in costs],
-            "seconds": [cost.seconds for cost in costs],
-            "bytes": [cost.nbytes for cost in costs],
-            "chosen": [method.name == self.chosen for method in self.methods],
-        }
+        names = [method.name for method in self.methods]
+        fields = {"columns": "columns", "flops": "flops", "seconds": "seconds", "bytes": "nbytes"}
+        costs = {title: [getattr(method.cost, field) for method in self.methods] for title, field in fields.items()}
+        return {"method": names, **costs, "chosen": [name == self.chosen for name in names]}
 
     def __str__(self) -> str:
         rows = [f"{'method':12} {'columns':>8} {'Gflop':>9} {'seconds':>9} {'memory':>10}   {self.task}"]
@@ -155,10 +145,7 @@ class Plan(Result):
 def plan(J: Map, k: int, *, joint: bool, tolerance: float, method: str = "auto") -> Plan:
     """Count the cost of each method for the k largest triples. Cost: one matrix product, once in a process.
 
-    Raises
-    ------
-    OptionError
-        For a method that does not exist, or a k that the map does not have.
+    OptionError for a method that does not exist, or a k that the map does not have.
     """
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose one of {', '.join(get_args(Method))}")

@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
 
 def as_scipy_operator(J: TokenMaps) -> LinearOperator:
-    """J as an operator of shape (d_out, T d_in), with arrays on the CPU.
-
-    Raises
-    ------
-    MissingExtraError
-        Without SciPy.
-    """
+    """J as an operator of shape (d_out, T d_in), with arrays on the CPU; MissingExtraError without SciPy."""
     try:
         from scipy.sparse.linalg import LinearOperator
     except ImportError as error:

@@ -58,28 +58,18 @@ class Spectra(Map):
 
         Parameters
         ----------
-        k
-            How many triples.
-        joint
-            One decomposition of all tokens' maps side by side.
-        tolerance
-            How far a singular value may be from its bounds, as a fraction of it, below 1; the bounds are in the result.
-            Vectors are good to about the square root of that.
-        method
-            "lapack": the dense map and LAPACK. "block_krylov": the dense map and a block Krylov method. "matrix_free":
-            products with J only. "auto": the one that `plan` expects to be fastest; matrix-free where the dense map is
-            beyond the memory budget; block Krylov takes over where matrix-free columns do not reach the tolerance.
-        seed
-            Of the random vectors: the same seed gives the same result.
+        k: how many triples.
+        joint: one decomposition of all tokens' maps side by side.
+        tolerance: how far a singular value may be from its bounds, as a fraction of it, below 1; the bounds are in the
+            result. Vectors are good to about the square root of that.
+        method: "lapack": the dense map and LAPACK. "block_krylov": the dense map and a block Krylov method.
+            "matrix_free": products with J only. "auto": the one that `plan` expects to be fastest; matrix-free where
+            the dense map is beyond the memory budget; block Krylov takes over where matrix-free columns do not reach
+            the tolerance.
+        seed: of the random vectors; the same seed gives the same result.
 
-        Raises
-        ------
-        OptionError
-            For a k that the map does not have, a tolerance that its dtype does not hold, or an unknown method.
-
-        Notes
-        -----
-        Cost: the dense map and T (or one) dense decompositions, or the columns that `plan` counts.
+        Cost: the dense map and T (or one) dense decompositions, or the columns that `plan` counts. OptionError for a k
+        that the map does not have, a tolerance that its dtype does not hold, or an unknown method.
         """
         k, seed, tolerance = whole("k", k), whole("seed", seed), real("tolerance", tolerance)
         check_tolerance(tolerance, wide_dtype(self.dtype))
@@ -117,15 +107,10 @@ class Spectra(Map):
 
     @in_plain_torch
     def norms(self, tolerance: float = 0.02, seed: int = 0) -> Norms:
-        """Largest singular value, Frobenius norm and stable rank of each token, to a relative tolerance.
+        """Largest singular value, Frobenius norm and stable rank of each token, to a relative tolerance in (0, 1).
 
         Cost: the dense map, from which everything is exact; or matrix-free products (see
         `loclin.spectral.stable_rank_and_norm`) where these are expected to be cheaper. The errors are in the result.
-
-        Raises
-        ------
-        OptionError
-            For a tolerance that is not between 0 and 1.
         """
         tolerance = check_fraction(real("tolerance", tolerance))
         if matrix_free_is_cheaper(self):

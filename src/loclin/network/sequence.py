@@ -1,4 +1,4 @@
-"""What one forward pass shows, in any family: the order of the blocks, their sublayers, and what follows the last one."""
+"""What one forward pass shows, in any family: the order of the blocks, their sublayers, and what follows them."""
 
 from __future__ import annotations
 
