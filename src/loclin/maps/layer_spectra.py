@@ -25,8 +25,6 @@ from loclin.spectral import SVD, RitzTriples, ritz_svd
 from loclin.spectral.bounds import rounding
 from loclin.spectral.result import near_equal
 
-METHOD = "ritz"
-
 
 @dataclass(frozen=True)
 class LayerSpectra(Result):
@@ -94,7 +92,7 @@ class LayerSpectra(Result):
         at = self._at(component, layer)
         S, residuals = self.S[at], self.residuals[at]
         lower, upper = self._bounds(S, residuals, self.Vh.shape[-1])
-        return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], METHOD)
+        return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], "ritz")
 
     @in_plain_torch
     def joint_blocks(self, component: str, layer: int) -> list[list[int]]:

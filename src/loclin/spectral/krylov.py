@@ -62,31 +62,11 @@ def matrix_free_svd(
     ends the search, or says how large ||E|| is. Lower bounds are rigorous, upper ones hold with probability 1 -
     `failure`. Where the basis spans the output space, both are rigorous and the result is exact.
 
-    Parameters
-    ----------
-    op
-        The maps.
-    k
-        How many triples.
-    align_to
-        The output vector with which left vectors have a non-negative product.
-    tolerance
-        How far a value may be from its upper bound, relative to the value; or else twice the rounding.
-    joint
-        Decompose [J_0 ... J_{T-1}] instead of every J_i.
-    block
-        The block's width; k + 8 by default.
-    max_columns
-        Stop before this many columns are exceeded, with valid bounds. The first block and the probes are always used.
-    seed
-        Of all random vectors.
-    callback
-        Called with the number of columns so far, after each step.
-
-    Raises
-    ------
-    OptionError
-        For a k that the map does not have, a tolerance that its dtype does not hold, or products in half precision.
+    Left vectors have a non-negative product with `align_to`. A value may be from its upper bound `tolerance` times the
+    value, or twice the rounding. A `block` is k + 8 wide by default. Columns end before `max_columns` are exceeded,
+    with valid bounds; the first block and the probes are always used. `callback` is called with the number of columns
+    so far, after each step. OptionError for a k that the map does not have, a tolerance that its dtype does not hold,
+    or products in half precision.
     """
     d_out, length, d_in = op.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
@@ -109,35 +89,16 @@ def matrix_free_svd(
     residuals = eta[:, None].to(S) * sines + slack
     frobenius = frobenius_estimate(sketch, missing)[0].to(S)
     U, Vh = align_signs(U, Vh, align_to)
-    found = SVD(
-        U,
-        S,
-        Vh,
-        residuals,
-        (S - slack).clamp(min=0),
-        torch.maximum(upper, S) + slack,
-        failure,
-        frobenius,
-        "matrix_free",
-        sketch.columns,
-    )
+    lower, upper = (S - slack).clamp(min=0), torch.maximum(upper, S) + slack
+    found = SVD(U, S, Vh, residuals, lower, upper, failure, frobenius, "matrix_free", sketch.columns)
     return as_joint(found, length) if joint else found
 
 
 class _Search:
     """The state of a search between its steps.
 
-    Attributes
-    ----------
-    basis, size
-        The SVD of the sketch's rows, and the number of basis vectors.
-    rounded, scale, allowed
-        What rounding adds to the values `[M, 1]`, the k-th value or that rounding `[M]`, and how far bounds may be from
-        values `[M, k]`.
-    upper, eta
-        The upper bounds so far on the k largest values `[M, k]`, and on ||E|| `[M]`; infinite before a certificate.
-    level
-        ||E||^2 / scale^2: assumed, or measured by the last certificate.
+    Upper bounds so far are `upper` on the k largest values `[M, k]`, and `eta` on ||E|| `[M]`; infinite before a
+    certificate. `level` is ||E||^2 / scale^2: assumed, or measured by the last certificate.
     """
 
     def __init__(self, sketch: Sketch, k: int, tolerance: float, most: int | float) -> None:
@@ -151,10 +112,10 @@ class _Search:
         """Decompose the sketch, and compute the bounds that follow for the values."""
         sketch, k = self._sketch, self._k
         self.basis, self.size = sketch.svd(), sketch.Q.shape[1]
-        self.rounded = 2 * sketch.floor * self.basis.values[:, :1]
-        self.scale = torch.maximum(self.basis.values[:, min(k, self.size) - 1], self.rounded[:, 0])
-        # The bounds have rounding added later.
-        self.allowed = torch.maximum(self._tolerance * self.basis.values[:, :k] - self.rounded, self.rounded)
+        rounded = 2 * sketch.floor * self.basis.values[:, :1]
+        self.scale = torch.maximum(self.basis.values[:, min(k, self.size) - 1], rounded[:, 0])
+        # How far bounds may be from values [M, k]; they have rounding added later.
+        self.allowed = torch.maximum(self._tolerance * self.basis.values[:, :k] - rounded, rounded)
         if self._certificates:  # a bound on ||E|| stays one while the basis grows
             bound = upper_values(self.basis.values, self.basis.missed, self.eta)[:, :k]
             self.upper = torch.minimum(self.upper, bound)
@@ -219,12 +180,7 @@ class _Search:
 
 
 def search(
-    sketch: Sketch,
-    k: int,
-    tolerance: float,
-    max_columns: int | None,
-    callback: Callable[[int], None],
-    certify: bool = True,
+    sketch: Sketch, k: int, tolerance: float, most: int | None, callback: Callable[[int], None], certify: bool = True
 ) -> tuple[BasisSVD, Float[Tensor, "M k"], Float[Tensor, " M"]]:
     """Grow a sketch until the k largest values of all its maps are certified, or the columns are spent.
 
@@ -232,7 +188,7 @@ def search(
     not proved. Returns the last decomposition, upper bounds on the maps' values (infinite without a certificate), and
     on ||E||.
     """
-    state = _Search(sketch, k, tolerance, math.inf if max_columns is None else max_columns)
+    state = _Search(sketch, k, tolerance, math.inf if most is None else most)
     while True:
         callback(sketch.columns)
         state.look()

@@ -24,14 +24,11 @@ from loclin.spectral.threads import single_thread
 
 @dataclass(frozen=True)
 class BasisSVD:
-    """The SVD of the rows that a basis has of M maps, in float64: B = W diag(values) V^T.
+    """The SVD of the rows that a basis has of M maps, in float64: B = W diag(values) V^T."""
 
-    `W [M, m, m]`, `values [M, m]`; `missed [M, m, m]` is I - F F^T in the basis V (see `loclin.spectral.bounds`).
-    """
-
-    W: Tensor
-    values: Tensor
-    missed: Tensor
+    W: Tensor  # [M, m, m]
+    values: Tensor  # [M, m]
+    missed: Tensor  # [M, m, m]: I - F F^T in the basis V (see `loclin.spectral.bounds`)
 
     __repr__ = brief
 
@@ -39,18 +36,11 @@ class BasisSVD:
 class Sketch:
     """A growing output basis for M maps: those of the T tokens, or with `joint` the one map of all tokens side by side.
 
-    Cost: `block` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
+    `Q` is the basis `[d_out, m]`, `B` its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint; the next
+    shared step pushes the `newest` of its vectors. `columns` were taken by products so far. Rounding may add `floor` to
+    any singular value, relative to the map's largest.
 
-    Attributes
-    ----------
-    Q, B
-        The basis `[d_out, m]`, and its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint.
-    newest
-        How many of the last basis vectors the next shared step pushes.
-    columns
-        How many columns products have taken so far.
-    floor
-        What rounding may add to any singular value, relative to the map's largest.
+    Cost: `block` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
     """
 
     def __init__(self, op: TokenMaps, block: int, *, joint: bool = False, seed: int = 0) -> None:

@@ -33,16 +33,9 @@ def single_thread() -> Iterator[None]:
 def map_matrices(
     work: Callable[[Tensor], Result], matrices: Tensor | Sequence[Tensor], name: str = "SVD"
 ) -> list[Result]:
-    """Apply a function to each of several matrices; on a CPU to as many at a time as torch has threads.
+    """Apply a function to each of several matrices on one device; on a CPU in as many threads as torch has.
 
-    Parameters
-    ----------
-    work
-        The function; called from several threads.
-    matrices
-        `[M, n, m]`, or several of any shapes on one device.
-    name
-        The name on the progress bar, which a terminal shows after two seconds.
+    `name` is on the progress bar, which a terminal shows after two seconds.
     """
 
     def collect(results: Iterator[Result]) -> list[Result]:
