@@ -7,23 +7,18 @@ sweeps, which may be more or fewer.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, cast, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.errors import OptionError
-from loclin.network.chain import Chain
+from loclin.maps.products import Products
 from loclin.network.cost import Cost, algebra_cost, sweep_cost
-from loclin.network.points import Point
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
-from loclin.spectral import TokenMaps, check_rank, wide_dtype
+from loclin.spectral import check_rank, wide_dtype
 from loclin.spectral.krylov import CERTIFICATE, PROBES
 
 Method = Literal["auto", "lapack", "block_krylov", "matrix_free"]
@@ -54,44 +49,6 @@ _NORM_COLUMNS = 250
 """The columns that norms to 2 % take on SmolLM2; Gemma 3 270M takes up to twice as many."""
 _REACH = 1.6
 """The dense map takes over when so many times the expected columns are spent."""
-
-
-@runtime_checkable
-class Map(TokenMaps, Protocol):
-    """A map between two points of a traced network, whose dense form may be known: what plans and spectra work on."""
-
-    chain: Chain
-    source: Point
-    target: Point
-    positions: list[int]
-    warnings: list[str]
-
-    @property
-    def value(self) -> Float[Tensor, " d_out"]:
-        """The network's own value at the target."""
-        ...
-
-    @property
-    def cached_dense(self) -> Tensor | None:
-        """The dense map, if it has been made already."""
-        ...
-
-    @property
-    def fits_in_budget(self) -> bool:
-        """Whether the dense map is within the memory budget, or has been made already."""
-        ...
-
-    def dense(self, path: str | os.PathLike[str] | None = None) -> Float[Tensor, "d_out T d_in"]:
-        """All of J."""
-        ...
-
-    def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
-        """J in chunks of rows."""
-        ...
-
-    def provenance(self) -> Provenance:
-        """Which map this is."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +99,7 @@ class Plan(Result):
         return "\n".join(rows)
 
 
-def plan(J: Map, k: int, *, joint: bool, tolerance: float, method: str = "auto") -> Plan:
+def plan(J: Products, k: int, *, joint: bool, tolerance: float, method: str = "auto") -> Plan:
     """Count the cost of each method for the k largest triples. Cost: one matrix product, once in a process.
 
     OptionError for a method that does not exist, or a k that the map does not have.
@@ -168,7 +125,7 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, method: str = "auto")
     return Plan(what, tuple(routes), chosen, most)
 
 
-def _dense_costs(J: Map, maps: int, columns: int, k: int, joint: bool) -> dict[Method, Cost]:
+def _dense_costs(J: Products, maps: int, columns: int, k: int, joint: bool) -> dict[Method, Cost]:
     """The cost of the methods that need the dense map, with that map's own cost if it has not been made."""
     d_out, length, d_in = J.shape
     short, wide = min(d_out, columns), wide_dtype(J.dtype)
@@ -200,7 +157,7 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 
-def matrix_free_is_cheaper(J: Map) -> bool:
+def matrix_free_is_cheaper(J: Products) -> bool:
     """Whether norms to a few percent cost less matrix-free than by the dense map and its singular values."""
     if wide_dtype(J.dtype) != J.dtype and J.fits_in_budget:
         return False
@@ -213,7 +170,7 @@ def matrix_free_is_cheaper(J: Map) -> bool:
     return _matrix_free_cost(J, expected, length, d_in, 8).seconds < _MARGIN[False] * dense.seconds
 
 
-def _matrix_free_cost(J: Map, columns: int, maps: int, width: int, k: int) -> Cost:
+def _matrix_free_cost(J: Products, columns: int, maps: int, width: int, k: int) -> Cost:
     """Products in blocks of k + 8, half of them forward, and linear algebra on a basis of vectors of this width."""
     block, basis = k + 8, columns // 2
     narrow, full = (sweep_cost(J.chain, J.source, J.target, n) for n in (_NARROW, block))
