@@ -24,7 +24,7 @@ from loclin.network.autograd import batched_jvp, push_constants
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
 from loclin.network.ends import NormLink
-from loclin.network.points import Point
+from loclin.network.points import Point, Span
 from loclin.network.prefix import prefix_maps
 
 Mode = Literal["cumulative", "layerwise", "suffix"]
@@ -197,7 +197,7 @@ def _suffix(
     halves = "attn_out" in components
     layer, middle = trace.n_layers - 1, False
     chunk = chain.chunk(len(basis), len(basis))
-    for pulled in chain.backward(basis, Point("embed"), end, position, chunk=chunk, halves=halves):
+    for pulled in chain.backward(basis, Span(Point("embed"), end, position), chunk, halves):
         progress(len(basis))
         if layer < 0:
             return

@@ -20,7 +20,7 @@ from loclin.errors import OptionError
 from loclin.maps.linear_map import LinearMap
 from loclin.network.chain import Chain
 from loclin.network.components import Component, ComponentLink
-from loclin.network.points import KINDS, Point
+from loclin.network.points import KINDS, Point, Span
 from loclin.results.provenance import Provenance
 
 
@@ -46,19 +46,12 @@ class PathChain(Chain):
         return [(link.component.layer, "resid_pre", "resid_post") for link in self.links]
 
     def backward(
-        self,
-        cotangents: Float[Tensor, "n d_out"],
-        source: Point,
-        target: Point,
-        position: int,
-        normed: bool = False,
-        chunk: int | None = None,
-        halves: bool = False,
+        self, cotangents: Float[Tensor, "n d_out"], span: Span, chunk: int | None = None, halves: bool = False
     ) -> Iterator[Float[Tensor, "n T d"]]:
         """As for `Chain`. Cost: n columns of each component."""
-        at_position = self.readout(target, position, normed).vjp(cotangents)
+        at_position = self.readout(span.target, span.position, span.normed).vjp(cotangents)
         block = at_position.new_zeros(len(at_position), self.trace.length, self.trace.width)
-        block[:, position] = at_position
+        block[:, span.position] = at_position
         yield block
         yield from self.pull_stream(block, chunk)
 
@@ -68,34 +61,24 @@ class PathChain(Chain):
             block = _apply_in_chunks(link.vjp, block, chunk)
             yield block
 
-    def forward(
-        self,
-        tangents: Float[Tensor, "n T d"],
-        source: Point,
-        target: Point,
-        position: int,
-        normed: bool = False,
-        chunk: int | None = None,
-    ) -> Iterator[Tensor]:
+    def forward(self, tangents: Float[Tensor, "n T d"], span: Span, chunk: int | None = None) -> Iterator[Tensor]:
         """As for `Chain`. Cost: n columns of each component."""
         pushed = tangents
         for link in self.links:
             pushed = _apply_in_chunks(link.jvp, pushed, chunk)
             yield pushed
-        yield self.readout(target, position, normed).jvp(pushed[:, position])
+        yield self.readout(span.target, span.position, span.normed).jvp(pushed[:, span.position])
 
-    def constants(
-        self, source: Point, target: Point, position: int, normed: bool = False, by_source: bool = False
-    ) -> dict[str, Float[Tensor, " d_out"]]:
+    def constants(self, span: Span, by_source: bool = False) -> dict[str, Float[Tensor, " d_out"]]:
         """What the biases inside the first component add by this path; those of the others begin paths of their own."""
-        first, *others = self.links
-        readout, found = self.readout(target, position, normed), {}
+        (first, *others), found = self.links, {}
+        readout = self.readout(span.target, span.position, span.normed)
         for name, added in first.constants().items():
             block = added[None]
             for link in others:
                 block = link.jvp(block)
-            found[name] = readout.jvp(block[:, position])[0]
-        return found if by_source else {"sum": self.total(found, target, normed)}
+            found[name] = readout.jvp(block[:, span.position])[0]
+        return found if by_source else {"sum": self.total(found, span.target, span.normed)}
 
 
 class PathMap(LinearMap):

@@ -21,7 +21,7 @@ from loclin.models.hashing import weights_hash
 from loclin.network import memory
 from loclin.network.chain import Chain
 from loclin.network.ends import OutputHeadLink
-from loclin.network.points import Point
+from loclin.network.points import Point, Span
 from loclin.results.dense_file import DenseFile
 from loclin.results.provenance import Provenance
 
@@ -65,11 +65,9 @@ class Products(Unpicklable):
         chain.check(source, target)
         if normed and target.kind in ("final", "logits"):
             raise OptionError(f"normed=True adds the final norm, which {target} includes already: leave it out")
-        self.chain = chain
-        self.source, self.target, self.position, self.normed = source, target, position, normed
+        self.chain, self._budget, self._parent = chain, budget, parent
+        self.source, self.target, self.position, self.normed = self._span = Span(source, target, position, normed)
         self.positions = list(range(chain.trace.length)) if token is None else [token]
-        self._budget = budget
-        self._parent = parent
         self._dense: Tensor | None = None
         self._dense_bytes = self.shape[0] * chain.trace.length * self.shape[2] * self.dtype.itemsize
         self.certificate: dict[str, Any] | None = None
@@ -257,8 +255,7 @@ class Products(Unpicklable):
         block also the other tokens. Cost: one column.
         """
         if self._parent is None:
-            constants = self.chain.constants(self.source, self.target, self.position, self.normed)
-            return constants["sum"].to(self.device)
+            return self.chain.constants(self._span)["sum"].to(self.device)
         others = self._parent.input.clone()
         others[self.positions] = 0
         return self._parent.bias + self._parent.matvec(others)
@@ -266,7 +263,7 @@ class Products(Unpicklable):
     @in_plain_torch
     def bias_by_source(self) -> dict[str, Float[Tensor, " d_out"]]:
         """What each bias or constant adds to `bias`, by its path. Cost: one column each."""
-        return self.chain.constants(self.source, self.target, self.position, self.normed, by_source=True)
+        return self.chain.constants(self._span, by_source=True)
 
     @property
     def cached_dense(self) -> Tensor | None:
@@ -321,7 +318,7 @@ class Products(Unpicklable):
         chunk = self.chain.chunk(len(block), room)
         total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
         with bar(total=total, desc="exact map", unit="col", unit_scale=True, shown=progress) as progress_bar:
-            for swept in sweep(block, self.source, self.target, self.position, self.normed, chunk):
+            for swept in sweep(block, self._span, chunk):
                 progress_bar.update(len(block))
                 last = swept
         return last.to(self.device)

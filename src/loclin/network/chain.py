@@ -20,7 +20,7 @@ from loclin.network.blocks import CausalBlock, Workspace
 from loclin.network.ends import NormLink, Readout
 from loclin.network.explicit import ExplicitLayer
 from loclin.network.link import LayerLink
-from loclin.network.points import Point
+from loclin.network.points import Point, Span
 from loclin.network.trace import Trace
 
 _CHUNK_ROWS = 1600
@@ -73,32 +73,25 @@ class Chain:
         return (inside + 2 * self.width(target)) * self.trace.dtype.itemsize
 
     def backward(
-        self,
-        cotangents: Float[Tensor, "n d_out"],
-        source: Point,
-        target: Point,
-        position: int,
-        normed: bool = False,
-        chunk: int | None = None,
-        halves: bool = False,
+        self, cotangents: Float[Tensor, "n d_out"], span: Span, chunk: int | None = None, halves: bool = False
     ) -> Iterator[Float[Tensor, "n T d"]]:
-        """Pull a block of cotangents at `target`, one position, back to all positions of `source`.
+        """Pull a block of cotangents at a target, one position, back to all positions of the source.
 
         `chunk` columns go through a layer at a time. Yields the cotangents before every link on the way, with `halves`
         at `resid_mid` too, in one tensor that is overwritten by the next; the last are those at `source`.
 
         Cost: n columns. Memory: `[n, T, d]`, and what a chunk needs inside a layer.
         """
-        trace = self.trace
+        trace, position = self.trace, span.position
         # R^T u, at the target's position; all other positions have no cotangent yet.
-        at_position = self.readout(target, position, normed).vjp(cotangents)
+        at_position = self.readout(span.target, position, span.normed).vjp(cotangents)
         # Laid out as [T, n, d], and seen as [n, T, d]: what belongs to one position is then one matrix.
         pulled = at_position.new_zeros((trace.length, len(at_position), trace.width)).transpose(0, 1)
         pulled[:, position] = at_position
         active, workspace = slice(position, position + 1), Workspace()
         yield pulled
         # L_l^T, from the last layer to the first. Each attention spreads the cotangents over more positions.
-        for index, below, above in reversed(self.steps(source, target, halves)):
+        for index, below, above in reversed(self.steps(span.source, span.target, halves)):
             if halves and not trace.explicit[index] and self.layers[index].parallel:
                 # A parallel MLP reads the layer's input: it is passed in one step with the attention.
                 below, above = ("resid_post" if below == "resid_mid" else below), "resid_post"
@@ -128,24 +121,16 @@ class Chain:
             _apply_in_chunks(self.layers[index].vjp, block, below, above, chunk)
         return reached if below == "resid_pre" else active
 
-    def forward(
-        self,
-        tangents: Float[Tensor, "n T d"],
-        source: Point,
-        target: Point,
-        position: int,
-        normed: bool = False,
-        chunk: int | None = None,
-    ) -> Iterator[Tensor]:
-        """Push a block of tangents at all positions of `source` to `target` at one position.
+    def forward(self, tangents: Float[Tensor, "n T d"], span: Span, chunk: int | None = None) -> Iterator[Tensor]:
+        """Push a block of tangents at all positions of the source to the target at one position.
 
         Yields the tangents behind every layer on the way, `[n, T, d]`, in one tensor that is overwritten by the next;
         the last is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
         """
-        trace, workspace = self.trace, Workspace()
+        trace, position, workspace = self.trace, span.position, Workspace()
         # A copy laid out as [T, n, d], and seen as [n, T, d].
         pushed = tangents.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        steps = self.steps(source, target)
+        steps = self.steps(span.source, span.target)
         seen = slice(0, position + 1 if trace.causal else trace.length)  # what the target can depend on
         for index, below, above in steps:
             layer = self.explicit_layer(index, workspace)
@@ -156,23 +141,21 @@ class Chain:
             else:
                 _apply_in_chunks(self.layers[index].jvp, pushed, below, above, chunk)
             yield pushed
-        yield self.readout(target, position, normed).jvp(pushed[:, position])
+        yield self.readout(span.target, position, span.normed).jvp(pushed[:, position])
 
     def explicit_layer(self, index: int, workspace: Workspace) -> ExplicitLayer | None:
         """A layer's explicit products, where it has them."""
         return self.layers[index].explicit(workspace) if self.explicit else None
 
-    def constants(
-        self, source: Point, target: Point, position: int, normed: bool = False, by_source: bool = False
-    ) -> dict[str, Float[Tensor, " d_out"]]:
-        """What does not come from `source`: every bias behind it, pushed to `target`.
+    def constants(self, span: Span, by_source: bool = False) -> dict[str, Float[Tensor, " d_out"]]:
+        """What does not come from the source: every bias behind it, pushed to the target.
 
-        Where `source` is added to the residual stream (`attn_out`, `mlp_out`), the rest of the stream is one of the
+        Where the source is added to the residual stream (`attn_out`, `mlp_out`), the rest of the stream is one of the
         constants. With `by_source` one vector for each, else their sum under the name `"sum"`.
 
         Cost: one column; with `by_source` as many as there are biases.
         """
-        trace = self.trace
+        trace, (source, target, position, normed) = self.trace, span
         names: list[str] = []
         block = torch.zeros(0, trace.length, trace.width, dtype=trace.dtype, device=trace.layers[0].hidden.device)
 

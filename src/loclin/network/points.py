@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loclin.errors import OptionError
 
@@ -33,6 +34,15 @@ class Point:
         if self.layer is None:
             return {"embed": 0, "final": 2 * n_layers + 1, "logits": 2 * n_layers + 2}[self.kind]
         return 2 * self.layer + (KINDS.index(self.kind) + 1) // 2
+
+
+class Span(NamedTuple):
+    """Where a map begins and ends: a target at one position, with the final norm on top of it if `normed`."""
+
+    source: Point
+    target: Point
+    position: int
+    normed: bool = False
 
 
 def parse_point(name: str | Point, n_layers: int) -> Point:

@@ -19,9 +19,8 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.spectral.bounds import bound_matrix, chi2_quantile, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.dense import as_joint
-from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import SVD, align_signs
-from loclin.spectral.sketch import BasisSVD, Sketch
+from loclin.spectral.sketch import BasisSVD, Sketch, TokenMaps
 from loclin.spectral.threads import single_thread
 
 FAILURE = 1e-3

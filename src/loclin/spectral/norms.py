@@ -18,8 +18,7 @@ from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.spectral.checks import check_tolerance
 from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
-from loclin.spectral.operator import TokenMaps
-from loclin.spectral.sketch import Sketch
+from loclin.spectral.sketch import Sketch, TokenMaps
 
 _BLOCK = 16
 

@@ -9,6 +9,7 @@ upper bounds of that.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,38 @@ from loclin.common.brief import brief
 from loclin.common.sums import square_sums
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
 from loclin.spectral.checks import refuse_half
-from loclin.spectral.operator import TokenMaps
 from loclin.spectral.threads import single_thread
+
+
+@runtime_checkable
+class TokenMaps(Protocol):
+    """J = [J_0 ... J_{T-1}] as an operator; one column is one vector pushed or pulled through all tokens at once.
+
+    `loclin.LinearMap` is one.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(d_out, T, d_in)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        ...
+
+    def matmat(self, Xs: Float[Tensor, "n T d_in"]) -> Float[Tensor, "n d_out"]:
+        """sum_i J_i x_i of n blocks of vectors. Cost: n columns."""
+        ...
+
+    def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
+        """Every J_i^T u of n vectors. Cost: n columns."""
+        ...
 
 
 @dataclass(frozen=True)
