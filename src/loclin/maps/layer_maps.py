@@ -125,10 +125,10 @@ def layer_maps(
     for point, maps in found:
         layer, name = point.layer, point.kind
         assert layer is not None
-        value, bias = chain.trace.value(point)[position].to(maps), biases[layer].at[name][position].to(maps)
+        value, bias = chain.trace.value(point)[position].to(maps), biases[layer][name][position].to(maps)
         x = chain.trace.value(Point("resid_pre", layer) if mode == "layerwise" else Point("embed")).to(maps)
         if mode == "layerwise":
-            bias = bias - _apply(maps, biases[layer].at["resid_pre"])
+            bias = bias - _apply(maps, biases[layer]["resid_pre"])
         if normed:
             norm = chain.norm(point, position)
             (bias,) = norm.jvp(bias[None]).to(maps)
@@ -183,14 +183,18 @@ def _one_by_one(
 
 
 def _suffix(
-    chain: Chain, position: int, components: Sequence[str], biases: list[_LayerBiases], progress: Callable[[int], None]
+    chain: Chain,
+    position: int,
+    components: Sequence[str],
+    biases: list[dict[str, Tensor]],
+    progress: Callable[[int], None],
 ) -> Iterator[LayerMap]:
     """Maps to `final`, by-products of one backward sweep.
 
     `attn_out` and `mlp_out` reach `final` through the residual stream, and so have the map of the stream behind them.
     """
     trace, end = chain.trace, Point("final")
-    norm, last = chain.norm(end, position), biases[-1].at["resid_post"][position]
+    norm, last = chain.norm(end, position), biases[-1]["resid_post"][position]
     value = trace.value(end)[position]
     total = norm.jvp(last[None])[0] + sum(norm.constants().values(), start=torch.zeros_like(value))
     basis = torch.eye(len(value), dtype=trace.dtype, device=value.device)
@@ -202,8 +206,8 @@ def _suffix(
         if layer < 0:
             return
         maps = pulled.transpose(0, 1)
-        before_mlp = middle and not biases[layer].parallel  # the attention's output passes the MLP, unless parallel
-        bias = total.to(maps) - _apply(maps, biases[layer].at["resid_mid" if before_mlp else "resid_post"])
+        before_mlp = middle and not chain.is_parallel(layer)  # the attention's output passes the MLP, unless parallel
+        bias = total.to(maps) - _apply(maps, biases[layer]["resid_mid" if before_mlp else "resid_post"])
         for name in [name for name in components if (name == "attn_out") == middle]:
             point, own = Point(name, layer), bias
             x = trace.value(point).to(maps)
@@ -215,33 +219,24 @@ def _suffix(
         middle = halves and not middle
 
 
-@dataclass(frozen=True)
-class _LayerBiases:
-    """What the biases before each of a layer's points add there `[T, d]`, and whether its MLP is parallel."""
-
-    at: dict[str, Tensor]
-    parallel: bool = False
-
-
-def _push_biases(chain: Chain) -> list[_LayerBiases]:
-    """What the biases before a point add there, at every point of every layer. Cost: one column."""
+def _push_biases(chain: Chain) -> list[dict[str, Tensor]]:
+    """What the biases before a point add there `[T, d]`, at every point of every layer. Cost: one column."""
     trace, workspace = chain.trace, Workspace()
     stream = torch.zeros(trace.length, trace.width, dtype=trace.dtype, device=trace.layers[0].hidden.device)
     found = []
     for index, link in enumerate(chain.layers):
-        layer, at, parallel = chain.explicit_layer(index, workspace), {"resid_pre": stream}, False
+        layer, at = chain.explicit_layer(index, workspace), {"resid_pre": stream}
         if layer is not None:
             attended, moved = layer.affine(stream)
             at |= {"attn_out": attended, "mlp_out": moved, "resid_mid": stream + attended.to(stream.device)}
             stream = stream + (attended + moved).to(stream.device)
         else:
             graph = link.graph(collect=True)
-            parallel = graph.parallel
             for name in graph.points.keys() - {"resid_pre"}:
                 push = batched_jvp(graph.points[name], graph.points["resid_pre"])
                 (pushed,) = push(stream[None, None].to(link.device))
                 inside = push_constants(graph.constants, graph.points[name], lambda block: block[:, 0])
                 at[name] = sum(inside.values(), start=pushed[0])
             stream = at["resid_post"].to(stream.device)
-        found.append(_LayerBiases(at | {"resid_post": stream}, parallel))
+        found.append(at | {"resid_post": stream})
     return found

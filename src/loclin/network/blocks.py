@@ -77,14 +77,6 @@ class Workspace:
         return buffer[:numbers].view(shape)
 
 
-def add_scaled(block: Tensor, moved: Tensor, factors: Tensor | None) -> None:
-    """Add `factors * moved` to the residual stream, on the stream's device."""
-    if factors is None:
-        block += moved.to(block.device)
-    else:
-        block.addcmul_(moved.to(block.device), factors.to(block.device))
-
-
 def add_or_write(block: Tensor, moved: Tensor, add: bool) -> None:
     """Add to the residual stream, or write in its place."""
     if add:

@@ -59,6 +59,10 @@ class Chain:
         if source != target and (after < before or (after == before and not target.on_stream)):
             raise OptionError(f"target {target} is not downstream of source {source}: choose a later target")
 
+    def is_parallel(self, index: int) -> bool:
+        """Whether a layer's MLP is parallel to its attention; no layer with explicit products has one."""
+        return not self.trace.explicit[index] and self.layers[index].parallel
+
     def column_bytes(self, target: Point) -> int:
         """An upper estimate of the memory of one column inside a sweep, in bytes.
 
@@ -92,7 +96,7 @@ class Chain:
         yield pulled
         # L_l^T, from the last layer to the first. Each attention spreads the cotangents over more positions.
         for index, below, above in reversed(self.steps(span.source, span.target, halves)):
-            if halves and not trace.explicit[index] and self.layers[index].parallel:
+            if halves and self.is_parallel(index):
                 # A parallel MLP reads the layer's input: it is passed in one step with the attention.
                 below, above = ("resid_post" if below == "resid_mid" else below), "resid_post"
             if below != above:

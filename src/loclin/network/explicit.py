@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.network.anatomy import Weights
-from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write, add_scaled
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write
 from loclin.network.explicit_attention import ExplicitAttention
 from loclin.network.explicit_mlp import ExplicitMLP
 
@@ -81,8 +81,11 @@ class ExplicitLayer:
             pulled = self._attention.vjp(part[active], active, reached)
             if above == "attn_out":
                 part[active] = 0
-            before = self._before_attention
-            add_scaled(part[reached], pulled, None if before is None else before[reached, None])
+            stream, moved, before = part[reached], pulled.to(part.device), self._before_attention
+            if before is None:
+                stream += moved
+            else:
+                stream.addcmul_(moved, before[reached, None].to(part.device))
 
     def jvp(
         self,

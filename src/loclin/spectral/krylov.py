@@ -121,22 +121,16 @@ class _Search:
 
     def is_settled(self, bound: Tensor) -> bool:
         """Whether upper bounds are within the tolerance of the values."""
-        k = self._k
-        return bool((bound[:, :k] - self.basis.values[:, :k] <= self.allowed).all())
+        return bool((bound[:, : self._k] - self.basis.values[:, : self._k] <= self.allowed).all())
 
     @property
     def is_certified(self) -> bool:
         """Whether the upper bounds that are proved are within the tolerance."""
         return self._certificates > 0 and self.is_settled(self.upper)
 
-    @property
-    def assumed_eta(self) -> Tensor:
-        """||E|| at the present level."""
-        return self.level**0.5 * self.scale
-
-    def is_ready(self, assumed: Tensor, wanted: int) -> bool:
+    def is_ready(self, assumed: Tensor, wanted: list[Tensor]) -> bool:
         """Whether the bounds would be within the tolerance at the present level, or no vector of single maps helps."""
-        is_stuck = self._sketch.maps > 1 and self._steps >= _SHARED_STEPS and not wanted
+        is_stuck = self._sketch.maps > 1 and self._steps >= _SHARED_STEPS and not any(part.numel() for part in wanted)
         return self.is_settled(assumed) or is_stuck
 
     def certify(self) -> bool:
@@ -196,11 +190,12 @@ def search(
         if state.is_certified:
             return state.basis, state.upper, state.eta
         # What the upper bounds would be if ||E|| were as assumed, and which vectors would have to be pushed for less.
-        assumed = upper_values(state.basis.values, state.basis.missed, state.assumed_eta)
+        assumed_eta = state.level**0.5 * state.scale
+        assumed = upper_values(state.basis.values, state.basis.missed, assumed_eta)
         wanted = _choose_vectors(state.basis, state.allowed, state.level * state.scale.square())
-        if state.is_ready(assumed, sum(part.shape[1] for part in wanted)):
+        if state.is_ready(assumed, wanted):
             if not certify and state.size >= k:
-                return state.basis, assumed[:, :k], state.assumed_eta
+                return state.basis, assumed[:, :k], assumed_eta
             if certify and state.certify():
                 continue
         if not state.grow(wanted):

@@ -30,16 +30,11 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def map_matrices(
-    work: Callable[[Tensor], Result], matrices: Tensor | Sequence[Tensor], name: str = "SVD"
-) -> list[Result]:
-    """Apply a function to each of several matrices on one device; on a CPU in as many threads as torch has.
-
-    `name` is on the progress bar, which a terminal shows after two seconds.
-    """
+def map_matrices(work: Callable[[Tensor], Result], matrices: Tensor | Sequence[Tensor]) -> list[Result]:
+    """Apply a function to each of several matrices on one device; on a CPU in as many threads as torch has."""
 
     def collect(results: Iterator[Result]) -> list[Result]:
-        return list(bar(results, desc=name, total=len(matrices)))
+        return list(bar(results, desc="SVD", total=len(matrices)))
 
     if matrices[0].device.type != "cpu" or len(matrices) == 1:
         return collect(map(work, matrices))
