@@ -33,10 +33,7 @@ from loclin.steering.watch import watch as _watch
 
 
 class Linearization(Linearized):
-    """A model frozen at one prompt, with its maps and all analyses; made by `linearize`.
-
-    It has everything that `loclin.maps.linearized.Linearized` has, too. Each analysis is a function of it.
-    """
+    """A `loclin.maps.linearized.Linearized` prompt, whose methods are all analyses, too; made by `linearize`."""
 
     attribute = _attribute
     explain = _explain

@@ -261,10 +261,7 @@ def find_culprits(trace: Trace, options: FreezeOptions, limit: float) -> list[Cu
 
 
 def random_operations(trace: Trace) -> list[Origin]:
-    """The operations that draw random numbers, each once, if the model's output differs from run to run.
-
-    Cost: three forward passes.
-    """
+    """Each operation that draws random numbers, if the model's output differs from run to run. Cost: three passes."""
     if not trace.random:
         return []
     hf = trace.model.hf

@@ -49,10 +49,7 @@ class LayerMap:
 
 
 def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[str, ...]:
-    """Read the components: those asked for, or all that every layer has.
-
-    OptionError for one that does not exist, or that is not the output of a module in every layer.
-    """
+    """The components asked for, or all that every layer has; OptionError for one that a layer does not have."""
     trace = chain.trace
     if components is None:
         found = [call.block.sublayers for call in trace.layers]
@@ -70,10 +67,7 @@ def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[st
 def plan_direction(
     chain: Chain, position: int, components: Sequence[str], budget: int | float | str | None = None
 ) -> Direction:
-    """Choose how to make the maps from the embeddings: one forward sweep, or one backward for each component and layer.
-
-    By counted flops; the forward sweep only where its tangents fit the budget.
-    """
+    """By counted flops: one forward sweep, if it fits the budget, or a backward one for each component and layer."""
     trace = chain.trace
     forward = cost.prefix_sweep_cost(chain, position, range(trace.length))
     embed = Point("embed")

@@ -85,10 +85,7 @@ class LayerSpectra(Result):
         return self.components.index(component)
 
     def svd(self, component: str, layer: int) -> SVD:
-        """Each token's triples at one layer; `upper` is an estimate, and so `failure` is 1.
-
-        OptionError for a component or a layer that the result does not have.
-        """
+        """Each token's triples at a layer, `upper` estimated (so `failure` is 1); OptionError if there are none."""
         at = self._at(component, layer)
         S, residuals = self.S[at], self.residuals[at]
         lower, upper = self._bounds(S, residuals, self.Vh.shape[-1])

@@ -162,10 +162,7 @@ class LinearMap(Products):
 
     @in_plain_torch
     def frobenius_norm(self, tolerance: float | None = None) -> Float[Tensor, " T"]:
-        """||J_i||_F of each token.
-
-        Cost: the dense map, which is not held where it exceeds the budget; with a relative `tolerance`, see `norms`.
-        """
+        """||J_i||_F of each token. Cost: the dense map, not held beyond the budget; or, to a `tolerance`, `norms`."""
         if tolerance is not None:
             return self.norms(tolerance).frobenius
         if self.fits_in_budget:
@@ -175,10 +172,7 @@ class LinearMap(Products):
 
     @in_plain_torch
     def stable_rank(self, tolerance: float | None = None) -> Float[Tensor, " T"]:
-        """||J_i||_F^2 / s_1^2 of each token (paper, section 3.5).
-
-        Cost: the dense map and its largest singular values; with a relative `tolerance`, see `norms`.
-        """
+        """||J_i||_F^2 / s_1^2 of each token (paper, 3.5). Cost: the dense map; or, to a tolerance, `norms`."""
         if tolerance is not None:
             return self.norms(tolerance).stable_rank
         return self._exact.stable_rank

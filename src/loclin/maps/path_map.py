@@ -121,10 +121,7 @@ def component_map(chain: Chain, component: Component, position: int, budget: int
 def path_map(
     chain: Chain, components: Sequence[Component], target: Point, position: int, budget: int | float | str | None
 ) -> PathMap:
-    """A path's map, from the embeddings through its components only to a target on the stream or behind it.
-
-    OptionError without components, or where one does not read what the one before it writes.
-    """
+    """A path's map, from the embeddings to a target; OptionError if it is empty, or goes down."""
     if not components:
         raise OptionError("a path has no component: give at least one, such as ['L3H5', 'L10H2']")
     return PathMap(PathChain(chain, components), Point("embed"), target, position, budget=budget)

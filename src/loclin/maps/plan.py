@@ -24,31 +24,22 @@ from loclin.spectral.krylov import CERTIFICATE, PROBES
 Method = Literal["auto", "lapack", "block_krylov", "matrix_free"]
 """`lapack`: the dense map and LAPACK; `block_krylov`: the dense map and block Krylov; `matrix_free`: no dense map."""
 
-_LAPACK = 0.3
-"""The speed of a full SVD, of about 20 d^3 flops, relative to that of a large product."""
-_THIN = 0.35
-"""The relative speed of products with a few columns, and of QR."""
+_LAPACK = 0.3  # the speed of a full SVD, of about 20 d^3 flops, relative to that of a large product
+_THIN = 0.35  # the relative speed of products with a few columns, and of QR
 _STEP = 0.12, 0.065
 """The relative speed of block Krylov on dense maps: several at a time, each with a thread of its own, and one."""
-_MAP_SECONDS = 1.3e-3
-"""Its fixed time for each map: a hundred small operations."""
+_MAP_SECONDS = 1.3e-3  # its fixed time for each map: a hundred small operations
 _BOUNDS = 4.0, 2.0
 """Its bounds' flops over d_out^2 n, where k is more than `_FEW`: for each of several maps, and for one."""
-_FEW = 2
-"""Up to so many values are certified by the Frobenius norm of what the basis misses."""
-_NARROW = CERTIFICATE[0]
-"""How many columns of probes and certificate go through the model at a time."""
-_FIXED = PROBES + 2 * math.prod(CERTIFICATE)
-"""The columns of the probes and of one certificate."""
-_STEP_SECONDS = 1e-3
-"""The fixed time of each matrix-free step: small decompositions."""
+_FEW = 2  # up to so many values are certified by the Frobenius norm of what the basis misses
+_NARROW = CERTIFICATE[0]  # how many columns of probes and certificate go through the model at a time
+_FIXED = PROBES + 2 * math.prod(CERTIFICATE)  # the columns of the probes and of one certificate
+_STEP_SECONDS = 1e-3  # the fixed time of each matrix-free step: small decompositions
 _MARGIN = 0.65, 1.0
 """Expected columns are an estimate: matrix-free is chosen if it promises at most this fraction of the dense map's time.
 For each token's map, where models differ most, and for all tokens' maps side by side."""
-_NORM_COLUMNS = 250
-"""The columns that norms to 2 % take on SmolLM2; Gemma 3 270M takes up to twice as many."""
-_REACH = 1.6
-"""The dense map takes over when so many times the expected columns are spent."""
+_NORM_COLUMNS = 250  # the columns that norms to 2 % take on SmolLM2; Gemma 3 270M takes up to twice as many
+_REACH = 1.6  # the dense map takes over when so many times the expected columns are spent
 
 
 @dataclass(frozen=True)
@@ -100,10 +91,7 @@ class Plan(Result):
 
 
 def plan(J: Products, k: int, *, joint: bool, tolerance: float, method: str = "auto") -> Plan:
-    """Count the cost of each method for the k largest triples. Cost: one matrix product, once in a process.
-
-    OptionError for a method that does not exist, or a k that the map does not have.
-    """
+    """The cost of each method for the k largest triples; OptionError for a method or a k that does not exist."""
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose one of {', '.join(get_args(Method))}")
     d_out, length, d_in = J.shape

@@ -249,10 +249,10 @@ class Products(Unpicklable):
     @cached_property
     @in_plain_torch
     def bias(self) -> Float[Tensor, " d_out"]:
-        """b: what does not come from the source's tokens, computed from its sources and never as y - J x.
+        """b, computed from what does not come from the source's tokens and never as y - J x. Cost: one column.
 
         Biases behind the source; for `attn_out` and `mlp_out` also the rest of the residual stream; for one token's
-        block also the other tokens. Cost: one column.
+        block also the other tokens.
         """
         if self._parent is None:
             return self.chain.constants(self._span)["sum"].to(self.device)

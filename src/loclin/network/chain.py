@@ -198,10 +198,7 @@ class Chain:
         return Readout(self.trace, self.options, target, position, normed)
 
     def steps(self, source: Point, target: Point, halves: bool = False) -> list[tuple[int, str, str]]:
-        """(layer, from its point, to its point) for each layer, or half of one, between two points, in forward order.
-
-        Halves meet at `resid_mid`.
-        """
+        """(layer, from its point, to its point) in forward order; `halves` of layers meet at `resid_mid`."""
         n = self.trace.n_layers
         if source == target:
             return []

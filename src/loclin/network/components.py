@@ -54,10 +54,7 @@ def parse_component(name: str, trace: Trace) -> Component:
 
 
 class ComponentLink:
-    """One component of a layer at its recorded input. Memory: the layer's graph, for as long as this object lives.
-
-    `behind_attention` says whether it reads `resid_mid`, and not `resid_pre`.
-    """
+    """One component of a layer, with its graph; `behind_attention` if it reads `resid_mid`, and not `resid_pre`."""
 
     def __init__(self, link: LayerLink, component: Component) -> None:
         link.trace.sublayer_path(component.layer, component.kind)

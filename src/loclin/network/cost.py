@@ -14,11 +14,9 @@ from loclin.network.chain import Chain
 from loclin.network.points import Point
 
 _SIDE = 1024
-_GENERIC = 1.3
-"""Flops of autograd's products, relative to those of the linear path."""
+_GENERIC = 1.3  # flops of autograd's products, relative to those of the linear path
 _BYTES_PER_SECOND = 1.5e10
-_SECONDS_PER_LAYER = 5e-4
-"""The time of a layer beside its flops: the calls."""
+_SECONDS_PER_LAYER = 5e-4  # the time of a layer beside its flops: the calls
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,7 @@ _HEAD_PARTS = 16
 
 
 class NormLink:
-    """The final norm, frozen at a given hidden state. Position-wise: it takes blocks `[n, d]` at one position.
-
-    d_final is d, except where the modules behind the last layer merge several streams.
-    """
+    """The final norm, frozen at a hidden state, for `[n, d]` at one position; d_final is d unless streams merge."""
 
     def __init__(self, trace: Trace, hidden: Float[Tensor, " d"], value: Tensor, options: FreezeOptions) -> None:
         self.module, self.name = trace.end.block.module, trace.end.block.name
@@ -92,10 +89,7 @@ class OutputHeadLink:
 
 
 class Readout:
-    """From the residual stream at a target's position to the target: nothing, the final norm, or norm and head.
-
-    `normed` puts the final norm on top of a target before it.
-    """
+    """From the stream to a target at one position; `normed` puts the final norm on top of one before it."""
 
     def __init__(self, trace: Trace, options: FreezeOptions, target: Point, position: int, normed: bool) -> None:
         self._trace, self._options, self._target, self._position = trace, options, target, position

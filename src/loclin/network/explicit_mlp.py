@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write, contiguous_view
 
-_FORMED_NUMBERS = 5_000_000
-"""Numbers of the matrices that are formed at once: they stay in the processor's cache."""
+_FORMED_NUMBERS = 5_000_000  # numbers of the matrices that are formed at once: they stay in the processor's cache
 _FORMED_NUMBERS_ACCELERATOR = 2**28
-_ROWS = 4096
-"""Rows that go through the factors at a time."""
+_ROWS = 4096  # rows that go through the factors at a time
 
 
 class ExplicitMLP:

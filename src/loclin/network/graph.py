@@ -64,10 +64,7 @@ def hook_input(trace: Trace, enter: Callable[[Tensor], None]) -> RemovableHandle
 
 
 def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -> Graph:
-    """The graph of the whole network from the embeddings to `final`, as one layer.
-
-    Cost: two forward passes. Memory: every layer's graph at once.
-    """
+    """The whole network from the embeddings to `final`, as one layer. Cost: two forward passes; holds every graph."""
     model, points, rerun = trace.model, dict[str, Tensor](), dict[str, Tensor]()
     trace.check_weights(model.hf)
     x = trace.layers[0].value.detach().clone().requires_grad_()

@@ -69,10 +69,7 @@ class LayerLink:
         return coefficients
 
     def graph(self, collect: bool = False, finder: UnitFinder | None = None) -> Graph:
-        """The layer's graph, with leaves for its constants if `collect`; `finder` looks for its heads and neurons.
-
-        Cost: two forward passes of the layer.
-        """
+        """Its graph, with leaves for constants if `collect`; `finder` looks for units. Cost: two forward passes."""
         if self.trace.sequence.fallback_reason is not None:
             return network_graph(self.trace, self.options, collect)
         self.trace.check_weights(self.module)

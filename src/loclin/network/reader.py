@@ -24,10 +24,7 @@ from loclin.network.sequence import BlockSequence
 
 
 class CoefficientReader:
-    """Reads one layer's coefficients while it runs in `mode`. The values on the linear path do not change.
-
-    It is not `readable` once nothing live flows through a part: the layer is not built as its family's entry says.
-    """
+    """Reads one layer's coefficients; not `readable` once nothing live flows through a part that the table names."""
 
     def __init__(self, mode: Frozen, layer: nn.Module, weights: Weights) -> None:
         self._mode, self.layer, self._weights = mode, layer, weights
@@ -116,11 +113,7 @@ class CoefficientReader:
 
 
 class ExplicitLayers:
-    """Which layers of a frozen pass have explicit products, and up to `keep` bytes of their coefficients.
-
-    For each layer: whether explicit products are `exact`, so that they rebuild its value, whether it is `biased`, and
-    its coefficients, if they are `kept`.
-    """
+    """Which layers explicit products rebuild (`exact`), which are `biased`, and coefficients up to `keep` bytes."""
 
     def __init__(self, mode: Frozen, sequence: BlockSequence, anatomy: Anatomy, keep: int) -> None:
         self._mode, self._free_bytes = mode, keep

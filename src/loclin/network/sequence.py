@@ -93,19 +93,13 @@ def as_one_block(sequence: BlockSequence, model: Model, anatomy: Anatomy, reason
 
 
 def _coarsest_dtype(model: Model, *values: Tensor) -> torch.dtype:
-    """The dtype with the coarsest rounding among the weights and some values.
-
-    A half-precision model may keep its residual stream in float32. In stored formats of 8 bits nothing is computed.
-    """
+    """The coarsest dtype of the weights and some values (a stream may be float32); nothing is computed in 8 bits."""
     dtypes = {tensor.dtype for tensor in (*model.hf.parameters(), *values) if tensor.is_floating_point()}
     return max((dtype for dtype in dtypes if dtype.itemsize > 1), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _refuse_overflow(model: Model, watcher: _Watcher, logits: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a model whose own values are not finite, and say where they begin: no coefficient can be made of them.
-
-    Logits of minus infinity are allowed: some models rule tokens out in that way.
-    """
+    """Refuse values that are not finite, and say where they begin; logits of -inf are allowed: they rule tokens out."""
     if watcher.overflowed is None and not (logits.isnan() | logits.isposinf()).any():
         return
     place, module = watcher.overflowed or ("behind the last layer", model.hf)

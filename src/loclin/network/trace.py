@@ -197,10 +197,7 @@ class Trace:
 
 
 def agrees(rerun: Tensor, traced: Tensor, widened: bool = False) -> bool:
-    """Whether a part of the model, run again, gives the same up to rounding: threads sum in any order.
-
-    `widened`: one of the two was computed without the casts to float32 that are in a model's code.
-    """
+    """Whether values agree up to rounding: threads sum in any order. `widened`: one ran without casts to float32."""
     if torch.equal(rerun, traced):
         return True
     finite, scale = traced.isfinite(), torch.finfo(traced.dtype)

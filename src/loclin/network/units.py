@@ -24,8 +24,7 @@ from loclin.network.autograd import Constants
 from loclin.network.explicit import AGREEMENT
 from loclin.network.sequence import Sublayers
 
-_COARSE = 0.1
-"""How far apart sums may be in half precision, see `AGREEMENT`."""
+_COARSE = 0.1  # how far apart sums may be in half precision, see `AGREEMENT`
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,7 @@ class UnitFinder:
         return hook
 
     def projection(self, kind: str, output: Float[Tensor, "1 T d"], constants: Constants) -> OutputProjection | None:
-        """Find the output projection of a layer's `attn_out` or `mlp_out`; None where it has none.
-
-        Cost: for each module that is tried, a product with the graph of the output, back to the module's input.
-        """
+        """Find the output projection of `attn_out` or `mlp_out`, if there is one. Cost: a vjp for each module tried."""
         calls = self._calls_behind_mixing() if kind == "attn_out" else self._calls_behind_mlp_input()
         _, length, width = output.shape
         for call in reversed(calls):
@@ -154,10 +150,7 @@ def _added_behind(source: Tensor, output: Tensor, constants: Constants) -> Const
 
 
 def _carries_all(projection: OutputProjection, output: Tensor) -> bool:
-    """Whether an output y is the sum of what its projection's source and the constants behind it add.
-
-    If y = sum_i A_i p_i, then |y|^2 = sum_i <A_i^T y, p_i>, which takes one vjp of y.
-    """
+    """Whether y = sum_i A_i p_i over the source and what is behind it: |y|^2 = sum_i <A_i^T y, p_i>, by one vjp."""
     parts = [projection.source, *(leaf for _, leaf in projection.behind)]
     pulled = torch.autograd.grad(output, parts, output.detach(), retain_graph=True, allow_unused=True)
     found = sum((g.double() * p.detach().double()).sum() for g, p in zip(pulled, parts, strict=True) if g is not None)

@@ -8,8 +8,7 @@ from torch import Tensor
 from loclin.common.arguments import whole
 from loclin.errors import OptionError
 
-_LEAST = 50
-"""A tolerance is at least this many units of rounding: below, bounds would measure rounding and not the map."""
+_LEAST = 50  # a tolerance is at least this many units of rounding: below, bounds would measure rounding and not the map
 
 
 def check_rank(k: int, d_out: int, d_in: int) -> None:

@@ -26,18 +26,14 @@ from loclin.spectral.threads import single_thread
 FAILURE = 1e-3
 """The probability with which the bounds of one result may not hold."""
 
-_SHARED_STEPS = 2
-"""Shared steps before single tokens' vectors are pushed."""
+_SHARED_STEPS = 2  # shared steps before single tokens' vectors are pushed
 PROBES = 8
 """Gaussian vectors that measure the Frobenius norm of what the basis misses."""
 CERTIFICATE = (4, 5)
 """Gaussian vectors and polynomial degree of the certificate of ||E||: 40 columns, within 1.3 of the truth."""
-_LEVEL = 0.35
-"""The ||E||^2 / s_k^2 that is assumed before it has been measured."""
-_NEAR_K = 0.95
-"""A value beyond the k-th is pushed too if its bound is above this fraction of s_k^2."""
-_TOO_LARGE = 0.8
-"""Above this ||E||^2 / s_k^2 a larger basis gains more than vectors of single maps."""
+_LEVEL = 0.35  # the ||E||^2 / s_k^2 that is assumed before it has been measured
+_NEAR_K = 0.95  # a value beyond the k-th is pushed too if its bound is above this fraction of s_k^2
+_TOO_LARGE = 0.8  # above this ||E||^2 / s_k^2 a larger basis gains more than vectors of single maps
 
 
 @in_plain_torch
@@ -94,11 +90,7 @@ def matrix_free_svd(
 
 
 class _Search:
-    """The state of a search between its steps.
-
-    Upper bounds so far are `upper` on the k largest values `[M, k]`, and `eta` on ||E|| `[M]`; infinite before a
-    certificate. `level` is ||E||^2 / scale^2: assumed, or measured by the last certificate.
-    """
+    """A search between its steps: bounds `upper` on values and `eta` on ||E||; `level` is ||E||^2 / scale^2."""
 
     def __init__(self, sketch: Sketch, k: int, tolerance: float, most: int | float) -> None:
         self._sketch, self._k, self._tolerance, self._most = sketch, k, tolerance, most
@@ -232,10 +224,7 @@ def frobenius_bound(missing: Float[Tensor, "M s"], failure: float) -> Float[Tens
 
 
 def frobenius_estimate(sketch: Sketch, missing: Float[Tensor, "M s"]) -> tuple[Tensor, Tensor]:
-    """||J_i||_F and its relative standard error, both `[M]`: ||B_i||_F^2 + mean |E_i^T g|^2.
-
-    Deflated Hutchinson (Hutchinson 1990; Meyer et al. 2021, Hutch++).
-    """
+    """||J_i||_F and its relative standard error, from |B|^2 + mean |E^T g|^2 (Hutchinson 1990; Hutch++, 2021)."""
     if sketch.complete:
         missing = torch.zeros_like(missing)
     square = square_sums(sketch.B, 1) + missing.mean(dim=1)

@@ -1,7 +1,4 @@
-"""Norms and ranks of token maps: matrix-free, or from singular values.
-
-Stable rank ||J||_F^2 / sigma_1^2, effective rank exp(-sum_j p_j log p_j) with p_j = sigma_j / sum sigma.
-"""
+"""Norms, stable and effective ranks of token maps: matrix-free, or from singular values."""
 
 from __future__ import annotations
 

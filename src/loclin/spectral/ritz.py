@@ -18,10 +18,8 @@ from loclin.spectral.checks import check_rank, check_tolerance, to_wide
 from loclin.spectral.norms import stable_rank
 
 _OVERSAMPLING = 4
-_LARGEST = 1e-6
-"""The tolerance of the largest value, from which stable ranks are computed."""
-_FIRST = 3
-"""Steps before the values are computed for the first time: fewer are hardly ever enough."""
+_LARGEST = 1e-6  # the tolerance of the largest value, from which stable ranks are computed
+_FIRST = 3  # steps before the values are computed for the first time: fewer are hardly ever enough
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,7 @@ from loclin.spectral.threads import single_thread
 
 @runtime_checkable
 class TokenMaps(Protocol):
-    """J = [J_0 ... J_{T-1}] as an operator; one column is one vector pushed or pulled through all tokens at once.
-
-    `loclin.LinearMap` is one.
-    """
+    """J = [J_0 ... J_{T-1}]: a column is a vector through all tokens at once. `loclin.LinearMap` is one."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -120,20 +117,14 @@ class Sketch:
         return images[:, : self.Q.shape[0] - self.Q.shape[1]]
 
     def krylov_step(self) -> None:
-        """One shared block Krylov step: Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q.
-
-        Cost: at most two columns for each vector of the newest block.
-        """
+        """Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q. Cost: at most two columns for each of them."""
         rows = self.B[:, self.B.shape[1] - self.newest :]  # J_i^T q, pulled already
         if self.maps == 1:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
         self._extend(self.push(rows, self._weights))
 
     def push_chosen(self, wanted: list[Tensor]) -> None:
-        """Push vectors of each map's own, B_i^T `wanted[i]` with coefficients `[m, c_i]`, and extend the basis by them.
-
-        Cost: at most two columns for each vector.
-        """
+        """Extend the basis by vectors of each map's own, B_i^T `wanted[i]`. Cost: at most two columns for each."""
         images = []
         for i, coefficients in enumerate(wanted):
             if coefficients.shape[1]:

@@ -1,8 +1,4 @@
-"""Small decompositions in parallel, each on one thread.
-
-Inside one small decomposition a second thread gains little, and every step waits for it: ten times as long on a machine
-that has other work. Several maps in parallel are as fast without this waiting.
-"""
+"""Small decompositions in parallel, each on one thread: a second one gains little, and every step waits for it."""
 
 from __future__ import annotations
 
