@@ -25,6 +25,7 @@ from loclin.common.sums import relative_error
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate, Precision
+from loclin.maps.layer_spectra import layer_spectra as _layer_spectra
 from loclin.maps.linearized import Linearized
 from loclin.models import Model, wrap
 from loclin.models.encoding import Padding, pad_prompts, strip_padding
@@ -40,6 +41,7 @@ class Linearization(Linearized):
     explain_layers = _explain_layers
     generate = _generate
     head = _head
+    layer_spectra = _layer_spectra
     logit_lens = _logit_lens
     path = _path
     similarity = _similarity

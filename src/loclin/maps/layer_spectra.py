@@ -17,6 +17,7 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
 from loclin.maps.layer_maps import check_components, layer_maps, plan_direction
 from loclin.maps.linear_map import LinearMap
+from loclin.maps.linearized import Linearized, question
 from loclin.network.chain import Chain
 from loclin.network.points import Point
 from loclin.results.provenance import Provenance
@@ -133,40 +134,66 @@ class LayerSpectra(Result):
         return columns | {f"singular_value_{j + 1}": self.S[..., j].flatten().tolist() for j in range(self.S.shape[-1])}
 
 
-@in_plain_torch
+@question
 def layer_spectra(
-    chain: Chain,
-    position: int,
+    lin: Linearized,
     *,
-    components: Sequence[str] | None,
-    mode: str,
-    k: int,
-    normed: bool | None,
-    joint: bool,
-    tolerance: float,
-    direction: str | None,
-    budget: int | float | str | None,
+    components: Sequence[str] | None = None,
+    mode: str = "cumulative",
+    k: int = 8,
+    position: int = -1,
+    normed: bool | None = None,
+    joint: bool = True,
+    tolerance: float = 1e-3,
+    direction: str | None = None,
 ) -> LayerSpectra:
-    """Decompose every layer's maps; see `Linearization.layer_spectra`."""
+    """Spectra of every layer's exact maps to one position, from one sweep (paper, section 3.4 and Figure 6).
+
+    Parameters
+    ----------
+    components: some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; by default all that every layer has. In a
+        parallel block, attention and MLP both read the layer's input.
+    mode: `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
+        from each layer to `final`, where attention's and the MLP's output reach it through the residual stream.
+    k, tolerance: how many singular triples of each map; the largest relative error of their values, below 1.
+    position: where the maps end.
+    normed: put the final norm, frozen at the point's own value, on top of maps that end at a layer, so that the
+        output head can read what vectors write. The default, except for `"suffix"`.
+    joint: also decompose all tokens' maps side by side.
+    direction: for `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); by
+        default the cheaper one.
+
+    Raises
+    ------
+    OptionError: for a component, mode or k that does not exist; names a layer without the component.
+    PromptError: for a position outside the prompt.
+
+    Notes
+    -----
+    Cost: about two and a half dense maps for `"cumulative"` with explicit products and a short prompt (see
+    `loclin.network.cost.prefix_sweep_cost`), one at most for each component of `"layerwise"`, one for `"suffix"`;
+    and the triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's
+    maps; and the triples of all of them.
+    """
+    chain, trace, at, budget = lin.chain, lin.trace, lin.trace.position(position), lin.memory
     names, k, tolerance = check_components(chain, components), whole("k", k), real("tolerance", tolerance)
-    trace = chain.trace
     if normed and mode == "suffix":
         raise OptionError("normed=True: maps to `final` include the final norm already; leave it out")
     on_top = mode != "suffix" and normed is not False
-    taken = (direction or plan_direction(chain, position, names, budget)) if mode == "cumulative" else "backward"
+    taken = (direction or plan_direction(chain, at, names, budget)) if mode == "cumulative" else "backward"
     found: dict[tuple[int, int], RitzTriples] = {}
     together: dict[tuple[int, int], RitzTriples] = {}
     errors, shares = torch.zeros(2, len(names), trace.n_layers, dtype=torch.float64)
     columns: list[int] = []
     options: dict[str, Any] = {"normed": on_top, "direction": taken, "budget": budget, "progress": columns.append}
     with bar(total=len(names) * trace.n_layers, desc=f"{mode} maps", unit="map") as progress_bar:
-        for item in layer_maps(chain, mode, position, names, **options):
-            at = (names.index(item.component), item.layer)
-            found[at] = ritz_svd(item.maps, k, item.value, tolerance=tolerance)
+        for item in layer_maps(chain, mode, at, names, **options):
+            place = (names.index(item.component), item.layer)
+            found[place] = ritz_svd(item.maps, k, item.value, tolerance=tolerance)
             if joint:
-                together[at] = ritz_svd(item.joint[None], k, item.value, tolerance=tolerance)
-            errors[at] = item.reconstruction_error
-            shares[at] = relative_error(item.bias, item.value)
+                together[place] = ritz_svd(item.joint[None], k, item.value, tolerance=tolerance)
+            errors[place] = item.reconstruction_error
+            shares[place] = relative_error(item.bias, item.value)
             progress_bar.update()
 
     sides = ("U", "S", "residuals", "frobenius", "stable_rank")
@@ -185,7 +212,8 @@ def layer_spectra(
         bias_share=shares,
         tolerance=tolerance,
         columns=sum(columns),
-        provenance=_describe(chain, position, names, mode, on_top),
+        provenance=_describe(chain, at, names, mode, on_top),
+        warnings=lin.warnings,
     )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -18,7 +17,6 @@ from loclin.common.unpicklable import Unpicklable
 from loclin.errors import NotExactError, OptionError
 from loclin.freeze import FreezeOptions, Gate, Precision
 from loclin.maps.certificate import Certificate, certify, random_operations
-from loclin.maps.layer_spectra import LayerSpectra, layer_spectra
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.plan import Plan
 from loclin.models import Model, wrap
@@ -223,61 +221,6 @@ class Linearized(Unpicklable):
         """J_ordinary x, the ordinary Jacobian's output (the paper's Figure 3). Cost: one column, nothing frozen."""
         J = self.ordinary_jacobian(position=position)
         return J.matvec(J.input)
-
-    @in_plain_torch
-    def layer_spectra(
-        self,
-        *,
-        components: Sequence[str] | None = None,
-        mode: str = "cumulative",
-        k: int = 8,
-        position: int = -1,
-        normed: bool | None = None,
-        joint: bool = True,
-        tolerance: float = 1e-3,
-        direction: str | None = None,
-    ) -> LayerSpectra:
-        """Spectra of every layer's exact maps to one position, from one sweep (paper, section 3.4 and Figure 6).
-
-        Parameters
-        ----------
-        components: some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; by default all that every layer has. In a
-            parallel block, attention and MLP both read the layer's input.
-        mode: `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
-            from each layer to `final`, where attention's and the MLP's output reach it through the residual stream.
-        k, tolerance: how many singular triples of each map; the largest relative error of their values, below 1.
-        position: where the maps end.
-        normed: put the final norm, frozen at the point's own value, on top of maps that end at a layer, so that the
-            output head can read what vectors write. The default, except for `"suffix"`.
-        joint: also decompose all tokens' maps side by side.
-        direction: for `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); by
-            default the cheaper one.
-
-        Raises
-        ------
-        OptionError: for a component, mode or k that does not exist; names a layer without the component.
-        PromptError: for a position outside the prompt.
-
-        Notes
-        -----
-        Cost: about two and a half dense maps for `"cumulative"` with explicit products and a short prompt (see
-        `loclin.network.cost.prefix_sweep_cost`), one at most for each component of `"layerwise"`, one for `"suffix"`;
-        and the triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's
-        maps; and the triples of all of them.
-        """
-        found = layer_spectra(
-            self.chain,
-            self.trace.position(position),
-            components=components,
-            mode=mode,
-            k=k,
-            normed=normed,
-            joint=joint,
-            tolerance=tolerance,
-            direction=direction,
-            budget=self.memory,
-        )
-        return replace(found, warnings=self.warnings)
 
     def followed_by(self: L, token: int) -> L:
         """The same prompt with one more token, frozen in the same way."""
