@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin import spectral
 from loclin.common.arguments import real, whole
 from loclin.common.sums import square_sums
 from loclin.common.surroundings import in_plain_torch
@@ -19,21 +20,7 @@ from loclin.maps.plan import plan as make_plan
 from loclin.maps.products import Products
 from loclin.results import display
 from loclin.results.table import dataframe
-from loclin.spectral import (
-    SVD,
-    Norms,
-    block_krylov_svd,
-    check_fraction,
-    check_tolerance,
-    effective_rank,
-    lapack_svd,
-    least_tolerance,
-    matrix_free_svd,
-    singular_values,
-    stable_rank,
-    stable_rank_and_norm,
-    wide_dtype,
-)
+from loclin.spectral import SVD, Norms, block_krylov_svd, wide_dtype
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -96,13 +83,13 @@ class LinearMap(Products):
         that the map does not have, a tolerance that its dtype does not hold, or an unknown method.
         """
         k, seed, tolerance = whole("k", k), whole("seed", seed), real("tolerance", tolerance)
-        check_tolerance(tolerance, wide_dtype(self.dtype))
+        spectral.check_tolerance(tolerance, wide_dtype(self.dtype))
         choice = make_plan(self, k, joint=joint, tolerance=tolerance, method=method)
         found = None
         if choice.chosen == "matrix_free":
             found = self._matrix_free_svd(k, joint, tolerance, seed, choice.max_columns if method == "auto" else None)
         if found is None and choice.chosen == "lapack":
-            found = lapack_svd(self.dense(), k, align_to=self.value, joint=joint)
+            found = spectral.lapack_svd(self.dense(), k, align_to=self.value, joint=joint)
             if not joint:
                 self._spectrum = found.spectrum
         elif found is None:
@@ -111,23 +98,23 @@ class LinearMap(Products):
 
     def _matrix_free_svd(self, k: int, joint: bool, tolerance: float, seed: int, most: int | None) -> SVD | None:
         """The triples, matrix-free; None where the columns that are allowed do not reach the tolerance."""
-        found = matrix_free_svd(
+        found = spectral.matrix_free_svd(
             self, k, align_to=self.value, tolerance=tolerance, joint=joint, max_columns=most, seed=seed
         )
-        allowed = 2 * max(tolerance, least_tolerance(self.dtype))
+        allowed = 2 * max(tolerance, spectral.least_tolerance(self.dtype))
         return found if most is None or bool((found.relative_error <= allowed).all()) else None
 
     @in_plain_torch
     def singular_values(self) -> Float[Tensor, "T r"]:
         """All singular values of each token's map, descending. Cost: the dense map, and T SVDs without vectors."""
         if self._spectrum is None:
-            self._spectrum = singular_values(self.dense())
+            self._spectrum = spectral.singular_values(self.dense())
         return self._spectrum
 
     @in_plain_torch
     def effective_rank(self) -> Float[Tensor, " T"]:
         """Exp of the entropy of each token's normalised singular values (Roy & Vetterli 2007). Cost: all of them."""
-        return effective_rank(self.singular_values())
+        return spectral.effective_rank(self.singular_values())
 
     @in_plain_torch
     def norms(self, tolerance: float = 0.02, seed: int = 0) -> Norms:
@@ -136,9 +123,9 @@ class LinearMap(Products):
         Cost: the dense map, from which everything is exact; or matrix-free products (see
         `loclin.spectral.stable_rank_and_norm`) where these are expected to be cheaper. The errors are in the result.
         """
-        tolerance = check_fraction(real("tolerance", tolerance))
+        tolerance = spectral.check_fraction(real("tolerance", tolerance))
         if matrix_free_is_cheaper(self):
-            found = stable_rank_and_norm(self, tolerance=tolerance, certify=False, seed=seed)
+            found = spectral.stable_rank_and_norm(self, tolerance=tolerance, certify=False, seed=seed)
         else:
             found = self._exact
         return replace(found, provenance=self.provenance(), warnings=self.warnings)
@@ -148,7 +135,7 @@ class LinearMap(Products):
         """All norms from the dense map."""
         largest, norm = self._largest, self.frobenius_norm()  # in this order: the dense map first
         zero = torch.zeros_like(norm)
-        return Norms(largest, norm, stable_rank(norm, largest), zero, zero, 0.0, self.shape[0])
+        return Norms(largest, norm, spectral.stable_rank(norm, largest), zero, zero, 0.0, self.shape[0])
 
     @property
     def _largest(self) -> Float[Tensor, " T"]:
@@ -156,7 +143,7 @@ class LinearMap(Products):
         if self._spectrum is not None:
             return self._spectrum[:, 0]
         if self._largest_values is None:
-            exact = max(1e-7, least_tolerance(wide_dtype(self.dtype)))
+            exact = max(1e-7, spectral.least_tolerance(wide_dtype(self.dtype)))
             self._largest_values = block_krylov_svd(self.dense(), 1, align_to=self.value, tolerance=exact).S[:, 0]
         return self._largest_values
 

@@ -146,8 +146,9 @@ class Trace:
         return value + self._attention_output(layer).to(value.device) if mid else value
 
     def _attention_output(self, layer: int) -> Float[Tensor, "1 T d"]:
-        self.sublayer_path(layer, "attn_out")
         added = self.attn_out[layer]
+        if added is None:
+            self.sublayer_path(layer, "attn_out")
         assert added is not None
         return added
 
