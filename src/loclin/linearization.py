@@ -34,7 +34,7 @@ from loclin.steering.watch import watch as _watch
 
 
 class Linearization(Linearized):
-    """A `loclin.maps.linearized.Linearized` prompt, whose methods are all analyses, too; made by `linearize`."""
+    """A model frozen at one prompt, with its maps (see `Linearized`) and all analyses; made by `linearize`."""
 
     attribute = _attribute
     explain = _explain

@@ -47,7 +47,6 @@ class LinearMap(Products):
     _largest_values: Tensor | None = None
 
     def __repr__(self) -> str:
-        """Name the points and the shape."""
         return f"LinearMap({self.source} -> {self.target}{'.normed' * self.normed} at {self.position}, {self.shape})"
 
     def _repr_html_(self) -> str:

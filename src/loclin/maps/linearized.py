@@ -95,7 +95,6 @@ class Linearized(Unpicklable):
         return result
 
     def __repr__(self) -> str:
-        """Name the model, the length and the gate's split."""
         return f"{type(self).__name__}({self.model.info.name}, {len(self.tokens)} tokens, gate={self.gate!r})"
 
     def _repr_html_(self) -> str:
@@ -205,10 +204,7 @@ class Linearized(Unpicklable):
         joint: bool = False,
         tolerance: float = 1e-3,
     ) -> Plan:
-        """The cost of each method for `jacobian(source, target).svd(k, joint=joint)`; `print` it before running.
-
-        Columns, flops, memory, and seconds on this machine, estimated from the speed of one large product.
-        """
+        """The columns, flops, memory and estimated seconds of each method of `jacobian(...).svd`; `print` it first."""
         return self.jacobian(source, target, position=position).plan(k, joint=joint, tolerance=tolerance)
 
     def ordinary_jacobian(self, *, position: int = -1) -> LinearMap:

@@ -1,8 +1,7 @@
-"""Maps through named components only: one head, or a path of heads, attentions and MLPs.
+"""Maps through named components only, J_path = R C_m ... C_1: one head, or a path of heads, attentions and MLPs.
 
-Between the components of a path only the residual stream passes, so the map of a path is the product of theirs:
-J_path = R C_m ... C_1, with R as for `loclin.network.chain`. The maps of all paths sum to the whole map, since the
-stream is a sum and every component is linear.
+Only the residual stream passes between components, and R is as for `loclin.network.chain`. The maps of all paths sum to
+the whole map, since the stream is a sum and every component is linear.
 """
 # ruff: noqa: ARG002 (a path's sweeps have the arguments of a chain's)
 
@@ -91,7 +90,6 @@ class PathMap(LinearMap):
     chain: PathChain
 
     def __repr__(self) -> str:
-        """Name the points, the components and the shape."""
         return f"PathMap({self.source} -> {self.chain} -> {self.target} at {self.position}, {self.shape})"
 
     @property

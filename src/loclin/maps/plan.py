@@ -1,8 +1,4 @@
-"""Which method finds singular triples at the lowest cost: LAPACK or block Krylov on the dense map, or matrix-free.
-
-The dense map is d_out columns of one sweep. A matrix-free method takes `expected_columns` columns in many narrow
-sweeps, which may be more or fewer.
-"""
+"""Which method finds singular triples at the lowest cost: LAPACK or block Krylov on the dense map, or matrix-free."""
 
 from __future__ import annotations
 

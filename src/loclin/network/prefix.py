@@ -1,8 +1,7 @@
-"""Every prefix map, from one token's embedding to a point of a layer, from one forward sweep.
+"""Every prefix map, from one token's embedding to a point of a layer, from one forward sweep J_i(l) = L_l J_i(l - 1).
 
-J_i(l) = L_l J_i(l - 1), for all tokens i at once. The tangents of token i begin at position i: those before are zero
-and are not computed. Layers with explicit products form each position's MLP once for all tokens; other layers push each
-token's columns through their own graph.
+Tangents of token i before position i are zero and not computed. Layers with explicit products form each position's MLP
+once for all tokens; other layers push each token's columns through their own graph.
 """
 
 from __future__ import annotations

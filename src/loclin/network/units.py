@@ -1,8 +1,7 @@
-"""Inside a layer: its attention's heads and its MLP's neurons, found by watching and proved by their sum.
+"""Inside a layer of any family: attention heads and neurons, found by watching and proved by their sum.
 
-Heads are equal parts of what enters the attention's output projection, neurons the numbers that enter the MLP's.
-Nothing here knows families. While a frozen layer runs, the calls of its linear modules are noted. The output projection
-is the last of them through which all of a sublayer's output goes, apart from biases that are added behind it.
+They are equal parts of what enters an output projection: the last linear module through which all of an attention's or
+an MLP's output goes, apart from biases that are added behind it.
 """
 
 from __future__ import annotations
