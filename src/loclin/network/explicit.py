@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.network.anatomy import Weights
-from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Matrix, Probe, Workspace, add_or_write
 from loclin.network.explicit_attention import ExplicitAttention
 from loclin.network.explicit_mlp import ExplicitMLP
 
@@ -37,26 +37,17 @@ class ExplicitLayer:
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        weights: Weights,
-        coefficients: LayerCoefficients,
-        dtype: torch.dtype,
-        workspace: Workspace,
+        self, layer: nn.Module, weights: Weights, coefficients: LayerCoefficients, dtype: torch.dtype, shared: Workspace
     ) -> None:
-        v, o, gate, up, down = (_weight_and_bias(layer.get_submodule(path), dtype) for path in weights.matrices)
+        v, o, gate, up, down = (_matrix(layer.get_submodule(path), dtype) for path in weights.matrices)
         if weights.fused:
             n_values = (len(v[0]) - o[0].shape[1]) // 2  # q, k and v lie one behind the other, k as wide as v
             inner = down[0].shape[1]
             v, gate, up = _rows(v, slice(-n_values, None)), _rows(gate, slice(inner)), _rows(up, slice(inner, None))
-        self._attention = ExplicitAttention(v, o, coefficients, workspace)
-        self._mlp = ExplicitMLP(up, gate, down, coefficients, workspace)
+        self._attention = ExplicitAttention(v, o, coefficients, shared)
+        self._mlp = ExplicitMLP(up, gate, down, coefficients, shared)
         self._before_attention = coefficients.attn_in
-
-    @property
-    def biased(self) -> bool:
-        """Whether any of its parts adds a bias."""
-        return self._attention.biased or self._mlp.biased
+        self.biased = self._attention.biased or self._mlp.biased
 
     def vjp(
         self,
@@ -136,14 +127,12 @@ class ExplicitLayer:
         return x.to(self._mlp.device) + attended + moved
 
 
-def _weight_and_bias(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A module's weight `[out, in]` and bias."""
+def _matrix(module: nn.Module, dtype: torch.dtype) -> Matrix:
     weight, bias = dense_weight(module), module.bias
     assert weight is not None
     return weight.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None
 
 
-def _rows(part: tuple[Tensor, Tensor | None], rows: slice) -> tuple[Tensor, Tensor | None]:
-    """Some rows of a matrix, and of its bias."""
-    weight, bias = part
+def _rows(matrix: Matrix, rows: slice) -> Matrix:
+    weight, bias = matrix
     return weight[rows], None if bias is None else bias[rows]

@@ -17,7 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write, contiguous_view
+from loclin.network.blocks import (
+    CausalBlock,
+    LayerCoefficients,
+    Matrix,
+    Probe,
+    Workspace,
+    add_or_write,
+    contiguous_view,
+)
 
 _FORMED_NUMBERS = 5_000_000  # numbers of the matrices that are formed at once: they stay in the processor's cache
 _FORMED_NUMBERS_ACCELERATOR = 2**28
@@ -25,18 +33,14 @@ _ROWS = 4096  # rows that go through the factors at a time
 
 
 class ExplicitMLP:
-    """Products with one layer's MLP; `up`, `gate` and `down` are (weight `[out, in]`, bias or None)."""
+    """Products with one layer's MLP."""
 
     def __init__(
-        self,
-        up: tuple[Tensor, Tensor | None],
-        gate: tuple[Tensor, Tensor | None],
-        down: tuple[Tensor, Tensor | None],
-        coefficients: LayerCoefficients,
-        workspace: Workspace,
+        self, up: Matrix, gate: Matrix, down: Matrix, coefficients: LayerCoefficients, workspace: Workspace
     ) -> None:
         self._down, self._down_bias = down
-        self._biases = (up[1], gate[1], down[1])
+        self.device = self._down.device
+        self.biased = any(bias is not None for _, bias in (up, gate, down))
         self._before, self._behind = coefficients.mlp_in, coefficients.mlp_out
         self._branches = [
             (factors, weight, bias)
@@ -45,16 +49,6 @@ class ExplicitMLP:
         ]
         """(a `[T, f]`, W `[f, d]`, bias) of the branches through which something flows."""
         self._workspace = workspace
-
-    @property
-    def device(self) -> torch.device:
-        """Where the products are done."""
-        return self._down.device
-
-    @property
-    def biased(self) -> bool:
-        """Whether any matrix has a bias."""
-        return any(bias is not None for bias in self._biases)
 
     def forms_matrices(self, columns: int) -> bool:
         """Whether forming the positions' matrices is cheaper than their factors, for so many columns."""
