@@ -6,7 +6,7 @@ factors, of one backward sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,7 +25,7 @@ from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
 from loclin.network.ends import NormLink
 from loclin.network.points import Point, Span
-from loclin.network.prefix import prefix_maps
+from loclin.network.prefix import CountColumns, prefix_maps
 
 Mode = Literal["cumulative", "layerwise", "suffix"]
 """`cumulative`: embed -> the point; `layerwise`: the layer's input -> the point; `suffix`: the point -> final."""
@@ -64,9 +64,7 @@ def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[st
     return tuple(name for name in COMPONENTS if name in components)
 
 
-def plan_direction(
-    chain: Chain, position: int, components: Sequence[str], budget: int | float | str | None = None
-) -> Direction:
+def plan_direction(chain: Chain, position: int, components: Sequence[str], budget: memory.Budget = None) -> Direction:
     """By counted flops: one forward sweep, if it fits the budget, or a backward one for each component and layer."""
     trace = chain.trace
     forward = cost.prefix_sweep_cost(chain, position, range(trace.length))
@@ -89,15 +87,15 @@ def layer_maps(
     *,
     normed: bool = True,
     direction: str | None = None,
-    budget: int | float | str | None = None,
-    progress: Callable[[int], None] = lambda _columns: None,
+    budget: memory.Budget = None,
+    progress: CountColumns = lambda _columns: None,
 ) -> Iterator[LayerMap]:
     """The maps of every layer, component by component (paper, section 3.4 and Figure 6).
 
     They end at `position`, go to `components` (from `check_components`), and come from the first layer to the last; of
     `suffix` from the last to the first. `normed` puts the final norm, frozen at the point's own value, on top of maps
-    that end at a layer. `direction` is that of `cumulative` sweeps, `plan_direction`'s choice unless given. `progress`
-    is called with the number of columns that have passed a layer. OptionError for an unknown mode or direction.
+    that end at a layer. `direction` is that of `cumulative` sweeps, `plan_direction`'s choice unless given. OptionError
+    for an unknown mode or direction.
 
     Cost: `cumulative` one forward sweep (`loclin.network.cost.prefix_sweep_cost`) or (L + 1) / 2 dense maps for each
     component; `layerwise` up to one dense map for each component; `suffix` one dense map. All: one column
@@ -152,7 +150,7 @@ def _apply_norm(norm: NormLink, maps: Tensor) -> Tensor:
 
 
 def _forward(
-    chain: Chain, position: int, components: Sequence[str], progress: Callable[[int], None]
+    chain: Chain, position: int, components: Sequence[str], progress: CountColumns
 ) -> Iterator[tuple[Point, Tensor]]:
     for layer, found in prefix_maps(chain, position, range(chain.trace.length), components, progress):
         for name in components:
@@ -160,12 +158,7 @@ def _forward(
 
 
 def _one_by_one(
-    chain: Chain,
-    source: str,
-    position: int,
-    components: Sequence[str],
-    budget: int | float | str | None,
-    progress: Callable[[int], None],
+    chain: Chain, source: str, position: int, components: Sequence[str], budget: memory.Budget, progress: CountColumns
 ) -> Iterator[tuple[Point, Tensor]]:
     """Each map by a backward sweep of its own, from the embeddings or from its layer's input."""
     for layer in range(chain.trace.n_layers):
@@ -177,11 +170,7 @@ def _one_by_one(
 
 
 def _suffix(
-    chain: Chain,
-    position: int,
-    components: Sequence[str],
-    biases: list[dict[str, Tensor]],
-    progress: Callable[[int], None],
+    chain: Chain, position: int, components: Sequence[str], biases: list[dict[str, Tensor]], progress: CountColumns
 ) -> Iterator[LayerMap]:
     """Maps to `final`, by-products of one backward sweep.
 

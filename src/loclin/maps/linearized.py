@@ -22,7 +22,7 @@ from loclin.maps.plan import Plan
 from loclin.models import Model, wrap
 from loclin.models.prompts import Numbers, Prompt, prompt_warnings, read_prompt
 from loclin.network.chain import Chain
-from loclin.network.memory import budget
+from loclin.network.memory import Budget, budget
 from loclin.network.points import Point, parse_point
 from loclin.network.record import trace_prompt
 from loclin.network.trace import Trace
@@ -52,9 +52,7 @@ class Linearized(Unpicklable):
 
     instead = "save the results instead, with result.save(path), or linearize the prompt again in the other process"
 
-    def __init__(
-        self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: int | float | str | None
-    ) -> None:
+    def __init__(self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: Budget) -> None:
         self.model = model
         self.trace = trace_prompt(model, input_ids, options, keep=budget(memory, model.device) // 4)
         self.input_ids = self.trace.input_ids

@@ -10,6 +10,9 @@ import torch
 
 from loclin.errors import OptionError
 
+Budget = int | float | str | None
+"""How much memory a sweep may use, as `budget` reads it."""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _DIGITS = 30
 _DEFAULT_FRACTION = 0.25
@@ -43,7 +46,7 @@ def parse_memory(memory: int | float | str) -> int | float:
     return memory
 
 
-def budget(memory: int | float | str | None, device: torch.device) -> int:
+def budget(memory: Budget, device: torch.device) -> int:
     """Convert a budget for a device to bytes: a number, a size (`"2GB"`, `"512 MiB"`), or a fraction of what is free.
 
     None is a quarter of what is free, 4 GiB at most: wider blocks of columns are no faster.

@@ -16,6 +16,8 @@ from loclin.network.autograd import batched_jvp
 from loclin.network.blocks import CausalBlock, Probe, Workspace
 from loclin.network.chain import Chain
 
+CountColumns = Callable[[int], None]
+"""Called with the number of columns that have passed a layer."""
 Maps = dict[str, Float[Tensor, "n d_in d"]]
 """By component, the transpose of the map of each of n tokens."""
 
@@ -25,13 +27,12 @@ def prefix_maps(
     position: int,
     tokens: range,
     components: Sequence[str] = ("resid_post",),
-    progress: Callable[[int], None] = lambda _columns: None,
+    progress: CountColumns = lambda _columns: None,
 ) -> Iterator[tuple[int, Maps]]:
     """The maps of some tokens to `attn_out`, `mlp_out` or `resid_post` of every layer at one position.
 
-    With causal attention the maps of tokens behind `position` are zero and cost nothing. `progress` is called with the
-    number of columns that have passed a layer. Yields each layer and its maps, which the next layer overwrites;
-    OptionError where a layer has no module whose output is a component.
+    With causal attention the maps of tokens behind `position` are zero and cost nothing. Yields each layer and its
+    maps, which the next layer overwrites; OptionError where a layer has no module whose output is a component.
 
     Cost: `loclin.network.cost.prefix_sweep_cost`. Memory: d^2 numbers for each token and each position behind it for
     the tangents (on an accelerator for each token and position), d^2 for each component and token, and a layer's own.
