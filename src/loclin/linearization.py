@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,104 +12,41 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from loclin.analyses.attribution import heads
-from loclin.analyses.attribution.attribute import attribute
-from loclin.analyses.attribution.heads import Head, Path
-from loclin.analyses.attribution.result import Attribution
-from loclin.analyses.attribution.target import Target, Token
-from loclin.analyses.explain import Explanation, explain
-from loclin.analyses.generation import Generation, generate
-from loclin.analyses.layers import LayerExplanation, Signs, explain_layers
-from loclin.analyses.logit_lens import LogitLens, logit_lens
-from loclin.analyses.similarity import Similarity, similarity
-from loclin.analyses.validity import SIZES, Validity, validity
-from loclin.common.progress import Progress
+from loclin.analyses.attribution.attribute import attribute as _attribute
+from loclin.analyses.attribution.heads import head as _head
+from loclin.analyses.attribution.heads import path as _path
+from loclin.analyses.explain import explain as _explain
+from loclin.analyses.generation import generate as _generate
+from loclin.analyses.layers import explain_layers as _explain_layers
+from loclin.analyses.logit_lens import logit_lens as _logit_lens
+from loclin.analyses.similarity import similarity as _similarity
+from loclin.analyses.validity import validity as _validity
 from loclin.common.sums import relative_error
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import Gate, Precision
+from loclin.maps.layer_spectra import layer_spectra as _layer_spectra
 from loclin.maps.linearized import Linearized
 from loclin.models import Model, wrap
 from loclin.models.encoding import Padding, pad_prompts, strip_padding
 from loclin.models.prompts import Numbers, Prompt, as_ids, prompt_list, read_prompt
-from loclin.steering.watch import Watched, watch
+from loclin.steering.watch import watch as _watch
 
 
 class Linearization(Linearized):
-    """A model frozen at one prompt, with its maps and all analyses; made by `linearize`.
+    """A model frozen at one prompt, with its maps (see `Linearized`) and all analyses; made by `linearize`."""
 
-    It has everything that `loclin.maps.linearized.Linearized` has, too.
-    """
-
-    def attribute(
-        self,
-        target: Target = None,
-        *,
-        by: str = "token",
-        position: int = -1,
-        in_words: int = 12,
-        progress: Progress = True,
-    ) -> Attribution:
-        """Split a target into exact shares, for example by token, layer or head; see `loclin.attribute`."""
-        return attribute(self, target, by=by, position=position, in_words=in_words, progress=progress)
-
-    def head(self, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
-        """Show one query head: its map, its words, its share; see `loclin.analyses.attribution.heads.head`."""
-        return heads.head(self, layer, head, target, k=k, position=position)
-
-    def path(
-        self, parts: Sequence[str], target: Target = None, *, token: int | None = None, position: int = -1
-    ) -> Path:
-        """Compute the effect along a path through components, such as `["L3H5", "L10H2"]`.
-
-        See `loclin.analyses.attribution.heads.path`.
-        """
-        return heads.path(self, parts, target, token=token, position=position)
-
-    def explain(self, *, k: int = 8, position: int = -1, progress: Progress = True) -> Explanation:
-        """Explain the prediction: shares by token, singular vectors in words, certificate; see `loclin.explain`."""
-        return explain(self, k=k, position=position, progress=progress)
-
-    def explain_layers(
-        self,
-        *,
-        k: int = 8,
-        position: int = -1,
-        components: Sequence[str] | None = None,
-        signs: Signs = "layer",
-        progress: Progress = True,
-    ) -> LayerExplanation:
-        """Explain how the prediction forms with depth; see `loclin.explain_layers`."""
-        return explain_layers(self, k=k, position=position, components=components, signs=signs, progress=progress)
-
-    def logit_lens(self, token: Token | None = None, *, position: int = -1, k: int = 5) -> LogitLens:
-        """Decode every layer's residual stream with the final norm and the output head; see `loclin.logit_lens`."""
-        return logit_lens(self, token, position=position, k=k)
-
-    def generate(self, max_new_tokens: int, *, k: int = 8, progress: Progress = True) -> Generation:
-        """Generate tokens greedily and explain each of them; see `loclin.generate`."""
-        return generate(self, max_new_tokens, k=k, progress=progress)
-
-    def similarity(self, *, position: int = -1, progress: Progress = True) -> Similarity:
-        """Compare the tokens' exact maps with one another; see `loclin.similarity`."""
-        return similarity(self, position=position, progress=progress)
-
-    def validity(
-        self,
-        *,
-        position: int = -1,
-        sizes: Sequence[float] = SIZES,
-        draws: int = 4,
-        swaps: int = 2,
-        seed: int = 0,
-        progress: Progress = True,
-    ) -> Validity:
-        """Measure how far from the prompt the map predicts the model; see `loclin.validity`."""
-        return validity(self, position=position, sizes=sizes, draws=draws, swaps=swaps, seed=seed, progress=progress)
-
-    def watch(self, words: Sequence[str], **options: Any) -> Watched:
-        """Find singular vectors that write watched words, and project them out; see `loclin.watch`."""
-        return watch(self, words, **options)
+    attribute = _attribute
+    explain = _explain
+    explain_layers = _explain_layers
+    generate = _generate
+    head = _head
+    layer_spectra = _layer_spectra
+    logit_lens = _logit_lens
+    path = _path
+    similarity = _similarity
+    validity = _validity
+    watch = _watch
 
 
 def linearize(
@@ -127,31 +64,22 @@ def linearize(
 
     Parameters
     ----------
-    model
-        From `loclin.load` or `loclin.wrap`. A transformers model, also a compiled one or one with adapters, is wrapped.
-    prompt
-        Text; token ids `[1, T]` or `[T]` as a tensor, an array or a list; or a tokenizer's output for one text.
-    attention_mask
-        For token ids `[1, T]`: zero at padding. Padding is removed; the map is that of the other tokens.
-    gate
-        How gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.FreezeOptions`.
-    precision
-        The dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see `loclin.freeze.FreezeOptions`.
-    bos
-        For text: True puts a beginning token in front, False none, a string names the token; None does what the
+    model: from `loclin.load` or `loclin.wrap`. A transformers model, also a compiled one or one with adapters, is
+        wrapped.
+    prompt: text; token ids `[1, T]` or `[T]` as a tensor, an array or a list; or a tokenizer's output for one text.
+    attention_mask: for token ids `[1, T]`, zero at padding. Padding is removed; the map is that of the other tokens.
+    gate: how gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.FreezeOptions`.
+    precision: the dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see there.
+    bos: for text, True puts a beginning token in front, False none, a string names the token; None does what the
         tokenizer does. If the tokenizer appends an end token, it is removed, and `warnings` says so.
-    memory
-        The memory budget of sweeps, without their results: bytes, `"2GB"`, or a fraction of the free memory.
-    strict
-        Refuse a model that is not exact. Otherwise the certificate says what is not exact, and by how much.
+    memory: the memory budget of sweeps, without their results: bytes, `"2GB"`, or a fraction of the free memory.
+    strict: refuse a model that is not exact. Otherwise the certificate says what is not exact, and by how much.
 
     Raises
     ------
-    PromptError
-        For an empty prompt, or one longer than the model's context; for invalid ids, or several prompts; for a mask
-        with padding between tokens.
-    NotExactError
-        When a module is not linear with its coefficients frozen; the message names it.
+    PromptError: for an empty prompt, or one longer than the model's context; for invalid ids, or several prompts; for a
+        mask with padding between tokens.
+    NotExactError: for a module that is not linear with its coefficients frozen; the message names it.
 
     Notes
     -----
@@ -159,15 +87,9 @@ def linearize(
     T d numbers (3 L T d if the map has another dtype than the model), and coefficients up to a quarter of the budget.
     While it runs, it needs a few attention matrices `[H, T, T]` of one layer. None of these count towards the budget.
     """
+    mask = attention_mask
     return Linearization.at(
-        model,
-        prompt,
-        attention_mask=attention_mask,
-        gate=gate,
-        precision=precision,
-        bos=bos,
-        memory=memory,
-        strict=strict,
+        model, prompt, attention_mask=mask, gate=gate, precision=precision, bos=bos, memory=memory, strict=strict
     )
 
 
@@ -198,32 +120,15 @@ def linearize_batch(
 
     Parameters
     ----------
-    model
-        From `loclin.load` or `loclin.wrap`; a transformers model is wrapped.
-    prompts
-        Texts; token ids `[1, T_b]` each; a padded tensor of ids `[B, T]`; or a tokenizer's output for several texts,
-        with its `attention_mask`.
-    attention_mask
-        For a padded tensor `[B, T]`: zero at padding. By default nothing is padding.
-    padding
-        The side on which shorter prompts are padded for the batch; a padded tensor is used as it is.
-    gate, precision, bos, memory, strict
-        As for `linearize`.
+    model, gate, precision, bos, memory, strict: as for `linearize`.
+    prompts: texts; token ids `[1, T_b]` each; a padded tensor of ids `[B, T]`; or a tokenizer's output for several
+        texts, with its `attention_mask`.
+    attention_mask: for a padded tensor `[B, T]`, zero at padding. By default nothing is padding.
+    padding: the side on which shorter prompts are padded for the batch; a padded tensor is used as it is.
 
-    Returns
-    -------
-    list[Linearization]
-        One for each prompt, in order; its T is the length of the prompt.
+    Returns one for each prompt, in order; its T is the length of the prompt. Raises as `linearize` does; PromptError
+    also without prompts, and OptionError for one text instead of a list of texts.
 
-    Raises
-    ------
-    PromptError, NotExactError
-        As for `linearize`; also without prompts.
-    OptionError
-        For one text instead of a list of texts.
-
-    Notes
-    -----
     Cost: two forward passes for each prompt, and one for the padded batch. Memory: 2 L T_b d numbers for each prompt.
     """
     model = model if isinstance(model, Model) else wrap(model)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny
+from loclin.analyses import layers
 from loclin.analyses.decode import Decoder
 from loclin.analyses.layers import SHOWN, explain_layers
 from loclin.analyses.logit_lens import compute_layer_logits, logit_lens
@@ -129,17 +130,14 @@ def test_signs_towards_the_final_prediction(name):
         explain_layers(lin, k=4, signs="free")
 
 
-def test_near_equal_vectors_are_one_space():
+def test_near_equal_vectors_are_one_space(monkeypatch):
     lin, _ = built("llama")
     spectra = lin.layer_spectra(k=4)
     spectra.S[2, 1, 3, 1] = spectra.S[2, 1, 3, 0] * (1 - 1e-5)
     spectra.joint_S[0, 2, 2] = spectra.joint_S[0, 2, 1] * (1 - 1e-5)
-    own = lin.layer_spectra
-    lin.layer_spectra = lambda **options: spectra if "mode" not in options else own(**options)
-    try:
-        found = explain_layers(lin, k=4, position=3)
-    finally:
-        del lin.layer_spectra
+    own = layers.layer_spectra
+    monkeypatch.setattr(layers, "layer_spectra", lambda lin, **o: spectra if "mode" not in o else own(lin, **o))
+    found = explain_layers(lin, k=4, position=3)
     pair, *others = found.components[2].token_vectors[1][3]
     assert pair.indices == [0, 1]
     assert pair.gain is None

@@ -11,7 +11,7 @@ import torch
 import tiny
 from loclin.errors import OptionError
 from loclin.linearization import linearize
-from loclin.maps import spectra
+from loclin.maps import linear_map
 from loclin.maps.linear_map import LinearMap
 
 
@@ -60,9 +60,9 @@ def test_a_seed_gives_the_same_result_again(J):
 
 
 def test_the_dense_map_takes_over_where_products_alone_do_not_reach(monkeypatch, J):
-    plan = spectra.make_plan
+    plan = linear_map.make_plan
     few = {"chosen": "matrix_free", "max_columns": 8}
-    monkeypatch.setattr(spectra, "make_plan", lambda *args, **kwargs: replace(plan(*args, **kwargs), **few))
+    monkeypatch.setattr(linear_map, "make_plan", lambda *args, **kwargs: replace(plan(*args, **kwargs), **few))
     found = J.svd(8, tolerance=1e-9)
     assert found.method == "block_krylov"
     assert (found.relative_error < 1e-8).all()

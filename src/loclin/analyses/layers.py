@@ -17,7 +17,7 @@ from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
 from loclin.maps.certificate import tolerance
-from loclin.maps.layer_spectra import LayerSpectra
+from loclin.maps.layer_spectra import LayerSpectra, layer_spectra
 from loclin.maps.linearized import Linearized, question
 from loclin.results.provenance import Provenance
 from loclin.results.result import AtPrompt
@@ -189,11 +189,11 @@ def explain_layers(
         raise OptionError(f"signs={signs!r}: choose layer or final")
     at = lin.trace.position(position)
     tell("maps from the embeddings")
-    cumulative = lin.layer_spectra(components=components, k=k, position=at)
+    cumulative = layer_spectra(lin, components=components, k=k, position=at)
     if signs == "final":
         cumulative = _orient(cumulative, lin.value("final")[at])
     tell("each layer's own map")
-    own = lin.layer_spectra(components=components, mode="layerwise", k=_LAYERWISE_TRIPLES, position=at)
+    own = layer_spectra(lin, components=components, mode="layerwise", k=_LAYERWISE_TRIPLES, position=at)
     tell("words")
     predictions = lin.next_token_ids(10, position=at)
     chosen, text, probability = predictions[0]

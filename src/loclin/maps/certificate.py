@@ -1,8 +1,6 @@
 """Whether a map is exact, and if not, which module is not linear.
 
-A small reconstruction error |J x + b - y| proves little: y x^T / |x|^2 reconstructs y too. So the certificate also
-checks <u, J v> = <J^T u, v>, J(a v + w) = a J v + J w, dJ/dx = 0, and rows of J against a slow, independent backward
-pass.
+A small reconstruction error |J x + b - y| proves little: y x^T / |x|^2 reconstructs y too.
 """
 
 from __future__ import annotations
@@ -28,8 +26,6 @@ from loclin.results.result import Result
 _ROWS = 3
 _FORWARD_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 """How far the linear path's value may be from the model's: the rounding of the model's own dtype, and its casts."""
-
-
 _MOST_CANCELLED = 30.0
 """The most by which the numbers that are summed may exceed their sum: beyond, a dtype is too coarse for a map."""
 
@@ -56,25 +52,13 @@ def cancellation(pushed: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Culprit:
-    """An operation that is not linear in its input although its coefficients are frozen.
-
-    Attributes
-    ----------
-    module
-        The path of the module that does it.
-    kind
-        The module's class.
-    error
-        |linearised value - output| / |output| of the operation.
-    operation, line
-        The operation, and its line of code.
-    """
+    """An operation of a module that is not linear in its input although its coefficients are frozen."""
 
     module: str
-    kind: str
-    error: float
+    kind: str  # the module's class
+    error: float  # |linearised value - output| / |output| of the operation
     operation: str = ""
-    line: str = ""
+    line: str = ""  # of code
 
     def __str__(self) -> str:
         return f"{self.module} ({self.kind}): {self.operation} at {self.line}, error {self.error:.1e}"
@@ -82,19 +66,7 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Check:
-    """One error of a certificate.
-
-    Attributes
-    ----------
-    name, formula, meaning
-        The check in a word, in symbols, and in a sentence.
-    value, limit
-        The error, and its limit.
-    passed
-        Whether the error is within the limit.
-    identical
-        Whether the compared values are equal in every bit.
-    """
+    """One error of a certificate: in a word, in symbols, and in a sentence."""
 
     name: str
     formula: str
@@ -102,7 +74,7 @@ class Check:
     value: float
     limit: float
     passed: bool
-    identical: bool = False
+    identical: bool = False  # whether the compared values are equal in every bit
 
 
 @dataclass(frozen=True)
@@ -111,33 +83,19 @@ class Certificate(Result):
 
     Attributes
     ----------
-    reconstruction_error
-        |J x + b - y_frozen| / |y_frozen|, J x by one forward product: is the algebra right?
-    forward_error
-        |y_frozen - y_model| / |y_model| over all positions. Zero where the linear path has the model's dtype; else the
-        size of the model's own rounding.
-    bit_identical
-        Whether the model's forward pass inside the freeze equals the one outside in every bit.
-    std_error
-        std(J x + b - y_model) / std(y_model): the paper's metric.
-    adjoint_error
-        |<u, J v> - <J^T u, v>| / (|u| |J v|) for random u and v.
-    linearity_error
-        |J(a v + w) - a J v - J w| / (|a J v| + |J w|) for random v and w.
-    second_derivative
-        How much the vjp still depends on the input: 0 when the freeze holds.
-    row_error
-        Difference of sampled rows of J from one backward pass through the whole frozen model.
-    bias_share
-        |b| / |y|.
-    tolerance
-        The limit of the errors: rounding in this dtype, more where larger numbers cancel.
-    forward_tolerance
-        The limit of the forward error: 0 where the linear path has the model's dtype.
-    culprits
-        When the certificate fails: the operations that are not linear.
-    provenance, warnings
-        Which map it is of, and warnings about the prompt.
+    reconstruction_error: |J x + b - y_frozen| / |y_frozen|, J x by one forward product: is the algebra right?
+    forward_error: |y_frozen - y_model| / |y_model| over all positions, of the size of the model's own rounding.
+    bit_identical: whether the model's forward pass inside the freeze equals the one outside in every bit.
+    std_error: std(J x + b - y_model) / std(y_model), the paper's metric.
+    adjoint_error: |<u, J v> - <J^T u, v>| / (|u| |J v|) for random u and v.
+    linearity_error: |J(a v + w) - a J v - J w| / (|a J v| + |J w|) for random v and w.
+    second_derivative: how much the vjp still depends on the input: 0 when the freeze holds.
+    row_error: difference of sampled rows of J from one backward pass through the whole frozen model.
+    bias_share: |b| / |y|.
+    tolerance: the limit of the errors: rounding in this dtype, more where larger numbers cancel.
+    forward_tolerance: the limit of the forward error: 0 where the linear path has the model's dtype.
+    culprits: when the certificate fails, the operations that are not linear.
+    provenance, warnings: which map it is of, and warnings about the prompt.
     """
 
     reconstruction_error: float
@@ -170,41 +128,21 @@ class Certificate(Result):
 
     def checks(self) -> list[Check]:
         """Every error that decides whether the map counts as exact, the reconstruction first."""
-
-        def check(name: str, formula: str, meaning: str, value: float) -> Check:
-            return Check(name, formula, meaning, value, self.tolerance, value <= self.tolerance)
-
-        return [
-            check(
-                "reconstruction",
-                "|Jx + b − y| / |y|",
-                "The map, applied to the prompt's own embeddings, gives back the output.",
-                self.reconstruction_error,
-            ),
-            Check(
-                "forward",
-                "|y − y_model| / |y_model|",
-                "The frozen network's values are the model's own, up to the rounding of the model's dtype.",
-                self.forward_error,
-                self.forward_tolerance,
-                self.same_forward,
-                identical=self.bit_identical and self.forward_error == 0,
-            ),
-            check("adjoint", "⟨u, Jv⟩ = ⟨Jᵀu, v⟩", "The map and its transpose belong together.", self.adjoint_error),
-            check("linearity", "J(av + w) = aJv + Jw", "It is linear, tried on random vectors.", self.linearity_error),
-            check(
-                "second derivative",
-                "∂J/∂x = 0",
-                "The map does not depend on its input: every nonlinear coefficient is frozen.",
-                self.second_derivative,
-            ),
-            check(
-                "rows",
-                "sampled rows of J",
-                "Rows agree with a slow, separate backward pass through the whole model.",
-                self.row_error,
-            ),
-        ]
+        gives_back = "The map, applied to the prompt's own embeddings, gives back the output."
+        frozen_values = "The frozen network's values are the model's own, up to the rounding of the model's dtype."
+        frozen_coefficients = "The map does not depend on its input: every nonlinear coefficient is frozen."
+        slow = "Rows agree with a slow, separate backward pass through the whole model."
+        rows = (
+            ("reconstruction", "|Jx + b − y| / |y|", gives_back, self.reconstruction_error),
+            ("adjoint", "⟨u, Jv⟩ = ⟨Jᵀu, v⟩", "The map and its transpose belong together.", self.adjoint_error),
+            ("linearity", "J(av + w) = aJv + Jw", "It is linear, tried on random vectors.", self.linearity_error),
+            ("second derivative", "∂J/∂x = 0", frozen_coefficients, self.second_derivative),
+            ("rows", "sampled rows of J", slow, self.row_error),
+        )
+        first, *others = (Check(*row, self.tolerance, row[-1] <= self.tolerance) for row in rows)
+        same = self.bit_identical and self.forward_error == 0
+        ends = (self.forward_error, self.forward_tolerance, self.same_forward, same)
+        return [first, Check("forward", "|y − y_model| / |y_model|", frozen_values, *ends), *others]
 
     def table(self) -> dict[str, list[Any]]:
         """One row per check: name, formula, value, limit, passed."""
@@ -233,6 +171,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
     reconstruction = J.matvec(J.input) + J.bias
     products = u.double() @ pushed_v.double(), (J.rmatvec(u).double() * v.double()).sum()
     adjoint = (products[0] - products[1]).abs() / (norms(u) * norms(pushed_v))
+    nonlinear = norms(combination - 3.0 * pushed_v - pushed_w)
     stock = trace.stock_final[0, J.position].to(J.device, J.dtype) if J.target.kind == "final" else y
     error = relative_error(reconstruction - y, y)
     limit = tolerance(trace) * cancellation(torch.stack(signed), y)
@@ -247,9 +186,7 @@ def certify(J: LinearMap, seed: int = 0) -> Certificate:
         bit_identical=trace.bit_identical,
         std_error=((reconstruction - stock).std() / stock.std()).item(),
         adjoint_error=adjoint.item(),
-        linearity_error=(
-            norms(combination - 3.0 * pushed_v - pushed_w) / (3.0 * norms(pushed_v) + norms(pushed_w))
-        ).item(),
+        linearity_error=(nonlinear / (3.0 * norms(pushed_v) + norms(pushed_w))).item(),
         second_derivative=second,
         row_error=row_error,
         bias_share=relative_error(J.bias, y),
@@ -306,7 +243,7 @@ def find_culprits(trace: Trace, options: FreezeOptions, limit: float) -> list[Cu
             mode.audit = 0.1
 
         def enter(hidden: Tensor) -> None:
-            mode.enter(hidden)
+            mode.enter(hidden)  # returns nothing: a hook's result would replace what enters
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             if mode.status(hidden_output(output)) is not None:
@@ -324,10 +261,7 @@ def find_culprits(trace: Trace, options: FreezeOptions, limit: float) -> list[Cu
 
 
 def random_operations(trace: Trace) -> list[Origin]:
-    """The operations that draw random numbers, each once, if the model's output differs from run to run.
-
-    Cost: three forward passes.
-    """
+    """Each operation that draws random numbers, if the model's output differs from run to run. Cost: three passes."""
     if not trace.random:
         return []
     hf = trace.model.hf

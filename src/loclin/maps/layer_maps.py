@@ -1,13 +1,12 @@
-"""The maps of every layer: from the embeddings to each, each layer's own, and from each to the end.
+"""The maps of every layer, yielded one by one: from the embeddings to each, each layer's own, and from each to the end.
 
-With y_l = L_l ... L_1 x, `cumulative` maps are products of the first factors, and all of them are by-products of one
-forward sweep; `suffix` maps are products of the last factors, from one backward sweep. Maps are yielded one by one and
-not kept.
+With y_l = L_l ... L_1 x, all products of the first factors are by-products of one forward sweep; products of the last
+factors, of one backward sweep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,8 +24,8 @@ from loclin.network.autograd import batched_jvp, push_constants
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
 from loclin.network.ends import NormLink
-from loclin.network.points import Point
-from loclin.network.prefix import prefix_maps
+from loclin.network.points import Point, Span
+from loclin.network.prefix import CountColumns, prefix_maps
 
 Mode = Literal["cumulative", "layerwise", "suffix"]
 """`cumulative`: embed -> the point; `layerwise`: the layer's input -> the point; `suffix`: the point -> final."""
@@ -36,43 +35,21 @@ COMPONENTS = ("attn_out", "mlp_out", "resid_post")
 
 @dataclass(frozen=True)
 class LayerMap:
-    """One component's map at one layer.
-
-    Attributes
-    ----------
-    layer, component
-        The layer and the component.
-    maps
-        Each token's map `[T, d_out, d_in]`, a view that the next layer overwrites.
-    joint
-        The same side by side, `[d_out, T d_in]`.
-    value
-        y, the network's own value at the map's target `[d_out]`.
-    bias
-        b, the part of y that does not come from the map's source `[d_out]`.
-    reconstruction_error
-        |J x + b - y| / |y|.
-    """
+    """One component's map at one layer."""
 
     layer: int
     component: str
-    maps: Tensor
-    joint: Tensor
-    value: Tensor
-    bias: Tensor
-    reconstruction_error: float
+    maps: Tensor  # each token's, [T, d_out, d_in], a view that the next layer overwrites
+    joint: Tensor  # side by side, [d_out, T d_in]
+    value: Tensor  # y, the network's own value at the map's target [d_out]
+    bias: Tensor  # b, the part of y that does not come from the map's source [d_out]
+    reconstruction_error: float  # |J x + b - y| / |y|
 
     __repr__ = brief
 
 
 def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[str, ...]:
-    """Read the components: those asked for, or all that every layer has.
-
-    Raises
-    ------
-    OptionError
-        For one that does not exist, or that is not the output of a module in every layer.
-    """
+    """The components asked for, or all that every layer has; OptionError for one that a layer does not have."""
     trace = chain.trace
     if components is None:
         found = [call.block.sublayers for call in trace.layers]
@@ -87,13 +64,8 @@ def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[st
     return tuple(name for name in COMPONENTS if name in components)
 
 
-def plan_direction(
-    chain: Chain, position: int, components: Sequence[str], budget: int | float | str | None = None
-) -> Direction:
-    """Choose how to make the maps from the embeddings: one forward sweep, or one backward for each component and layer.
-
-    By counted flops; the forward sweep only where its tangents fit the budget.
-    """
+def plan_direction(chain: Chain, position: int, components: Sequence[str], budget: memory.Budget = None) -> Direction:
+    """By counted flops: one forward sweep, if it fits the budget, or a backward one for each component and layer."""
     trace = chain.trace
     forward = cost.prefix_sweep_cost(chain, position, range(trace.length))
     embed = Point("embed")
@@ -115,42 +87,16 @@ def layer_maps(
     *,
     normed: bool = True,
     direction: str | None = None,
-    budget: int | float | str | None = None,
-    progress: Callable[[int], None] = lambda _columns: None,
+    budget: memory.Budget = None,
+    progress: CountColumns = lambda _columns: None,
 ) -> Iterator[LayerMap]:
     """The maps of every layer, component by component (paper, section 3.4 and Figure 6).
 
-    Parameters
-    ----------
-    chain
-        The links.
-    mode
-        See `Mode`.
-    position
-        Where the maps end.
-    components
-        From `check_components`.
-    normed
-        Put the final norm, frozen at the point's own value, on top of maps that end at a layer.
-    direction
-        For `cumulative`: `"forward"` or `"backward"`; `plan_direction`'s choice unless given.
-    budget
-        The memory budget of sweeps.
-    progress
-        Called with the number of columns that have passed a layer.
+    They end at `position`, go to `components` (from `check_components`), and come from the first layer to the last; of
+    `suffix` from the last to the first. `normed` puts the final norm, frozen at the point's own value, on top of maps
+    that end at a layer. `direction` is that of `cumulative` sweeps, `plan_direction`'s choice unless given. OptionError
+    for an unknown mode or direction.
 
-    Yields
-    ------
-    LayerMap
-        From the first layer to the last; of `suffix` from the last to the first.
-
-    Raises
-    ------
-    OptionError
-        For a mode or a direction that does not exist.
-
-    Notes
-    -----
     Cost: `cumulative` one forward sweep (`loclin.network.cost.prefix_sweep_cost`) or (L + 1) / 2 dense maps for each
     component; `layerwise` up to one dense map for each component; `suffix` one dense map. All: one column
     for the biases.
@@ -163,19 +109,18 @@ def layer_maps(
         yield from _suffix(chain, position, components, biases, progress)
         return
     if mode == "layerwise":
-        found = _layerwise(chain, position, components, progress)
+        found = _one_by_one(chain, "resid_pre", position, components, None, progress)
     elif (direction or plan_direction(chain, position, components, budget)) == "forward":
         found = _forward(chain, position, components, progress)
     else:
-        found = _backward(chain, position, components, budget, progress)
-    embed = Point("embed")
+        found = _one_by_one(chain, "embed", position, components, budget, progress)
     for point, maps in found:
         layer, name = point.layer, point.kind
         assert layer is not None
-        value, bias = chain.trace.value(point)[position].to(maps), biases[layer].at[name][position].to(maps)
-        x = chain.trace.value(Point("resid_pre", layer) if mode == "layerwise" else embed).to(maps)
+        value, bias = chain.trace.value(point)[position].to(maps), biases[layer][name][position].to(maps)
+        x = chain.trace.value(Point("resid_pre", layer) if mode == "layerwise" else Point("embed")).to(maps)
         if mode == "layerwise":
-            bias = bias - _apply(maps, biases[layer].at["resid_pre"])
+            bias = bias - _apply(maps, biases[layer]["resid_pre"])
         if normed:
             norm = chain.norm(point, position)
             (bias,) = norm.jvp(bias[None]).to(maps)
@@ -193,9 +138,8 @@ def _layer_map(point: Point, maps: Tensor, value: Tensor, bias: Tensor, x: Tenso
     side_by_side = maps.transpose(0, 1)
     joint = side_by_side.flatten(1) if side_by_side.is_contiguous() else maps.mT.flatten(0, 1).mT
     assert point.layer is not None
-    return LayerMap(
-        point.layer, point.kind, maps, joint, value, bias, relative_error(_apply(maps, x) + bias - value, value)
-    )
+    error = relative_error(_apply(maps, x) + bias - value, value)
+    return LayerMap(point.layer, point.kind, maps, joint, value, bias, error)
 
 
 def _apply_norm(norm: NormLink, maps: Tensor) -> Tensor:
@@ -206,63 +150,47 @@ def _apply_norm(norm: NormLink, maps: Tensor) -> Tensor:
 
 
 def _forward(
-    chain: Chain, position: int, components: Sequence[str], progress: Callable[[int], None]
+    chain: Chain, position: int, components: Sequence[str], progress: CountColumns
 ) -> Iterator[tuple[Point, Tensor]]:
     for layer, found in prefix_maps(chain, position, range(chain.trace.length), components, progress):
         for name in components:
             yield Point(name, layer), found[name].mT
 
 
-def _backward(
-    chain: Chain,
-    position: int,
-    components: Sequence[str],
-    budget: int | float | str | None,
-    progress: Callable[[int], None],
+def _one_by_one(
+    chain: Chain, source: str, position: int, components: Sequence[str], budget: memory.Budget, progress: CountColumns
 ) -> Iterator[tuple[Point, Tensor]]:
+    """Each map by a backward sweep of its own, from the embeddings or from its layer's input."""
     for layer in range(chain.trace.n_layers):
+        start = Point(source, None if source == "embed" else layer)
         for name in components:
-            J = LinearMap(chain, Point("embed"), Point(name, layer), position, budget=budget)
-            yield Point(name, layer), J.dense().transpose(0, 1)
-            progress(J.shape[0] * (layer + 1))
-
-
-def _layerwise(
-    chain: Chain, position: int, components: Sequence[str], progress: Callable[[int], None]
-) -> Iterator[tuple[Point, Tensor]]:
-    for layer in range(chain.trace.n_layers):
-        for name in components:
-            J = LinearMap(chain, Point("resid_pre", layer), Point(name, layer), position)
-            yield Point(name, layer), J.dense().transpose(0, 1)
-            progress(J.shape[0])
+            J = LinearMap(chain, start, Point(name, layer), position, budget=budget)
+            yield J.target, J.dense().transpose(0, 1)
+            progress(J.shape[0] * len(chain.steps(J.source, J.target)))
 
 
 def _suffix(
-    chain: Chain,
-    position: int,
-    components: Sequence[str],
-    biases: list[_LayerBiases],
-    progress: Callable[[int], None],
+    chain: Chain, position: int, components: Sequence[str], biases: list[dict[str, Tensor]], progress: CountColumns
 ) -> Iterator[LayerMap]:
     """Maps to `final`, by-products of one backward sweep.
 
     `attn_out` and `mlp_out` reach `final` through the residual stream, and so have the map of the stream behind them.
     """
     trace, end = chain.trace, Point("final")
-    norm, last = chain.norm(end, position), biases[-1].at["resid_post"][position]
+    norm, last = chain.norm(end, position), biases[-1]["resid_post"][position]
     value = trace.value(end)[position]
     total = norm.jvp(last[None])[0] + sum(norm.constants().values(), start=torch.zeros_like(value))
     basis = torch.eye(len(value), dtype=trace.dtype, device=value.device)
     halves = "attn_out" in components
     layer, middle = trace.n_layers - 1, False
     chunk = chain.chunk(len(basis), len(basis))
-    for pulled in chain.backward(basis, Point("embed"), end, position, chunk=chunk, halves=halves):
+    for pulled in chain.backward(basis, Span(Point("embed"), end, position), chunk, halves):
         progress(len(basis))
         if layer < 0:
             return
         maps = pulled.transpose(0, 1)
-        before_mlp = middle and not biases[layer].parallel  # the attention's output passes the MLP, unless parallel
-        bias = total.to(maps) - _apply(maps, biases[layer].at["resid_mid" if before_mlp else "resid_post"])
+        before_mlp = middle and not chain.is_parallel(layer)  # the attention's output passes the MLP, unless parallel
+        bias = total.to(maps) - _apply(maps, biases[layer]["resid_mid" if before_mlp else "resid_post"])
         for name in [name for name in components if (name == "attn_out") == middle]:
             point, own = Point(name, layer), bias
             x = trace.value(point).to(maps)
@@ -274,33 +202,24 @@ def _suffix(
         middle = halves and not middle
 
 
-@dataclass(frozen=True)
-class _LayerBiases:
-    """What the biases before each of a layer's points add there `[T, d]`, and whether its MLP is parallel."""
-
-    at: dict[str, Tensor]
-    parallel: bool = False
-
-
-def _push_biases(chain: Chain) -> list[_LayerBiases]:
-    """What the biases before a point add there, at every point of every layer. Cost: one column."""
+def _push_biases(chain: Chain) -> list[dict[str, Tensor]]:
+    """What the biases before a point add there `[T, d]`, at every point of every layer. Cost: one column."""
     trace, workspace = chain.trace, Workspace()
     stream = torch.zeros(trace.length, trace.width, dtype=trace.dtype, device=trace.layers[0].hidden.device)
     found = []
     for index, link in enumerate(chain.layers):
-        layer, at, parallel = chain.explicit_layer(index, workspace), {"resid_pre": stream}, False
+        layer, at = chain.explicit_layer(index, workspace), {"resid_pre": stream}
         if layer is not None:
             attended, moved = layer.affine(stream)
             at |= {"attn_out": attended, "mlp_out": moved, "resid_mid": stream + attended.to(stream.device)}
             stream = stream + (attended + moved).to(stream.device)
         else:
             graph = link.graph(collect=True)
-            parallel = graph.parallel
             for name in graph.points.keys() - {"resid_pre"}:
                 push = batched_jvp(graph.points[name], graph.points["resid_pre"])
                 (pushed,) = push(stream[None, None].to(link.device))
                 inside = push_constants(graph.constants, graph.points[name], lambda block: block[:, 0])
                 at[name] = sum(inside.values(), start=pushed[0])
             stream = at["resid_post"].to(stream.device)
-        found.append(_LayerBiases(at | {"resid_post": stream}, parallel))
+        found.append(at | {"resid_post": stream})
     return found

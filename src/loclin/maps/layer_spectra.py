@@ -15,49 +15,39 @@ from loclin.common.progress import bar
 from loclin.common.sums import relative_error
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
-from loclin.maps.describe import describe_map
 from loclin.maps.layer_maps import check_components, layer_maps, plan_direction
+from loclin.maps.linear_map import LinearMap
+from loclin.maps.linearized import Linearized, question
 from loclin.network.chain import Chain
 from loclin.network.points import Point
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
-from loclin.spectral import SVD, RitzTriples, ritz_svd, stable_rank
+from loclin.spectral import SVD, RitzTriples, ritz_svd
 from loclin.spectral.bounds import rounding
 from loclin.spectral.result import near_equal
-
-METHOD = "ritz"
 
 
 @dataclass(frozen=True)
 class LayerSpectra(Result):
     """The k largest singular triples of C components' maps at L layers (paper, section 3.4 and Figure 6).
 
+    Values are Ritz values: never above the true ones, and below them by about residual^2 / S, which is at most
+    `tolerance` S; for the largest value 1e-6 S, unless another that is not among these is as large.
+
     Attributes
     ----------
-    mode, normed, direction
-        Which maps they are, whether the final norm is on top, and the direction of the sweeps ("forward" or
-        "backward"; see `loclin.maps.layer_maps`).
-    components
-        Their C names, in the order of the first axis.
-    U, S, Vh, residuals
-        Of each token's map: `[C, L, T, d_out, k]`, `[C, L, T, k]`, `[C, L, T, k, d_in]`, `[C, L, T, k]`. Values are
-        Ritz values: never above the true ones, and below them by about residual^2 / S, which is at most `tolerance` S;
-        for the largest value 1e-6 S, unless another that is not among these is as large.
-    frobenius, stable_rank
-        Of each token's map, `[C, L, T]`; right to 1e-5.
-    joint_U, joint_S, joint_residuals, joint_frobenius, joint_stable_rank
-        The same of all tokens' maps side by side, `[C, L, d_out, k]`, `[C, L, k]` twice, `[C, L]` twice; None without
-        `joint=True`.
-    reconstruction_error
-        |J x + b - y| / |y| of each map, `[C, L]`.
-    bias_share
-        |b| / |y|, `[C, L]`.
-    tolerance
-        The relative tolerance of the values.
-    columns
-        How many columns the sweeps pushed or pulled.
-    provenance, warnings
-        The prompt and the model; its `target` names the components. Warnings about the prompt.
+    mode, normed, direction: which maps they are, whether the final norm is on top, and the sweeps' direction
+        ("forward" or "backward"; see `loclin.maps.layer_maps`).
+    components: their C names, in the order of the first axis.
+    U, S, Vh, residuals: of each token's map, `[C, L, T, d_out, k]`, `[C, L, T, k]`, `[C, L, T, k, d_in]`,
+        `[C, L, T, k]`.
+    frobenius, stable_rank: of each token's map, `[C, L, T]`; right to 1e-5.
+    joint_U, joint_S, joint_residuals, joint_frobenius, joint_stable_rank: of all tokens' maps side by side,
+        `[C, L, d_out, k]`, `[C, L, k]` twice, `[C, L]` twice; None without `joint=True`.
+    reconstruction_error, bias_share: |J x + b - y| / |y| and |b| / |y| of each map, `[C, L]`.
+    tolerance: the relative tolerance of the values.
+    columns: how many columns the sweeps pushed or pulled.
+    provenance, warnings: the prompt and the model, with the components as `target`; warnings about the prompt.
     """
 
     mode: str
@@ -90,38 +80,23 @@ class LayerSpectra(Result):
         return self.S.shape[1]
 
     def index(self, component: str) -> int:
-        """A component's index on the first axis.
-
-        Raises
-        ------
-        OptionError
-            When the result does not have it.
-        """
+        """A component's index on the first axis; OptionError if the result does not have it."""
         if component not in self.components:
             raise OptionError(f"component {component!r} is not in this result: choose {', '.join(self.components)}")
         return self.components.index(component)
 
     def svd(self, component: str, layer: int) -> SVD:
-        """Each token's triples at one layer; `upper` is an estimate, and so `failure` is 1.
-
-        Raises
-        ------
-        OptionError
-            For a component or a layer that the result does not have.
-        """
+        """Each token's triples at a layer, `upper` estimated (so `failure` is 1); OptionError if there are none."""
         at = self._at(component, layer)
         S, residuals = self.S[at], self.residuals[at]
         lower, upper = self._bounds(S, residuals, self.Vh.shape[-1])
-        return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], METHOD)
+        return SVD(self.U[at], S, self.Vh[at], residuals, lower, upper, 1.0, self.frobenius[at], "ritz")
 
     @in_plain_torch
     def joint_blocks(self, component: str, layer: int) -> list[list[int]]:
         """Indices of the joint singular values at one layer, near-equal ones together, as in `SVD.blocks`.
 
-        Raises
-        ------
-        OptionError
-            For a component or a layer that the result does not have, or without joint triples.
+        OptionError for a component or a layer that the result does not have, or without joint triples.
         """
         at = self._at(component, layer)
         if self.joint_S is None or self.joint_residuals is None:
@@ -159,71 +134,86 @@ class LayerSpectra(Result):
         return columns | {f"singular_value_{j + 1}": self.S[..., j].flatten().tolist() for j in range(self.S.shape[-1])}
 
 
-@in_plain_torch
+@question
 def layer_spectra(
-    chain: Chain,
-    position: int,
+    lin: Linearized,
     *,
     components: Sequence[str] | None = None,
     mode: str = "cumulative",
     k: int = 8,
+    position: int = -1,
     normed: bool | None = None,
     joint: bool = True,
     tolerance: float = 1e-3,
     direction: str | None = None,
-    budget: int | float | str | None = None,
 ) -> LayerSpectra:
-    """Decompose every layer's maps; see `Linearization.layer_spectra`."""
+    """Spectra of every layer's exact maps to one position, from one sweep (paper, section 3.4 and Figure 6).
+
+    Parameters
+    ----------
+    components: some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; by default all that every layer has. In a
+        parallel block, attention and MLP both read the layer's input.
+    mode: `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
+        from each layer to `final`, where attention's and the MLP's output reach it through the residual stream.
+    k, tolerance: how many singular triples of each map; the largest relative error of their values, below 1.
+    position: where the maps end.
+    normed: put the final norm, frozen at the point's own value, on top of maps that end at a layer, so that the
+        output head can read what vectors write. The default, except for `"suffix"`.
+    joint: also decompose all tokens' maps side by side.
+    direction: for `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); by
+        default the cheaper one.
+
+    Raises
+    ------
+    OptionError: for a component, mode or k that does not exist; names a layer without the component.
+    PromptError: for a position outside the prompt.
+
+    Notes
+    -----
+    Cost: about two and a half dense maps for `"cumulative"` with explicit products and a short prompt (see
+    `loclin.network.cost.prefix_sweep_cost`), one at most for each component of `"layerwise"`, one for `"suffix"`;
+    and the triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's
+    maps; and the triples of all of them.
+    """
+    chain, trace, at, budget = lin.chain, lin.trace, lin.trace.position(position), lin.memory
     names, k, tolerance = check_components(chain, components), whole("k", k), real("tolerance", tolerance)
-    trace = chain.trace
     if normed and mode == "suffix":
         raise OptionError("normed=True: maps to `final` include the final norm already; leave it out")
     on_top = mode != "suffix" and normed is not False
-    taken = (direction or plan_direction(chain, position, names, budget)) if mode == "cumulative" else "backward"
+    taken = (direction or plan_direction(chain, at, names, budget)) if mode == "cumulative" else "backward"
     found: dict[tuple[int, int], RitzTriples] = {}
     together: dict[tuple[int, int], RitzTriples] = {}
     errors, shares = torch.zeros(2, len(names), trace.n_layers, dtype=torch.float64)
-    columns = 0
-    total = len(names) * trace.n_layers
-    with bar(total=total, desc=f"{mode} maps", unit="map") as progress_bar:
-
-        def passed(count: int) -> None:
-            nonlocal columns
-            columns += count
-
-        maps = layer_maps(chain, mode, position, names, normed=on_top, direction=taken, budget=budget, progress=passed)
-        for item in maps:
-            at = (names.index(item.component), item.layer)
-            found[at] = ritz_svd(item.maps, k, item.value, tolerance=tolerance)
+    columns: list[int] = []
+    options: dict[str, Any] = {"normed": on_top, "direction": taken, "budget": budget, "progress": columns.append}
+    with bar(total=len(names) * trace.n_layers, desc=f"{mode} maps", unit="map") as progress_bar:
+        for item in layer_maps(chain, mode, at, names, **options):
+            place = (names.index(item.component), item.layer)
+            found[place] = ritz_svd(item.maps, k, item.value, tolerance=tolerance)
             if joint:
-                together[at] = ritz_svd(item.joint[None], k, item.value, tolerance=tolerance)
-            errors[at] = item.reconstruction_error
-            shares[at] = relative_error(item.bias, item.value)
+                together[place] = ritz_svd(item.joint[None], k, item.value, tolerance=tolerance)
+            errors[place] = item.reconstruction_error
+            shares[place] = relative_error(item.bias, item.value)
             progress_bar.update()
 
-    sides = ("U", "S", "residuals", "frobenius")
-    own = {field: _stack(found, field) for field in (*sides, "Vh")}
-    all_ = {field: _stack(together, field).squeeze(2) if joint else None for field in sides}
+    sides = ("U", "S", "residuals", "frobenius", "stable_rank")
+    own: dict[str, Any] = {field: _stack(found, field) for field in (*sides, "Vh")}
+    side_by_side: dict[str, Any] = {
+        f"joint_{field}": _stack(together, field).squeeze(2) if joint else None for field in sides
+    }
     return LayerSpectra(
         mode=mode,
         normed=on_top,
         direction=taken,
         components=list(names),
         **own,
-        stable_rank=stable_rank(own["frobenius"], own["S"][..., 0]),
-        joint_U=all_["U"],
-        joint_S=all_["S"],
-        joint_residuals=all_["residuals"],
-        joint_frobenius=all_["frobenius"],
-        joint_stable_rank=None
-        if all_["S"] is None or all_["frobenius"] is None
-        else stable_rank(all_["frobenius"], all_["S"][..., 0]),
+        **side_by_side,
         reconstruction_error=errors,
         bias_share=shares,
         tolerance=tolerance,
-        columns=columns,
-        provenance=_describe(chain, position, names, mode, on_top),
-        warnings=[],
+        columns=sum(columns),
+        provenance=_describe(chain, at, names, mode, on_top),
+        warnings=lin.warnings,
     )
 
 
@@ -236,8 +226,7 @@ def _stack(results: dict[tuple[int, int], RitzTriples], field: str) -> Tensor:
 
 def _describe(chain: Chain, position: int, names: Sequence[str], mode: str, normed: bool) -> Provenance:
     """The provenance of all layers' maps: one of their ends is named once for all layers, such as `attn_out.*`."""
-    described = describe_map(chain, Point("embed"), Point("final"), position, normed, list(range(chain.trace.length)))
+    described = LinearMap(chain, Point("embed"), Point("final"), position).provenance()
     points = ", ".join(f"{name}.*" for name in names)
-    if mode == "suffix":
-        return replace(described, source=points, target="final")
-    return replace(described, source="resid_pre.*" if mode == "layerwise" else "embed", target=points)
+    source = {"suffix": points, "layerwise": "resid_pre.*"}.get(mode, "embed")
+    return replace(described, source=source, target="final" if mode == "suffix" else points, normed=normed)

@@ -1,404 +1,210 @@
-"""The exact linear map between two named points, as an operator.
-
-y = J x + b, J = [J_0 ... J_{T-1}] with one block for each source token. Products are sweeps through the layers
-(`loclin.network.chain`): J v is one forward sweep, J^T u one backward sweep. The dense map is J^T applied to the
-identity, and is made only when it is needed.
-"""
+"""The exact linear map between two named points, and its spectra: each question is answered by the cheapest method."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.common.progress import bar
+from loclin import spectral
+from loclin.common.arguments import real, whole
+from loclin.common.sums import square_sums
 from loclin.common.surroundings import in_plain_torch
-from loclin.common.unpicklable import Unpicklable
-from loclin.common.vectors import is_block, vectors
-from loclin.errors import BudgetError, OptionError
-from loclin.maps.describe import describe_map
-from loclin.maps.scipy_operator import as_scipy_operator
-from loclin.maps.spectra import Spectra
-from loclin.models.hashing import weights_hash
-from loclin.network import memory
-from loclin.network.chain import Chain
-from loclin.network.ends import OutputHeadLink
-from loclin.network.points import Point
+from loclin.errors import MissingExtraError
+from loclin.maps.plan import Plan, matrix_free_is_cheaper
+from loclin.maps.plan import plan as make_plan
+from loclin.maps.products import Products
 from loclin.results import display
-from loclin.results.dense_file import DenseFile
-from loclin.results.provenance import Provenance
+from loclin.results.table import dataframe
+from loclin.spectral import SVD, Norms, block_krylov_svd, wide_dtype
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from scipy.sparse.linalg import LinearOperator
 
 
-@dataclass(frozen=True)
-class Transposed:
-    """The transpose of a map: `J.T @ u`."""
-
-    T: LinearMap
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(T, d_in, d_out)."""
-        d_out, length, d_in = self.T.shape
-        return length, d_in, d_out
-
-    def __matmul__(self, u: Any) -> Float[Tensor, "*n T d_in"]:
-        """`rmatmat` of `[n, d_out]`, `rmatvec` of `[d_out]`."""
-        return self.T.rmatmat(u) if is_block(u, 2) else self.T.rmatvec(u)
-
-
-class LinearMap(Unpicklable, Spectra):
+class LinearMap(Products):
     """The map J of y = sum_i J_i x_i + b, from all tokens at `source` to one position at `target` (paper, equation 2).
 
     Made by `Linearization.jacobian`. `T` is the number of source tokens, `d_in` and `d_out` the widths of the points.
-    Products cost columns (see `loclin.network.chain`). The dense map is kept once it has been made.
+    J v is one forward sweep, J^T u one backward sweep; both cost columns (see `loclin.network.chain`). The dense map,
+    J^T applied to the identity, is made when it is needed, and kept.
 
     Attributes
     ----------
-    source, target
-        The points, as `Point`.
-    position
-        The target's position, from the front.
-    positions
-        The source positions, all T of them unless this is one token's block.
-    certificate
-        `Certificate.facts()`, once this map has been certified.
-    warnings
-        Warnings about the prompt, which every result includes.
+    source, target: the points, as `Point`.
+    position: the target's position, from the front.
+    positions: the source positions, all T of them unless this is one token's block.
+    certificate: `Certificate.facts()`, once this map has been certified.
+    warnings: warnings about the prompt, which every result includes.
     """
 
-    instead = "save what you compute from it (J.svd().save(path), J.dense(path)), or linearize the prompt again there"
-
-    def __init__(
-        self,
-        chain: Chain,
-        source: Point,
-        target: Point,
-        position: int,
-        *,
-        normed: bool = False,
-        budget: int | float | str | None = None,
-        parent: LinearMap | None = None,
-        token: int | None = None,
-    ) -> None:
-        super().__init__()
-        chain.check(source, target)
-        if normed and target.kind in ("final", "logits"):
-            raise OptionError(f"normed=True adds the final norm, which {target} includes already: leave it out")
-        self.chain = chain
-        self.source, self.target, self.position, self.normed = source, target, position, normed
-        self.positions = list(range(chain.trace.length)) if token is None else [token]
-        self._budget = budget
-        self._parent = parent
-        self._dense: Tensor | None = None
-        self._dense_bytes = self.shape[0] * chain.trace.length * self.shape[2] * self.dtype.itemsize
-        self.certificate: dict[str, Any] | None = None
-        self.warnings: list[str] = [] if parent is None else parent.warnings
+    _spectrum: Tensor | None = None
+    _largest_values: Tensor | None = None
 
     def __repr__(self) -> str:
-        """Name the points and the shape."""
         return f"LinearMap({self.source} -> {self.target}{'.normed' * self.normed} at {self.position}, {self.shape})"
 
     def _repr_html_(self) -> str:
         return display.fragment(self)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(d_out, T, d_in)."""
-        return self.chain.width(self.target, self.normed), len(self.positions), self.chain.trace.width
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of products and of the dense map."""
-        return self.chain.trace.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the dense map and the products' results live."""
-        return self.chain.trace.layers[0].hidden.device
-
-    @property
     @in_plain_torch
-    def input(self) -> Float[Tensor, "T d_in"]:
-        """x, the source's value at the prompt, on which J acts."""
-        return self.chain.trace.value(self.source).to(self.device)[self.positions]
-
-    @property
-    @in_plain_torch
-    def value(self) -> Float[Tensor, " d_out"]:
-        """y, the frozen network's own value at the target; J x + b equals it."""
-        trace = self.chain.trace
-        if self.target.kind == "logits":
-            return trace.logits(self.position).to(self.device)
-        if self.normed:
-            return self.chain.norm(self.target, self.position).value().to(self.device)
-        return trace.value(self.target)[self.position].to(self.device)
+    def plan(self, k: int = 8, *, joint: bool = False, tolerance: float = 1e-3) -> Plan:
+        """The cost of each method of `svd`, and which one it chooses; `print` it. Nothing is run."""
+        found = make_plan(self, k, joint=joint, tolerance=tolerance)
+        return replace(found, provenance=self.provenance(), warnings=self.warnings)
 
     @in_plain_torch
-    def matvec(self, X: Any) -> Float[Tensor, " d_out"]:
-        """J applied to one vector per token, a tensor or an array. Cost: one column."""
-        _, length, d_in = self.shape
-        return self._push(vectors("X", X, T=length, d_in=d_in).unsqueeze(0))[0]
+    def svd(
+        self, k: int = 8, *, joint: bool = False, tolerance: float = 1e-3, method: str = "auto", seed: int = 0
+    ) -> SVD:
+        """The k largest singular triples of each token's map, or with `joint` of [J_0 ... J_{T-1}].
 
-    @in_plain_torch
-    def rmatvec(self, u: Any) -> Float[Tensor, "T d_in"]:
-        """The transpose of J applied to an output vector, a tensor or an array. Cost: one column."""
-        return self._pull(vectors("u", u, d_out=self.shape[0]).unsqueeze(0))[0]
-
-    @in_plain_torch
-    def matmat(self, Xs: Any) -> Float[Tensor, "n d_out"]:
-        """J applied to n blocks of vectors `[n, T, d_in]`. Cost: n columns."""
-        _, length, d_in = self.shape
-        return self._push(vectors("X", Xs, n=None, T=length, d_in=d_in))
-
-    @in_plain_torch
-    def rmatmat(self, Us: Any) -> Float[Tensor, "n T d_in"]:
-        """The transpose of J applied to n output vectors `[n, d_out]`. Cost: n columns."""
-        return self._pull(vectors("u", Us, n=None, d_out=self.shape[0]))
-
-    def __matmul__(self, X: Any) -> Float[Tensor, "*n d_out"]:
-        """J @ X: `matmat` of `[n, T, d_in]`, `matvec` of `[T, d_in]`."""
-        return self.matmat(X) if is_block(X, 3) else self.matvec(X)
-
-    @property
-    def T(self) -> Transposed:
-        """The transpose, for `J.T @ u`."""
-        return Transposed(self)
-
-    @in_plain_torch
-    def dense(self, path: str | os.PathLike[str] | None = None) -> Float[Tensor, "d_out T d_in"]:
-        """All of J.
-
-        Cost: d columns backward (for the logits: those of `final`, then one product with the head). Memory: J, and
-        the budget. Kept for later calls.
+        Signs are such that left vectors have a non-negative product with the output.
 
         Parameters
         ----------
-        path
-            A `.npy` file that holds J instead of the memory, which then needs the budget only. It is written in chunks
-            of rows (see `rows`). Rows that are in the file already are not computed again: an interrupted run is
-            resumed, and a finished file is only opened. `PATH.json` says which map it is. The returned tensor is on
-            the CPU and reads the file; writing to it does not change the file. Cost, also to open: one read of the
-            model's weights, by which the file identifies its map.
+        k: how many triples.
+        joint: one decomposition of all tokens' maps side by side.
+        tolerance: how far a singular value may be from its bounds, as a fraction of it, below 1; the bounds are in the
+            result. Vectors are good to about the square root of that.
+        method: "lapack": the dense map and LAPACK. "block_krylov": the dense map and a block Krylov method.
+            "matrix_free": products with J only. "auto": the one that `plan` expects to be fastest; matrix-free where
+            the dense map is beyond the memory budget; block Krylov takes over where matrix-free columns do not reach
+            the tolerance.
+        seed: of the random vectors; the same seed gives the same result.
 
-        Raises
-        ------
-        BudgetError
-            When J itself is larger than the free memory; with a path, when the budget is too small for one row.
-        OutputError
-            When the file cannot be written, or the disk has no room for it.
-        ResultError
-            When the file is of another map, or was altered.
+        Cost: the dense map and T (or one) dense decompositions, or the columns that `plan` counts. OptionError for a k
+        that the map does not have, a tolerance that its dtype does not hold, or an unknown method.
         """
-        if path is not None:
-            key = self.provenance().key() | {"weights": weights_hash(self.chain.trace.model.hf)}
-            in_file = DenseFile(path, self.shape, self.dtype, key).obtain(lambda start: self.rows(start=start))
-            if self._parent is None and self.device.type == "cpu":
-                self._dense = in_file
-            return in_file
-        if self._parent is not None:
-            return self._parent.dense()[:, self.positions]
-        if self._dense is None:
-            d_out, length, d_in = self.shape
-            if self._dense_bytes > memory.available(self.device):
-                raise BudgetError(
-                    f"the dense map {self.source} -> {self.target} takes {self._dense_bytes / 1e9:.1f} GB, more than "
-                    "is free; use dense(path=...), or rows()"
-                )
-            if self.target.kind == "logits":
-                head = OutputHeadLink(self.chain.trace, self.position)
-                columns = self._to_final().dense().flatten(1).T
-                self._dense = head.jvp(columns).T.reshape(d_out, length, d_in).to(self.device)
-            else:
-                self._dense = self.rmatmat(torch.eye(d_out, dtype=self.dtype, device=self.device))
-        return self._dense
+        k, seed, tolerance = whole("k", k), whole("seed", seed), real("tolerance", tolerance)
+        spectral.check_tolerance(tolerance, wide_dtype(self.dtype))
+        choice = make_plan(self, k, joint=joint, tolerance=tolerance, method=method)
+        found = None
+        if choice.chosen == "matrix_free":
+            found = self._matrix_free_svd(k, joint, tolerance, seed, choice.max_columns if method == "auto" else None)
+        if found is None and choice.chosen == "lapack":
+            found = spectral.lapack_svd(self.dense(), k, align_to=self.value, joint=joint)
+            if not joint:
+                self._spectrum = found.spectrum
+        elif found is None:
+            found = block_krylov_svd(self.dense(), k, align_to=self.value, tolerance=tolerance, joint=joint, seed=seed)
+        return replace(found, provenance=self.provenance(), warnings=self.warnings)
+
+    def _matrix_free_svd(self, k: int, joint: bool, tolerance: float, seed: int, most: int | None) -> SVD | None:
+        """The triples, matrix-free; None where the columns that are allowed do not reach the tolerance."""
+        found = spectral.matrix_free_svd(
+            self, k, align_to=self.value, tolerance=tolerance, joint=joint, max_columns=most, seed=seed
+        )
+        allowed = 2 * max(tolerance, spectral.least_tolerance(self.dtype))
+        return found if most is None or bool((found.relative_error <= allowed).all()) else None
 
     @in_plain_torch
-    def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
-        """J in chunks of rows, in order: for sums over J that need not hold it.
-
-        Cost: d columns in all, and one sweep's fixed cost for each chunk. Memory: two chunks and a sweep, within the
-        budget; for the logits also the dense map to `final` and the head's matrix. Free once J is dense.
-
-        Parameters
-        ----------
-        chunk
-            How many rows at a time; as many as the budget allows by default.
-        start
-            The first row.
-
-        Yields
-        ------
-        tuple[slice, Tensor]
-            Which rows, and these rows of J.
-
-        Raises
-        ------
-        BudgetError
-            When the budget is too small for one row.
-        OptionError
-            When `chunk` is below 1.
-        """
-        if chunk is not None and chunk < 1:
-            raise OptionError(f"chunk={chunk}: give at least one row, or None for what the budget allows")
-        most, sweep = self._chunking()
-        chunk = chunk or most
-        rows = self._row_source(sweep)
-        for first in range(start, self.shape[0], chunk):
-            where = slice(first, min(first + chunk, self.shape[0]))
-            yield where, rows(where)
+    def singular_values(self) -> Float[Tensor, "T r"]:
+        """All singular values of each token's map, descending. Cost: the dense map, and T SVDs without vectors."""
+        if self._spectrum is None:
+            self._spectrum = spectral.singular_values(self.dense())
+        return self._spectrum
 
     @in_plain_torch
-    def _row_source(self, budget: int) -> Callable[[slice], Tensor]:
-        """A function that makes rows: from the dense map, from the head times that of `final`, or by a sweep."""
-        d_out, length, d_in = self.shape
-        dense = self.cached_dense
-        if dense is not None:
-            return lambda where: dense[where]
-        if self.target.kind == "logits":
-            final = self._to_final().dense()[:, self.positions].flatten(1)
-            basis = torch.eye(len(final), dtype=self.dtype, device=self.device)
-            head = OutputHeadLink(self.chain.trace, self.position).jvp(basis).T.to(self.device)
-
-            @in_plain_torch
-            def multiply(where: slice) -> Tensor:
-                return (head[where] @ final).reshape(-1, length, d_in)
-
-            return multiply
-
-        def sweep_rows(where: slice) -> Tensor:
-            unit = torch.zeros(where.stop - where.start, d_out, dtype=self.dtype, device=self.device)
-            unit[:, where].fill_diagonal_(1)
-            return self._pull(unit, budget, progress=False)
-
-        return sweep_rows
-
-    def _chunking(self) -> tuple[int, int]:
-        """(rows at a time, bytes for the sweep inside), so that two chunks and the sweep fit the budget."""
-        total = memory.budget(self._budget, self.device)
-        per_column = self.chain.column_bytes(self.target)
-        per_row = 2 * (self.chain.trace.length * self.shape[2] + self.shape[0]) * self.dtype.itemsize
-        if self.cached_dense is not None:
-            return max(total // per_row, 1), 0
-        sweep = min(self.chain.chunk(self.shape[0], self.shape[0]) * per_column, total // 2)
-        if min(sweep // per_column, (total - sweep) // per_row) < 1:
-            least = 2 * max(per_column, per_row)
-            raise BudgetError(f"the memory budget is too small: the least that works is {least:,} bytes")
-        return (total - sweep) // per_row, sweep
-
-    def _to_final(self) -> LinearMap:
-        """The map from all tokens to `final`; the head times it is the map to the logits."""
-        return LinearMap(self.chain, self.source, Point("final"), self.position, budget=self._budget)
+    def effective_rank(self) -> Float[Tensor, " T"]:
+        """Exp of the entropy of each token's normalised singular values (Roy & Vetterli 2007). Cost: all of them."""
+        return spectral.effective_rank(self.singular_values())
 
     @in_plain_torch
-    def reconstruct(self) -> Float[Tensor, " d_out"]:
-        """J x + b at the prompt's own x, which equals `value`. Cost: one column; free once the map is dense."""
-        if self._dense is None:
-            return self.matvec(self.input) + self.bias
-        return torch.einsum("oti,ti->o", self._dense, self.input) + self.bias
+    def norms(self, tolerance: float = 0.02, seed: int = 0) -> Norms:
+        """Largest singular value, Frobenius norm and stable rank of each token, to a relative tolerance in (0, 1).
 
-    def block(self, i: int) -> LinearMap:
-        """One token's map J_i, as a `LinearMap` with T = 1; the other tokens then belong to its `bias`.
-
-        Raises
-        ------
-        PromptError
-            When there is no token i.
+        Cost: the dense map, from which everything is exact; or matrix-free products (see
+        `loclin.spectral.stable_rank_and_norm`) where these are expected to be cheaper. The errors are in the result.
         """
-        i = self.chain.trace.position(i)
-        return type(self)(
-            self.chain,
-            self.source,
-            self.target,
-            self.position,
-            normed=self.normed,
-            budget=self._budget,
-            parent=self._parent or self,
-            token=i,
+        tolerance = spectral.check_fraction(real("tolerance", tolerance))
+        if matrix_free_is_cheaper(self):
+            found = spectral.stable_rank_and_norm(self, tolerance=tolerance, certify=False, seed=seed)
+        else:
+            found = self._exact
+        return replace(found, provenance=self.provenance(), warnings=self.warnings)
+
+    @property
+    def _exact(self) -> Norms:
+        """All norms from the dense map."""
+        largest, norm = self._largest, self.frobenius_norm()  # in this order: the dense map first
+        zero = torch.zeros_like(norm)
+        return Norms(largest, norm, spectral.stable_rank(norm, largest), zero, zero, 0.0, self.shape[0])
+
+    @property
+    def _largest(self) -> Float[Tensor, " T"]:
+        """The largest singular value of each token's map, as exactly as its dtype allows. Cost: the dense map."""
+        if self._spectrum is not None:
+            return self._spectrum[:, 0]
+        if self._largest_values is None:
+            exact = max(1e-7, spectral.least_tolerance(wide_dtype(self.dtype)))
+            self._largest_values = block_krylov_svd(self.dense(), 1, align_to=self.value, tolerance=exact).S[:, 0]
+        return self._largest_values
+
+    @in_plain_torch
+    def frobenius_norm(self, tolerance: float | None = None) -> Float[Tensor, " T"]:
+        """||J_i||_F of each token. Cost: the dense map, not held beyond the budget; or, to a `tolerance`, `norms`."""
+        if tolerance is not None:
+            return self.norms(tolerance).frobenius
+        if self.fits_in_budget:
+            self.dense()
+        squares = [square_sums(part.transpose(0, 1), 1) for _, part in self.rows()]
+        return torch.stack(squares).sum(0).sqrt().to(wide_dtype(self.dtype))
+
+    @in_plain_torch
+    def stable_rank(self, tolerance: float | None = None) -> Float[Tensor, " T"]:
+        """||J_i||_F^2 / s_1^2 of each token (paper, 3.5). Cost: the dense map; or, to a tolerance, `norms`."""
+        if tolerance is not None:
+            return self.norms(tolerance).stable_rank
+        return self._exact.stable_rank
+
+    @in_plain_torch
+    def to_dataframe(self) -> DataFrame:
+        """One row per token: index, text, Frobenius norm, stable rank, largest singular value; needs pandas.
+
+        Cost: the dense map, and T SVDs without vectors.
+        """
+        texts, exact = self.provenance().tokens, self._exact
+        return dataframe(
+            {
+                "token": self.positions,
+                "text": [texts[position] for position in self.positions],
+                "frobenius_norm": exact.frobenius.tolist(),
+                "stable_rank": exact.stable_rank.tolist(),
+                "singular_value": exact.largest.tolist(),
+            }
         )
 
-    @cached_property
-    @in_plain_torch
-    def bias(self) -> Float[Tensor, " d_out"]:
-        """b: everything that does not come from the source's tokens, computed from its sources and never as y - J x.
-
-        Biases behind the source; for `attn_out` and `mlp_out` also the rest of the residual stream; for one token's
-        block also the other tokens. Cost: one column.
-        """
-        if self._parent is None:
-            constants = self.chain.constants(self.source, self.target, self.position, self.normed)
-            return constants["sum"].to(self.device)
-        others = self._parent.input.clone()
-        others[self.positions] = 0
-        return self._parent.bias + self._parent.matvec(others)
-
-    @in_plain_torch
-    def bias_by_source(self) -> dict[str, Float[Tensor, " d_out"]]:
-        """What each bias or constant adds to `bias`, by its path. Cost: one column each."""
-        return self.chain.constants(self.source, self.target, self.position, self.normed, by_source=True)
-
     def to_scipy(self) -> LinearOperator:
-        """J as a `scipy.sparse.linalg.LinearOperator` of shape (d_out, T d_in); needs SciPy.
+        """J as a `scipy.sparse.linalg.LinearOperator` of shape (d_out, T d_in), with arrays on the CPU.
 
-        Products cost the same columns; SciPy's arrays are on the CPU.
+        Products cost the same columns. MissingExtraError without SciPy.
         """
-        return as_scipy_operator(self)
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise MissingExtraError("to_scipy()", "SciPy", "scipy") from error
+        d_out, length, d_in = self.shape
+        dtype = wide_dtype(self.dtype)  # NumPy has no bfloat16
 
-    @property
-    def cached_dense(self) -> Tensor | None:
-        """The dense map, if it has been made already."""
-        if self._parent is not None:
-            return None if self._parent.cached_dense is None else self._parent.cached_dense[:, self.positions]
-        return self._dense
+        def matmat(columns: np.ndarray) -> np.ndarray:
+            block = torch.as_tensor(columns).T.reshape(-1, length, d_in)  # [T d_in, n] -> [n, T, d_in]
+            return self.matmat(block).T.to("cpu", dtype).numpy()
 
-    @property
-    def fits_in_budget(self) -> bool:
-        """Whether the dense map is within the budget, or has been made already."""
-        return self.cached_dense is not None or self._dense_bytes <= memory.budget(self._budget, self.device)
+        def rmatmat(columns: np.ndarray) -> np.ndarray:
+            pulled = self.rmatmat(torch.as_tensor(columns).T.contiguous())
+            return pulled.reshape(-1, length * d_in).T.to("cpu", dtype).numpy()  # [n, T, d_in] -> [T d_in, n]
 
-    def provenance(self) -> Provenance:
-        """Which map this is, for what is computed from it."""
-        certificate = (self._parent or self).certificate
-        ends = (self.source, self.target, self.position, self.normed, self.positions)
-        return describe_map(self.chain, *ends, certificate=certificate)
-
-    def _push(self, Xs: Tensor) -> Tensor:
-        Xs = Xs.to(self.device, self.dtype)
-        if self._parent is not None:
-            all_tokens = Xs.new_zeros((len(Xs), self.chain.trace.length, Xs.shape[-1]))
-            all_tokens[:, self.positions] = Xs
-            Xs = all_tokens
-        return self._sweep(self.chain.forward, Xs)
-
-    def _pull(self, Us: Tensor, budget: int | None = None, progress: bool = True) -> Tensor:
-        pulled = self._sweep(self.chain.backward, Us.to(self.device, self.dtype), budget, progress)
-        return pulled if self._parent is None else pulled[:, self.positions]
-
-    @in_plain_torch
-    def _sweep(
-        self,
-        sweep: Callable[..., Iterator[Tensor]],
-        block: Tensor,
-        budget: int | None = None,
-        progress: bool = True,
-    ) -> Tensor:
-        """Push or pull a block of columns in chunks that fit the budget (the map's own by default)."""
-        per_column = self.chain.column_bytes(self.target)
-        room = memory.budget(self._budget if budget is None else budget, self.device) // per_column
-        if room < 1:
-            raise BudgetError(f"the memory budget is too small: the least that works is {per_column:,} bytes")
-        chunk = self.chain.chunk(len(block), room)
-        total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
-        with bar(total=total, desc="exact map", unit="col", unit_scale=True, shown=progress) as progress_bar:
-            for swept in sweep(block, self.source, self.target, self.position, self.normed, chunk):
-                progress_bar.update(len(block))
-                last = swept
-        return last.to(self.device)
+        return LinearOperator(
+            shape=(d_out, length * d_in),
+            dtype=str(dtype).removeprefix("torch."),
+            matvec=lambda x: matmat(x.reshape(-1, 1)).reshape(-1),
+            rmatvec=lambda u: rmatmat(u.reshape(-1, 1)).reshape(-1),
+            matmat=matmat,
+            rmatmat=rmatmat,
+        )

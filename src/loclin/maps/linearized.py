@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -18,13 +17,12 @@ from loclin.common.unpicklable import Unpicklable
 from loclin.errors import NotExactError, OptionError
 from loclin.freeze import FreezeOptions, Gate, Precision
 from loclin.maps.certificate import Certificate, certify, random_operations
-from loclin.maps.layer_spectra import LayerSpectra, layer_spectra
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.plan import Plan
 from loclin.models import Model, wrap
 from loclin.models.prompts import Numbers, Prompt, prompt_warnings, read_prompt
 from loclin.network.chain import Chain
-from loclin.network.memory import budget
+from loclin.network.memory import Budget, budget
 from loclin.network.points import Point, parse_point
 from loclin.network.record import trace_prompt
 from loclin.network.trace import Trace
@@ -42,28 +40,19 @@ class Linearized(Unpicklable):
 
     Attributes
     ----------
-    model
-        The model, as it was.
-    input_ids
-        The prompt's token ids `[1, T]`.
-    gate, precision
-        What is frozen, and the linear path's precision (see `loclin.freeze.FreezeOptions`).
-    trace, chain
-        The traced prompt, and the links of its layers.
-    memory
-        The budget of sweeps beside their results, as given.
-    prompt_warnings
-        Warnings about the prompt's tokens; see `warnings`.
-    padded_error
-        |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when no batch
-        was run (see `loclin.linearize_batch`).
+    model: the model, as it was.
+    input_ids: the prompt's token ids `[1, T]`.
+    gate, precision: what is frozen, and the linear path's precision (see `loclin.freeze.FreezeOptions`).
+    trace, chain: the traced prompt, and the links of its layers.
+    memory: the budget of sweeps beside their results, as given.
+    prompt_warnings: warnings about the prompt's tokens; see `warnings`.
+    padded_error: |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when
+        no batch was run (see `loclin.linearize_batch`).
     """
 
     instead = "save the results instead, with result.save(path), or linearize the prompt again in the other process"
 
-    def __init__(
-        self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: int | float | str | None
-    ) -> None:
+    def __init__(self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: Budget) -> None:
         self.model = model
         self.trace = trace_prompt(model, input_ids, options, keep=budget(memory, model.device) // 4)
         self.input_ids = self.trace.input_ids
@@ -104,7 +93,6 @@ class Linearized(Unpicklable):
         return result
 
     def __repr__(self) -> str:
-        """Name the model, the length and the gate's split."""
         return f"{type(self).__name__}({self.model.info.name}, {len(self.tokens)} tokens, gate={self.gate!r})"
 
     def _repr_html_(self) -> str:
@@ -130,19 +118,21 @@ class Linearized(Unpicklable):
     def sinks(self) -> list[int]:
         """Positions that are attention sinks: most layers and heads attend to them, whatever the token."""
         received = self.trace.attention_received[:-1]
-        return [
-            i
-            for i, share in enumerate(received.tolist())
-            if len(received) > 1
-            and share >= SINK_SHARE
-            and share >= SINK_RATIO * torch.cat([received[:i], received[i + 1 :]]).median().item()
-        ]
+        if len(received) < 2:
+            return []
+        typical = [torch.cat([received[:i], received[i + 1 :]]).median().item() for i in range(len(received))]
+        shares = list(enumerate(received.tolist()))
+        return [i for i, share in shares if share >= SINK_SHARE and share >= SINK_RATIO * typical[i]]
+
+    @property
+    def _begins(self) -> bool:
+        """Whether the prompt has a beginning token."""
+        return self.model.bos is not None and int(self.input_ids[0, 0]) == self.model.bos
 
     @cached_property
     def non_words(self) -> list[int]:
         """Positions that stand for no word: attention sinks, and the beginning token."""
-        begins = self.model.bos is not None and int(self.input_ids[0, 0]) == self.model.bos
-        return sorted({*self.sinks, *([0] if begins else [])})
+        return sorted({*self.sinks, *([0] if self._begins else [])})
 
     @cached_property
     def warnings(self) -> list[str]:
@@ -154,14 +144,13 @@ class Linearized(Unpicklable):
                 f"The input embeddings are {width} wide and the residual stream is {self.trace.width}: there are no "
                 "words for what maps read."
             )
-        first_is_word = self.model.bos is None or int(self.input_ids[0, 0]) != self.model.bos
-        if 0 not in self.sinks or not first_is_word:
-            return warnings
-        return [
-            *warnings,
-            f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word carries "
-            "the sink, and its share says little about the word. Put a beginning token first: --bos, or bos=True.",
-        ]
+        if 0 in self.sinks and not self._begins:
+            warnings.append(
+                f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word "
+                "carries the sink, and its share says little about the word. Put a beginning token first: --bos, or "
+                "bos=True."
+            )
+        return warnings
 
     @in_plain_torch
     def value(self, point: str) -> Float[Tensor, "T n"]:
@@ -186,27 +175,14 @@ class Linearized(Unpicklable):
     ) -> LinearMap:
         """The exact map from all tokens at `source` to one position at `target` (paper, equation 2).
 
-        Parameters
-        ----------
-        source, target
-            Points along the network: `embed`, `resid_pre.L`, `attn_out.L`, `resid_mid.L`, `mlp_out.L`,
-            `resid_post.L`, `final`, `logits`. Negative layers count from the end.
-        position
-            The target's position in the prompt.
-        normed
-            Put the final norm, frozen at the target's own value, on top of a target before it.
-
-        Returns
-        -------
-        LinearMap
-            An operator; nothing is computed yet. The same arguments give the same object.
+        Points are `embed`, `resid_pre.L`, `attn_out.L`, `resid_mid.L`, `mlp_out.L`, `resid_post.L`, `final` and
+        `logits`; negative layers count from the end. `normed` puts the final norm, frozen at the target's own value, on
+        top of a target before it. Nothing is computed yet. The same arguments give the same object.
 
         Raises
         ------
-        OptionError
-            For a point that does not exist, or a target that is not downstream.
-        PromptError
-            For a position outside the prompt.
+        OptionError: for a point that does not exist, or a target that is not downstream.
+        PromptError: for a position outside the prompt.
         """
         n = self.trace.n_layers
         start, end, at = parse_point(source, n), parse_point(target, n), self.trace.position(position)
@@ -226,93 +202,19 @@ class Linearized(Unpicklable):
         joint: bool = False,
         tolerance: float = 1e-3,
     ) -> Plan:
-        """The cost of each method for `jacobian(source, target).svd(k, joint=joint)`; `print` it before running.
-
-        Columns, flops, memory, and seconds on this machine, estimated from the speed of one large product.
-        """
+        """The columns, flops, memory and estimated seconds of each method of `jacobian(...).svd`; `print` it first."""
         return self.jacobian(source, target, position=position).plan(k, joint=joint, tolerance=tolerance)
 
     def ordinary_jacobian(self, *, position: int = -1) -> LinearMap:
         """The ordinary Jacobian embed -> final, nothing frozen: the derivative, which does not reconstruct y."""
-        chain = Chain(self.trace, FreezeOptions(ordinary=True))
-        return LinearMap(
-            chain, parse_point("embed", 0), parse_point("final", 0), self.trace.position(position), budget=self.memory
-        )
+        chain, at = Chain(self.trace, FreezeOptions(ordinary=True)), self.trace.position(position)
+        return LinearMap(chain, Point("embed"), Point("final"), at, budget=self.memory)
 
     @in_plain_torch
     def ordinary_reconstruction(self, *, position: int = -1) -> Float[Tensor, " d"]:
-        """J_ordinary x: the reconstruction of the output by the ordinary Jacobian (the paper's Figure 3).
-
-        Cost: one column with live coefficients.
-        """
+        """J_ordinary x, the ordinary Jacobian's output (the paper's Figure 3). Cost: one column, nothing frozen."""
         J = self.ordinary_jacobian(position=position)
         return J.matvec(J.input)
-
-    @in_plain_torch
-    def layer_spectra(
-        self,
-        *,
-        components: Sequence[str] | None = None,
-        mode: str = "cumulative",
-        k: int = 8,
-        position: int = -1,
-        normed: bool | None = None,
-        joint: bool = True,
-        tolerance: float = 1e-3,
-        direction: str | None = None,
-    ) -> LayerSpectra:
-        """Spectra of every layer's exact maps to one position, from one sweep (paper, section 3.4 and Figure 6).
-
-        Parameters
-        ----------
-        components
-            Some of `"resid_post"`, `"attn_out"` and `"mlp_out"`; by default all that every layer has. In a parallel
-            block, attention and MLP both read the layer's input.
-        mode
-            `"cumulative"`: from the embeddings to each layer; `"layerwise"`: from the layer's own input; `"suffix"`:
-            from each layer to `final`, where attention's and the MLP's output reach it through the residual stream.
-        k
-            How many singular triples of each map.
-        position
-            Where the maps end.
-        normed
-            Put the final norm, frozen at the point's own value, on top of maps that end at a layer, so that the output
-            head can read what vectors write. The default, except for `"suffix"`.
-        joint
-            Also decompose all tokens' maps side by side.
-        tolerance
-            The largest relative error of singular values, below 1.
-        direction
-            For `"cumulative"`: `"forward"` (one sweep) or `"backward"` (one for each layer and component); by default
-            the cheaper one.
-
-        Raises
-        ------
-        OptionError
-            For a component, mode or k that does not exist; the message names a layer without the component.
-        PromptError
-            For a position outside the prompt.
-
-        Notes
-        -----
-        Cost: about two and a half dense maps for `"cumulative"` with explicit products and a short prompt (see
-        `loclin.network.cost.prefix_sweep_cost`), one at most for each component of `"layerwise"`, one for `"suffix"`;
-        and the triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's
-        maps; and the triples of all of them.
-        """
-        found = layer_spectra(
-            self.chain,
-            self.trace.position(position),
-            components=components,
-            mode=mode,
-            k=k,
-            normed=normed,
-            joint=joint,
-            tolerance=tolerance,
-            direction=direction,
-            budget=self.memory,
-        )
-        return replace(found, warnings=self.warnings)
 
     def followed_by(self: L, token: int) -> L:
         """The same prompt with one more token, frozen in the same way."""
@@ -329,13 +231,7 @@ class Linearized(Unpicklable):
 
 
 def question(function: F) -> F:
-    """Run an analysis of a linearized prompt, its first argument, in `plain_torch`; anything else is refused.
-
-    Raises
-    ------
-    OptionError
-        For a first argument that is not a linearized prompt.
-    """
+    """Run an analysis of a linearized prompt, its first argument, in `plain_torch`; OptionError for anything else."""
     plain = in_plain_torch(function)
 
     @functools.wraps(function)

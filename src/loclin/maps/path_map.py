@@ -1,8 +1,7 @@
-"""Maps through named components only: one head, or a path of heads, attentions and MLPs.
+"""Maps through named components only, J_path = R C_m ... C_1: one head, or a path of heads, attentions and MLPs.
 
-Between the components of a path only the residual stream passes, so the map of a path is the product of theirs:
-J_path = R C_m ... C_1, with R as for `loclin.network.chain`. The maps of all paths sum to the whole map, since the
-stream is a sum and every component is linear.
+Only the residual stream passes between components, and R is as for `loclin.network.chain`. The maps of all paths sum to
+the whole map, since the stream is a sum and every component is linear.
 """
 # ruff: noqa: ARG002 (a path's sweeps have the arguments of a chain's)
 
@@ -20,7 +19,8 @@ from loclin.errors import OptionError
 from loclin.maps.linear_map import LinearMap
 from loclin.network.chain import Chain
 from loclin.network.components import Component, ComponentLink
-from loclin.network.points import KINDS, Point
+from loclin.network.memory import Budget
+from loclin.network.points import KINDS, Point, Span
 from loclin.results.provenance import Provenance
 
 
@@ -46,19 +46,12 @@ class PathChain(Chain):
         return [(link.component.layer, "resid_pre", "resid_post") for link in self.links]
 
     def backward(
-        self,
-        cotangents: Float[Tensor, "n d_out"],
-        source: Point,
-        target: Point,
-        position: int,
-        normed: bool = False,
-        chunk: int | None = None,
-        halves: bool = False,
+        self, cotangents: Float[Tensor, "n d_out"], span: Span, chunk: int | None = None, halves: bool = False
     ) -> Iterator[Float[Tensor, "n T d"]]:
         """As for `Chain`. Cost: n columns of each component."""
-        at_position = self.readout(target, position, normed).vjp(cotangents)
+        at_position = self.readout(span.target, span.position, span.normed).vjp(cotangents)
         block = at_position.new_zeros(len(at_position), self.trace.length, self.trace.width)
-        block[:, position] = at_position
+        block[:, span.position] = at_position
         yield block
         yield from self.pull_stream(block, chunk)
 
@@ -68,34 +61,24 @@ class PathChain(Chain):
             block = _apply_in_chunks(link.vjp, block, chunk)
             yield block
 
-    def forward(
-        self,
-        tangents: Float[Tensor, "n T d"],
-        source: Point,
-        target: Point,
-        position: int,
-        normed: bool = False,
-        chunk: int | None = None,
-    ) -> Iterator[Tensor]:
+    def forward(self, tangents: Float[Tensor, "n T d"], span: Span, chunk: int | None = None) -> Iterator[Tensor]:
         """As for `Chain`. Cost: n columns of each component."""
         pushed = tangents
         for link in self.links:
             pushed = _apply_in_chunks(link.jvp, pushed, chunk)
             yield pushed
-        yield self.readout(target, position, normed).jvp(pushed[:, position])
+        yield self.readout(span.target, span.position, span.normed).jvp(pushed[:, span.position])
 
-    def constants(
-        self, source: Point, target: Point, position: int, normed: bool = False, by_source: bool = False
-    ) -> dict[str, Float[Tensor, " d_out"]]:
+    def constants(self, span: Span, by_source: bool = False) -> dict[str, Float[Tensor, " d_out"]]:
         """What the biases inside the first component add by this path; those of the others begin paths of their own."""
-        first, *others = self.links
-        readout, found = self.readout(target, position, normed), {}
+        (first, *others), found = self.links, {}
+        readout = self.readout(span.target, span.position, span.normed)
         for name, added in first.constants().items():
             block = added[None]
             for link in others:
                 block = link.jvp(block)
-            found[name] = readout.jvp(block[:, position])[0]
-        return found if by_source else {"sum": self.total(found, target, normed)}
+            found[name] = readout.jvp(block[:, span.position])[0]
+        return found if by_source else {"sum": self.total(found, span.target, span.normed)}
 
 
 class PathMap(LinearMap):
@@ -108,7 +91,6 @@ class PathMap(LinearMap):
     chain: PathChain
 
     def __repr__(self) -> str:
-        """Name the points, the components and the shape."""
         return f"PathMap({self.source} -> {self.chain} -> {self.target} at {self.position}, {self.shape})"
 
     @property
@@ -127,7 +109,7 @@ def _apply_in_chunks(product: Callable[[Tensor], Tensor], block: Tensor, chunk: 
     return torch.cat(parts) if parts else block
 
 
-def component_map(chain: Chain, component: Component, position: int, budget: int | float | str | None) -> PathMap:
+def component_map(chain: Chain, component: Component, position: int, budget: Budget) -> PathMap:
     """One component's map, from what enters it to what it writes at a position."""
     path = PathChain(chain, [component])
     source = "resid_mid" if path.links[0].behind_attention else "resid_pre"
@@ -135,16 +117,8 @@ def component_map(chain: Chain, component: Component, position: int, budget: int
     return PathMap(path, Point(source, component.layer), target, position, budget=budget)
 
 
-def path_map(
-    chain: Chain, components: Sequence[Component], target: Point, position: int, budget: int | float | str | None
-) -> PathMap:
-    """A path's map, from the embeddings through its components only to a target on the stream or behind it.
-
-    Raises
-    ------
-    OptionError
-        Without components, or where one does not read what the one before it writes.
-    """
+def path_map(chain: Chain, components: Sequence[Component], target: Point, position: int, budget: Budget) -> PathMap:
+    """A path's map, from the embeddings to a target; OptionError if it is empty, or goes down."""
     if not components:
         raise OptionError("a path has no component: give at least one, such as ['L3H5', 'L10H2']")
     return PathMap(PathChain(chain, components), Point("embed"), target, position, budget=budget)

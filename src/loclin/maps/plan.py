@@ -1,97 +1,41 @@
-"""Which method finds singular triples at the lowest cost: LAPACK or block Krylov on the dense map, or matrix-free.
-
-The dense map is d_out columns of one sweep. A matrix-free method takes `expected_columns` columns in many narrow
-sweeps, which may be more or fewer.
-"""
+"""Which method finds singular triples at the lowest cost: LAPACK or block Krylov on the dense map, or matrix-free."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, cast, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.errors import OptionError
-from loclin.network.chain import Chain
+from loclin.maps.products import Products
 from loclin.network.cost import Cost, algebra_cost, sweep_cost
-from loclin.network.points import Point
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
-from loclin.spectral import TokenMaps, check_rank, wide_dtype
+from loclin.spectral import check_rank, wide_dtype
 from loclin.spectral.krylov import CERTIFICATE, PROBES
 
 Method = Literal["auto", "lapack", "block_krylov", "matrix_free"]
 """`lapack`: the dense map and LAPACK; `block_krylov`: the dense map and block Krylov; `matrix_free`: no dense map."""
 
-_LAPACK = 0.3
-"""The speed of a full SVD, of about 20 d^3 flops, relative to that of a large product."""
-_THIN = 0.35
-"""The relative speed of products with a few columns, and of QR."""
+_LAPACK = 0.3  # the speed of a full SVD, of about 20 d^3 flops, relative to that of a large product
+_THIN = 0.35  # the relative speed of products with a few columns, and of QR
 _STEP = 0.12, 0.065
 """The relative speed of block Krylov on dense maps: several at a time, each with a thread of its own, and one."""
-_MAP_SECONDS = 1.3e-3
-"""Its fixed time for each map: a hundred small operations."""
+_MAP_SECONDS = 1.3e-3  # its fixed time for each map: a hundred small operations
 _BOUNDS = 4.0, 2.0
 """Its bounds' flops over d_out^2 n, where k is more than `_FEW`: for each of several maps, and for one."""
-_FEW = 2
-"""Up to so many values are certified by the Frobenius norm of what the basis misses."""
-_NARROW = CERTIFICATE[0]
-"""How many columns of probes and certificate go through the model at a time."""
-_FIXED = PROBES + 2 * math.prod(CERTIFICATE)
-"""The columns of the probes and of one certificate."""
-_STEP_SECONDS = 1e-3
-"""The fixed time of each matrix-free step: small decompositions."""
+_FEW = 2  # up to so many values are certified by the Frobenius norm of what the basis misses
+_NARROW = CERTIFICATE[0]  # how many columns of probes and certificate go through the model at a time
+_FIXED = PROBES + 2 * math.prod(CERTIFICATE)  # the columns of the probes and of one certificate
+_STEP_SECONDS = 1e-3  # the fixed time of each matrix-free step: small decompositions
 _MARGIN = 0.65, 1.0
 """Expected columns are an estimate: matrix-free is chosen if it promises at most this fraction of the dense map's time.
 For each token's map, where models differ most, and for all tokens' maps side by side."""
-_NORM_COLUMNS = 250
-"""The columns that norms to 2 % take on SmolLM2; Gemma 3 270M takes up to twice as many."""
-_REACH = 1.6
-"""The dense map takes over when so many times the expected columns are spent."""
-
-
-@runtime_checkable
-class Map(TokenMaps, Protocol):
-    """A map between two points of a traced network, whose dense form may be known: what plans and spectra work on."""
-
-    chain: Chain
-    source: Point
-    target: Point
-    positions: list[int]
-    warnings: list[str]
-
-    @property
-    def value(self) -> Float[Tensor, " d_out"]:
-        """The network's own value at the target."""
-        ...
-
-    @property
-    def cached_dense(self) -> Tensor | None:
-        """The dense map, if it has been made already."""
-        ...
-
-    @property
-    def fits_in_budget(self) -> bool:
-        """Whether the dense map is within the memory budget, or has been made already."""
-        ...
-
-    def dense(self, path: str | os.PathLike[str] | None = None) -> Float[Tensor, "d_out T d_in"]:
-        """All of J."""
-        ...
-
-    def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
-        """J in chunks of rows."""
-        ...
-
-    def provenance(self) -> Provenance:
-        """Which map this is."""
-        ...
+_NORM_COLUMNS = 250  # the columns that norms to 2 % take on SmolLM2; Gemma 3 270M takes up to twice as many
+_REACH = 1.6  # the dense map takes over when so many times the expected columns are spent
 
 
 @dataclass(frozen=True)
@@ -108,16 +52,11 @@ class Plan(Result):
 
     Attributes
     ----------
-    task
-        What is to be found.
-    methods
-        Every method and its cost, the fastest first.
-    chosen
-        The method that is used.
-    max_columns
-        How many columns `matrix_free` may spend before the dense map takes over.
-    provenance, warnings
-        Which map it is for, and warnings about the prompt.
+    task: what is to be found.
+    methods: every method and its cost.
+    chosen: the method that is used.
+    max_columns: how many columns `matrix_free` may spend before the dense map takes over.
+    provenance, warnings: which map it is for, and warnings about the prompt.
     """
 
     task: str
@@ -131,15 +70,10 @@ class Plan(Result):
 
     def table(self) -> dict[str, list[Any]]:
         """One row per method, the fastest first."""
-        costs = [method.cost for method in self.methods]
-        return {
-            "method": [method.name for method in self.methods],
-            "columns": [cost.columns for cost in costs],
-            "flops": [cost.flops for cost in costs],
-            "seconds": [cost.seconds for cost in costs],
-            "bytes": [cost.nbytes for cost in costs],
-            "chosen": [method.name == self.chosen for method in self.methods],
-        }
+        names = [method.name for method in self.methods]
+        fields = {"columns": "columns", "flops": "flops", "seconds": "seconds", "bytes": "nbytes"}
+        costs = {title: [getattr(method.cost, field) for method in self.methods] for title, field in fields.items()}
+        return {"method": names, **costs, "chosen": [name == self.chosen for name in names]}
 
     def __str__(self) -> str:
         rows = [f"{'method':12} {'columns':>8} {'Gflop':>9} {'seconds':>9} {'memory':>10}   {self.task}"]
@@ -152,14 +86,8 @@ class Plan(Result):
         return "\n".join(rows)
 
 
-def plan(J: Map, k: int, *, joint: bool, tolerance: float, method: str = "auto") -> Plan:
-    """Count the cost of each method for the k largest triples. Cost: one matrix product, once in a process.
-
-    Raises
-    ------
-    OptionError
-        For a method that does not exist, or a k that the map does not have.
-    """
+def plan(J: Products, k: int, *, joint: bool, tolerance: float, method: str = "auto") -> Plan:
+    """The cost of each method for the k largest triples; OptionError for a method or a k that does not exist."""
     if method not in get_args(Method):
         raise OptionError(f"method={method!r}: choose one of {', '.join(get_args(Method))}")
     d_out, length, d_in = J.shape
@@ -181,7 +109,7 @@ def plan(J: Map, k: int, *, joint: bool, tolerance: float, method: str = "auto")
     return Plan(what, tuple(routes), chosen, most)
 
 
-def _dense_costs(J: Map, maps: int, columns: int, k: int, joint: bool) -> dict[Method, Cost]:
+def _dense_costs(J: Products, maps: int, columns: int, k: int, joint: bool) -> dict[Method, Cost]:
     """The cost of the methods that need the dense map, with that map's own cost if it has not been made."""
     d_out, length, d_in = J.shape
     short, wide = min(d_out, columns), wide_dtype(J.dtype)
@@ -213,7 +141,7 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 
-def matrix_free_is_cheaper(J: Map) -> bool:
+def matrix_free_is_cheaper(J: Products) -> bool:
     """Whether norms to a few percent cost less matrix-free than by the dense map and its singular values."""
     if wide_dtype(J.dtype) != J.dtype and J.fits_in_budget:
         return False
@@ -226,7 +154,7 @@ def matrix_free_is_cheaper(J: Map) -> bool:
     return _matrix_free_cost(J, expected, length, d_in, 8).seconds < _MARGIN[False] * dense.seconds
 
 
-def _matrix_free_cost(J: Map, columns: int, maps: int, width: int, k: int) -> Cost:
+def _matrix_free_cost(J: Products, columns: int, maps: int, width: int, k: int) -> Cost:
     """Products in blocks of k + 8, half of them forward, and linear algebra on a basis of vectors of this width."""
     block, basis = k + 8, columns // 2
     narrow, full = (sweep_cost(J.chain, J.source, J.target, n) for n in (_NARROW, block))

@@ -1,11 +1,8 @@
-"""A model's decoder, layers and output head: found by inspection, so that a new family needs no line here.
-
-The only table says which weights explicit products multiply with.
-"""
+"""A model's decoder, layers and output head, found by inspection: a new family needs no line here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -45,17 +42,10 @@ class Weights:
         return (*self.matrices, *(path for path in norms if path is not None))
 
 
-_FOUR_NORMS = Weights(
-    attn_post="post_attention_layernorm",
-    mlp_norm="pre_feedforward_layernorm",
-    mlp_post="post_feedforward_layernorm",
-)
 _NORMS_BEHIND = Weights(
-    attn_norm=None,
-    attn_post="post_attention_layernorm",
-    mlp_norm=None,
-    mlp_post="post_feedforward_layernorm",
+    attn_norm=None, attn_post="post_attention_layernorm", mlp_norm=None, mlp_post="post_feedforward_layernorm"
 )
+_FOUR_NORMS = replace(_NORMS_BEHIND, attn_norm="input_layernorm", mlp_norm="pre_feedforward_layernorm")
 _FUSED = Weights(v="self_attn.qkv_proj", gate="mlp.gate_up_proj", up="mlp.gate_up_proj", fused=True)
 EXPLICIT: dict[str, Weights] = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), Weights()),
@@ -68,28 +58,18 @@ EXPLICIT: dict[str, Weights] = {
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of one model.
+    """The parts of one model."""
 
-    `decoder` is the text decoder, `layers` its blocks, `head` the output head. `weights` is None where the family has
-    no explicit products.
-    """
-
-    decoder: nn.Module
+    decoder: nn.Module  # of texts
     layers: tuple[nn.Module, ...]
     head: nn.Module
-    weights: Weights | None
+    weights: Weights | None  # None where the family has no explicit products
 
     __repr__ = brief
 
 
 def find_anatomy(model: PreTrainedModel) -> Anatomy:
-    """Find a model's decoder, its layers and its output head. Cost: a walk over its modules.
-
-    Raises
-    ------
-    ModelError
-        When it has no output head.
-    """
+    """Find a model's parts; ModelError without an output head. Cost: a walk over its modules."""
     decoder: nn.Module | None = model.get_decoder()
     if decoder is None or decoder is model:
         decoder = model.base_model
@@ -111,8 +91,7 @@ def _has(layer: nn.Module, weights: Weights) -> bool:
 def _blocks(root: nn.Module) -> tuple[nn.Module, ...]:
     """The members of the largest list of modules that is not inside another list."""
     lists = {name: module for name, module in root.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [
-        module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists if other)
-    ]
+    inner = tuple(f"{name}." for name in lists if name)
+    outermost = [module for name, module in lists.items() if not name.startswith(inner)]
     largest = max(outermost, key=lambda module: sum(p.numel() for p in module.parameters()), default=None)
     return () if largest is None else tuple(largest)

@@ -64,10 +64,7 @@ def batched_jvp(output: Tensor, source: Tensor) -> Callable[[Tensor], Tensor]:
 def push_constants(
     constants: Constants, output: Tensor, then: Callable[[Tensor], Tensor] = lambda pushed: pushed
 ) -> dict[str, Tensor]:
-    """What each constant adds at `output`, by name; those that do not reach it are left out.
-
-    `then` maps a block `[1, *output.shape]` on to where the result is wanted.
-    """
+    """What each constant that reaches `output` adds there, or behind `then` (of `[1, *output.shape]`), by name."""
     found: dict[str, Tensor] = {}
     for name, leaf in constants:
         added = then(batched_jvp(output, leaf)(leaf.detach().unsqueeze(0)))[0]

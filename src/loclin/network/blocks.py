@@ -1,12 +1,43 @@
-"""Blocks of vectors on their way through explicit products, and the memory that all layers of a sweep share."""
+"""What explicit products are made of: frozen coefficients, blocks of vectors, and the memory that a sweep reuses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from loclin.common.brief import brief
+
+Matrix = tuple[Tensor, Tensor | None]
+"""A linear module's weight `[out, in]` and bias."""
+
+
+@dataclass(frozen=True)
+class LayerCoefficients:
+    """The frozen coefficients of one layer; None where there is no such norm, or nothing flows through a branch."""
+
+    attn_in: Tensor | None  # [T, d], the norm before attention
+    attn_out: Tensor | None  # [T, d], the norm behind it
+    mlp_in: Tensor | None
+    mlp_out: Tensor | None
+    up: Tensor | None  # [T, f], a branch of the MLP
+    gate: Tensor | None
+    probs: Tensor  # [H, T, T], attention
+
+    __repr__ = brief
+
+    @property
+    def nbytes(self) -> int:
+        """Their size in bytes."""
+        return sum(factors.nbytes for factors in vars(self).values() if factors is not None)
+
+    def to(self, dtype: torch.dtype) -> LayerCoefficients:
+        """The same in another dtype."""
+        return replace(self, **{name: part.to(dtype) for name, part in vars(self).items() if part is not None})
 
 
 class CausalBlock(NamedTuple):
@@ -49,22 +80,9 @@ class Workspace:
         return buffer[:numbers].view(shape)
 
 
-def add_scaled(block: Tensor, moved: Tensor, factors: Tensor | None) -> None:
-    """Add `factors * moved` to the residual stream, on the stream's device."""
-    if factors is None:
-        block += moved.to(block.device)
-    else:
-        block.addcmul_(moved.to(block.device), factors.to(block.device))
-
-
 def add_or_write(block: Tensor, moved: Tensor, add: bool) -> None:
     """Add to the residual stream, or write in its place."""
     if add:
         block += moved.to(block.device)
     else:
         block.copy_(moved)
-
-
-def position_groups(positions: slice, size: int) -> list[slice]:
-    """Positions in groups of `size` neighbours."""
-    return [slice(t, min(t + size, positions.stop)) for t in range(positions.start, positions.stop, size)]

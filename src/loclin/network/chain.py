@@ -1,11 +1,8 @@
-"""The layers' links in order: sweeps backward from any target and forward from any source.
+"""The layers' links in order, y = R L_n ... L_1 x + b: sweeps u -> L_1^T ... L_n^T R^T u and v -> R L_n ... L_1 v.
 
-The network is y = R L_n ... L_1 x + b, with one linear map L_l for each layer and R for the final norm and the head as
-far as the target includes them (`loclin.network.ends`). A backward sweep computes u -> L_1^T ... L_n^T R^T u for a
-block of cotangents, a forward sweep v -> R L_n ... L_1 v for a block of tangents.
-
-Cost is counted in columns: one column is one vector pushed through all T positions of every layer between source and
-target, 2 T P flops where P counts the V, O, up and down weights of those layers.
+R is the final norm and the head as far as the target includes them (`loclin.network.ends`). Cost is counted in columns:
+one column is one vector pushed through all T positions of every layer between source and target, 2 T P flops where P
+counts the V, O, up and down weights of those layers.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from loclin.network.blocks import CausalBlock, Workspace
 from loclin.network.ends import NormLink, Readout
 from loclin.network.explicit import ExplicitLayer
 from loclin.network.link import LayerLink
-from loclin.network.points import Point
+from loclin.network.points import Point, Span
 from loclin.network.trace import Trace
 
 _CHUNK_ROWS = 1600
@@ -33,22 +30,13 @@ _CHUNK_ROWS_ACCELERATOR = 65536
 
 
 class Chain:
-    """The links of one traced prompt.
+    """The links of one traced prompt, frozen as `options` say (as in the trace by default).
 
-    Parameters
-    ----------
-    trace
-        The traced prompt.
-    options
-        What is frozen; as in the trace by default. `FreezeOptions(ordinary=True)` gives the ordinary Jacobian's sweeps.
-    explicit
-        Use explicit products (see `loclin.network.explicit`) where the family has them.
+    `explicit` uses explicit products (see `loclin.network.explicit`) where the family has them.
     """
 
     def __init__(self, trace: Trace, options: FreezeOptions | None = None, explicit: bool = True) -> None:
-        self.trace = trace
-        self.options = options or trace.options
-        self.explicit = explicit
+        self.trace, self.options, self.explicit = trace, options or trace.options, explicit
         self.layers = [LayerLink(trace, index, self.options) for index in range(trace.n_layers)]
 
     def width(self, target: Point, normed: bool = False) -> int:
@@ -63,19 +51,17 @@ class Chain:
         return math.ceil(columns / max(1, parts))
 
     def check(self, source: Point, target: Point) -> None:
-        """Refuse a target that the source does not lead to.
-
-        Raises
-        ------
-        OptionError
-            When the target is upstream of the source, or the source is the logits.
-        """
+        """Refuse, by an OptionError, a target that the source does not lead to, and `final` or `logits` as a source."""
         n = self.trace.n_layers
         before, after = source.node(n), target.node(n)
         if source.kind in ("final", "logits"):
             raise OptionError(f"source {source}: choose a source before the final norm")
         if source != target and (after < before or (after == before and not target.on_stream)):
             raise OptionError(f"target {target} is not downstream of source {source}: choose a later target")
+
+    def is_parallel(self, index: int) -> bool:
+        """Whether a layer's MLP is parallel to its attention; no layer with explicit products has one."""
+        return not self.trace.explicit[index] and self.layers[index].parallel
 
     def column_bytes(self, target: Point) -> int:
         """An upper estimate of the memory of one column inside a sweep, in bytes.
@@ -91,33 +77,26 @@ class Chain:
         return (inside + 2 * self.width(target)) * self.trace.dtype.itemsize
 
     def backward(
-        self,
-        cotangents: Float[Tensor, "n d_out"],
-        source: Point,
-        target: Point,
-        position: int,
-        normed: bool = False,
-        chunk: int | None = None,
-        halves: bool = False,
+        self, cotangents: Float[Tensor, "n d_out"], span: Span, chunk: int | None = None, halves: bool = False
     ) -> Iterator[Float[Tensor, "n T d"]]:
-        """Pull a block of cotangents at `target`, one position, back to all positions of `source`.
+        """Pull a block of cotangents at a target, one position, back to all positions of the source.
 
         `chunk` columns go through a layer at a time. Yields the cotangents before every link on the way, with `halves`
         at `resid_mid` too, in one tensor that is overwritten by the next; the last are those at `source`.
 
         Cost: n columns. Memory: `[n, T, d]`, and what a chunk needs inside a layer.
         """
-        trace = self.trace
+        trace, position = self.trace, span.position
         # R^T u, at the target's position; all other positions have no cotangent yet.
-        at_position = self.readout(target, position, normed).vjp(cotangents)
+        at_position = self.readout(span.target, position, span.normed).vjp(cotangents)
         # Laid out as [T, n, d], and seen as [n, T, d]: what belongs to one position is then one matrix.
         pulled = at_position.new_zeros((trace.length, len(at_position), trace.width)).transpose(0, 1)
         pulled[:, position] = at_position
         active, workspace = slice(position, position + 1), Workspace()
         yield pulled
         # L_l^T, from the last layer to the first. Each attention spreads the cotangents over more positions.
-        for index, below, above in reversed(self.steps(source, target, halves)):
-            if halves and not trace.explicit[index] and self.layers[index].parallel:
+        for index, below, above in reversed(self.steps(span.source, span.target, halves)):
+            if halves and self.is_parallel(index):
                 # A parallel MLP reads the layer's input: it is passed in one step with the attention.
                 below, above = ("resid_post" if below == "resid_mid" else below), "resid_post"
             if below != above:
@@ -134,7 +113,7 @@ class Chain:
         workspace: Workspace,
         chunk: int | None = None,
     ) -> slice:
-        """Pull a block of cotangents through one layer, in place; returns the positions that they have reached.
+        """Pull cotangents through one layer, in place; returns the positions that they have reached.
 
         The block is a transposed `[T, n, d]`, zero outside the `active` positions. Cost: n columns of the layer.
         """
@@ -146,24 +125,16 @@ class Chain:
             _apply_in_chunks(self.layers[index].vjp, block, below, above, chunk)
         return reached if below == "resid_pre" else active
 
-    def forward(
-        self,
-        tangents: Float[Tensor, "n T d"],
-        source: Point,
-        target: Point,
-        position: int,
-        normed: bool = False,
-        chunk: int | None = None,
-    ) -> Iterator[Tensor]:
-        """Push a block of tangents at all positions of `source` to `target` at one position.
+    def forward(self, tangents: Float[Tensor, "n T d"], span: Span, chunk: int | None = None) -> Iterator[Tensor]:
+        """Push a block of tangents at all positions of the source to the target at one position.
 
         Yields the tangents behind every layer on the way, `[n, T, d]`, in one tensor that is overwritten by the next;
         the last is the result `[n, d_out]`. Cost: n columns. Memory: as for `backward`.
         """
-        trace, workspace = self.trace, Workspace()
+        trace, position, workspace = self.trace, span.position, Workspace()
         # A copy laid out as [T, n, d], and seen as [n, T, d].
         pushed = tangents.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        steps = self.steps(source, target)
+        steps = self.steps(span.source, span.target)
         seen = slice(0, position + 1 if trace.causal else trace.length)  # what the target can depend on
         for index, below, above in steps:
             layer = self.explicit_layer(index, workspace)
@@ -174,23 +145,21 @@ class Chain:
             else:
                 _apply_in_chunks(self.layers[index].jvp, pushed, below, above, chunk)
             yield pushed
-        yield self.readout(target, position, normed).jvp(pushed[:, position])
+        yield self.readout(span.target, position, span.normed).jvp(pushed[:, position])
 
     def explicit_layer(self, index: int, workspace: Workspace) -> ExplicitLayer | None:
         """A layer's explicit products, where it has them."""
         return self.layers[index].explicit(workspace) if self.explicit else None
 
-    def constants(
-        self, source: Point, target: Point, position: int, normed: bool = False, by_source: bool = False
-    ) -> dict[str, Float[Tensor, " d_out"]]:
-        """What does not come from `source`: every bias behind it, pushed to `target`.
+    def constants(self, span: Span, by_source: bool = False) -> dict[str, Float[Tensor, " d_out"]]:
+        """What does not come from the source: every bias behind it, pushed to the target.
 
-        Where `source` is added to the residual stream (`attn_out`, `mlp_out`), the rest of the stream is one of the
+        Where the source is added to the residual stream (`attn_out`, `mlp_out`), the rest of the stream is one of the
         constants. With `by_source` one vector for each, else their sum under the name `"sum"`.
 
         Cost: one column; with `by_source` as many as there are biases.
         """
-        trace = self.trace
+        trace, (source, target, position, normed) = self.trace, span
         names: list[str] = []
         block = torch.zeros(0, trace.length, trace.width, dtype=trace.dtype, device=trace.layers[0].hidden.device)
 
@@ -221,7 +190,7 @@ class Chain:
         return sum((value.to(device) for value in found.values()), start=zero)
 
     def norm(self, target: Point, position: int) -> NormLink:
-        """The final norm on top of a target, frozen at the target's own value there."""
+        """The final norm on top of a target, frozen at the target's own value."""
         return self.readout(target, position, normed=True).norm()
 
     def readout(self, target: Point, position: int, normed: bool = False) -> Readout:
@@ -229,10 +198,7 @@ class Chain:
         return Readout(self.trace, self.options, target, position, normed)
 
     def steps(self, source: Point, target: Point, halves: bool = False) -> list[tuple[int, str, str]]:
-        """(layer, from its point, to its point) for each layer, or half of one, between two points, in forward order.
-
-        Halves meet at `resid_mid`.
-        """
+        """(layer, from its point, to its point) in forward order; `halves` of layers meet at `resid_mid`."""
         n = self.trace.n_layers
         if source == target:
             return []

@@ -21,15 +21,12 @@ _HEAD = re.compile(r"L(-?\d+)H(-?\d+)")
 
 @dataclass(frozen=True)
 class Component:
-    """A component of a layer: `attn_out`, `mlp_out`, or one query head of its attention.
-
-    `at` is the one position at which it may write; None for all.
-    """
+    """A component of a layer: `attn_out`, `mlp_out`, or one query head of its attention."""
 
     kind: str
     layer: int
     head: int | None = None
-    at: int | None = None
+    at: int | None = None  # the one position at which it may write
 
     def __str__(self) -> str:
         name = f"{self.kind}.{self.layer}" if self.head is None else f"L{self.layer}H{self.head}"
@@ -44,12 +41,7 @@ class Component:
 def parse_component(name: str, trace: Trace) -> Component:
     """Read a component's name: `L3H5`, `attn_out.3` or `mlp_out.3`; with `@4`, only what it writes at position 4.
 
-    Raises
-    ------
-    OptionError
-        For a name of another form, or a layer that does not exist.
-    PromptError
-        For a position outside the prompt.
+    OptionError for another form or a layer that does not exist; PromptError for a position outside the prompt.
     """
     plain, _, at = name.partition("@")
     head = _HEAD.fullmatch(plain)
@@ -62,15 +54,7 @@ def parse_component(name: str, trace: Trace) -> Component:
 
 
 class ComponentLink:
-    """One component of a layer at its recorded input. Memory: the layer's graph, for as long as this object lives.
-
-    Attributes
-    ----------
-    component
-        Which component, its head counted from the front.
-    behind_attention
-        Whether it reads `resid_mid`, and not `resid_pre`.
-    """
+    """One component of a layer, with its graph; `behind_attention` if it reads `resid_mid`, and not `resid_pre`."""
 
     def __init__(self, link: LayerLink, component: Component) -> None:
         link.trace.sublayer_path(component.layer, component.kind)
@@ -140,7 +124,7 @@ class ComponentLink:
         return self._only_position(batched_jvp(self._output, self._heads.source)(self._only_head(units))[:, 0])
 
     def _only_position(self, block: Float[Tensor, "*n T d"]) -> Float[Tensor, "*n T d"]:
-        """The block with zeros at all positions but the one at which the component may write."""
+        """The block with zeros where the component may not write."""
         if self.component.at is None:
             return block
         kept = torch.zeros_like(block)

@@ -14,11 +14,9 @@ from loclin.network.chain import Chain
 from loclin.network.points import Point
 
 _SIDE = 1024
-_GENERIC = 1.3
-"""Flops of autograd's products, relative to those of the linear path."""
+_GENERIC = 1.3  # flops of autograd's products, relative to those of the linear path
 _BYTES_PER_SECOND = 1.5e10
-_SECONDS_PER_LAYER = 5e-4
-"""The time of a layer beside its flops: the calls."""
+_SECONDS_PER_LAYER = 5e-4  # the time of a layer beside its flops: the calls
 
 
 @dataclass(frozen=True)
@@ -69,17 +67,14 @@ def sweep_cost(chain: Chain, source: Point, target: Point, columns: int) -> Cost
     4 T n d f (its factors) or 2 T d^2 (f + n) (its matrices formed), whichever is less. In the last layer only the
     target's position counts for all but V.
     """
-    trace, flops, nbytes = chain.trace, 0.0, 0
-    steps = chain.steps(source, target)
+    trace, steps, layers = chain.trace, chain.steps(source, target), []
     for index, below, above in steps:
-        active = 1 if index == steps[-1][0] else trace.length
-        explicit = chain.explicit and trace.explicit[index]
-        own_flops, weight_bytes = _layer_cost(chain, index, columns, explicit, (below, above), active)
-        flops += own_flops
-        nbytes += weight_bytes
-    seconds = algebra_cost(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + len(steps) * _SECONDS_PER_LAYER
-    held = columns * trace.length * trace.width * trace.dtype.itemsize
-    return Cost(columns, flops, seconds if columns else 0.0, held)
+        if chain.explicit and trace.explicit[index]:
+            active = 1 if index == steps[-1][0] else trace.length
+            layers.append(_explicit_cost(chain, index, columns, below, above, active))
+        else:
+            layers.append(_generic_cost(chain, index, columns))
+    return _sum_layers(chain, layers, columns, columns * trace.length * trace.width)
 
 
 def prefix_sweep_cost(chain: Chain, position: int, tokens: range) -> Cost:
@@ -88,46 +83,45 @@ def prefix_sweep_cost(chain: Chain, position: int, tokens: range) -> Cost:
     A token's columns are zero before it, so explicit products compute only the positions behind it, and form each
     position's MLP once for all tokens: 2 T d^2 f, and 2 d^3 + 2 d^2 d_head (H + H_kv) for each pair of tokens.
     """
-    trace, d = chain.trace, chain.trace.width
-    flops, nbytes = 0.0, 0
+    trace, d, layers = chain.trace, chain.trace.width, []
     spans = [position + 1 - i if trace.causal else trace.length for i in tokens if i <= position or not trace.causal]
     for index in range(trace.n_layers):
         if not (chain.explicit and trace.explicit[index]):
-            own_flops, weight_bytes = _layer_cost(chain, index, d * len(spans), explicit=False, active=trace.length)
-        else:
-            f, inner, values, branches = _sizes(chain, index)
-            pairs, mixed = sum(spans), sum(span * span for span in spans)
-            formed = 2 * max(spans, default=0) * d * d * branches * f
-            own_flops = float(formed + 2 * pairs * d * d * (d + inner + values) + 2 * mixed * d * inner)
-            weight_bytes = d * ((1 + branches) * f + inner + values) * trace.dtype.itemsize
-        flops += own_flops
-        nbytes += weight_bytes
-    seconds = algebra_cost(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + trace.n_layers * _SECONDS_PER_LAYER
+            layers.append(_generic_cost(chain, index, d * len(spans)))
+            continue
+        f, inner, values, branches = _sizes(chain, index)
+        pairs, mixed = sum(spans), sum(span * span for span in spans)
+        formed = 2 * max(spans, default=0) * d * d * branches * f
+        flops = float(formed + 2 * pairs * d * d * (d + inner + values) + 2 * mixed * d * inner)
+        layers.append((flops, d * ((1 + branches) * f + inner + values) * trace.dtype.itemsize))
     # On a CPU, memory that is never touched takes none.
     blocks = sum(spans) if trace.layers[0].hidden.device.type == "cpu" else len(spans) * max(spans, default=0)
-    return Cost(d * len(spans), flops, seconds, blocks * d * d * trace.dtype.itemsize)
+    return _sum_layers(chain, layers, d * len(spans), blocks * d * d)
 
 
-def _layer_cost(
-    chain: Chain,
-    index: int,
-    columns: int,
-    explicit: bool,
-    ends: tuple[str, str] = ("resid_pre", "resid_post"),
-    active: int = 1,
-) -> tuple[float, int]:
-    """(flops, bytes of weights) between two points of a layer, of which `active` positions matter."""
+def _sum_layers(chain: Chain, layers: list[tuple[float, int]], columns: int, held: int) -> Cost:
+    """The cost of a sweep from each layer's (flops, bytes of weights), with so many numbers held."""
+    flops, nbytes = sum(own for own, _ in layers), sum(weights for _, weights in layers)
+    seconds = algebra_cost(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + len(layers) * _SECONDS_PER_LAYER
+    return Cost(columns, float(flops), seconds if columns else 0.0, held * chain.trace.dtype.itemsize)
+
+
+def _generic_cost(chain: Chain, index: int, columns: int) -> tuple[float, int]:
+    """(flops, bytes of weights) of a layer by autograd."""
+    modules = chain.trace.layers[index].block.module.modules()
+    matrices = sum(part.weight.numel() for part in modules if isinstance(part, nn.Linear))
+    return float(_GENERIC * 2 * columns * chain.trace.length * matrices), matrices * chain.trace.dtype.itemsize
+
+
+def _explicit_cost(chain: Chain, index: int, columns: int, below: str, above: str, active: int) -> tuple[float, int]:
+    """(flops, bytes of weights) between two points of an explicit layer, of which `active` positions matter."""
     trace, d = chain.trace, chain.trace.width
-    if not explicit:
-        modules = trace.layers[index].block.module.modules()
-        matrices = sum(part.weight.numel() for part in modules if isinstance(part, nn.Linear))
-        return float(_GENERIC * 2 * columns * trace.length * matrices), matrices * trace.dtype.itemsize
     f, inner, values, branches = _sizes(chain, index)
     flops, numbers = 0, 0
-    if ends[0] == "resid_pre":
+    if below == "resid_pre":
         flops += 2 * columns * (d * (active * inner + trace.length * values) + active * trace.length * inner)
         numbers += d * (inner + values)
-    if ends[1] in ("mlp_out", "resid_post"):
+    if above in ("mlp_out", "resid_post"):
         flops += active * min(2 * columns * d * f * (1 + branches), 2 * d * d * (branches * f + columns))
         numbers += d * (1 + branches) * f
     return float(flops), numbers * trace.dtype.itemsize

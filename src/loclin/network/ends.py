@@ -19,20 +19,14 @@ _HEAD_PARTS = 16
 
 
 class NormLink:
-    """The final norm, frozen at a given hidden state. Position-wise: it takes blocks `[n, d]` at one position.
+    """The final norm, frozen at a hidden state, for `[n, d]` at one position; d_final is d unless streams merge."""
 
-    d_final is d, except where the modules behind the last layer merge several streams.
-    """
-
-    def __init__(
-        self, trace: Trace, hidden: Float[Tensor, " d"], value: Tensor, options: FreezeOptions | None = None
-    ) -> None:
-        self.module = trace.end.block.module
+    def __init__(self, trace: Trace, hidden: Float[Tensor, " d"], value: Tensor, options: FreezeOptions) -> None:
+        self.module, self.name = trace.end.block.module, trace.end.block.name
         trace.check_weights(self.module)
-        self.name = trace.end.block.name
         self.device = hidden.device
         self._hidden, self._value, self._dtype = hidden.detach(), value.detach(), trace.dtype
-        self._options = options or trace.options
+        self._options = options
 
     def _graph(self, collect: bool = False) -> tuple[Tensor, Tensor, Constants]:
         """The norm's input and output `[1, 1, d]` on the linear path, and its constants."""
@@ -79,10 +73,7 @@ class OutputHeadLink:
         return batched_vjp(self._head.logits, self._head.final, cotangents.to(self.device))
 
     def vjp_in_parts(self, cotangent: Float[Tensor, " V"]) -> Float[Tensor, " d"]:
-        """Pull one cotangent back, and return float64: a float32 sum over a whole vocabulary is off by 1e-5.
-
-        Cost: 16 columns through the head, which take about the time of one.
-        """
+        """Pull one cotangent back, by 16 columns, in float64: a float32 sum over a whole vocabulary is off by 1e-5."""
         parts = cotangent.new_zeros(_HEAD_PARTS, len(cotangent))
         for i in range(_HEAD_PARTS):
             parts[i, i::_HEAD_PARTS] = cotangent[i::_HEAD_PARTS]
@@ -98,15 +89,7 @@ class OutputHeadLink:
 
 
 class Readout:
-    """From the residual stream at a target's position to the target: nothing, the final norm, or norm and head.
-
-    Parameters
-    ----------
-    trace, options
-        The traced prompt, and what is frozen.
-    target, position, normed
-        The target; with `normed`, the final norm on top of a target before it.
-    """
+    """From the stream to a target at one position; `normed` puts the final norm on top of one before it."""
 
     def __init__(self, trace: Trace, options: FreezeOptions, target: Point, position: int, normed: bool) -> None:
         self._trace, self._options, self._target, self._position = trace, options, target, position
@@ -141,8 +124,10 @@ class Readout:
 
     def norm(self) -> NormLink:
         """The final norm, frozen at the value that it has on top of the target."""
-        trace, end = self._trace, self._trace.end
+        end = self._trace.end
         if self._target.kind in ("final", "logits"):
-            return NormLink(trace, end.hidden[0, self._position], end.value[0, self._position], self._options)
-        value = trace.value(self._target)[self._position]
-        return NormLink(trace, value.to(end.hidden.dtype), value, self._options)
+            hidden, value = end.hidden[0, self._position], end.value[0, self._position]
+        else:
+            value = self._trace.value(self._target)[self._position]
+            hidden = value.to(end.hidden.dtype)
+        return NormLink(self._trace, hidden, value, self._options)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.network.anatomy import Weights
-from loclin.network.blocks import CausalBlock, Probe, Workspace, add_or_write, add_scaled
-from loclin.network.coefficients import LayerCoefficients
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Matrix, Probe, Workspace, add_or_write
 from loclin.network.explicit_attention import ExplicitAttention
 from loclin.network.explicit_mlp import ExplicitMLP
 
@@ -32,45 +31,23 @@ def available(layer: nn.Module, weights: Weights, dtype: torch.dtype) -> bool:
 
 
 class ExplicitLayer:
-    """One layer's explicit products.
+    """One layer's explicit products, of blocks `[T, n, d]`: what belongs to one position is one matrix.
 
-    Blocks are `[T, n, d]`: what belongs to one position is one matrix. Memory: the weights once more where they are
-    stored in another dtype, and the workspace.
-
-    Parameters
-    ----------
-    layer, weights
-        The layer, and the paths of its parts.
-    coefficients
-        Its frozen coefficients.
-    dtype
-        Of the products.
-    workspace
-        Shared by all layers of a sweep.
+    Memory: the weights once more where they are stored in another dtype, and the workspace of the sweep.
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        weights: Weights,
-        coefficients: LayerCoefficients,
-        dtype: torch.dtype,
-        workspace: Workspace,
+        self, layer: nn.Module, weights: Weights, coefficients: LayerCoefficients, dtype: torch.dtype, shared: Workspace
     ) -> None:
-        paths = (weights.v, weights.o, weights.gate, weights.up, weights.down)
-        v, o, gate, up, down = (_weight_and_bias(layer.get_submodule(path), dtype) for path in paths)
+        v, o, gate, up, down = (_matrix(layer.get_submodule(path), dtype) for path in weights.matrices)
         if weights.fused:
             n_values = (len(v[0]) - o[0].shape[1]) // 2  # q, k and v lie one behind the other, k as wide as v
             inner = down[0].shape[1]
             v, gate, up = _rows(v, slice(-n_values, None)), _rows(gate, slice(inner)), _rows(up, slice(inner, None))
-        self._attention = ExplicitAttention(v, o, coefficients, workspace)
-        self._mlp = ExplicitMLP(up, gate, down, coefficients, workspace)
+        self._attention = ExplicitAttention(v, o, coefficients, shared)
+        self._mlp = ExplicitMLP(up, gate, down, coefficients, shared)
         self._before_attention = coefficients.attn_in
-
-    @property
-    def biased(self) -> bool:
-        """Whether any of its parts adds a bias."""
-        return self._attention.biased or self._mlp.biased
+        self.biased = self._attention.biased or self._mlp.biased
 
     def vjp(
         self,
@@ -81,21 +58,10 @@ class ExplicitLayer:
         below: str = "resid_pre",
         above: str = "resid_post",
     ) -> None:
-        """Pull a block of cotangents from one of the layer's points back to another, in place.
+        """Pull cotangents from point `above` back to `below` (`resid_pre` or `resid_mid`), in place.
 
-        Parameters
-        ----------
-        block
-            The cotangents; those outside `active` are zero.
-        active, reached
-            The positions that have cotangents, and those that they attend to.
-        chunk
-            How many columns at a time.
-        below, above
-            The points: `resid_pre` or `resid_mid`, and any of the layer's behind it.
+        `active` positions have cotangents, others zeros; they attend to those `reached`. `chunk` columns at a time.
 
-        Notes
-        -----
         Cost: 2 T d^2 (f + n) flops for the MLP with its matrices formed, 4 n T d f with its factors; 2 n T d d_head
         (H + H_kv) for V and O, 2 n T^2 H d_head for mixing.
         """
@@ -106,8 +72,11 @@ class ExplicitLayer:
             pulled = self._attention.vjp(part[active], active, reached)
             if above == "attn_out":
                 part[active] = 0
-            before = self._before_attention
-            add_scaled(part[reached], pulled, None if before is None else before[reached, None])
+            stream, moved, before = part[reached], pulled.to(part.device), self._before_attention
+            if before is None:
+                stream += moved
+            else:
+                stream.addcmul_(moved, before[reached, None].to(part.device))
 
     def jvp(
         self,
@@ -118,23 +87,10 @@ class ExplicitLayer:
         above: str = "resid_post",
         probe: Probe | None = None,
     ) -> None:
-        """Push blocks of tangents from one of the layer's points to another, in place.
+        """Push blocks of tangents from `below` to `above`, in place; the MLP's matrices are formed once for all.
 
-        Only the `wanted` positions are right afterwards, and those behind the last of them must not matter. Where the
-        MLP's matrices are formed they serve all blocks.
-
-        Parameters
-        ----------
-        blocks
-            The tangents, each from the first position on that is not zero.
-        wanted, chunk, below, above
-            As for `vjp`.
-        probe
-            Records what attention and MLP give at a wanted position.
-
-        Notes
-        -----
-        Cost: as for `vjp`, V at all positions and the rest at those wanted.
+        Only the `wanted` positions are right afterwards, and those behind the last of them must not matter. Cost: as
+        for `vjp`, V at all positions and the rest at those wanted.
         """
         if below == "resid_pre":
             add = above != "attn_out"
@@ -171,14 +127,12 @@ class ExplicitLayer:
         return x.to(self._mlp.device) + attended + moved
 
 
-def _weight_and_bias(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A module's weight `[out, in]` and bias."""
+def _matrix(module: nn.Module, dtype: torch.dtype) -> Matrix:
     weight, bias = dense_weight(module), module.bias
     assert weight is not None
     return weight.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None
 
 
-def _rows(part: tuple[Tensor, Tensor | None], rows: slice) -> tuple[Tensor, Tensor | None]:
-    """Some rows of a matrix, and of its bias."""
-    weight, bias = part
+def _rows(matrix: Matrix, rows: slice) -> Matrix:
+    weight, bias = matrix
     return weight[rows], None if bias is None else bias[rows]

@@ -15,44 +15,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.network.blocks import CausalBlock, Probe, Workspace, add_or_write
-from loclin.network.coefficients import LayerCoefficients
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Matrix, Probe, Workspace, add_or_write
 
 
 class ExplicitAttention:
-    """Products with one layer's attention.
+    """Products with one layer's attention."""
 
-    Parameters
-    ----------
-    v, o
-        (weight `[out, in]`, bias or None) of the values `[H_kv d_head, d]` and of the output matrix `[d, H d_head]`.
-    coefficients, workspace
-        As for `ExplicitLayer`.
-    """
-
-    def __init__(
-        self,
-        v: tuple[Tensor, Tensor | None],
-        o: tuple[Tensor, Tensor | None],
-        coefficients: LayerCoefficients,
-        workspace: Workspace,
-    ) -> None:
+    def __init__(self, v: Matrix, o: Matrix, coefficients: LayerCoefficients, workspace: Workspace) -> None:
         (self._v, self._v_bias), (self._o, self._o_bias) = v, o
+        self.device = self._o.device
+        self.biased = self._v_bias is not None or self._o_bias is not None
         self._before, self._behind = coefficients.attn_in, coefficients.attn_out
         self._probs, self._workspace = coefficients.probs, workspace
         self._heads = len(self._probs)
         self._d_head = self._o.shape[1] // self._heads
         self._kv = self._v.shape[0] // self._d_head
-
-    @property
-    def device(self) -> torch.device:
-        """Where the products are done."""
-        return self._o.device
-
-    @property
-    def biased(self) -> bool:
-        """Whether V or O has a bias."""
-        return self._v_bias is not None or self._o_bias is not None
 
     def vjp(self, cotangents: Tensor, active: slice, reached: slice) -> Float[Tensor, "S n d"]:
         """Pull cotangents `[T, n, d]` at the active positions back to those reached, up to C_pre, which is left out."""

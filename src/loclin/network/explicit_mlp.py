@@ -19,42 +19,28 @@ from torch import Tensor, nn
 
 from loclin.network.blocks import (
     CausalBlock,
+    LayerCoefficients,
+    Matrix,
     Probe,
     Workspace,
     add_or_write,
     contiguous_view,
-    position_groups,
 )
-from loclin.network.coefficients import LayerCoefficients
 
-_FORMED_NUMBERS = 5_000_000
-"""Numbers of the matrices that are formed at once: they stay in the processor's cache."""
+_FORMED_NUMBERS = 5_000_000  # numbers of the matrices that are formed at once: they stay in the processor's cache
 _FORMED_NUMBERS_ACCELERATOR = 2**28
-_ROWS = 4096
-"""Rows that go through the factors at a time."""
+_ROWS = 4096  # rows that go through the factors at a time
 
 
 class ExplicitMLP:
-    """Products with one layer's MLP.
-
-    Parameters
-    ----------
-    up, gate, down
-        (weight `[out, in]`, bias or None) of each matrix: `[f, d]`, `[f, d]` and `[d, f]`.
-    coefficients, workspace
-        As for `ExplicitLayer`.
-    """
+    """Products with one layer's MLP."""
 
     def __init__(
-        self,
-        up: tuple[Tensor, Tensor | None],
-        gate: tuple[Tensor, Tensor | None],
-        down: tuple[Tensor, Tensor | None],
-        coefficients: LayerCoefficients,
-        workspace: Workspace,
+        self, up: Matrix, gate: Matrix, down: Matrix, coefficients: LayerCoefficients, workspace: Workspace
     ) -> None:
         self._down, self._down_bias = down
-        self._biases = (up[1], gate[1], down[1])
+        self.device = self._down.device
+        self.biased = any(bias is not None for _, bias in (up, gate, down))
         self._before, self._behind = coefficients.mlp_in, coefficients.mlp_out
         self._branches = [
             (factors, weight, bias)
@@ -63,16 +49,6 @@ class ExplicitMLP:
         ]
         """(a `[T, f]`, W `[f, d]`, bias) of the branches through which something flows."""
         self._workspace = workspace
-
-    @property
-    def device(self) -> torch.device:
-        """Where the products are done."""
-        return self._down.device
-
-    @property
-    def biased(self) -> bool:
-        """Whether any matrix has a bias."""
-        return any(bias is not None for bias in self._biases)
 
     def forms_matrices(self, columns: int) -> bool:
         """Whether forming the positions' matrices is cheaper than their factors, for so many columns."""
@@ -159,11 +135,13 @@ class ExplicitMLP:
 
     def _groups(self, positions: slice, columns: int, formed: bool) -> list[slice]:
         """The positions that are done at a time."""
-        if not formed:
-            return position_groups(positions, max(1, _ROWS // columns))
-        d, f = self._down.shape
-        numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
-        return position_groups(positions, max(1, numbers // (d * (d + f)) // 2 * 2))  # odd would leave a core idle
+        size = _ROWS // columns
+        if formed:
+            d, f = self._down.shape
+            numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
+            size = numbers // (d * (d + f)) // 2 * 2  # odd would leave a core idle
+        starts = range(positions.start, positions.stop, max(1, size))
+        return [slice(t, min(t + starts.step, positions.stop)) for t in starts]
 
     def _form(self, group: slice) -> Float[Tensor, "g d d"]:
         """M_t for a group of positions; the identity of the residual stream is added behind it, which rounds less."""

@@ -19,26 +19,16 @@ from loclin.network.trace import Trace, agrees
 
 @dataclass
 class Graph:
-    """The linearised values of a layer at its points, with their graph.
+    """The linearised values `[1, T, d]` of a layer at its points, with their graph; `resid_pre` is a leaf.
 
-    Attributes
-    ----------
-    points
-        The linearised value `[1, T, d]` at each of the layer's points; `resid_pre` is a leaf.
-    attn_shift
-        A zero `[1, T, d]` that is added to the attention's output. Moving it moves `resid_mid` and nothing before it,
-        so it is the leaf for sources between attention and MLP.
-    constants
-        The biases and other constants inside, as leaves; empty unless they were collected.
-    lookups
-        The names of those constants `[1, T, ...]` that belong to the tokens: rows of a table other than the input
-        embeddings.
+    `attn_shift` is a zero `[1, T, d]` that is added to the attention's output. Moving it moves `resid_mid` and nothing
+    before it, so it is the leaf for sources between attention and MLP.
     """
 
     points: dict[str, Tensor]
     attn_shift: Tensor
-    constants: Constants
-    lookups: frozenset[str] = frozenset()
+    constants: Constants  # the biases and other constants inside, as leaves; empty unless they were collected
+    lookups: frozenset[str] = frozenset()  # constants [1, T, ...] of the tokens: rows of any table but the input's
 
     __repr__ = brief
 
@@ -74,10 +64,7 @@ def hook_input(trace: Trace, enter: Callable[[Tensor], None]) -> RemovableHandle
 
 
 def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -> Graph:
-    """The graph of the whole network from the embeddings to `final`, as one layer.
-
-    Cost: two forward passes. Memory: every layer's graph at once.
-    """
+    """The whole network from the embeddings to `final`, as one layer. Cost: two forward passes; holds every graph."""
     model, points, rerun = trace.model, dict[str, Tensor](), dict[str, Tensor]()
     trace.check_weights(model.hf)
     x = trace.layers[0].value.detach().clone().requires_grad_()
@@ -102,13 +89,7 @@ def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -
 
 
 def check_reproduced(trace: Trace, rerun: Tensor, traced: Tensor, name: str) -> None:
-    """Refuse a part of the model whose output is not what it was when the prompt was linearized.
-
-    Raises
-    ------
-    ModelError
-        Naming the part.
-    """
+    """Refuse, by a ModelError, a part of the model whose output is not what it was when the prompt was linearized."""
     if not trace.random and not agrees(rerun, traced, trace.options.precision == "double"):
         raise ModelError(
             f"{trace.model.info.name}: {name} no longer gives what it gave when the prompt was linearized: its weights "

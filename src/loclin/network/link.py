@@ -1,8 +1,4 @@
-"""One layer at its recorded input: the affine map y = J_l x + b_l, with products for blocks of vectors.
-
-A link rebuilds its own autograd graph from the recorded input at each call, so memory is one layer's graph whatever the
-depth. A *column* is one vector that is pushed or pulled through all positions once.
-"""
+"""One layer at its recorded input: the affine map y = J_l x + b_l, with products for blocks of vectors."""
 
 from __future__ import annotations
 
@@ -17,32 +13,28 @@ from loclin.freeze import FreezeOptions, frozen
 from loclin.models.forward import hidden_output, hooked
 from loclin.network.anatomy import Weights
 from loclin.network.autograd import batched_jvp, batched_vjp, push_constants
-from loclin.network.blocks import Workspace
-from loclin.network.coefficients import LayerCoefficients
+from loclin.network.blocks import LayerCoefficients, Workspace
 from loclin.network.explicit import ExplicitLayer
 from loclin.network.graph import Graph, check_reproduced, network_graph
 from loclin.network.reader import CoefficientReader
-from loclin.network.trace import BlockCall, Trace
+from loclin.network.trace import Trace
 from loclin.network.units import UnitFinder
 
 Columns = Float[Tensor, "n T d"]
 
 
 class LayerLink:
-    """A decoder layer at its recorded input.
+    """A decoder layer at its recorded input, from which each call rebuilds its graph: memory holds one at a time.
 
     Points are the layer's own: `resid_pre`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`; a source is `resid_pre`
     or `resid_mid`.
     """
 
-    def __init__(self, trace: Trace, index: int, options: FreezeOptions | None = None) -> None:
-        self.trace = trace
-        self.index = index
-        self.call: BlockCall = trace.layers[index]
-        self.module = self.call.block.module
-        self.name = self.call.block.name
+    def __init__(self, trace: Trace, index: int, options: FreezeOptions) -> None:
+        self.trace, self.index, self.options = trace, index, options
+        self.call = trace.layers[index]
+        self.module, self.name = self.call.block.module, self.call.block.name
         self.device = self.call.hidden.device
-        self.options = options or trace.options
 
     @cached_property
     def parallel(self) -> bool:
@@ -50,10 +42,7 @@ class LayerLink:
         return self.graph().parallel
 
     def explicit(self, workspace: Workspace) -> ExplicitLayer | None:
-        """The layer's explicit products, where it has them.
-
-        Cost: a forward pass of the layer, if the trace does not keep its coefficients.
-        """
+        """The layer's explicit products, where it has them. Cost: a forward pass, if its coefficients are not kept."""
         weights, trace = self.trace.anatomy.weights, self.trace
         if weights is None or not trace.explicit[self.index] or self.options != trace.options:
             return None
@@ -80,10 +69,7 @@ class LayerLink:
         return coefficients
 
     def graph(self, collect: bool = False, finder: UnitFinder | None = None) -> Graph:
-        """Rebuild the layer's graph from its recorded input. Cost: two forward passes of the layer.
-
-        `collect` makes leaves of its constants; `finder` looks for its heads and neurons.
-        """
+        """Its graph, with leaves for constants if `collect`; `finder` looks for units. Cost: two forward passes."""
         if self.trace.sequence.fallback_reason is not None:
             return network_graph(self.trace, self.options, collect)
         self.trace.check_weights(self.module)
@@ -123,10 +109,7 @@ class LayerLink:
     def vjp(
         self, cotangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
     ) -> Iterator[Columns]:
-        """Pull a block of cotangents from `target` back to `source`, `chunk` columns at a time through one graph.
-
-        Yields the chunks in order. Cost: n columns of this layer.
-        """
+        """Pull cotangents from `target` back to `source`; yields `chunk` columns at a time. Cost: n of this layer."""
         graph = self._graph_with(source, target)
         for part in _split(cotangents, chunk):
             yield batched_vjp(graph.points[target], graph.source(source), part.to(self.device).unsqueeze(1)).squeeze(1)
@@ -134,7 +117,7 @@ class LayerLink:
     def jvp(
         self, tangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
     ) -> Iterator[Columns]:
-        """Push a block of tangents from `source` forward to `target`; chunks and cost as for `vjp`."""
+        """Push tangents from `source` forward to `target`; chunks and cost as for `vjp`."""
         graph = self._graph_with(source, target)
         push = batched_jvp(graph.points[target], graph.source(source))
         for part in _split(tangents, chunk):

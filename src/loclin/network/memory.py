@@ -10,6 +10,9 @@ import torch
 
 from loclin.errors import OptionError
 
+Budget = int | float | str | None
+"""How much memory a sweep may use, as `budget` reads it."""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _DIGITS = 30
 _DEFAULT_FRACTION = 0.25
@@ -29,13 +32,7 @@ def available(device: torch.device) -> int:
 
 
 def parse_memory(memory: int | float | str) -> int | float:
-    """Read a budget: bytes as an integer, or a fraction of what is free as a float.
-
-    Raises
-    ------
-    OptionError
-        When it cannot be read or is not positive.
-    """
+    """Read a budget: bytes as an integer, or a fraction of what is free as a float; OptionError for anything else."""
     if isinstance(memory, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory.lower())
         if not found or found[2] not in _UNITS or len(found[1]) > _DIGITS:
@@ -49,21 +46,10 @@ def parse_memory(memory: int | float | str) -> int | float:
     return memory
 
 
-def budget(memory: int | float | str | None, device: torch.device) -> int:
-    """Convert a budget to bytes.
+def budget(memory: Budget, device: torch.device) -> int:
+    """Convert a budget for a device to bytes: a number, a size (`"2GB"`, `"512 MiB"`), or a fraction of what is free.
 
-    Parameters
-    ----------
-    memory
-        Bytes (`2_000_000_000`), a size (`"2GB"`, `"512 MiB"`), a fraction of what is free (`0.5`), or None:
-        a quarter of what is free, 4 GiB at most (wider blocks of columns are no faster).
-    device
-        The device whose free memory a fraction is of.
-
-    Raises
-    ------
-    OptionError
-        When it cannot be read or is not positive.
+    None is a quarter of what is free, 4 GiB at most: wider blocks of columns are no faster.
     """
     if memory is None:
         return min(int(available(device) * _DEFAULT_FRACTION), _DEFAULT_MOST)

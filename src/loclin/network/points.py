@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loclin.errors import OptionError
 
@@ -32,19 +33,20 @@ class Point:
         """
         if self.layer is None:
             return {"embed": 0, "final": 2 * n_layers + 1, "logits": 2 * n_layers + 2}[self.kind]
-        return (
-            2 * self.layer + {"resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}[self.kind]
-        )
+        return 2 * self.layer + (KINDS.index(self.kind) + 1) // 2
+
+
+class Span(NamedTuple):
+    """Where a map begins and ends: a target at one position, with the final norm on top of it if `normed`."""
+
+    source: Point
+    target: Point
+    position: int
+    normed: bool = False
 
 
 def parse_point(name: str | Point, n_layers: int) -> Point:
-    """Read a point's name, such as `"resid_post.3"`; negative layers count from the end.
-
-    Raises
-    ------
-    OptionError
-        When a model of `n_layers` layers has no such point; the message lists the names.
-    """
+    """Read a point's name, such as `"resid_post.3"`; negative layers count from the end. OptionError lists names."""
     if isinstance(name, Point):
         return name
     if not isinstance(name, str):

@@ -1,8 +1,7 @@
-"""Every prefix map, from one token's embedding to a point of a layer, from one forward sweep.
+"""Every prefix map, from one token's embedding to a point of a layer, from one forward sweep J_i(l) = L_l J_i(l - 1).
 
-J_i(l) = L_l J_i(l - 1), for all tokens i at once. The tangents of token i begin at position i: those before are zero
-and are not computed. Layers with explicit products form each position's MLP once for all tokens; other layers push each
-token's columns through their own graph.
+Tangents of token i before position i are zero and not computed. Layers with explicit products form each position's MLP
+once for all tokens; other layers push each token's columns through their own graph.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from loclin.network.autograd import batched_jvp
 from loclin.network.blocks import CausalBlock, Probe, Workspace
 from loclin.network.chain import Chain
 
+CountColumns = Callable[[int], None]
+"""Called with the number of columns that have passed a layer."""
 Maps = dict[str, Float[Tensor, "n d_in d"]]
 """By component, the transpose of the map of each of n tokens."""
 
@@ -26,35 +27,13 @@ def prefix_maps(
     position: int,
     tokens: range,
     components: Sequence[str] = ("resid_post",),
-    progress: Callable[[int], None] = lambda _columns: None,
+    progress: CountColumns = lambda _columns: None,
 ) -> Iterator[tuple[int, Maps]]:
-    """The maps of some tokens to components of every layer at one position, layer after layer.
+    """The maps of some tokens to `attn_out`, `mlp_out` or `resid_post` of every layer at one position.
 
-    Parameters
-    ----------
-    chain
-        The links.
-    position
-        Where the maps end.
-    tokens
-        Where they begin. With causal attention the maps of tokens behind `position` are zero and cost nothing.
-    components
-        Some of `attn_out`, `mlp_out` and `resid_post`.
-    progress
-        Called with the number of columns that have passed a layer.
+    With causal attention the maps of tokens behind `position` are zero and cost nothing. Yields each layer and its
+    maps, which the next layer overwrites; OptionError where a layer has no module whose output is a component.
 
-    Yields
-    ------
-    tuple[int, Maps]
-        The layer, and the maps, which the next layer overwrites.
-
-    Raises
-    ------
-    OptionError
-        Where a layer has no module whose output is a component.
-
-    Notes
-    -----
     Cost: `loclin.network.cost.prefix_sweep_cost`. Memory: d^2 numbers for each token and each position behind it for
     the tangents (on an accelerator for each token and position), d^2 for each component and token, and a layer's own.
     """
@@ -100,9 +79,8 @@ def _push_through_graph(chain: Chain, layer: int, blocks: Sequence[CausalBlock],
     graph = link.graph()
     x, sublayers = graph.source("resid_pre"), [name for name in ("attn_out", "mlp_out") if name in graph.points]
     # Where both sublayers have a module, the layer adds what they add.
-    pushes = {
-        name: batched_jvp(graph.points[name], x) for name in (sublayers if len(sublayers) == 2 else ["resid_post"])
-    }
+    ends = sublayers if len(sublayers) == 2 else ["resid_post"]
+    pushes = {name: batched_jvp(graph.points[name], x) for name in ends}
     chunk = chain.chunk(trace.width, trace.width)
     for index, (start, block) in enumerate(blocks):
         rows = slice(start, start + len(block))

@@ -7,6 +7,7 @@ So x becomes a leaf of the graph, and c = dy/dx.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,26 +19,12 @@ from loclin.freeze import Frozen
 from loclin.freeze.status import Live
 from loclin.network import explicit
 from loclin.network.anatomy import Anatomy, Weights
-from loclin.network.blocks import Workspace
-from loclin.network.coefficients import LayerCoefficients
+from loclin.network.blocks import LayerCoefficients, Workspace
 from loclin.network.sequence import BlockSequence
 
 
 class CoefficientReader:
-    """Reads one layer's coefficients. The values on the linear path do not change.
-
-    Parameters
-    ----------
-    mode
-        The context in which the layer runs.
-    layer, weights
-        The layer, and the paths of its parts.
-
-    Attributes
-    ----------
-    readable
-        False once nothing live flows through a part: the layer is not built as its family's entry says.
-    """
+    """Reads one layer's coefficients; not `readable` once nothing live flows through a part that the table names."""
 
     def __init__(self, mode: Frozen, layer: nn.Module, weights: Weights) -> None:
         self._mode, self.layer, self._weights = mode, layer, weights
@@ -126,22 +113,7 @@ class CoefficientReader:
 
 
 class ExplicitLayers:
-    """Which layers of a frozen pass have explicit products, and those of their coefficients that are kept.
-
-    Parameters
-    ----------
-    mode, sequence, anatomy
-        The context of the pass, its blocks, and the model's parts.
-    keep
-        How many bytes of coefficients to keep.
-
-    Attributes
-    ----------
-    exact, biased
-        For each layer, whether explicit products rebuild its value, and whether it has biases.
-    kept
-        For each layer its coefficients, or None.
-    """
+    """Which layers explicit products rebuild (`exact`), which are `biased`, and coefficients up to `keep` bytes."""
 
     def __init__(self, mode: Frozen, sequence: BlockSequence, anatomy: Anatomy, keep: int) -> None:
         self._mode, self._free_bytes = mode, keep
@@ -160,9 +132,7 @@ class ExplicitLayers:
 
     def hooks(self) -> Iterator[RemovableHandle]:
         """Hook every layer's parts."""
-        for reader in self._readers:
-            if reader is not None:
-                yield from reader.hooks()
+        return chain.from_iterable(reader.hooks() for reader in self._readers if reader is not None)
 
     def collect(self, index: int, x: Tensor, y: Tensor, probs: Tensor | None) -> None:
         """Take a layer's coefficients after it ran from x to y `[1, T, d]`, if they rebuild y."""

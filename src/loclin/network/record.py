@@ -34,10 +34,7 @@ def trace_prompt(model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOpt
     L T d more where the linear path has another dtype, and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T)
     numbers are all of them. While it runs, one layer's activations twice, and about four times `[H, T, T]`.
 
-    Raises
-    ------
-    ModelError
-        When nothing connects the embeddings to the logits that loclin can follow, or the weights change meanwhile.
+    ModelError where nothing connects the embeddings to the logits that loclin can follow, or the weights change.
     """
     own, before = model.hf, Snapshot(model.hf)
     model = model.replicate()
@@ -54,12 +51,11 @@ def trace_prompt(model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOpt
                 "it, or by its own forward pass; linearize a model whose weights do not change",
                 changed[0],
             )
-        weights = Snapshot(model.hf)
+        prompt = (model, Snapshot(model.hf), anatomy, input_ids, options, keep)
         try:
-            found = _record(model, weights, anatomy, sequence, input_ids, options, keep)
+            found = _record(*prompt, sequence)
         except _NotASequenceError as why:
-            one_block = as_one_block(sequence, model, anatomy, str(why))
-            found = _record(model, weights, anatomy, one_block, input_ids, options, keep)
+            found = _record(*prompt, as_one_block(sequence, model, anatomy, str(why)))
     found.check_weights(model.hf)
     return found
 
@@ -172,10 +168,10 @@ def _record(
     model: Model,
     weights: Snapshot,
     anatomy: Anatomy,
-    sequence: BlockSequence,
     input_ids: Tensor,
     options: FreezeOptions,
     keep: int,
+    sequence: BlockSequence,
 ) -> Trace:
     dtype, length, attention = options.dtype(sequence.dtype), input_ids.shape[1], _Attention()
     with frozen(model.hf, options, dtype, keep=attention.keep) as mode:

@@ -1,13 +1,9 @@
-"""The order in which the hidden state passes through a model's blocks, and what follows them. Found by watching.
-
-Nothing here knows families. One ordinary forward pass shows which of the decoder's blocks are called and in what order,
-what each block's sublayers add to the residual stream, and which modules (the final norm) come behind the last block.
-"""
+"""What one forward pass shows, in any family: the order of the blocks, their sublayers, and what follows them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -49,37 +45,16 @@ class Block:
 
 @dataclass
 class BlockSequence:
-    """What an ordinary forward pass showed.
+    """What an ordinary forward pass showed."""
 
-    Attributes
-    ----------
-    blocks
-        The decoder blocks, in the order of their calls.
-    tail
-        The modules behind the last block, each taking the output of the one before: the final norm, as a rule.
-    final
-        The tail's output `[1, T, d]`: the final hidden state.
-    logits
-        The model's logits at the last position `[V]`.
-    fallback_reason
-        None; or, where the blocks do not pass the hidden state straight to one another, why. The network is then taken
-        as one block.
-    exit
-        The module whose output `final` is.
-    decoded
-        The decoder's output, where it is one vector per token: `final`, if the network is taken as one block.
-    dtype
-        The dtype that the model rounds to: the coarsest of its weights and its final hidden state.
-    """
-
-    blocks: list[Block] = field(default_factory=list)
-    tail: list[nn.Module] = field(default_factory=list)
-    final: Tensor = field(default_factory=lambda: torch.empty(0))
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
-    fallback_reason: str | None = None
-    exit: nn.Module = field(default_factory=nn.Identity)
-    decoded: Tensor | None = None
-    dtype: torch.dtype = torch.float32
+    blocks: list[Block]  # the decoder blocks, in the order of their calls
+    tail: list[nn.Module]  # behind the last block, each taking the output of the one before: the final norm, as a rule
+    final: Tensor  # the tail's output [1, T, d]: the final hidden state
+    logits: Tensor  # the model's own at the last position [V]
+    fallback_reason: str | None  # why the network is taken as one block, if blocks do not pass the hidden state on
+    exit: nn.Module  # whose output `final` is
+    decoded: Tensor | None  # the decoder's output, where it is one vector per token
+    dtype: torch.dtype  # that the model rounds to: the coarsest of its weights and its final hidden state
 
     __repr__ = brief
 
@@ -87,10 +62,7 @@ class BlockSequence:
 def find_sequence(model: Model, anatomy: Anatomy, input_ids: Tensor) -> BlockSequence:
     """Watch one ordinary forward pass. Cost: the pass.
 
-    Raises
-    ------
-    ModelError
-        When not even the decoder's output can be found; when the model's own values are not finite.
+    ModelError where not even the decoder's output can be found, or the model's own values are not finite.
     """
     watcher = _Watcher(model, anatomy, input_ids.shape[1])
     with torch.no_grad(), hooked(watcher.hooks()):
@@ -109,13 +81,7 @@ def find_sequence(model: Model, anatomy: Anatomy, input_ids: Tensor) -> BlockSeq
 
 
 def as_one_block(sequence: BlockSequence, model: Model, anatomy: Anatomy, reason: str) -> BlockSequence:
-    """The same sequence with everything from the embeddings to the decoder's output as one block.
-
-    Raises
-    ------
-    ModelError
-        When the decoder's output is not one vector per token.
-    """
+    """Everything from the embeddings to the decoder's output as one block; ModelError if it is no vector a token."""
     if sequence.decoded is None:
         kind = type(anatomy.decoder).__name__
         raise ModelError(
@@ -123,23 +89,17 @@ def as_one_block(sequence: BlockSequence, model: Model, anatomy: Anatomy, reason
             "output is not one vector per token",
             kind,
         )
-    return BlockSequence([], [], sequence.decoded, sequence.logits, reason, anatomy.decoder, dtype=sequence.dtype)
+    return BlockSequence([], [], sequence.decoded, sequence.logits, reason, anatomy.decoder, None, sequence.dtype)
 
 
 def _coarsest_dtype(model: Model, *values: Tensor) -> torch.dtype:
-    """The dtype with the coarsest rounding among the weights and some values.
-
-    A half-precision model may keep its residual stream in float32. In stored formats of 8 bits nothing is computed.
-    """
+    """The coarsest dtype of the weights and some values (a stream may be float32); nothing is computed in 8 bits."""
     dtypes = {tensor.dtype for tensor in (*model.hf.parameters(), *values) if tensor.is_floating_point()}
     return max((dtype for dtype in dtypes if dtype.itemsize > 1), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _refuse_overflow(model: Model, watcher: _Watcher, logits: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a model whose own values are not finite, and say where they begin: no coefficient can be made of them.
-
-    Logits of minus infinity are allowed: some models rule tokens out in that way.
-    """
+    """Refuse values that are not finite, and say where they begin; logits of -inf are allowed: they rule tokens out."""
     if watcher.overflowed is None and not (logits.isnan() | logits.isposinf()).any():
         return
     place, module = watcher.overflowed or ("behind the last layer", model.hf)
@@ -153,17 +113,7 @@ def _refuse_overflow(model: Model, watcher: _Watcher, logits: Tensor, dtype: tor
 
 
 class _Watcher:
-    """Hooks that follow the hidden state.
-
-    Attributes
-    ----------
-    blocks, tail, decoded
-        As in `BlockSequence`, as far as the pass has come.
-    current
-        The hidden state that left the last block, or the last module of the tail.
-    overflowed
-        Where the first value was that is not finite, in words, and the module.
-    """
+    """Hooks that follow the hidden state; `blocks`, `tail` and `decoded` as in `BlockSequence`."""
 
     def __init__(self, model: Model, anatomy: Anatomy, length: int) -> None:
         self._model, self._anatomy, self._length = model, anatomy, length
@@ -174,9 +124,9 @@ class _Watcher:
         self._running_tail: nn.Module | None = None
         self.blocks: list[Block] = []
         self.tail: list[nn.Module] = []
-        self.current: Any = None
+        self.current: Any = None  # what left the last block, or the last module of the tail
         self.decoded: Tensor | None = None
-        self.overflowed: tuple[str, nn.Module] | None = None
+        self.overflowed: tuple[str, nn.Module] | None = None  # where the first value is that is not finite, in words
 
     def fallback_reason(self) -> str | None:
         """Why the blocks do not pass the hidden state straight to one another; None where they do."""

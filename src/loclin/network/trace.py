@@ -19,7 +19,7 @@ from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy
 from loclin.network.autograd import Constants
-from loclin.network.coefficients import LayerCoefficients
+from loclin.network.blocks import LayerCoefficients
 from loclin.network.points import Point
 from loclin.network.sequence import Block, BlockSequence
 
@@ -28,15 +28,11 @@ _ROUNDINGS, _SINGLE = 32, torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How a block was called.
-
-    `hidden` is its input `[1, T, d]` as the model has it, from which coefficients are made. `value` is its input in the
-    frozen network: the same numbers, except where the linear path has another dtype than the model.
-    """
+    """How a block was called."""
 
     block: Block
-    hidden: Tensor
-    value: Tensor
+    hidden: Tensor  # its input [1, T, d] as the model has it, from which coefficients are made
+    value: Tensor  # in the frozen network: the same numbers, unless the linear path has another dtype
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -49,15 +45,12 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class OutputHead:
-    """From `final` to the logits at one position: both ends of the graph, and its constants.
-
-    `stock` are the model's own logits, `value` those of the frozen network.
-    """
+    """From `final` to the logits at one position: both ends of the graph, and its constants."""
 
     final: Float[Tensor, " d"]
     logits: Float[Tensor, " V"]
-    stock: Float[Tensor, " V"]
-    value: Float[Tensor, " V"]
+    stock: Float[Tensor, " V"]  # the model's own logits
+    value: Float[Tensor, " V"]  # those of the frozen network
     constants: Constants
 
     __repr__ = brief
@@ -67,61 +60,30 @@ class OutputHead:
 class Trace:
     """A frozen forward pass at one prompt.
 
-    Attributes
-    ----------
-    model
-        A replica of the user's model (see `loclin.models.replica`), with the hooks, adapters and flags that were on the
-        model when it was traced. Its weights are the model's own.
-    weights
-        Tells whether the weights have changed since.
-    anatomy, sequence
-        The model's parts, and the order of its blocks. Where the blocks do not pass the hidden state straight to one
-        another, `sequence.fallback_reason` says why, and the network from the embeddings to `final` is one layer.
-    options
-        What is frozen.
-    input_ids
-        The prompt.
-    layers, attn_out
-        For each layer how it was called, and what its attention added to the residual stream `[1, T, d]` (None where no
-        module of the layer does).
-    end, final
-        What enters the modules behind the last layer (the final norm), and what leaves them.
-    stock_final, stock_logits
-        The untouched model's own `final`, and its logits at the last position.
-    bit_identical, random
-        Whether the model gave the same, in every bit, inside the freeze; and whether it gave something else.
-    attention_received
-        The share of attention that later tokens give to each token, the mean over layers and heads; zero where a model
-        has no attention.
-    nonlinear_uses
-        Frozen coefficients that the model uses as if they were linear in the input; with any, no map is exact.
-    explicit, coefficients, biased
-        For each layer whether it has explicit products (see `loclin.network.explicit`) that rebuild its value; their
-        coefficients, where they are kept; and False where those products have no biases.
-    causal
-        Whether no token attends to a later one.
+    Where the blocks do not pass the hidden state straight to one another, `sequence.fallback_reason` says why, and the
+    network from the embeddings to `final` is one layer.
     """
 
-    model: Model
-    weights: Snapshot
+    model: Model  # a replica of the user's, with its hooks, adapters and flags of then; the weights are its own
+    weights: Snapshot  # tells whether the weights have changed since
     anatomy: Anatomy
     sequence: BlockSequence
     options: FreezeOptions
     input_ids: Int[Tensor, "1 T"]
     layers: list[BlockCall]
-    attn_out: list[Tensor | None]
-    end: BlockCall
-    final: Float[Tensor, "1 T d_final"]
-    stock_final: Float[Tensor, "1 T d_final"]
-    stock_logits: Float[Tensor, " V"]
-    bit_identical: bool
-    random: bool
-    attention_received: Float[Tensor, " T"]
-    nonlinear_uses: tuple[NonlinearUse, ...]
-    explicit: tuple[bool, ...]
-    coefficients: tuple[LayerCoefficients | None, ...]
-    biased: tuple[bool, ...]
-    causal: bool
+    attn_out: list[Tensor | None]  # each layer's, [1, T, d]; None where no module of the layer gives it
+    end: BlockCall  # what enters the modules behind the last layer (the final norm)
+    final: Float[Tensor, "1 T d_final"]  # what leaves them
+    stock_final: Float[Tensor, "1 T d_final"]  # the untouched model's own
+    stock_logits: Float[Tensor, " V"]  # the untouched model's own, at the last position
+    bit_identical: bool  # whether the model gave the same inside the freeze, in every bit
+    random: bool  # whether it gave something else
+    attention_received: Float[Tensor, " T"]  # by each token from later ones, the mean of all heads; 0 without attention
+    nonlinear_uses: tuple[NonlinearUse, ...]  # coefficients used as if linear in the input: with any, no map is exact
+    explicit: tuple[bool, ...]  # whether a layer has explicit products that rebuild its value
+    coefficients: tuple[LayerCoefficients | None, ...]  # of explicit products, where they are kept
+    biased: tuple[bool, ...]  # False where explicit products have no biases
+    causal: bool  # whether no token attends to a later one
     _heads: dict[int, OutputHead] = field(default_factory=dict)
 
     __repr__ = brief
@@ -151,23 +113,11 @@ class Trace:
         return self.layers[index].hidden if index < self.n_layers else self.end.hidden
 
     def check_weights(self, module: nn.Module) -> None:
-        """Refuse to compute with a part of the model whose weights are not those that were traced.
-
-        Raises
-        ------
-        ModelError
-            Naming the weights.
-        """
+        """Refuse, by a ModelError, a part of the model whose weights are not those that were traced."""
         self.weights.check(module, self.model.info.name)
 
     def position(self, position: int) -> int:
-        """A position counted from the front.
-
-        Raises
-        ------
-        PromptError
-            When it lies outside the prompt.
-        """
+        """A position counted from the front; PromptError outside the prompt."""
         position = whole("position", position)
         if not -self.length <= position < self.length:
             raise PromptError(
@@ -177,13 +127,7 @@ class Trace:
         return position % self.length
 
     def sublayer_path(self, layer: int, kind: str) -> str:
-        """The path, from a layer, of the module whose output is `attn_out` or `mlp_out`.
-
-        Raises
-        ------
-        OptionError
-            When the layer has no such module.
-        """
+        """The path, from a layer, of the module whose output is `attn_out` or `mlp_out`; OptionError without one."""
         block = self.layers[layer].block
         path = block.sublayers.mlp if kind == "mlp_out" else block.sublayers.attn
         if path is None:
@@ -232,9 +176,8 @@ class Trace:
         if position not in self._heads:
             self.check_weights(self.model.hf)
             with torch.no_grad(), frozen(self.model.hf, self.options, self.dtype) as mode:
-                self._heads[position], *_ = run_to_logits(
-                    mode, self.model, self.input_ids, self.sequence, position, self.final
-                )
+                known = (self.input_ids, self.sequence, position, self.final)
+                self._heads[position], *_ = run_to_logits(mode, self.model, *known)
         return self._heads[position]
 
     def double(self) -> Trace:
@@ -244,14 +187,10 @@ class Trace:
         in float32 such a product is the whole sweep's largest error. Cost: a copy of what is remembered; then each
         sweep converts the weights of one layer at a time.
         """
-
-        def double(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.double()
-
         return replace(
             self,
             layers=[replace(call, value=call.value.double()) for call in self.layers],
-            attn_out=[double(added) for added in self.attn_out],
+            attn_out=[None if added is None else added.double() for added in self.attn_out],
             end=replace(self.end, value=self.end.value.double()),
             final=self.final.double(),
             coefficients=tuple(None if held is None else held.to(torch.float64) for held in self.coefficients),
@@ -259,10 +198,7 @@ class Trace:
 
 
 def agrees(rerun: Tensor, traced: Tensor, widened: bool = False) -> bool:
-    """Whether a part of the model, run again, gives the same up to rounding: threads sum in any order.
-
-    `widened`: one of the two was computed without the casts to float32 that are in a model's code.
-    """
+    """Whether values agree up to rounding: threads sum in any order. `widened`: one ran without casts to float32."""
     if torch.equal(rerun, traced):
         return True
     finite, scale = traced.isfinite(), torch.finfo(traced.dtype)
@@ -278,12 +214,7 @@ def run_to_logits(
     """Run the model, with a graph from its final hidden state at one position to the logits there.
 
     Returns the head, and the final hidden state at all positions `[1, T, d]`: the frozen network's (or `final`, where
-    it is known already), and the model's own.
-
-    Raises
-    ------
-    ModelError
-        When the final hidden state does not depend on the embeddings.
+    it is known already), and the model's own. ModelError where that does not depend on the embeddings.
     """
     seen: dict[str, Tensor] = {}
     keeps = mode.options.keeps_stock(sequence.dtype)

@@ -1,8 +1,7 @@
-"""Inside a layer: its attention's heads and its MLP's neurons, found by watching and proved by their sum.
+"""Inside a layer of any family: attention heads and neurons, found by watching and proved by their sum.
 
-Heads are equal parts of what enters the attention's output projection, neurons the numbers that enter the MLP's.
-Nothing here knows families. While a frozen layer runs, the calls of its linear modules are noted. The output projection
-is the last of them through which all of a sublayer's output goes, apart from biases that are added behind it.
+They are equal parts of what enters an output projection: the last linear module through which all of an attention's or
+an MLP's output goes, apart from biases that are added behind it.
 """
 
 from __future__ import annotations
@@ -24,30 +23,17 @@ from loclin.network.autograd import Constants
 from loclin.network.explicit import AGREEMENT
 from loclin.network.sequence import Sublayers
 
-_COARSE = 0.1
-"""How far apart sums may be in half precision, see `AGREEMENT`."""
+_COARSE = 0.1  # how far apart sums may be in half precision, see `AGREEMENT`
 
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """The last linear module of an attention or an MLP.
-
-    Attributes
-    ----------
-    path
-        Its path, from the layer.
-    source
-        What enters it, in the layer's graph: T vectors of n numbers, in any shape.
-    count
-        How many heads or neurons that is: equal parts, side by side.
-    behind
-        The constants that are added behind it.
-    """
+    """The last linear module of an attention or an MLP, at a path from the layer."""
 
     path: str
-    source: Tensor
-    count: int
-    behind: Constants
+    source: Tensor  # what enters it, in the layer's graph: T vectors of n numbers, in any shape
+    count: int  # of heads or neurons in it: equal parts, side by side
+    behind: Constants  # added behind it
 
     __repr__ = brief
 
@@ -70,18 +56,10 @@ class _LinearCall:
 
 @dataclass
 class UnitFinder:
-    """Finds heads and neurons during one frozen pass of a layer; see `LayerLink.graph`.
-
-    Attributes
-    ----------
-    sublayers
-        Where the layer's attention and MLP end.
-    probs
-        The attention probabilities `[H, T, S]`, one pattern for each query head; None where nothing attends.
-    """
+    """Finds heads and neurons during one frozen pass of a layer; see `LayerLink.graph`."""
 
     sublayers: Sublayers
-    probs: Tensor | None = None
+    probs: Tensor | None = None  # attention [H, T, S], one pattern for each query head; None where nothing attends
     _calls: list[_LinearCall] = field(default_factory=list)
     _mixes: int = 0
     _attended: int = 0
@@ -121,10 +99,7 @@ class UnitFinder:
         return hook
 
     def projection(self, kind: str, output: Float[Tensor, "1 T d"], constants: Constants) -> OutputProjection | None:
-        """Find the output projection of a layer's `attn_out` or `mlp_out`; None where it has none.
-
-        Cost: for each module that is tried, a product with the graph of the output, back to the module's input.
-        """
+        """Find the output projection of `attn_out` or `mlp_out`, if there is one. Cost: a vjp for each module tried."""
         calls = self._calls_behind_mixing() if kind == "attn_out" else self._calls_behind_mlp_input()
         _, length, width = output.shape
         for call in reversed(calls):
@@ -174,10 +149,7 @@ def _added_behind(source: Tensor, output: Tensor, constants: Constants) -> Const
 
 
 def _carries_all(projection: OutputProjection, output: Tensor) -> bool:
-    """Whether an output y is the sum of what its projection's source and the constants behind it add.
-
-    If y = sum_i A_i p_i, then |y|^2 = sum_i <A_i^T y, p_i>, which takes one vjp of y.
-    """
+    """Whether y = sum_i A_i p_i over the source and what is behind it: |y|^2 = sum_i <A_i^T y, p_i>, by one vjp."""
     parts = [projection.source, *(leaf for _, leaf in projection.behind)]
     pulled = torch.autograd.grad(output, parts, output.detach(), retain_graph=True, allow_unused=True)
     found = sum((g.double() * p.detach().double()).sum() for g, p in zip(pulled, parts, strict=True) if g is not None)

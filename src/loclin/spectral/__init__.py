@@ -4,9 +4,9 @@ from loclin.spectral.checks import check_fraction, check_rank, check_tolerance, 
 from loclin.spectral.dense import block_krylov_svd, lapack_svd, singular_values
 from loclin.spectral.krylov import matrix_free_svd
 from loclin.spectral.norms import Norms, effective_rank, stable_rank, stable_rank_and_norm
-from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import NEAR_EQUAL, SVD
 from loclin.spectral.ritz import RitzTriples, ritz_svd
+from loclin.spectral.sketch import TokenMaps
 
 __all__ = [
     "NEAR_EQUAL",

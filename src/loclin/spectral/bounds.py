@@ -24,10 +24,7 @@ from loclin.spectral.threads import single_thread
 
 
 def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:
-    """What rounding may add to any singular value of a map, relative to the largest: sqrt(n) eps.
-
-    The statistical growth of rounding errors (Higham & Mary 2019), with a floor for small maps.
-    """
+    """What rounding may add to any singular value, relative to the largest: sqrt(n) eps (Higham & Mary 2019)."""
     return max(4.0, math.sqrt(max(d_out, d_in))) * torch.finfo(dtype).eps
 
 
@@ -52,15 +49,8 @@ def outside(
 ) -> Float[Tensor, "*M m m"]:
     """I - F F^T in the basis of B's right vectors, or an upper bound close to it. Cost: M m f (m + f) flops.
 
-    Parameters
-    ----------
-    W, values
-        Left singular vectors and values of B.
-    pushed
-        Any columns whose B^T `pushed` span F.
-    floor
-        Directions of F below this, relative to the largest value, are rounding and not counted; at least 1e-6, which
-        float64 needs.
+    B has left singular vectors `W` and `values`, and B^T `pushed` spans F. Directions of F below `floor`, relative to
+    the largest value, are rounding and not counted; at least 1e-6, which float64 needs.
     """
     # X = S W^T pushed spans F in the basis of right vectors. With a ridge r > 0, X (X^T X + r I)^-1 X^T is at most the
     # projector F F^T, whatever the rank of X.
@@ -85,14 +75,7 @@ def upper_values(
 ) -> Float[Tensor, "M m"]:
     """Bound the m largest singular values of J from above (see the top of this file). Cost: about 2 M m^3 flops.
 
-    Parameters
-    ----------
-    values
-        Singular values of B.
-    missed
-        `outside` of what was pushed.
-    eta
-        At least ||E||_2 of each map.
+    `values` are those of B, `missed` is `outside` of what was pushed, and `eta` at least ||E||_2 of each map.
     """
     square = eta.square()
     squares = torch.linalg.eigvalsh(bound_matrix(values, missed, square)).flip(-1)
@@ -123,10 +106,7 @@ def schatten(E: Float[Tensor, "M d_out n"]) -> Iterator[Float[Tensor, " M"]]:
 
 
 def norm_from_below(E: Float[Tensor, "M d_out n"], steps: int = 4) -> Float[Tensor, " M"]:
-    """A lower bound on ||E||_2, mostly close to it, by the power method from the sum of the rows.
-
-    Cost: 4 M d_out n flops a step.
-    """
+    """A lower bound on ||E||_2, mostly close to it, by the power method from the sum of the rows."""
     vector = E.sum(dim=-2)
     tiny = torch.finfo(E.dtype).tiny
     norm = vector.new_zeros(len(vector))
@@ -152,19 +132,10 @@ def chi2_quantile(probability: float, degrees: int) -> float:
 def chebyshev_bound(squares: float, degree: int, level: float, probes: int, failure: float) -> float:
     """Bound lambda_1(A) from above, except with probability `failure`, from a Chebyshev polynomial of A.
 
-    C(x) = cos(degree arccos(2 x / level - 1)) is at most 1 on [0, level] and steep beyond. With u the first
-    eigenvector, |C(A) g|^2 >= C(lambda_1)^2 (u g)^2 for Gaussian g, and the sum of (u g)^2 over the probes is
-    chi-square. Dixon (1983) does this with a power of A; the polynomial needs the square root of that degree (Kuczynski
-    & Wozniakowski 1992).
-
-    Parameters
-    ----------
-    squares
-        The sum of |C(A) g|^2 over the probes.
-    degree, level
-        Of the polynomial.
-    probes, failure
-        The number of Gaussian vectors, and the probability that the bound is wrong.
+    `squares` is the sum of |C(A) g|^2 over Gaussian probes g; C(x) = cos(degree arccos(2 x / level - 1)) is at most 1
+    on [0, level] and steep beyond. With u the first eigenvector, |C(A) g|^2 >= C(lambda_1)^2 (u g)^2, and the sum of
+    (u g)^2 over the probes is chi-square. Dixon (1983) does this with a power of A; the polynomial needs the square
+    root of that degree (Kuczynski & Wozniakowski 1992).
     """
     growth = math.sqrt(max(1.0, squares / chi2_quantile(failure, probes)))
     return level * (1 + math.cosh(math.acosh(growth) / degree)) / 2

@@ -8,31 +8,18 @@ from torch import Tensor
 from loclin.common.arguments import whole
 from loclin.errors import OptionError
 
-_LEAST = 50
-"""A tolerance is at least this many units of rounding: below, bounds would measure rounding and not the map."""
+_LEAST = 50  # a tolerance is at least this many units of rounding: below, bounds would measure rounding and not the map
 
 
 def check_rank(k: int, d_out: int, d_in: int) -> None:
-    """Refuse a number of singular triples that a matrix does not have.
-
-    Raises
-    ------
-    OptionError
-        When k is not between 1 and the smaller side.
-    """
+    """Refuse, by an OptionError, a number of singular triples that a matrix does not have."""
     most, k = min(d_out, d_in), whole("k", k)
     if not 1 <= k <= most:
         raise OptionError(f"k={k}: the map has {most} singular values, so k is 1 to {most}")
 
 
 def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
-    """Refuse a relative tolerance that the dtype cannot hold, and to compute in half precision.
-
-    Raises
-    ------
-    OptionError
-        When the tolerance is below 50 units of rounding, or not below 1; the message names the least.
-    """
+    """Refuse, by an OptionError, half precision, and a relative tolerance below 50 units of rounding or not below 1."""
     refuse_half(dtype)
     least = least_tolerance(dtype)
     if not tolerance >= least:
@@ -42,26 +29,14 @@ def check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
 
 
 def check_fraction(tolerance: float) -> float:
-    """Refuse a tolerance that is not a fraction of what is measured.
-
-    Raises
-    ------
-    OptionError
-        When it is not between 0 and 1.
-    """
+    """Refuse, by an OptionError, a tolerance that is not between 0 and 1."""
     if not 0 < tolerance < 1:
         raise OptionError(f"tolerance={tolerance:g}: give a fraction of each value between 0 and 1, such as 1e-3")
     return tolerance
 
 
 def refuse_half(dtype: torch.dtype) -> None:
-    """Refuse to decompose a map by products in float16 or bfloat16: their rounding would be the result.
-
-    Raises
-    ------
-    OptionError
-        Naming the alternatives.
-    """
+    """Refuse, by an OptionError, to decompose a map by products in half precision: rounding would be the result."""
     if wide_dtype(dtype) != dtype:
         name = str(dtype).removeprefix("torch.")
         raise OptionError(

@@ -6,6 +6,8 @@ the upper bounds are those of `loclin.spectral.bounds`, with eta >= ||J - Q Q^T 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,12 +35,7 @@ def lapack_svd(
     """Decompose each token's map, or with `joint` all of them side by side, by LAPACK; `spectrum` has all values.
 
     Bounds are the measured ||J - U S V^T||_F, plus the rounding in the orthogonality of U and V.
-    Cost: T full SVDs of `[d_out, d_in]`, or one of `[d_out, T d_in]`.
-
-    Raises
-    ------
-    OptionError
-        When k is not between 1 and the smaller side of the matrix.
+    Cost: T full SVDs of `[d_out, d_in]`, or one of `[d_out, T d_in]`. OptionError for a k that a matrix does not have.
     """
     matrices = _matrices(dense, k, joint)
     parts = map_matrices(lambda matrix: _lapack_triples(matrix, k, align_to), matrices)
@@ -65,12 +62,8 @@ def block_krylov_svd(
     the smaller side is not enough, LAPACK decomposes the map. Bounds are rigorous (see `loclin.spectral.bounds`): they
     do not depend on the random start.
 
-    Cost: per token and step 4 d_out d_in (k + 8) flops; the bounds up to four products of d x d matrices.
-
-    Raises
-    ------
-    OptionError
-        For a k that the map does not have, or a tolerance that its dtype does not hold.
+    Cost: per token and step 4 d_out d_in (k + 8) flops; the bounds up to four products of d x d matrices. OptionError
+    for a k that the map does not have, or a tolerance that its dtype does not hold.
     """
     check_tolerance(tolerance, wide_dtype(dense.dtype))
     matrices = _matrices(dense, k, joint)
@@ -84,20 +77,8 @@ def block_krylov_svd(
 
 def as_joint(found: SVD, length: int) -> SVD:
     """The result of one flat matrix `[1, d_out, T d_in]` as a joint decomposition, without token axis."""
-    spectrum = None if found.spectrum is None else found.spectrum[0]
-    return SVD(
-        found.U[0],
-        found.S[0],
-        found.Vh[0].unflatten(1, (length, -1)),
-        found.residuals[0],
-        found.lower[0],
-        found.upper[0],
-        found.failure,
-        found.frobenius[0],
-        found.method,
-        found.columns,
-        spectrum,
-    )
+    tensors = {name: part[0] for name, part in vars(found).items() if isinstance(part, Tensor)}
+    return replace(found, **tensors | {"Vh": found.Vh[0].unflatten(1, (length, -1))})
 
 
 def _half_rounding(dense: Tensor, joint: bool) -> float:

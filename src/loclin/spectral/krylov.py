@@ -19,26 +19,21 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.spectral.bounds import bound_matrix, chi2_quantile, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.dense import as_joint
-from loclin.spectral.operator import TokenMaps
 from loclin.spectral.result import SVD, align_signs
-from loclin.spectral.sketch import BasisSVD, Sketch
+from loclin.spectral.sketch import BasisSVD, Sketch, TokenMaps
 from loclin.spectral.threads import single_thread
 
 FAILURE = 1e-3
 """The probability with which the bounds of one result may not hold."""
 
-_SHARED_STEPS = 2
-"""Shared steps before single tokens' vectors are pushed."""
+_SHARED_STEPS = 2  # shared steps before single tokens' vectors are pushed
 PROBES = 8
 """Gaussian vectors that measure the Frobenius norm of what the basis misses."""
 CERTIFICATE = (4, 5)
 """Gaussian vectors and polynomial degree of the certificate of ||E||: 40 columns, within 1.3 of the truth."""
-_LEVEL = 0.35
-"""The ||E||^2 / s_k^2 that is assumed before it has been measured."""
-_NEAR_K = 0.95
-"""A value beyond the k-th is pushed too if its bound is above this fraction of s_k^2."""
-_TOO_LARGE = 0.8
-"""Above this ||E||^2 / s_k^2 a larger basis gains more than vectors of single maps."""
+_LEVEL = 0.35  # the ||E||^2 / s_k^2 that is assumed before it has been measured
+_NEAR_K = 0.95  # a value beyond the k-th is pushed too if its bound is above this fraction of s_k^2
+_TOO_LARGE = 0.8  # above this ||E||^2 / s_k^2 a larger basis gains more than vectors of single maps
 
 
 @in_plain_torch
@@ -62,31 +57,11 @@ def matrix_free_svd(
     ends the search, or says how large ||E|| is. Lower bounds are rigorous, upper ones hold with probability 1 -
     `failure`. Where the basis spans the output space, both are rigorous and the result is exact.
 
-    Parameters
-    ----------
-    op
-        The maps.
-    k
-        How many triples.
-    align_to
-        The output vector with which left vectors have a non-negative product.
-    tolerance
-        How far a value may be from its upper bound, relative to the value; or else twice the rounding.
-    joint
-        Decompose [J_0 ... J_{T-1}] instead of every J_i.
-    block
-        The block's width; k + 8 by default.
-    max_columns
-        Stop before this many columns are exceeded, with valid bounds. The first block and the probes are always used.
-    seed
-        Of all random vectors.
-    callback
-        Called with the number of columns so far, after each step.
-
-    Raises
-    ------
-    OptionError
-        For a k that the map does not have, a tolerance that its dtype does not hold, or products in half precision.
+    Left vectors have a non-negative product with `align_to`. A value may be from its upper bound `tolerance` times the
+    value, or twice the rounding. A `block` is k + 8 wide by default. Columns end before `max_columns` are exceeded,
+    with valid bounds; the first block and the probes are always used. `callback` is called with the number of columns
+    so far, after each step. OptionError for a k that the map does not have, a tolerance that its dtype does not hold,
+    or products in half precision.
     """
     d_out, length, d_in = op.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
@@ -109,36 +84,13 @@ def matrix_free_svd(
     residuals = eta[:, None].to(S) * sines + slack
     frobenius = frobenius_estimate(sketch, missing)[0].to(S)
     U, Vh = align_signs(U, Vh, align_to)
-    found = SVD(
-        U,
-        S,
-        Vh,
-        residuals,
-        (S - slack).clamp(min=0),
-        torch.maximum(upper, S) + slack,
-        failure,
-        frobenius,
-        "matrix_free",
-        sketch.columns,
-    )
+    lower, upper = (S - slack).clamp(min=0), torch.maximum(upper, S) + slack
+    found = SVD(U, S, Vh, residuals, lower, upper, failure, frobenius, "matrix_free", sketch.columns)
     return as_joint(found, length) if joint else found
 
 
 class _Search:
-    """The state of a search between its steps.
-
-    Attributes
-    ----------
-    basis, size
-        The SVD of the sketch's rows, and the number of basis vectors.
-    rounded, scale, allowed
-        What rounding adds to the values `[M, 1]`, the k-th value or that rounding `[M]`, and how far bounds may be from
-        values `[M, k]`.
-    upper, eta
-        The upper bounds so far on the k largest values `[M, k]`, and on ||E|| `[M]`; infinite before a certificate.
-    level
-        ||E||^2 / scale^2: assumed, or measured by the last certificate.
-    """
+    """A search between its steps: bounds `upper` on values and `eta` on ||E||; `level` is ||E||^2 / scale^2."""
 
     def __init__(self, sketch: Sketch, k: int, tolerance: float, most: int | float) -> None:
         self._sketch, self._k, self._tolerance, self._most = sketch, k, tolerance, most
@@ -151,32 +103,26 @@ class _Search:
         """Decompose the sketch, and compute the bounds that follow for the values."""
         sketch, k = self._sketch, self._k
         self.basis, self.size = sketch.svd(), sketch.Q.shape[1]
-        self.rounded = 2 * sketch.floor * self.basis.values[:, :1]
-        self.scale = torch.maximum(self.basis.values[:, min(k, self.size) - 1], self.rounded[:, 0])
-        # The bounds have rounding added later.
-        self.allowed = torch.maximum(self._tolerance * self.basis.values[:, :k] - self.rounded, self.rounded)
+        rounded = 2 * sketch.floor * self.basis.values[:, :1]
+        self.scale = torch.maximum(self.basis.values[:, min(k, self.size) - 1], rounded[:, 0])
+        # How far bounds may be from values [M, k]; they have rounding added later.
+        self.allowed = torch.maximum(self._tolerance * self.basis.values[:, :k] - rounded, rounded)
         if self._certificates:  # a bound on ||E|| stays one while the basis grows
             bound = upper_values(self.basis.values, self.basis.missed, self.eta)[:, :k]
             self.upper = torch.minimum(self.upper, bound)
 
     def is_settled(self, bound: Tensor) -> bool:
         """Whether upper bounds are within the tolerance of the values."""
-        k = self._k
-        return bool((bound[:, :k] - self.basis.values[:, :k] <= self.allowed).all())
+        return bool((bound[:, : self._k] - self.basis.values[:, : self._k] <= self.allowed).all())
 
     @property
     def is_certified(self) -> bool:
         """Whether the upper bounds that are proved are within the tolerance."""
         return self._certificates > 0 and self.is_settled(self.upper)
 
-    @property
-    def assumed_eta(self) -> Tensor:
-        """||E|| at the present level."""
-        return self.level**0.5 * self.scale
-
-    def is_ready(self, assumed: Tensor, wanted: int) -> bool:
+    def is_ready(self, assumed: Tensor, wanted: list[Tensor]) -> bool:
         """Whether the bounds would be within the tolerance at the present level, or no vector of single maps helps."""
-        is_stuck = self._sketch.maps > 1 and self._steps >= _SHARED_STEPS and not wanted
+        is_stuck = self._sketch.maps > 1 and self._steps >= _SHARED_STEPS and not any(part.numel() for part in wanted)
         return self.is_settled(assumed) or is_stuck
 
     def certify(self) -> bool:
@@ -219,12 +165,7 @@ class _Search:
 
 
 def search(
-    sketch: Sketch,
-    k: int,
-    tolerance: float,
-    max_columns: int | None,
-    callback: Callable[[int], None],
-    certify: bool = True,
+    sketch: Sketch, k: int, tolerance: float, most: int | None, callback: Callable[[int], None], certify: bool = True
 ) -> tuple[BasisSVD, Float[Tensor, "M k"], Float[Tensor, " M"]]:
     """Grow a sketch until the k largest values of all its maps are certified, or the columns are spent.
 
@@ -232,7 +173,7 @@ def search(
     not proved. Returns the last decomposition, upper bounds on the maps' values (infinite without a certificate), and
     on ||E||.
     """
-    state = _Search(sketch, k, tolerance, math.inf if max_columns is None else max_columns)
+    state = _Search(sketch, k, tolerance, math.inf if most is None else most)
     while True:
         callback(sketch.columns)
         state.look()
@@ -241,11 +182,12 @@ def search(
         if state.is_certified:
             return state.basis, state.upper, state.eta
         # What the upper bounds would be if ||E|| were as assumed, and which vectors would have to be pushed for less.
-        assumed = upper_values(state.basis.values, state.basis.missed, state.assumed_eta)
+        assumed_eta = state.level**0.5 * state.scale
+        assumed = upper_values(state.basis.values, state.basis.missed, assumed_eta)
         wanted = _choose_vectors(state.basis, state.allowed, state.level * state.scale.square())
-        if state.is_ready(assumed, sum(part.shape[1] for part in wanted)):
+        if state.is_ready(assumed, wanted):
             if not certify and state.size >= k:
-                return state.basis, assumed[:, :k], state.assumed_eta
+                return state.basis, assumed[:, :k], assumed_eta
             if certify and state.certify():
                 continue
         if not state.grow(wanted):
@@ -282,10 +224,7 @@ def frobenius_bound(missing: Float[Tensor, "M s"], failure: float) -> Float[Tens
 
 
 def frobenius_estimate(sketch: Sketch, missing: Float[Tensor, "M s"]) -> tuple[Tensor, Tensor]:
-    """||J_i||_F and its relative standard error, both `[M]`: ||B_i||_F^2 + mean |E_i^T g|^2.
-
-    Deflated Hutchinson (Hutchinson 1990; Meyer et al. 2021, Hutch++).
-    """
+    """||J_i||_F and its relative standard error, from |B|^2 + mean |E^T g|^2 (Hutchinson 1990; Hutch++, 2021)."""
     if sketch.complete:
         missing = torch.zeros_like(missing)
     square = square_sums(sketch.B, 1) + missing.mean(dim=1)

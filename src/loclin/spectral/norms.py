@@ -1,7 +1,4 @@
-"""Norms and ranks of token maps: matrix-free, or from singular values.
-
-Stable rank ||J||_F^2 / sigma_1^2, effective rank exp(-sum_j p_j log p_j) with p_j = sigma_j / sum sigma.
-"""
+"""Norms, stable and effective ranks of token maps: matrix-free, or from singular values."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.spectral.checks import check_tolerance
 from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
-from loclin.spectral.operator import TokenMaps
-from loclin.spectral.sketch import Sketch
+from loclin.spectral.sketch import Sketch, TokenMaps
 
 _BLOCK = 16
 
@@ -30,16 +26,11 @@ class Norms(Result):
 
     Attributes
     ----------
-    largest, frobenius, stable_rank
-        sigma_1, ||J_i||_F and ||J_i||_F^2 / sigma_1^2.
-    largest_error
-        How far sigma_1 may be above `largest`, relative; holds with probability 1 - `failure`.
-    frobenius_error
-        The relative standard error of `frobenius`.
-    failure, columns
-        The probability of a wrong bound, and the columns that products took.
-    provenance, warnings
-        Which map this is of, and warnings about the prompt.
+    largest, frobenius, stable_rank: sigma_1, ||J_i||_F and ||J_i||_F^2 / sigma_1^2.
+    largest_error: how far sigma_1 may be above `largest`, relative; holds with probability 1 - `failure`.
+    frobenius_error: the relative standard error of `frobenius`.
+    failure, columns: the probability of a wrong bound, and the columns that products took.
+    provenance, warnings: which map this is of, and warnings about the prompt.
     """
 
     largest: Tensor
@@ -82,12 +73,8 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: boo
 
     The stable rank has twice the relative errors of both norms, so each of these gets a quarter of the tolerance. With
     `certify=False` sigma_1 is not certified, which saves the certificate's columns: `largest_error` then holds if no
-    singular value above 0.6 sigma_1 is outside of what was pushed, and `failure` is 1.
-
-    Raises
-    ------
-    OptionError
-        For a tolerance that the map's dtype does not hold.
+    singular value above 0.6 sigma_1 is outside of what was pushed, and `failure` is 1. OptionError for a tolerance that
+    the map's dtype does not hold.
     """
     check_tolerance(tolerance / 4, op.dtype)
     sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed)

@@ -28,26 +28,17 @@ class SVD(Result):
 
     Attributes
     ----------
-    U, S, Vh
-        The triples: `[T, d_out, k]`, `[T, k]`, `[T, k, d_in]`, values descending.
-    residuals
-        `[T, k]`: the larger of |J v - s u| and |J^T u - s v|, or a bound on it, in S's units.
-    lower, upper
-        `[T, k]`: bounds on the true j-th singular value, rounding included.
-    failure
-        The probability with which some upper bound (or bound on a residual) may not hold; 0 when all are rigorous, 1
-        when the upper ones are estimates.
-    frobenius
-        `[T]`: the Frobenius norms; where `failure` is positive, estimates.
-    method
-        How they were found: "lapack", "block_krylov" (on the dense map), "matrix_free", or "ritz" (block Krylov on the
-        dense map, with estimated upper bounds).
-    columns
-        The columns of matrix-free products; 0 for methods on the dense map.
-    spectrum
-        `[T, r]`: all singular values, from LAPACK; else None.
-    provenance, warnings
-        The map, and warnings about the prompt.
+    U, S, Vh: the triples, `[T, d_out, k]`, `[T, k]`, `[T, k, d_in]`, values descending.
+    residuals: `[T, k]`, the larger of |J v - s u| and |J^T u - s v|, or a bound on it, in S's units.
+    lower, upper: `[T, k]`, bounds on the true j-th singular value, rounding included.
+    failure: the probability with which some upper bound (or bound on a residual) may not hold; 0 when all are rigorous,
+        1 when the upper ones are estimates.
+    frobenius: `[T]`, the Frobenius norms; where `failure` is positive, estimates.
+    method: how they were found: "lapack", "block_krylov" (on the dense map), "matrix_free", or "ritz" (block Krylov on
+        the dense map, with estimated upper bounds).
+    columns: the columns of matrix-free products; 0 for methods on the dense map.
+    spectrum: `[T, r]`, all singular values, from LAPACK; else None.
+    provenance, warnings: the map, and warnings about the prompt.
     """
 
     U: Tensor
@@ -79,14 +70,9 @@ class SVD(Result):
 
     @in_plain_torch
     def blocks(self, token: int | None = None, tolerance: float = NEAR_EQUAL) -> list[list[int]]:
-        """Indices of the singular values, grouped so that neighbours that cannot be told apart are in one block.
+        """Indices of a token's singular values (None: joint ones), neighbours that cannot be told apart in one block.
 
-        Parameters
-        ----------
-        token
-            The token; None for a joint decomposition.
-        tolerance
-            The relative distance below which neighbours count as equal; they also do if their bounds overlap.
+        Those are neighbours closer than the relative `tolerance`, or with bounds that overlap.
         """
         S, lower, upper = (part if token is None else part[token] for part in (self.S, self.lower, self.upper))
         return near_equal(S, lower, upper, tolerance)

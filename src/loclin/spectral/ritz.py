@@ -1,7 +1,7 @@
 """The largest singular triples of many dense maps at once: Ritz values, without rigorous upper bounds.
 
-For hundreds of maps, such as those of all layers, the bounds of `loclin.spectral.block_krylov_svd` would cost more than
-the maps. Ritz values s = sigma(Q^T J) are never above the true ones, and below them by about |J v - s u|^2 / s.
+For hundreds of maps, the bounds of `loclin.spectral.block_krylov_svd` would cost more than the maps. Ritz values
+s = sigma(Q^T J) are never above the true ones, and below them by about |J v - s u|^2 / s.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from torch import Tensor
 from loclin.common.brief import brief
 from loclin.common.sums import norms
 from loclin.spectral.checks import check_rank, check_tolerance, to_wide
+from loclin.spectral.norms import stable_rank
 
 _OVERSAMPLING = 4
-_LARGEST = 1e-6
-"""The tolerance of the largest value, from which stable ranks are computed."""
-_FIRST = 3
-"""Steps before the values are computed for the first time: fewer are hardly ever enough."""
+_LARGEST = 1e-6  # the tolerance of the largest value, from which stable ranks are computed
+_FIRST = 3  # steps before the values are computed for the first time: fewer are hardly ever enough
 
 
 @dataclass(frozen=True)
 class RitzTriples:
-    """The k largest triples of M matrices: `U [M, d_out, k]`, `S [M, k]`, `Vh [M, k, n]`, and `residuals [M, k]`.
+    """The k largest triples of M matrices."""
 
-    `residuals` are |J v - s u|; |J^T u - s v| is rounding. `frobenius [M]` are the matrices' norms.
-    """
-
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-    residuals: Tensor
-    frobenius: Tensor
+    U: Tensor  # [M, d_out, k]
+    S: Tensor  # [M, k]
+    Vh: Tensor  # [M, k, n]
+    residuals: Tensor  # [M, k]: |J v - s u|; |J^T u - s v| is rounding
+    frobenius: Tensor  # [M]: the matrices' norms
 
     __repr__ = brief
+
+    @property
+    def stable_rank(self) -> Tensor:
+        """Of each matrix `[M]`."""
+        return stable_rank(self.frobenius, self.S[:, 0])
 
 
 def ritz_svd(
@@ -51,25 +52,10 @@ def ritz_svd(
 
     A matrix is done when residual^2 <= `tolerance` s^2 for each value s, and 1e-6 s^2 for the largest, from which
     stable ranks are computed. LAPACK decomposes those for which a basis of half the smaller side is not enough. All
-    matrices take a step together: one alone is too small to keep a processor busy.
-
-    Parameters
-    ----------
-    matrices
-        The M matrices.
-    k
-        How many triples.
-    align_to
-        The output vector with which left vectors have a non-negative product.
-    tolerance, seed
-        The relative tolerance of the values; the seed of the random start.
+    matrices take a step together: one alone is too small to keep a processor busy. Left vectors have a non-negative
+    product with `align_to`. OptionError for a k or a tolerance that the matrices do not have or hold.
 
     Cost: a step is 4 d_out n (k + 4) flops; three to five steps on language models' maps at 1e-3.
-
-    Raises
-    ------
-    OptionError
-        When k is not between 1 and the smaller side, or the tolerance is below what the dtype holds.
     """
     matrices = to_wide(matrices)
     count, d_out, n = matrices.shape
@@ -100,10 +86,7 @@ def _write(found: RitzTriples, at: list[int], *parts: Tensor) -> None:
 
 
 def _krylov(J: Tensor, start: Tensor, k: int, tolerance: float, found: RitzTriples) -> list[int]:
-    """Write the triples of all matrices for which a small basis is enough; returns the indices of the others.
-
-    Those have fewer than k directions, or their basis would become too large.
-    """
+    """Write the triples of all matrices with k directions in a small basis; returns the indices of the others."""
     block, most = len(start), min(J.shape[1:]) // 2
     left, failed = list(range(len(J))), list[int]()
     allowed = J.new_full((k,), tolerance)  # of (residual / value)^2

@@ -9,6 +9,7 @@ upper bounds of that.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,20 +19,44 @@ from loclin.common.brief import brief
 from loclin.common.sums import square_sums
 from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
 from loclin.spectral.checks import refuse_half
-from loclin.spectral.operator import TokenMaps
 from loclin.spectral.threads import single_thread
+
+
+@runtime_checkable
+class TokenMaps(Protocol):
+    """J = [J_0 ... J_{T-1}]: a column is a vector through all tokens at once. `loclin.LinearMap` is one."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(d_out, T, d_in)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of products."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of products."""
+        ...
+
+    def matmat(self, Xs: Float[Tensor, "n T d_in"]) -> Float[Tensor, "n d_out"]:
+        """sum_i J_i x_i of n blocks of vectors. Cost: n columns."""
+        ...
+
+    def rmatmat(self, Us: Float[Tensor, "n d_out"]) -> Float[Tensor, "n T d_in"]:
+        """Every J_i^T u of n vectors. Cost: n columns."""
+        ...
 
 
 @dataclass(frozen=True)
 class BasisSVD:
-    """The SVD of the rows that a basis has of M maps, in float64: B = W diag(values) V^T.
+    """The SVD of the rows that a basis has of M maps, in float64: B = W diag(values) V^T."""
 
-    `W [M, m, m]`, `values [M, m]`; `missed [M, m, m]` is I - F F^T in the basis V (see `loclin.spectral.bounds`).
-    """
-
-    W: Tensor
-    values: Tensor
-    missed: Tensor
+    W: Tensor  # [M, m, m]
+    values: Tensor  # [M, m]
+    missed: Tensor  # [M, m, m]: I - F F^T in the basis V (see `loclin.spectral.bounds`)
 
     __repr__ = brief
 
@@ -39,18 +64,11 @@ class BasisSVD:
 class Sketch:
     """A growing output basis for M maps: those of the T tokens, or with `joint` the one map of all tokens side by side.
 
-    Cost: `block` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
+    `Q` is the basis `[d_out, m]`, `B` its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint; the next
+    shared step pushes the `newest` of its vectors. `columns` were taken by products so far. Rounding may add `floor` to
+    any singular value, relative to the map's largest.
 
-    Attributes
-    ----------
-    Q, B
-        The basis `[d_out, m]`, and its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint.
-    newest
-        How many of the last basis vectors the next shared step pushes.
-    columns
-        How many columns products have taken so far.
-    floor
-        What rounding may add to any singular value, relative to the map's largest.
+    Cost: `block` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
     """
 
     def __init__(self, op: TokenMaps, block: int, *, joint: bool = False, seed: int = 0) -> None:
@@ -99,20 +117,14 @@ class Sketch:
         return images[:, : self.Q.shape[0] - self.Q.shape[1]]
 
     def krylov_step(self) -> None:
-        """One shared block Krylov step: Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q.
-
-        Cost: at most two columns for each vector of the newest block.
-        """
+        """Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q. Cost: at most two columns for each of them."""
         rows = self.B[:, self.B.shape[1] - self.newest :]  # J_i^T q, pulled already
         if self.maps == 1:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
         self._extend(self.push(rows, self._weights))
 
     def push_chosen(self, wanted: list[Tensor]) -> None:
-        """Push vectors of each map's own, B_i^T `wanted[i]` with coefficients `[m, c_i]`, and extend the basis by them.
-
-        Cost: at most two columns for each vector.
-        """
+        """Extend the basis by vectors of each map's own, B_i^T `wanted[i]`. Cost: at most two columns for each."""
         images = []
         for i, coefficients in enumerate(wanted):
             if coefficients.shape[1]:

@@ -1,8 +1,4 @@
-"""Small decompositions in parallel, each on one thread.
-
-Inside one small decomposition a second thread gains little, and every step waits for it: ten times as long on a machine
-that has other work. Several maps in parallel are as fast without this waiting.
-"""
+"""Small decompositions in parallel, each on one thread: a second one gains little, and every step waits for it."""
 
 from __future__ import annotations
 
@@ -30,23 +26,11 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def map_matrices(
-    work: Callable[[Tensor], Result], matrices: Tensor | Sequence[Tensor], name: str = "SVD"
-) -> list[Result]:
-    """Apply a function to each of several matrices; on a CPU to as many at a time as torch has threads.
-
-    Parameters
-    ----------
-    work
-        The function; called from several threads.
-    matrices
-        `[M, n, m]`, or several of any shapes on one device.
-    name
-        The name on the progress bar, which a terminal shows after two seconds.
-    """
+def map_matrices(work: Callable[[Tensor], Result], matrices: Tensor | Sequence[Tensor]) -> list[Result]:
+    """Apply a function to each of several matrices on one device; on a CPU in as many threads as torch has."""
 
     def collect(results: Iterator[Result]) -> list[Result]:
-        return list(bar(results, desc=name, total=len(matrices)))
+        return list(bar(results, desc="SVD", total=len(matrices)))
 
     if matrices[0].device.type != "cpu" or len(matrices) == 1:
         return collect(map(work, matrices))
