@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rich.text import Text
@@ -18,24 +18,12 @@ _UNSAID = ("versions", "token_ids", "model", "certificate", "text", "tokens", "p
 
 @dataclass(frozen=True)
 class Run:
-    """Which model and options a result is of.
+    """Which model and options a result is of; empty where that is not known."""
 
-    Attributes
-    ----------
-    model
-        As `ModelInfo.to_dict()` gives it; nothing where it is not known.
-    options
-        Everything that was chosen, by name.
-    versions
-        Of what the numbers depend on.
-    more
-        What a terminal's line says besides.
-    """
-
-    model: Mapping[str, Any]
-    options: Mapping[str, Any]
-    versions: Mapping[str, str]
-    more: tuple[str, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)  # as `ModelInfo.to_dict()` gives it
+    options: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    more: tuple[str, ...] = ()  # what a terminal's line says besides
 
     __repr__ = brief
 
@@ -43,11 +31,6 @@ class Run:
     def gate(self) -> str:
         """Say which of several exact sets of numbers is shown."""
         return gate_note(self.options.get("gate"))
-
-    @property
-    def ends(self) -> str:
-        """The map's ends."""
-        return f"{self.options.get('source')} → {self.options.get('target')}"
 
     @property
     def line(self) -> Text:
@@ -72,13 +55,12 @@ class Run:
         return {str(name): str(value) for name, value in known.items() if value is not None}
 
 
-def run_of(result: Any, *more: str) -> Run | None:
-    """Find out what a result is of; None where it does not say."""
-    settings, known = getattr(result, "settings", {}), result.provenance
-    if known is None:
-        versions = getattr(result, "versions", None)
-        return None if versions is None else Run(settings.get("model", {}), settings, versions, more)
-    return run_at(known, settings, *more)
+def run_of(result: Any, *more: str) -> Run:
+    """Find out what a result is of."""
+    settings = getattr(result, "settings", {})
+    if result.provenance is not None:
+        return run_at(result.provenance, settings, *more)
+    return Run(settings.get("model", {}), settings, getattr(result, "versions", {}), more)
 
 
 def run_at(known: Provenance, settings: Mapping[str, Any] | None = None, *more: str) -> Run:
