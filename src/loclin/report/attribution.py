@@ -43,8 +43,7 @@ _MOST = 80
 
 
 @describe.register
-def describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
-    """Say what an attribution shows."""
+def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
     title, run = shortened(prompt(found)), run_of(found)
     level, note = LEVELS[found.by]
     by_token = found.by in ("token", "token×layer")
@@ -180,7 +179,6 @@ def _parts(found: Attribution, top: int) -> Table:
 
 
 def _head_map(found: Attribution) -> Heat:
-    """A map of layers by heads."""
     heads = [part for part in found.parts if part.kind == "head"]
     shares = {(part.layer, part.index): part.share for part in heads}
     count = 1 + max((part.index or 0 for part in heads), default=0)
@@ -227,8 +225,7 @@ def _heat(
 
 
 @describe.register
-def describe_head(head: Head, _limits: Limits = PAGE) -> Sheet:
-    """Say where a head looks, what it writes, and what it gives of the target."""
+def _describe_head(head: Head, _limits: Limits = PAGE) -> Sheet:
     shares = head.attends.tolist()
     full = full_size((share, False) for share in shares)
     table = Table.of(COUNTER, Column("token", "key"), "attention", "share", BAR)
@@ -247,8 +244,7 @@ def describe_head(head: Head, _limits: Limits = PAGE) -> Sheet:
 
 
 @describe.register
-def describe_path(path: Path, _limits: Limits = PAGE) -> Sheet:
-    """Say what each token gives of the target along a path."""
+def _describe_path(path: Path, _limits: Limits = PAGE) -> Sheet:
     shares = path.shares.tolist()
     full = full_size((share, False) for share in shares)
     table = Table.of(COUNTER, Column("token", "key"), "share", BAR)

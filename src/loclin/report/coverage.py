@@ -45,8 +45,7 @@ prompt runs through, named by its classes and its config; the number of experts 
 
 
 @describe.register
-def describe_coverage(coverage: Coverage, _limits: Limits = PAGE) -> Sheet:
-    """Say which families are exact, why others are not, and how many there are of each status."""
+def _describe_coverage(coverage: Coverage, _limits: Limits = PAGE) -> Sheet:
     table = Table.of(Column("family", "key"), Column("parts", "words"), *_NUMBERS, Column("status", "parts"))
     for result in coverage.results:
         parts = Text(" · ".join(part for part in _parts(result) if part != NONE), "dim")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from rich.text import Text
 
 from loclin.analyses.explain import Explanation, TokenExplanation
 from loclin.report.run import prompt, run_of
 from loclin.report.sheet import KEY, PAGE, Block, Chip, Limits, Section, Sheet, describe, full_size, sheet_of
-from loclin.report.table import BAR, COUNTER, Bar, Column, Table
+from loclin.report.table import BAR, COUNTER, Bar, Cell, Column, Table
 from loclin.report.text import (
     certified,
     error,
@@ -55,10 +56,7 @@ def describe_explanation(found: Explanation, limits: Limits = PAGE) -> Sheet:
     target, full, run = found.target, full_share(found.tokens), run_of(found)
     chosen = (target["text"], target["probability"])
     others = [word for word in found.predictions if word != chosen][:RUNNERS_UP]
-    tables = (
-        ("What each token's map writes and reads", "its singular vectors", _block_table(found, limits.vectors)),
-        ("Rows and columns of largest norm", "the largest of each", _unit_table(found)),
-    )
+    blocks, units = _details(found, partial(_blocks, most=limits.vectors)), _details(found, _units)
     shown = f"the {DETAIL_TOKENS} of {len(found.tokens)} tokens with the largest |share|"
     collapsed = [Text(shown, "dim italic")] if len(found.tokens) > DETAIL_TOKENS else []
     shares = [*share_table(found, limits.tokens), Text(run.gate, "dim")]
@@ -67,7 +65,8 @@ def describe_explanation(found: Explanation, limits: Limits = PAGE) -> Sheet:
         "the model, at this prompt, as an exact linear map",
         [
             Section("Which tokens drive it", f"shares of the {target['kind']}: J_i x_i through the head", shares),
-            *(Section(title, note, [*collapsed, table]) for title, note, table in tables),
+            Section("What each token's map writes and reads", "its singular vectors", [*collapsed, blocks]),
+            Section("Rows and columns of largest norm", "the largest of each", [*collapsed, units]),
         ],
         heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), token(target["text"])),
         chips=[
@@ -110,38 +109,28 @@ def _name(part: TokenExplanation) -> Text:
     return token(part.text, "bold", ["sink"] * part.is_sink)
 
 
-def _detail_table() -> Table:
-    """Tables without headings: a token, a number, which way its words go, and the words."""
-    return Table.of(COUNTER, COUNTER, "", Column("", "parts"), Column("", "words"))
-
-
-def _block_table(found: Explanation, top: int) -> Table:
-    """Put the `top` singular blocks of each token into words; of a long prompt, the tokens that matter."""
-    table = _detail_table()
+def _details(found: Explanation, rows_of: Callable[[TokenExplanation], Iterator[Sequence[Cell]]]) -> Table:
+    """Rows for each token, of a long prompt for those that matter: a number, which way its words go, and the words."""
+    table = Table.of(COUNTER, COUNTER, "", Column("", "parts"), Column("", "words"))
     for i in largest(found.tokens, DETAIL_TOKENS):
-        part = found.tokens[i]
-        place, name = str(i), _name(part)
-        for block in part.blocks[:top]:
-            first, last = number(block.values[0]), number(block.values[-1])
-            values = first if first == last else f"{first}…{last}"
-            gain = f"v·x {signed(block.gain)}" if block.gain is not None else "near-equal"
-            table.add(place, name, f"{sigmas(block.indices)} {values}", _WRITES, words(block.writes))
-            table.add("", "", Text(gain, "dim"), _READS, words(block.reads))
-            place, name = "", Text()
-        if not part.blocks:
-            table.add(place, name, "", "", _ZERO)
+        first, *others = list(rows_of(found.tokens[i])) or [("", "", _ZERO)]
+        table.add(str(i), _name(found.tokens[i]), *first)
+        for row in others:
+            table.add("", "", *row)
     return table
 
 
-def _unit_table(found: Explanation) -> Table:
-    """Put the largest row and column of each token's map into words (paper, Figure 4A)."""
-    table = _detail_table()
-    for i in largest(found.tokens, DETAIL_TOKENS):
-        part = found.tokens[i]
-        if not part.rows:
-            table.add(str(i), _name(part), "", "", _ZERO)
-            continue
-        row, column = part.rows[0], part.columns[0]
-        table.add(str(i), _name(part), f"row {row.index} {number(row.norm)}", _READS, words(row.words))
-        table.add("", "", f"column {column.index} {number(column.norm)}", _WRITES, words(column.words))
-    return table
+def _blocks(part: TokenExplanation, most: int) -> Iterator[Sequence[Cell]]:
+    for block in part.blocks[:most]:
+        first, last = number(block.values[0]), number(block.values[-1])
+        values = first if first == last else f"{first}…{last}"
+        gain = f"v·x {signed(block.gain)}" if block.gain is not None else "near-equal"
+        yield f"{sigmas(block.indices)} {values}", _WRITES, words(block.writes)
+        yield Text(gain, "dim"), _READS, words(block.reads)
+
+
+def _units(part: TokenExplanation) -> Iterator[Sequence[Cell]]:
+    """The largest row and column of a token's map (paper, Figure 4A)."""
+    for row, column in zip(part.rows[:1], part.columns[:1], strict=True):
+        yield f"row {row.index} {number(row.norm)}", _READS, words(row.words)
+        yield f"column {column.index} {number(column.norm)}", _WRITES, words(column.words)

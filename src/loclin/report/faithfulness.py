@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from loclin.analyses.faithfulness import summary
 from loclin.analyses.faithfulness.prompts import HALVES, Half
@@ -19,8 +19,7 @@ _EFFECTS = ("removed", "replaced")
 
 
 @describe.register
-def describe_study(study: Faithfulness, _limits: Limits = PAGE) -> Sheet:
-    """Say how far shares agree with what removing tokens does."""
+def _describe_study(study: Faithfulness, _limits: Limits = PAGE) -> Sheet:
     about = "shares against what removing tokens does to the model"
     return Sheet("faithfulness", about, list(_sections(study)), run=run_of(study))
 
@@ -128,7 +127,6 @@ def _kinds(study: Faithfulness, halves: Sequence[Half]) -> Section:
 
 
 def _planes(study: Faithfulness) -> Section:
-    found: Mapping[tuple[str, int], Mapping[str, Interval]] = summary.planes(study)
     return _section(
         "The input projected off what the map reads most",
         "Off the top k right singular vectors of all tokens' maps together (joint) or of each token's own (each; each "
@@ -136,7 +134,7 @@ def _planes(study: Faithfulness) -> Section:
         ["plane", "k", "input moved", "log-probability falls", "output moved"],
         [
             [plane, str(k), *(_shown(numbers[name]) for name in ("moved", "drop", "output"))]
-            for (plane, k), numbers in found.items()
+            for (plane, k), numbers in summary.planes(study).items()
         ],
     )
 

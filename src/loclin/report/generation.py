@@ -39,8 +39,7 @@ _DRIFT: dict[str, tuple[str, Callable[[Drift], Shade]]] = {
 
 
 @describe.register
-def describe_generation(generation: Generation, limits: Limits = PAGE) -> Sheet:
-    """Say what a generation shows."""
+def _describe_generation(generation: Generation, limits: Limits = PAGE) -> Sheet:
     steps, first = generation.steps, generation.steps[0]
     title = shortened(prompt(first))
     moved = "change, cos: median over tokens of |J′ − J| / |J| and of ⟨J′, J⟩ / (|J′| |J|)"

@@ -52,7 +52,7 @@ def _verdict(found: LayerExplanation) -> Text:
 
 
 def _table(found: LayerExplanation) -> Table:
-    shown, position = found.main, run.position(found)
+    shown, position = found.main, found.provenance.position
     here = token(run.tokens(found)[position])
     table = Table.of(
         COUNTER,

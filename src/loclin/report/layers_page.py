@@ -42,7 +42,7 @@ def page(found: LayerExplanation) -> str:
             "depth": _depth(found),
         },
         "tokens": [visible(text) for text in texts],
-        "position": run.position(found),
+        "position": found.provenance.position,
         "target": visible(found.target["text"], _WORD),
         "components": [_component(component, cut, vocabulary) for component in found.components],
         "lens": [
@@ -83,7 +83,9 @@ def _cut(found: LayerExplanation) -> _Cut:
     if sides * len(run.tokens(found)) * SHOWN * WORDS <= _MOST:
         return _Cut()
     vectors, words = 1, 3
-    return _Cut(max(0, run.position(found) + 1 - _MOST // (sides * vectors * words)), vectors, words, scored=False)
+    return _Cut(
+        max(0, found.provenance.position + 1 - _MOST // (sides * vectors * words)), vectors, words, scored=False
+    )
 
 
 def _left_out(cut: _Cut, length: int) -> str:

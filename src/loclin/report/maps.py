@@ -36,7 +36,7 @@ _MOST = 64
 
 
 @describe.register
-def describe_linearized(lin: Linearized, _limits: Limits = PAGE) -> Sheet:
+def _describe_linearized(lin: Linearized, _limits: Limits = PAGE) -> Sheet:
     """Show the prompt, and what the model predicts after it; nothing is computed for it."""
     words = lin.next_tokens(5)
     cells = ((token(text), percent(probability)) for text, probability in words)
@@ -52,7 +52,7 @@ def describe_linearized(lin: Linearized, _limits: Limits = PAGE) -> Sheet:
 
 
 @describe.register
-def describe_map(J: LinearMap, _limits: Limits = PAGE) -> Sheet:
+def _describe_map(J: LinearMap, _limits: Limits = PAGE) -> Sheet:
     """Show the ends and the shape of a map; nothing is computed for it."""
     known, (d_out, length, d_in) = J.provenance(), J.shape
     facts = (
@@ -93,15 +93,13 @@ def check_table(certificate: Certificate, ordinary: float | None = None) -> Tabl
 
 
 @describe.register
-def describe_certificate(certificate: Certificate, _limits: Limits = PAGE) -> Sheet:
-    """Say how exact a map is."""
+def _describe_certificate(certificate: Certificate, _limits: Limits = PAGE) -> Sheet:
     section = Section("Errors", "relative, without a unit", [check_table(certificate)])
     return sheet_of(certificate, "is the map exact?", [section], kind="certificate", lead=[certified(certificate)])
 
 
 @describe.register
-def describe_comparison(found: Comparison, _limits: Limits = PAGE) -> Sheet:
-    """Say how two results differ."""
+def _describe_comparison(found: Comparison, _limits: Limits = PAGE) -> Sheet:
     numbers = ((name, "bit-identical" if off == 0 else error(off)) for name, off in found.errors.items())
     origins = [(name, plain(str(a)), plain(str(b))) for name, (a, b) in found.differences.items()]
     differences = Table.of(Column("of", "key"), Column("a", "words"), Column("b", "words"), rows=origins)
@@ -117,8 +115,7 @@ def describe_comparison(found: Comparison, _limits: Limits = PAGE) -> Sheet:
 
 
 @describe.register
-def describe_svd(svd: SVD, limits: Limits = PAGE) -> Sheet:
-    """Say the singular values of each token's map, and how sure they are."""
+def _describe_svd(svd: SVD, limits: Limits = PAGE) -> Sheet:
     joint, known = svd.S.dim() == 1, svd.provenance
     values, norms = svd.S[None] if joint else svd.S, svd.frobenius.reshape(-1).tolist()
     off = svd.relative_error.reshape(values.shape).amax(1).tolist()
@@ -142,8 +139,7 @@ def describe_svd(svd: SVD, limits: Limits = PAGE) -> Sheet:
 
 
 @describe.register
-def describe_spectra(found: LayerSpectra, _limits: Limits = PAGE) -> Sheet:
-    """Say the singular values of all tokens' maps together, layer by layer."""
+def _describe_spectra(found: LayerSpectra, _limits: Limits = PAGE) -> Sheet:
     of = "of all tokens' maps side by side"
     ranks, values = found.joint_stable_rank, found.joint_S
     if ranks is None or values is None:
@@ -170,8 +166,7 @@ def _values(count: int) -> list[str]:
 
 
 @describe.register
-def describe_similarity(found: Similarity, limits: Limits = PAGE) -> Sheet:
-    """Show the pairs whose maps are most alike, and the cosines of all pairs as coloured cells."""
+def _describe_similarity(found: Similarity, limits: Limits = PAGE) -> Sheet:
     rows = sorted(zip(*found.table().values(), strict=True), key=lambda row: -row[-1])
     pairs = Table.of(
         *(COUNTER, Column("token", "key"), "", Column("other", "words"), "cosine"),

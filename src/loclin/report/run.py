@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from loclin.common.brief import brief
-from loclin.report.text import gate_note, plain
+from loclin.report.text import plain
 from loclin.results.provenance import Provenance
 
 _UNSAID = ("versions", "token_ids", "model", "certificate", "text", "tokens", "positions")
@@ -29,8 +29,11 @@ class Run:
 
     @property
     def gate(self) -> str:
-        """Say which of several exact sets of numbers is shown."""
-        return gate_note(self.options.get("gate"))
+        """Say which of several exact sets of shares is shown."""
+        gate, agrees = self.options.get("gate"), "half agrees best with removing tokens (docs/faithfulness.md)"
+        if gate == "half":
+            return f"Gate {agrees}; another gate gives other shares."
+        return f"Gate {gate}. Another gate gives other shares; {agrees}."
 
     @property
     def line(self) -> Text:
@@ -50,23 +53,23 @@ class Run:
     def facts(self) -> dict[str, str]:
         """All of it, by name."""
         model = {f"model {name}": value for name, value in self.model.items()}
-        plain = {name: value for name, value in self.options.items() if name not in _UNSAID}
-        known = model | plain | dict(self.versions)
-        return {str(name): str(value) for name, value in known.items() if value is not None}
+        options = {name: value for name, value in self.options.items() if name not in _UNSAID}
+        known = model | options | dict(self.versions)
+        return {name: str(value) for name, value in known.items() if value is not None}
 
 
-def run_of(result: Any, *more: str) -> Run:
+def run_of(result: Any) -> Run:
     """Find out what a result is of."""
     settings = getattr(result, "settings", {})
     if result.provenance is not None:
-        return run_at(result.provenance, settings, *more)
-    return Run(settings.get("model", {}), settings, getattr(result, "versions", {}), more)
+        return run_at(result.provenance, settings)
+    return Run(settings.get("model", {}), settings, getattr(result, "versions", {}))
 
 
-def run_at(known: Provenance, settings: Mapping[str, Any] | None = None, *more: str) -> Run:
+def run_at(known: Provenance, settings: Mapping[str, Any] | None = None) -> Run:
     """Say what was run at a prompt, with the options of a question."""
     options = {field.name: getattr(known, field.name) for field in fields(known)} | dict(settings or {})
-    return Run(known.model.to_dict(), options, known.versions, more)
+    return Run(known.model.to_dict(), options, known.versions)
 
 
 def prompt(result: Any) -> str:
@@ -77,8 +80,3 @@ def prompt(result: Any) -> str:
 def tokens(result: Any) -> list[str]:
     """Give the prompt's tokens as they are shown; none where they are not known."""
     return [] if result.provenance is None else list(result.provenance.tokens)
-
-
-def position(result: Any) -> int:
-    """Give the token after which the prediction is explained."""
-    return int(result.provenance.position)

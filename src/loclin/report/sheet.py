@@ -178,8 +178,9 @@ def describe_table(result: Result, limits: Limits = PAGE) -> Sheet:
     """Show the table of a result that has no description of its own."""
     columns, name = result.table(), type(result).__name__
     rows = list(zip(*columns.values(), strict=True))
+    texts = {title for title, values in columns.items() if any(isinstance(value, str) for value in values)}
     table = Table.of(
-        *(_column(title, values) for title, values in columns.items()),
+        *(Column(title.replace("_", " "), "key" if title in texts else "number") for title in columns),
         rows=(list(map(_value, columns, row)) for row in rows[: limits.tokens]),
     )
     section = Section(name, str(getattr(result, "task", "")), [table, *left_out(len(rows) - limits.tokens)])
@@ -189,11 +190,6 @@ def describe_table(result: Result, limits: Limits = PAGE) -> Sheet:
 def left_out(hidden: int) -> list[Text]:
     """Say below a table how many rows it leaves out, where it leaves out any."""
     return [Text(f"and {hidden} more", "dim italic")] if hidden > 0 else []
-
-
-def _column(name: str, values: list[Any]) -> Column:
-    is_text = any(isinstance(value, str) for value in values)
-    return Column(name.replace("_", " "), "key" if is_text else "number")
 
 
 def _value(name: str, value: Any) -> Cell:

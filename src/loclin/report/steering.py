@@ -23,8 +23,7 @@ HITS = 20
 
 
 @describe.register
-def describe_steered(found: Steered, _limits: Limits = PAGE) -> Sheet:
-    """Say how a text was steered, and what it costs."""
+def _describe_steered(found: Steered, _limits: Limits = PAGE) -> Sheet:
     texts = [("normal", _said(found, found.normal), "dim"), ("steered", _said(found, found.steered), "green")]
     listed = Text(f"words: {', '.join(map(visible, found.words))}", "dim")
     sections = [Section("", "", [Sayings(texts), _facts(found), _described(found), listed])]
@@ -67,7 +66,6 @@ def _described(found: Steered) -> Text:
 
 
 def _swept(found: Steered, sweep: Sweep) -> Section:
-    """How layer and strength were found."""
     chosen = (
         "Of the texts within the limit that say more of the words than the normal one and do not repeat themselves, "
         "the one that says most is taken, and of equal ones the one that gains most."
@@ -138,8 +136,7 @@ def _figure(sweep: Sweep) -> dict[str, Any]:
 
 
 @describe.register
-def describe_watched(found: Watched, _limits: Limits = PAGE) -> Sheet:
-    """Say which vectors write watched words, their part of each logit, and what removing them changes and costs."""
+def _describe_watched(found: Watched, _limits: Limits = PAGE) -> Sheet:
     run = run_of(found)
     point, words = run.options["target"], ", ".join(map(visible, found.words))
     count = f"{len(found.hits)} of {found.searched} singular vectors to {point} write one of: {words}"

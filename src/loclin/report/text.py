@@ -72,14 +72,6 @@ def sigmas(indices: list[int]) -> str:
     return "≈".join(names) if len(names) <= 3 else f"{names[0]}≈…≈{names[-1]}"
 
 
-def gate_note(gate: object) -> str:
-    """Say which of several exact sets of shares is shown."""
-    agrees = "half agrees best with removing tokens (docs/faithfulness.md)"
-    if gate == "half":
-        return f"Gate {agrees}; another gate gives other shares."
-    return f"Gate {gate}. Another gate gives other shares; {agrees}."
-
-
 def shortened(prompt: str) -> str:
     """Shorten a prompt to a line: its end, where the prediction follows."""
     line = plain(" ".join(prompt.split()))

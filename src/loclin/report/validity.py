@@ -31,8 +31,7 @@ _SWAPS = 200
 
 
 @describe.register
-def describe_validity(found: Validity, _limits: Limits = PAGE) -> Sheet:
-    """Say how far from its prompt the frozen map predicts the model."""
+def _describe_validity(found: Validity, _limits: Limits = PAGE) -> Sheet:
     note = "error: |predicted − true| / |true| of the final hidden state; same: names the same likeliest token"
     return sheet_of(
         found,
