@@ -15,6 +15,8 @@ from loclin.errors import OptionError
 if TYPE_CHECKING:
     from loclin.analyses.attribution.target import Target
 
+Rivals = Literal["runner-up", "others", "mean"]
+
 
 @options.spread
 def attribute(
@@ -30,7 +32,7 @@ def attribute(
     ] = None,
     against: Annotated[str | None, options.text("Share out the difference to this token's logit.")] = None,
     margin: Annotated[
-        Literal["runner-up", "others", "mean"] | None,
+        Rivals | None,
         typer.Option(
             help="Share out the logit minus the largest other, the probable others' mean, or the mean of all."
         ),
@@ -57,15 +59,14 @@ def attribute(
     options.exclude("target", "target_id", why="both name the token")
     if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
         raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
-    wanted = by or ["token"]
     with importing():
         from loclin.analyses.attribution.attribute import LEVELS, parse_level
     chosen = _target(target if target_id is None else target_id, against, margin, neuron)
-    everything = "all" in wanted
-    levels = list(dict.fromkeys(LEVELS if everything else [parse_level(name) for name in wanted]))
+    everything = "all" in (by or ())
+    levels = LEVELS if everything else [parse_level(name) for name in by or ["token"]]
     lin = freezing.linearize(prompt)
     found = []
-    for name in levels:
+    for name in dict.fromkeys(levels):
         try:
             found.append(lin.attribute(chosen, by=name, position=position, in_words=max(top, 40), progress=step))
         except OptionError as missing:
@@ -79,13 +80,7 @@ def attribute(
     deliver(found, json=json, html=html, to_json=to_json, top=top)
 
 
-def _target(
-    token: str | int | None,
-    against: str | None,
-    margin: Literal["runner-up", "others", "mean"] | None,
-    neuron: str | None,
-) -> Target:
-    """What the options ask for."""
+def _target(token: str | int | None, against: str | None, margin: Rivals | None, neuron: str | None) -> Target:
     from loclin.analyses.attribution.target import Margin, Neuron
 
     if neuron is not None:

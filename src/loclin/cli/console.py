@@ -114,7 +114,7 @@ def deliver(
         step(f"writing {path}")
         write(path)
     display.show(result, stdout, top=top)
-    for path in [*([recorded] if recorded else []), *wanted]:
+    for path in filter(None, [recorded, *wanted]):
         stderr.print(f"wrote {escape(str(path))}")
     if code:
         raise typer.Exit(code)

@@ -112,7 +112,6 @@ Record = Annotated[Path | None, path("Write what is finished to this JSON file, 
 Markdown = Annotated[Path | None, path("Write the tables to this Markdown file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")]
 _OUTPUTS, _INPUTS = ("json", "html", "markdown", "save"), ("words", "operator", "model")
-_TENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -218,18 +217,19 @@ def check() -> None:
     exclude("device", "device_map", why="one device, or layers that are spread")
     if given.get("fresh") and "json" not in given:
         raise OptionError("--fresh is about the JSON file; name it with --json")
-    is_record = "fresh" in given and "json" in given
-    goes_on = f"what is finished is kept: the same command goes on ({given.get('json')})"
-    kept.set(goes_on if is_record else NOTHING)
+    kept.set(NOTHING)
+    if {"fresh", "json"} <= set(given):
+        kept.set(f"what is finished is kept: the same command goes on ({given['json']})")
     outputs = {f"--{name}": given[name] for name in _OUTPUTS if name in given}
     for path in outputs.values():
         check_writable(path)
     if (save := outputs.get("--save")) is not None:
-        if save.suffix != _TENSORS:
-            raise OutputError(f"cannot write {save}: results are safetensors files; call it {save}{_TENSORS}")
+        if save.suffix != ".safetensors":
+            raise OutputError(f"cannot write {save}: results are safetensors files; call it {save}.safetensors")
         outputs["--save's facts"] = save.with_name(f"{save.name}.json")
         check_writable(outputs["--save's facts"])
-    check_apart(outputs, {f"--{name}": Path(given[name]) for name in _INPUTS if _is_file(given.get(name))})
+    inputs = {f"--{name}": Path(given[name]) for name in _INPUTS if name in given}
+    check_apart(outputs, {name: path for name, path in inputs.items() if path.exists()})
     if "html" in given and find_spec("plotly") is None:
         raise MissingExtraError("an HTML page", "plotly", "html")
     if "memory" in given:
@@ -237,10 +237,6 @@ def check() -> None:
             from loclin.network import memory as budgets
 
         budgets.parse_memory(given["memory"])
-
-
-def _is_file(value: Any) -> bool:
-    return isinstance(value, str | Path) and Path(value).exists()
 
 
 def read(prompt: str) -> str:

@@ -12,18 +12,7 @@ from loclin.analyses.explain import Explanation, TokenExplanation
 from loclin.report.run import prompt, run_of
 from loclin.report.sheet import KEY, PAGE, Block, Chip, Limits, Section, Sheet, describe, full_size, sheet_of
 from loclin.report.table import BAR, COUNTER, Bar, Cell, Column, Table
-from loclin.report.text import (
-    certified,
-    error,
-    number,
-    predicted,
-    shortened,
-    sigmas,
-    signed,
-    token,
-    visible,
-    words,
-)
+from loclin.report.text import certified, error, number, predicted, shortened, sigmas, signed, token, visible, words
 
 DETAIL_TOKENS = 12
 RUNNERS_UP = 4

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import median
 
 from rich.text import Text
 
 from loclin.analyses.explain import Explanation, TokenExplanation
-from loclin.analyses.generation import Drift, Generation
+from loclin.analyses.generation import Generation
 from loclin.report.explanation import full_share, largest, share_table
 from loclin.report.run import prompt, run_of
 from loclin.report.sheet import PAGE, Chip, Folded, Heat, Limits, Section, Shade, Sheet, describe, sheet_of
@@ -17,25 +16,13 @@ from loclin.report.text import certified, error, number, percent, predicted, sho
 
 _DRIVERS = 3
 _COLUMN = 14
-_DRIFT: dict[str, tuple[str, Callable[[Drift], Shade]]] = {
-    "change": (
-        "|J′ − J| / |J|, in the Frobenius norm: 0 where a token's map stayed what it was.",
-        lambda drift: Shade(drift.change, text=f"{drift.change:.2f}"),
-    ),
-    "cosine": (
-        "⟨J′, J⟩ / (|J′| |J|): 1 where only its size changed.",
-        lambda drift: Shade(1 - drift.cosine, text=f"{drift.cosine:.2f}"),
-    ),
-    "writes": (
-        "Degrees between what the map wrote most strongly (its top left singular vectors), before and after.",
-        lambda drift: Shade(drift.writes / 90, text=f"{drift.writes:.0f}°"),
-    ),
-    "reads": (
-        "The same for what it reads (its top right singular vectors).",
-        lambda drift: Shade(drift.reads / 90, text=f"{drift.reads:.0f}°"),
-    ),
+_DRIFT = {
+    "change": "|J′ − J| / |J|, in the Frobenius norm: 0 where a token's map stayed what it was.",
+    "cosine": "⟨J′, J⟩ / (|J′| |J|): 1 where only its size changed.",
+    "writes": "Degrees between what the map wrote most strongly (its top left singular vectors), before and after.",
+    "reads": "The same for what it reads (its top right singular vectors).",
 }
-"""What is told of a map that moved: what it means, and how far from nothing it is."""
+"""What is told of a map that moved, and what it means."""
 
 
 @describe.register
@@ -123,9 +110,15 @@ def _shares(generation: Generation) -> Heat:
     return _heat(generation, rows)
 
 
-def _drift(generation: Generation, name: str, how: tuple[str, Callable[[Drift], Shade]]) -> Heat:
-    note, shade = how
-    rows = [(Text(f"{i + 1} → {i + 2}"), list(map(shade, drift)), Text()) for i, drift in enumerate(generation.drift)]
+def _drift(generation: Generation, name: str, note: str) -> Heat:
+    rows = []
+    for i, drift in enumerate(generation.drift):
+        values = [getattr(part, name) for part in drift]
+        if name in ("change", "cosine"):
+            cells = [Shade(1 - value if name == "cosine" else value, text=f"{value:.2f}") for value in values]
+        else:
+            cells = [Shade(value / 90, text=f"{value:.0f}°") for value in values]
+        rows.append((Text(f"{i + 1} → {i + 2}"), cells, Text()))
     return _heat(generation, rows, Text.assemble(name, (f" {note}", "small dim")))
 
 

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from rich.text import Span, Text
 
 from loclin.report.plot import plotly_script
-from loclin.report.sheet import NOTEBOOK, PAGE, Sheet, describe
+from loclin.report.sheet import NOTEBOOK, PAGE, Figure, Sheet, describe
 from loclin.report.table import BEYOND, Bar, Cell, pieces
 from loclin.report.text import error, number, percent, signed, token
 
@@ -27,7 +27,8 @@ _FULL = 0.78
 def page(result: object) -> str:
     """Write a result, or several of one prompt, as a self-contained HTML page."""
     sheet = describe(result, PAGE)
-    drawn = {figure.id: figure.draw() for section in sheet.sections for figure in section.figures}
+    blocks = [block for section in sheet.sections for block in section.blocks]
+    drawn = {block.id: block.draw() for block in blocks if isinstance(block, Figure)}
     return write_page("base.html", sheet, {"figures": drawn} if drawn else None, "draw.js")
 
 

@@ -21,7 +21,6 @@ from loclin.report.text import (
     percent,
     plain,
     predicted,
-    shortened,
     signed,
     token,
     visible,
@@ -40,14 +39,14 @@ def _describe_linearized(lin: Linearized, _limits: Limits = PAGE) -> Sheet:
     """Show the prompt, and what the model predicts after it; nothing is computed for it."""
     words = lin.next_tokens(5)
     cells = ((token(text), percent(probability)) for text, probability in words)
-    return Sheet(
-        title=f"linearized: {shortened(lin.text)}",
-        about="a model, at one prompt, as an exact linear map",
+    return sheet_of(
+        lin.jacobian(),
+        "a model, at one prompt, as an exact linear map",
+        [Section("Predictions", "", [Table.of(Column("next token", "key"), "probability", rows=cells)])],
+        kind="linearized",
         chips=[Chip(text, marks=["sink"] * (i in lin.sinks)) for i, text in enumerate(lin.tokens)],
         lead=[predicted(words[0])],
-        sections=[Section("Predictions", "", [Table.of(Column("next token", "key"), "probability", rows=cells)])],
         warnings=lin.warnings,
-        run=run.run_at(lin.jacobian().provenance()),
     )
 
 
@@ -61,14 +60,9 @@ def _describe_map(J: LinearMap, _limits: Limits = PAGE) -> Sheet:
         ("shape", f"[{d_out}, {length}, {d_in}]  (d_out, T, d_in)"),
         ("dense map", "computed" if J.cached_dense is not None else "not computed"),
     )
-    return Sheet(
-        title=f"map: {known.source} → {known.target}",
-        about="an exact linear map of a model at one prompt",
-        chips=[Chip(text) for text in known.tokens],
-        sections=[Section("y = Σ J_i x_i + b", "", [Table.of(COUNTER, Column("", "words"), rows=facts)])],
-        warnings=J.warnings,
-        run=run.run_at(known),
-    )
+    section = Section("y = Σ J_i x_i + b", "", [Table.of(COUNTER, Column("", "words"), rows=facts)])
+    title = f"map: {known.source} → {known.target}"
+    return sheet_of(J, "an exact linear map of a model at one prompt", [section], title=title)
 
 
 def check_table(certificate: Certificate, ordinary: float | None = None) -> Table:

@@ -58,25 +58,28 @@ class Run:
         return {name: str(value) for name, value in known.items() if value is not None}
 
 
+def _known(result: Any) -> Provenance | None:
+    """A result's provenance, which a map gives when it is asked."""
+    known: Provenance | None = result.provenance() if callable(result.provenance) else result.provenance
+    return known
+
+
 def run_of(result: Any) -> Run:
     """Find out what a result is of."""
-    settings = getattr(result, "settings", {})
-    if result.provenance is not None:
-        return run_at(result.provenance, settings)
-    return Run(settings.get("model", {}), settings, getattr(result, "versions", {}))
-
-
-def run_at(known: Provenance, settings: Mapping[str, Any] | None = None) -> Run:
-    """Say what was run at a prompt, with the options of a question."""
-    options = {field.name: getattr(known, field.name) for field in fields(known)} | dict(settings or {})
+    settings, known = dict(getattr(result, "settings", {})), _known(result)
+    if known is None:
+        return Run(settings.get("model", {}), settings, getattr(result, "versions", {}))
+    options = {field.name: getattr(known, field.name) for field in fields(known)} | settings
     return Run(known.model.to_dict(), options, known.versions)
 
 
 def prompt(result: Any) -> str:
     """Give a result's prompt; nothing where it has none."""
-    return "" if result.provenance is None else str(result.provenance.text)
+    known = _known(result)
+    return "" if known is None else known.text
 
 
 def tokens(result: Any) -> list[str]:
     """Give the prompt's tokens as they are shown; none where they are not known."""
-    return [] if result.provenance is None else list(result.provenance.tokens)
+    known = _known(result)
+    return [] if known is None else known.tokens

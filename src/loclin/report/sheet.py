@@ -69,11 +69,6 @@ class Heat:
 
     __repr__ = brief
 
-    @property
-    def width(self) -> int:
-        """How many columns there are."""
-        return sum(span for _, span in self.columns)
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -122,16 +117,6 @@ class Section:
     blocks: list[Block]
 
     __repr__ = brief
-
-    @property
-    def figures(self) -> list[Figure]:
-        """What needs a script to be drawn."""
-        return [block for block in self.blocks if isinstance(block, Figure)]
-
-    @property
-    def plain(self) -> list[Block]:
-        """All else."""
-        return [block for block in self.blocks if not isinstance(block, Figure)]
 
 
 @dataclass(frozen=True)

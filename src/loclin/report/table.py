@@ -28,6 +28,7 @@ _LEAST_WORDS, _LEAST_KEY = 8, 9
 _BETWEEN = "  "
 _BAR = 5
 """Cells of a bar on either side of zero on a terminal; a cell is drawn in halves."""
+_MIRRORED = str.maketrans("▶▌", "◀▐")
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,9 @@ class Bar:
     @property
     def text(self) -> Text:
         """The bar in characters."""
-        length = abs(self.size)
-        whole, half = divmod(round(2 * _BAR * min(length, 1.0)), 2)
-        beyond = round(2 * _BAR * length) > 2 * _BAR
-        left = right = ""
-        if self.size < 0:
-            left = "◀" + "█" * (_BAR - 1) if beyond else "▐" * half + "█" * whole
-        else:
-            right = "█" * (_BAR - 1) + "▶" if beyond else "█" * whole + "▌" * half
+        halves = round(2 * _BAR * abs(self.size))
+        bar = "█" * (_BAR - 1) + "▶" if halves > 2 * _BAR else "█" * (halves // 2) + "▌" * (halves % 2)
+        left, right = (bar[::-1].translate(_MIRRORED), "") if self.size < 0 else ("", bar)
         return Text.assemble((left.rjust(_BAR), "red"), ("│", "dim"), (right.ljust(_BAR), "green"))
 
 
