@@ -17,7 +17,7 @@ from loclin.report.explanation import describe_explanation, largest, summary
 from loclin.report.html import write_page
 from loclin.report.maps import check_table
 from loclin.report.plot import ABOVE, NEGATIVE, NEUTRAL, PALETTE, POSITIVE, curve, draw
-from loclin.report.text import error, number, sigmas, signed, token, visible
+from loclin.report.text import error, number, sigmas, signed, visible
 
 FULL_SPECTRA = 64
 SPECTRUM_POINTS = 40_000
@@ -32,23 +32,20 @@ _WORD = 28
 
 def page(found: Explanation) -> str:
     """Write an explanation as a self-contained, interactive HTML page."""
-    sheet, target, tokens = describe_explanation(found), found.target, found.tokens
+    tokens = found.tokens
     candidates = [i for i, part in enumerate(tokens) if not part.is_sink] or list(range(len(tokens)))
     data = {
-        "tokens": [_token(i, part, target["kind"]) for i, part in enumerate(tokens)],
+        "tokens": [_token(i, part, found.target["kind"]) for i, part in enumerate(tokens)],
         "selected": max(candidates, key=lambda i: abs(tokens[i].share)),
         "figures": {"shares": _shares(found), "scatter": _scatter(found), "spectra": _spectra(found)},
     }
     return write_page(
         "explanation.html",
-        sheet,
+        describe_explanation(found),
         data,
         "explanation.js",
         found=found,
-        target=token(target["text"]),
         checks=check_table(found.certificate, found.ordinary_error),
-        shares=sheet.sections[0],
-        words_share=signed(sum(part.share for part in tokens)),
         names=[f"{i} {visible(part.text, 24)}" for i, part in enumerate(tokens)],
         spectra_note=_spectra_note(tokens),
     )

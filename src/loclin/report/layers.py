@@ -27,7 +27,7 @@ def describe_layers(found: LayerExplanation, _limits: Limits = PAGE) -> Sheet:
     section = Section(
         "Layer by layer",
         f"what the {COMPONENTS[found.main.name]}'s maps write",
-        [_table(found), Text(below, "dim"), Text(), *appearances(found)],
+        [_table(found), Text(below, "dim"), Text(), *_appearances(found)],
     )
     more = (f"signs {known.options['signs']}", f"{known.options['columns']:,} columns, {known.options['direction']}")
     return sheet_of(
@@ -84,7 +84,7 @@ def _rank(rank: int | None) -> Text:
     return Text("–" if rank is None else str(rank), style)
 
 
-def appearances(found: LayerExplanation) -> list[Text]:
+def _appearances(found: LayerExplanation) -> list[Text]:
     """Say where the predicted word first appears, by each way of reading."""
     shown, lines = found.main.name, []
     readers = {"logit lens": "lens", "all tokens, σ1": f"{shown} joint", "own token, σ1": f"{shown} token"}

@@ -16,9 +16,9 @@ from loclin.analyses.layers import SHOWN, WORDS, ComponentLayers, LayerExplanati
 from loclin.analyses.vectors_in_words import SingularBlock
 from loclin.report import run
 from loclin.report.html import write_page
-from loclin.report.layers import appearances, describe_layers
+from loclin.report.layers import describe_layers
 from loclin.report.plot import ABOVE, NEGATIVE, NEUTRAL, PALETTE, POSITIVE, curve, draw
-from loclin.report.text import COMPONENTS, number, percent, sigmas, signed, token, visible
+from loclin.report.text import COMPONENTS, number, percent, sigmas, signed, visible
 
 _WORD = 24
 _MOST = 300_000
@@ -31,7 +31,7 @@ _TICKS = [digit * 10**power for power in range(5) for digit in (1, 2, 5)]
 
 def page(found: LayerExplanation) -> str:
     """Write every layer of a prompt as a self-contained, interactive HTML page."""
-    sheet, cut, texts = describe_layers(found), _cut(found), run.tokens(found)
+    cut, texts = _cut(found), run.tokens(found)
     vocabulary: dict[str, int] = {}
     data = {
         "figures": {
@@ -54,16 +54,13 @@ def page(found: LayerExplanation) -> str:
     }
     return write_page(
         "layers.html",
-        sheet,
+        describe_layers(found),
         data,
         "layers.js",
         found=found,
-        target=token(found.target["text"]),
-        appearances=appearances(found),
-        rows=sheet.sections[0],
         components=[COMPONENTS[component.name] for component in found.components],
         names=[f"{i} {visible(text, _WORD)}" for i, text in enumerate(texts)],
-        left_out=_left_out(cut, len(texts)),
+        left_out="" if cut.scored else _left_out(cut, len(texts)),
     )
 
 
@@ -89,9 +86,6 @@ def _cut(found: LayerExplanation) -> _Cut:
 
 
 def _left_out(cut: _Cut, length: int) -> str:
-    """Say what the page leaves out, and where it is."""
-    if cut == _Cut():
-        return ""
     earlier = f", and tokens 0 to {cut.first - 1} nothing" if cut.first else ""
     return (
         f"This prompt has {length} tokens. To keep the page small, a single token's map shows its first vector and "
