@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -164,27 +164,23 @@ class Freezing(Loading):
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take the options of a group, each under its own name, in the place of the group."""
-    hints, parameters = get_type_hints(command, include_extras=True), []
+    parameters: dict[str, inspect.Parameter] = {}
     groups: dict[str, Any] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        hint = hints[parameter.name]
-        if is_dataclass(hint):
-            groups[parameter.name] = hint
-            of_group = get_type_hints(hint, include_extras=True)
-            parameters += [
-                inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=of_group[f.name])
-                for f in fields(hint)
-            ]
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            parameters |= inspect.signature(groups[name], eval_str=True).parameters
         else:
-            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+            parameters[name] = parameter
 
     @wraps(command)
     def called(**given: Any) -> None:
         made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**made, **given)
 
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    named = [one.replace(kind=one.KEYWORD_ONLY) for one in parameters.values()]
+    called.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    called.__annotations__ = {name: one.annotation for name, one in parameters.items()}
     return called
 
 

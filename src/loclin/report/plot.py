@@ -28,13 +28,7 @@ def draw(
     legend: Mapping[str, Any] | None = None,
     **layout: Any,
 ) -> dict[str, Any]:
-    """Make a figure as plain data, with its axes' titles; None for no legend. The page gives it its colours.
-
-    Raises
-    ------
-    MissingExtraError
-        When plotly is not installed.
-    """
+    """Make a figure as plain data, with its axes' titles; None for no legend. The page gives it its colours."""
     try:
         from plotly.graph_objects import Figure
     except ImportError as missing:
