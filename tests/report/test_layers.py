@@ -11,7 +11,7 @@ import tiny
 from loclin.analyses.decode import SingularBlock
 from loclin.analyses.layers import ComponentLayers, LayerExplanation, explain_layers
 from loclin.linearization import linearize
-from loclin.report.layers.figures import depth_colour
+from loclin.report.layers_page import depth_colour
 from loclin.report.text import number, sigmas, signed, visible
 from loclin.results import display
 from loclin.results.display import fragment, show

@@ -12,9 +12,8 @@ import pytest
 
 from loclin.analyses.explain import Explanation
 from loclin.errors import MissingExtraError
-from loclin.report.assets import asset
-from loclin.report.explanation.figures import SPECTRUM_POINTS
-from loclin.report.html import embedded
+from loclin.report.explanation_page import SPECTRUM_POINTS
+from loclin.report.html import asset, embedded
 from loclin.report.plot import NEGATIVE, POSITIVE, plotly_script
 from loclin.report.text import visible
 from loclin.results import display

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -39,8 +39,7 @@ def _version(wanted: bool | None) -> None:
 @app.callback()
 def _main(
     _: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True),
+        bool | None, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
     ] = None,
 ) -> None:
     return

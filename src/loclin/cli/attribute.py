@@ -4,53 +4,45 @@ from __future__ import annotations
 
 import json as jsonlib
 import re
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import Steps, deliver, importing, note
+from loclin.cli.console import deliver, importing, note, step
 from loclin.errors import OptionError
 
 if TYPE_CHECKING:
-    from loclin.analyses.attribution.result import Attribution
     from loclin.analyses.attribution.target import Target
+
+Rivals = Literal["runner-up", "others", "mean"]
 
 
 @options.spread
 def attribute(
     prompt: options.Prompt,
     target: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all.",
-            callback=options.plain,
+        str | None,
+        options.text(
+            "Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all."
         ),
     ] = None,
     target_id: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="The same by the token's id, for tokens that cannot be typed.", min=0),
+        int | None, typer.Option(help="The same by the token's id, for tokens that cannot be typed.", min=0)
     ] = None,
-    against: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Share out the difference to this token's logit.", callback=options.plain),
-    ] = None,
+    against: Annotated[str | None, options.text("Share out the difference to this token's logit.")] = None,
     margin: Annotated[
-        Optional[Literal["runner-up", "others", "mean"]],  # noqa: UP045
+        Rivals | None,
         typer.Option(
             help="Share out the logit minus the largest other, the probable others' mean, or the mean of all."
         ),
     ] = None,
-    neuron: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Share out an MLP neuron's activation instead, such as L17N80.", callback=options.plain),
-    ] = None,
+    neuron: Annotated[str | None, options.text("Share out an MLP neuron's activation instead, such as L17N80.")] = None,
     by: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Share it among: token, layer, head, neuron, bias, tokenxlayer; give it again for more. "
-            "'all' is every level that the model has. Default: token.",
-            callback=options.plain,
+        list[str] | None,
+        options.text(
+            "Share it among: token, layer, head, neuron, bias, tokenxlayer; give it again for more. "
+            "'all' is every level that the model has. Default: token."
         ),
     ] = None,
     position: options.Position = -1,
@@ -67,38 +59,28 @@ def attribute(
     options.exclude("target", "target_id", why="both name the token")
     if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
         raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
-    text = options.read(prompt)
-    wanted = by or ["token"]
     with importing():
         from loclin.analyses.attribution.attribute import LEVELS, parse_level
-        from loclin.analyses.attribution.attribute import attribute as run
     chosen = _target(target if target_id is None else target_id, against, margin, neuron)
-    everything = "all" in wanted
-    levels = list(dict.fromkeys(LEVELS if everything else [parse_level(name) for name in wanted]))
-    lin = freezing.linearize(text)
+    everything = "all" in (by or ())
+    levels = LEVELS if everything else [parse_level(name) for name in by or ["token"]]
+    lin = freezing.linearize(prompt)
     found = []
-    for name in levels:
+    for name in dict.fromkeys(levels):
         try:
-            found.append(run(lin, chosen, by=name, position=position, in_words=max(top, 40), progress=Steps()))
+            found.append(lin.attribute(chosen, by=name, position=position, in_words=max(top, 40), progress=step))
         except OptionError as missing:
             if not everything or name in ("token", "bias"):
                 raise
             note(f"no shares by {name}: {missing}")
-    deliver(found, json=json, html=html, to_json=lambda: _levels_json(found), top=top)
+
+    def to_json() -> str:
+        return jsonlib.dumps({one.by: one.to_dict() for one in found}, indent=2, ensure_ascii=False, allow_nan=False)
+
+    deliver(found, json=json, html=html, to_json=to_json, top=top)
 
 
-def _levels_json(found: list[Attribution]) -> str:
-    levels = {one.by: one.to_dict() for one in found}
-    return jsonlib.dumps(levels, indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _target(
-    token: str | int | None,
-    against: str | None,
-    margin: Literal["runner-up", "others", "mean"] | None,
-    neuron: str | None,
-) -> Target:
-    """What the options ask for."""
+def _target(token: str | int | None, against: str | None, margin: Rivals | None, neuron: str | None) -> Target:
     from loclin.analyses.attribution.target import Margin, Neuron
 
     if neuron is not None:

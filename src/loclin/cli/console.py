@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -61,7 +61,7 @@ def importing() -> Iterator[None]:
     A terminal is told first, since PyTorch and transformers take seconds.
     """
     if "torch" not in sys.modules:
-        Steps()("loading PyTorch and transformers")
+        step("loading PyTorch and transformers")
     line = f"interrupted; {kept.get()}"  # a signal's handler may run where no context is
 
     def stop(_signal: int, _frame: object) -> None:
@@ -78,20 +78,10 @@ def importing() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-@contextmanager
-def step(name: str) -> Iterator[None]:
-    """Show that something is running, for as long as it does."""
-    with stderr.status(name):
-        yield
-
-
-class Steps:
-    """Names the step that is running; the sweeps draw their own bar with the time left."""
-
-    def __call__(self, step: str) -> None:
-        """Name a step, on a terminal."""
-        if stderr.is_terminal:
-            stderr.print(f"[dim]{escape(step)} …[/]", soft_wrap=True)
+def step(name: str) -> None:
+    """Name the step that is running, on a terminal; the sweeps draw their own bar with the time left."""
+    if stderr.is_terminal:
+        stderr.print(f"[dim]{escape(name)} …[/]", soft_wrap=True)
 
 
 def deliver(
@@ -99,7 +89,7 @@ def deliver(
     *,
     json: Path | None = None,
     html: Path | None = None,
-    others: dict[Path | None, Callable[[Path], None]] | None = None,
+    others: Mapping[Path | None, Callable[[Path], None]] | None = None,
     to_json: Callable[[], str] | None = None,
     recorded: Path | None = None,
     code: int = 0,
@@ -107,38 +97,24 @@ def deliver(
 ) -> None:
     """Write a result where it was asked for, show it, say what was written, and end the command.
 
-    Parameters
-    ----------
-    result
-        What `loclin.report` draws.
-    json, html
-        Where to; None for nowhere.
-    others
-        Other places, and what writes there.
-    to_json
-        Gives the JSON, where that is not `result.to_json()`.
-    recorded
-        What was written before, while the result was made.
-    code
-        The exit code: 1 where a map is not exact.
-    top
-        How much to show, see `loclin.report.sheet.show`.
+    `others`: more places, and what writes there. `to_json`: where that is not the result's own. `recorded`: what was
+    written while the result was made. `code`: the exit code, 1 where a map is not exact. `top`: how much to show.
     """
     with importing():
         import loclin.report  # noqa: F401 (how results look)
         from loclin.results import display
         from loclin.results.files import write_text
-    writers: list[tuple[Path | None, Callable[[Path], None]]] = [
-        *(others or {}).items(),
-        (json, lambda path: write_text(path, (to_json or result.to_json)())),
-        (html, lambda path: write_text(path, display.page(result))),
-    ]
-    wanted = [(path, write) for path, write in writers if path is not None]
-    for path, write in wanted:
-        Steps()(f"writing {path}")
+    writers: dict[Path | None, Callable[[Path], None]] = {
+        **(others or {}),
+        json: lambda path: write_text(path, (to_json or result.to_json)()),
+        html: lambda path: write_text(path, display.page(result)),
+    }
+    wanted = {path: write for path, write in writers.items() if path is not None}
+    for path, write in wanted.items():
+        step(f"writing {path}")
         write(path)
     display.show(result, stdout, top=top)
-    for path in [*([recorded] if recorded else []), *(path for path, _ in wanted)]:
+    for path in filter(None, [recorded, *wanted]):
         stderr.print(f"wrote {escape(str(path))}")
     if code:
         raise typer.Exit(code)

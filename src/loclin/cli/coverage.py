@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional, get_args
-
-import typer
+from typing import Annotated, get_args
 
 from loclin.cli import options
-from loclin.cli.console import Steps, deliver, importing
+from loclin.cli.console import deliver, importing, step
 
 _GATES = get_args(options.Gate)
 
 
 def coverage(
     family: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Try this family; give it again for more. Default: all that transformers has.",
-            callback=options.plain,
-        ),
+        list[str] | None, options.text("Try this family; give it again for more. Default: all that transformers has.")
     ] = None,
     gate: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Try this gate split; give it again for more. Default: all three.",
-            metavar=f"<{'|'.join(_GATES)}>",
-            callback=options.one_of(*_GATES),
-        ),
+        list[str] | None,
+        options.several_of("Try this gate split; give it again for more. Default: all three.", *_GATES),
     ] = None,
     json: options.Record = None,
     markdown: options.Markdown = None,
@@ -37,12 +27,11 @@ def coverage(
     loclin coverage --family llama --family gpt2
     """
     with importing():
-        from loclin.analyses.coverage.result import GATES
         from loclin.analyses.coverage.run import coverage as run
         from loclin.report.coverage import coverage_markdown
         from loclin.results.files import write_text
-    gates = [name for name in GATES if not gate or name in gate]
-    record = run(family, gates=gates, path=json, fresh=fresh, progress=Steps())
+    gates = [name for name in _GATES if not gate or name in gate]
+    record = run(family, gates=gates, path=json, fresh=fresh, progress=step)
     shown = record if family is None else record.only(family)
     page = {markdown: lambda path: write_text(path, coverage_markdown(record))}
     deliver(shown, others=page, recorded=json, code=int(shown.counts["error"] > 0))

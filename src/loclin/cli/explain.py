@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import Steps, deliver, importing
+from loclin.cli.console import deliver, step
 from loclin.errors import OptionError
 
 
@@ -16,10 +16,7 @@ def explain(
     prompt: options.Prompt,
     k: Annotated[int, typer.Option(help="How many singular vectors of each token to put into words.", min=1)] = 8,
     position: options.Position = -1,
-    top: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="How many of them to print. Default: 3.", min=1),
-    ] = None,
+    top: Annotated[int | None, typer.Option(help="How many of them to print. Default: 3.", min=1)] = None,
     generate: Annotated[
         int,
         typer.Option(help="Generate this many tokens greedily, and explain every step and how the maps move.", min=0),
@@ -39,14 +36,10 @@ def explain(
         raise OptionError("--generate prints a row for each token; leave --top out")
     if top is not None and top > k:
         raise OptionError(f"--top {top} is more than --k {k}: there are no more vectors to print")
-    text = options.read(prompt)
-    with importing():
-        from loclin.analyses.explain import explain as run
-        from loclin.analyses.generation import generate as write
-    lin = freezing.linearize(text)
+    lin = freezing.linearize(prompt)
     if generate:
-        steps = write(lin, generate, k=k, progress=Steps())
-        deliver(steps, json=json, html=html, code=int(not all(step.certificate.passed for step in steps.steps)))
+        text = lin.generate(generate, k=k, progress=step)
+        deliver(text, json=json, html=html, code=int(not all(one.certificate.passed for one in text.steps)))
     else:
-        found = run(lin, k=k, position=position, progress=Steps())
+        found = lin.explain(k=k, position=position, progress=step)
         deliver(found, json=json, html=html, code=int(not found.certificate.passed), top=top)

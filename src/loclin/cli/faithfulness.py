@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import deliver, importing, note, step
+from loclin.cli.console import deliver, importing, note, stderr
 
 
 def faithfulness(
     model: options.ModelName = options.DEFAULT_MODEL,
     bos: options.Bos = None,
-    prompts: Annotated[Optional[int], typer.Option(help="How many prompts; all by default.", min=1)] = None,  # noqa: UP045
+    prompts: Annotated[int | None, typer.Option(help="How many prompts; all by default.", min=1)] = None,
     planes: Annotated[int, typer.Option(help="On how many to project the input off singular planes.", min=0)] = 16,
     seed: Annotated[
         int, typer.Option(help="Of the prompts' order, random orders and random planes.", min=0, max=options.SEEDS)
@@ -36,7 +36,7 @@ def faithfulness(
 
         check_scipy()
     chosen = load_prompts(prompts, seed)
-    with step(f"loading {model}"):
+    with stderr.status(f"loading {model}"):
         loaded = load(model)
     found = run(loaded, chosen, bos=bos, seed=seed, path=json, fresh=fresh, planes=planes, progress=note)
     page = {markdown: lambda path: write_text(path, faithfulness_markdown(found))}

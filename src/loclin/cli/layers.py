@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import Steps, deliver, importing
-
-COMPONENTS = ("resid_post", "attn_out", "mlp_out")
+from loclin.cli.console import deliver, step
 
 
 @options.spread
 def layers(
     prompt: options.Prompt,
     component: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Look at this one alone; give it again for more. Default: all that every layer has.",
-            metavar=f"<{'|'.join(COMPONENTS)}>",
-            callback=options.one_of(*COMPONENTS),
+        list[str] | None,
+        options.several_of(
+            "Look at this one alone; give it again for more. Default: all that every layer has.",
+            *("resid_post", "attn_out", "mlp_out"),
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", "-k", help="How many singular values of each map.", min=2)] = 8,
@@ -35,26 +32,15 @@ def layers(
     json: options.Json = None,
     html: options.Html = None,
     save: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="Write the singular triples of all maps from the embeddings to this .safetensors file.",
-            callback=options.place,
-        ),
+        Path | None,
+        options.path("Write the singular triples of all maps from the embeddings to this .safetensors file."),
     ] = None,
 ) -> None:
     """Show every layer as an exact linear map: how dimension falls and the prediction appears with depth.
 
     loclin layers "The bridge out of Marin is the" --model smollm2-135m --html layers.html --json layers.json
     """
-    text = options.read(prompt)
-    with importing():
-        from loclin.analyses.layers import explain_layers
-    lin = freezing.linearize(text)
-    found = explain_layers(lin, k=k, position=position, components=component, signs=signs, progress=Steps())
-    deliver(
-        found,
-        json=json,
-        html=html,
-        others={save: found.spectra.save} if found.spectra else {},
-        code=int(not found.passed),
-    )
+    lin = freezing.linearize(prompt)
+    found = lin.explain_layers(k=k, position=position, components=component, signs=signs, progress=step)
+    others = {save: found.spectra.save} if found.spectra else {}
+    deliver(found, json=json, html=html, others=others, code=int(not found.passed))

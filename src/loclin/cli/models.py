@@ -27,19 +27,18 @@ def models() -> None:
         from loclin.models.gguf.packaged import DEFAULT, PACKAGED
         from loclin.report.table import Column, Table, put
 
-    packaged = Table.of(Column("name", "key"), Column("what", "words"), Column("installed", "parts"))
-    for name, entry in PACKAGED.items():
-        state = "yes" if entry.installed else entry.pip
-        packaged.add(f"{name} (default)" if name == DEFAULT else name, entry.description, state)
-    put(stdout, Text("packaged models", "bold"), packaged)
+    rows = (
+        (name + " (default)" * (name == DEFAULT), entry.description, "yes" if entry.installed else entry.pip)
+        for name, entry in PACKAGED.items()
+    )
+    columns = (Column("name", "key"), Column("what", "words"), Column("installed", "parts"))
+    put(stdout, Text("packaged models", "bold"), Table.of(*columns, rows=rows))
     found = cache.entries()
     stdout.print(f"\nconverted copies in {cache.directory()}", highlight=False, soft_wrap=True)
     if not found:
         stdout.print("  none yet: a GGUF model is converted once, when it is first loaded")
         return
-    copies = Table.of(
-        Column("name", "key"), Column("key", "parts"), Column("size"), Column("converted"), Column("state", "parts")
-    )
+    copies = Table.of(Column("name", "key"), Column("key", "parts"), "size", "converted", Column("state", "parts"))
     for copy in found:
         date = f"{copy.date:%Y-%m-%d %H:%M}" if copy.date else "?"
         state = "ok" if copy.intact else "damaged" if copy.readable else "no permission to read it"

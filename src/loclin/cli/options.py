@@ -1,5 +1,4 @@
 """Options that several commands have, and what they do with them."""
-# ruff: noqa: UP045 (as the other commands write them)
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loclin.cli.console import NOTHING, Steps, importing, kept, step
+from loclin.cli.console import NOTHING, importing, kept, stderr, step
 from loclin.cli.streams import read_prompt
 from loclin.common import arguments
 from loclin.errors import MissingExtraError, OptionError, OutputError, PromptError
@@ -34,11 +33,11 @@ def _flag(param: Any) -> str:
 def plain(_context: Any, param: Any, value: Any) -> Any:
     """Check an option's text, or each of several: not empty, and whole characters."""
     if isinstance(value, list | tuple):
-        return [_text(_flag(param), one) for one in value]
-    return value if value is None else _text(_flag(param), value)
+        return [_whole(_flag(param), one) for one in value]
+    return value if value is None else _whole(_flag(param), value)
 
 
-def _text(name: str, value: str) -> str:
+def _whole(name: str, value: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # bytes that the locale does not have, as Python keeps them: perhaps they are UTF-8
@@ -53,36 +52,39 @@ def _text(name: str, value: str) -> str:
 
 def place(_context: Any, param: Any, value: Any) -> Any:
     """Check the name of a file or of a model: not empty, and text that every library can open."""
-    name, path = _flag(param), "" if value is None else str(value)
     if value is None:
         return None
+    name, path = _flag(param), str(value)
     if not path.strip():
         raise OptionError(f"{name} is empty: give a name")
     if path == "-":
         raise OptionError(f"{name} -: give a name; '-' is for the prompt alone")
-    if "\0" in path or not _encodes(path):
+    if "\0" in path or path.encode("utf-8", "ignore").decode("utf-8") != path:
         raise OptionError(f"{name}: the name is not UTF-8 in this locale; rename it, or set PYTHONUTF8=1")
     return value
 
 
-def _encodes(path: str) -> bool:
-    try:
-        return bool(path.encode("utf-8"))
-    except UnicodeEncodeError:
-        return False
+def text(help: str) -> Any:
+    """An option that is checked by `plain`."""
+    return typer.Option(help=help, callback=plain)
 
 
-def finite(least: float | None = None, above: float | None = None) -> Callable[..., Any]:
-    """Make a check of an option's number: finite, and in a range."""
+def path(help: str) -> Any:
+    """An option that is checked by `place`."""
+    return typer.Option(help=help, callback=place)
+
+
+def finite(help: str, least: float | None = None, above: float | None = None) -> Any:
+    """An option whose number is checked: finite, and in a range."""
 
     def check(_context: Any, param: Any, value: Any) -> Any:
         return value if value is None else arguments.real(_flag(param), value, least, above)
 
-    return check
+    return typer.Option(help=help, callback=check)
 
 
-def one_of(*names: str) -> Callable[..., Any]:
-    """Make a check of an option that is given several times: each is one of these."""
+def several_of(help: str, *names: str) -> Any:
+    """An option that is given several times, each time one of these names."""
 
     def check(_context: Any, param: Any, values: Any) -> Any:
         for value in values or ():
@@ -90,7 +92,7 @@ def one_of(*names: str) -> Callable[..., Any]:
                 raise OptionError(f"{_flag(param)} {value}: choose one of {', '.join(names)}")
         return values
 
-    return check
+    return typer.Option(help=help, metavar=f"<{'|'.join(names)}>", callback=check)
 
 
 DEFAULT_MODEL = "gemma-3-270m"
@@ -98,25 +100,18 @@ SEEDS = 2**63 - 1
 """The largest seed that every random generator takes."""
 Gate = Literal["activation", "up", "half"]
 Prompt = Annotated[str, typer.Argument(help="The text to explain; '-' reads it from standard input.", callback=plain)]
-ModelName = Annotated[
-    str,
-    typer.Option(help="Packaged name (see 'loclin models'), hub id, local directory, or .gguf file.", callback=place),
-]
+ModelName = Annotated[str, path("Packaged name (see 'loclin models'), hub id, local directory, or .gguf file.")]
 Position = Annotated[int, typer.Option(help="Explain the prediction after this token; -1 is the last.")]
 Bos = Annotated[
-    Optional[bool],
+    bool | None,
     typer.Option("--bos/--no-bos", help="Put a beginning token in front, or none; by default the tokenizer's way."),
 ]
-Json = Annotated[Optional[Path], typer.Option(help="Write everything to this JSON file.", callback=place)]
-Html = Annotated[Optional[Path], typer.Option(help="Write an interactive page to this file.", callback=place)]
-Record = Annotated[
-    Optional[Path],
-    typer.Option(help="Write what is finished to this JSON file, and go on from what it holds.", callback=place),
-]
-Markdown = Annotated[Optional[Path], typer.Option(help="Write the tables to this Markdown file.", callback=place)]
+Json = Annotated[Path | None, path("Write everything to this JSON file.")]
+Html = Annotated[Path | None, path("Write an interactive page to this file.")]
+Record = Annotated[Path | None, path("Write what is finished to this JSON file, and go on from what it holds.")]
+Markdown = Annotated[Path | None, path("Write the tables to this Markdown file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")]
 _OUTPUTS, _INPUTS = ("json", "html", "markdown", "save"), ("words", "operator", "model")
-_TENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -124,21 +119,16 @@ class Loading:
     """The options of every command that loads a model."""
 
     model: ModelName = DEFAULT_MODEL
-    dtype: Annotated[
-        str, typer.Option(help="float32, float64, bfloat16, float16, or auto (as stored).", callback=plain)
-    ] = "float32"
-    device: Annotated[Optional[str], typer.Option(help="Such as cpu or cuda:0.", callback=plain)] = None
-    device_map: Annotated[Optional[str], typer.Option(help="Spread the layers, such as auto.", callback=plain)] = None
-    revision: Annotated[Optional[str], typer.Option(help="A hub model's branch, tag or commit.", callback=plain)] = None
+    dtype: Annotated[str, text("float32, float64, bfloat16, float16, or auto (as stored).")] = "float32"
+    device: Annotated[str | None, text("Such as cpu or cuda:0.")] = None
+    device_map: Annotated[str | None, text("Spread the layers, such as auto.")] = None
+    revision: Annotated[str | None, text("A hub model's branch, tag or commit.")] = None
     bos: Bos = None
     gate: Annotated[Gate, typer.Option(help="Freeze act(gate) (the paper), freeze up, or the mean of both.")] = (
         "activation"
     )
     memory: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Memory for sweeps beside the map, such as 2GB. Default: a quarter of what is free.", callback=plain
-        ),
+        str | None, text("Memory for sweeps beside the map, such as 2GB. Default: a quarter of what is free.")
     ] = None
 
     def load(self) -> Model:
@@ -147,13 +137,9 @@ class Loading:
             from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (what load will ask for)
 
             from loclin.models import load
-        with step(f"loading {self.model}"):
+        with stderr.status(f"loading {self.model}"):
             return load(
-                self.model,
-                dtype=self.dtype,
-                device=self.device,
-                device_map=self.device_map,
-                revision=self.revision,
+                self.model, dtype=self.dtype, device=self.device, device_map=self.device_map, revision=self.revision
             )
 
 
@@ -166,38 +152,35 @@ class Freezing(Loading):
         typer.Option(help="The map's own precision: the model's (stock), float32, float64; auto: at least float32."),
     ] = "auto"
 
-    def linearize(self, text: str) -> Linearization:
-        """Load the model and freeze it at a prompt."""
+    def linearize(self, prompt: str) -> Linearization:
+        """Read the prompt, load the model and freeze it there."""
+        text = read(prompt)
         with importing():
             from loclin.linearization import linearize
         loaded = self.load()
-        Steps()("reading the prompt")
+        step("reading the prompt")
         return linearize(loaded, text, gate=self.gate, precision=self.precision, bos=self.bos, memory=self.memory)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take the options of a group, each under its own name, in the place of the group."""
-    hints, parameters = get_type_hints(command, include_extras=True), []
+    parameters: dict[str, inspect.Parameter] = {}
     groups: dict[str, Any] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        hint = hints[parameter.name]
-        if is_dataclass(hint):
-            groups[parameter.name] = hint
-            of_group = get_type_hints(hint, include_extras=True)
-            parameters += [
-                inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=of_group[f.name])
-                for f in fields(hint)
-            ]
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            parameters |= inspect.signature(groups[name], eval_str=True).parameters
         else:
-            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+            parameters[name] = parameter
 
     @wraps(command)
     def called(**given: Any) -> None:
         made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**made, **given)
 
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    named = [one.replace(kind=one.KEYWORD_ONLY) for one in parameters.values()]
+    called.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    called.__annotations__ = {name: one.annotation for name, one in parameters.items()}
     return called
 
 
@@ -208,50 +191,41 @@ running: ContextVar[Any] = ContextVar("running")
 def named() -> set[str]:
     """The options that were typed, and not left to their defaults."""
     context = running.get()
-    source = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, origin in source.items() if origin is not None and origin.name == "COMMANDLINE"}
+    return {name for name in context.params if "COMMANDLINE" in str(context.get_parameter_source(name))}
 
 
 def exclude(option: str, *others: str, why: str) -> None:
-    """Refuse an option beside others that contradict it.
-
-    Raises
-    ------
-    OptionError
-        When both were typed.
-    """
+    """Refuse an option that was typed beside others that contradict it."""
     typed = named()
     for other in others:
-        if option in typed and other in typed:
-            pair = " and ".join(f"--{name.replace('_', '-')}" for name in (option, other))
+        if {option, other} <= typed:
+            pair = f"--{option} and --{other}".replace("_", "-")
             raise OptionError(f"{pair} exclude one another: {why}")
 
 
 def check() -> None:
     """Refuse what cannot work before anything is loaded, for whichever command runs.
 
-    Raises
-    ------
-    OutputError, OptionError
-        For an output that cannot be written, that is another output or an input, options that exclude one another, or
-        a budget that is none.
+    That is an output that cannot be written, that is another output or an input, options that exclude one another, or
+    a budget that is none.
     """
     given = {name: value for name, value in running.get().params.items() if value is not None}
     exclude("device", "device_map", why="one device, or layers that are spread")
     if given.get("fresh") and "json" not in given:
         raise OptionError("--fresh is about the JSON file; name it with --json")
-    is_record = "fresh" in given and "json" in given
-    goes_on = f"what is finished is kept: the same command goes on ({given.get('json')})"
-    kept.set(goes_on if is_record else NOTHING)
+    kept.set(NOTHING)
+    if {"fresh", "json"} <= set(given):
+        kept.set(f"what is finished is kept: the same command goes on ({given['json']})")
     outputs = {f"--{name}": given[name] for name in _OUTPUTS if name in given}
     for path in outputs.values():
         check_writable(path)
     if (save := outputs.get("--save")) is not None:
-        if save.suffix != _TENSORS:
-            raise OutputError(f"cannot write {save}: results are safetensors files; call it {save}{_TENSORS}")
+        if save.suffix != ".safetensors":
+            raise OutputError(f"cannot write {save}: results are safetensors files; call it {save}.safetensors")
         outputs["--save's facts"] = save.with_name(f"{save.name}.json")
         check_writable(outputs["--save's facts"])
-    check_apart(outputs, {f"--{name}": Path(given[name]) for name in _INPUTS if _is_file(given.get(name))})
+    inputs = {f"--{name}": Path(given[name]) for name in _INPUTS if name in given}
+    check_apart(outputs, {name: path for name, path in inputs.items() if path.exists()})
     if "html" in given and find_spec("plotly") is None:
         raise MissingExtraError("an HTML page", "plotly", "html")
     if "memory" in given:
@@ -261,16 +235,6 @@ def check() -> None:
         budgets.parse_memory(given["memory"])
 
 
-def _is_file(value: Any) -> bool:
-    return isinstance(value, str | Path) and Path(value).exists()
-
-
 def read(prompt: str) -> str:
-    """Give the prompt's text, from standard input for '-'.
-
-    Raises
-    ------
-    PromptError
-        When it is empty, or not text.
-    """
+    """Give the prompt's text, from standard input for '-'."""
     return arguments.text("the prompt", read_prompt()) if prompt == "-" else prompt

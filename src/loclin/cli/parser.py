@@ -49,15 +49,14 @@ class Group(TyperGroup):
             code = super().main(*args, **others)
             if sys.stdout is not None:
                 sys.stdout.flush()
+            return code if isinstance(code, int) else 0
         except LoclinError as error:  # from an option's check, while the line is parsed
             say(error)
-            return 2
         except OSError as error:
             if not streams.is_full(error):
                 raise
             streams.discard()
             say(f"cannot write standard output: {error.strerror}")
-            return 2
         except Exception as error:
             # typer's parser raises click's exceptions, of click or of its own copy: by their method, not their class
             if not hasattr(error, "format_message"):
@@ -66,5 +65,4 @@ class Group(TyperGroup):
             where = "loclin" if context is None else context.command_path
             said = error.format_message().rstrip(".").replace("Value error, ", "")
             say(f"{said}; see {where} --help")
-            return 2
-        return code if isinstance(code, int) else 0
+        return 2

@@ -1,15 +1,14 @@
 """`loclin steer`: a prompt, normal and steered towards a text, side by side."""
-# ruff: noqa: UP045 (as the other commands write them)
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import Steps, deliver, importing
+from loclin.cli.console import deliver, importing, step
 from loclin.errors import OptionError
 
 Method = Literal["operator", "published", "basis", "suffix", "activation", "mean", "random"]
@@ -21,16 +20,12 @@ def steer(
         str, typer.Argument(help="The text to go on from; '-' reads it from standard input.", callback=options.plain)
     ],
     toward: Annotated[
-        Optional[list[str]],
-        typer.Option(help="A text that means the concept; give it again for more texts.", callback=options.plain),
+        list[str] | None, options.text("A text that means the concept; give it again for more texts.")
     ] = None,
-    layer: Annotated[Optional[int], typer.Option(help="Steer this layer. Default: found by trying.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Steer this layer. Default: found by trying.")] = None,
     strength: Annotated[
-        Optional[float],
-        typer.Option(
-            help="How strongly; 0 (add) or 1 (interpolate) is unsteered. Default: found by trying.",
-            callback=options.finite(),
-        ),
+        float | None,
+        options.finite("How strongly; 0 (add) or 1 (interpolate) is unsteered. Default: found by trying."),
     ] = None,
     form: Annotated[
         Literal["add", "interpolate"],
@@ -44,32 +39,21 @@ def steer(
         ),
     ] = "operator",
     words: Annotated[
-        Optional[str],
-        typer.Option(
-            help="The concept's words, with commas. Default: the text's, and what follows it.", callback=options.plain
-        ),
+        str | None, options.text("The concept's words, with commas. Default: the text's, and what follows it.")
     ] = None,
-    rank: Annotated[Optional[int], typer.Option(help="Keep so many singular triples of each map.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="Keep so many singular triples of each map.", min=1)] = None,
     normed: Annotated[bool, typer.Option("--normed", help="Put the final norm on top of the maps.")] = False,
     max_kl: Annotated[
         float,
-        typer.Option(
-            help="How much fluency trying may cost: KL of the next token, nats.", callback=options.finite(least=0.0)
-        ),
+        options.finite("How much fluency trying may cost: KL of the next token, nats.", least=0.0),
     ] = 2.0,
-    operator: Annotated[
-        Optional[Path], typer.Option(help="Steer with an operator that --save wrote.", callback=options.place)
-    ] = None,
-    save: Annotated[
-        Optional[Path], typer.Option(help="Write what steers to this .safetensors file.", callback=options.place)
-    ] = None,
+    operator: Annotated[Path | None, options.path("Steer with an operator that --save wrote.")] = None,
+    save: Annotated[Path | None, options.path("Write what steers to this .safetensors file.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to write at most.", min=1)] = 30,
     seed: Annotated[
-        Optional[int], typer.Option(help="Sample with this seed. Default: greedy.", min=0, max=options.SEEDS)
+        int | None, typer.Option(help="Sample with this seed. Default: greedy.", min=0, max=options.SEEDS)
     ] = None,
-    temperature: Annotated[
-        Optional[float], typer.Option(help="For sampling, with --seed.", callback=options.finite(above=0.0))
-    ] = None,
+    temperature: Annotated[float | None, options.finite("For sampling, with --seed.", above=0.0)] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     *,
     loading: options.Loading,
@@ -108,7 +92,7 @@ def steer(
         max_kl=max_kl,
         seed=seed,
         memory=loading.memory,
-        progress=Steps(),
+        progress=step,
         **({} if temperature is None else {"temperature": temperature}),
     )
     deliver(found, json=json, html=html, others={save: found.steering.save} if found.steering else {})

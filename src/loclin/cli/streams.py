@@ -44,10 +44,7 @@ def _replaced(character: str) -> str:
 
 
 def prepare() -> None:
-    """Let nothing that is printed end the process: what the streams' encodings lack is replaced.
-
-    For the process of the command line alone: these are its own streams.
-    """
+    """Replace what the encodings of the process's own streams lack, so that nothing that is printed ends it."""
     used.clear()
     codecs.register_error(ERRORS, _stand_in)
     for stream in (sys.stdout, sys.stderr):
@@ -66,13 +63,7 @@ def replaced(most: int = 8) -> str | None:
 
 
 def read_prompt() -> str:
-    """Read standard input as text, decided on its bytes: UTF-8, or else what the locale says that it is.
-
-    Raises
-    ------
-    PromptError
-        When there is none, or it is no text: bytes that are neither, or control characters.
-    """
+    """Read standard input as text, decided on its bytes: UTF-8, or else what the locale says; no control characters."""
     if sys.stdin is None:
         raise PromptError("there is no standard input to read a prompt from")
     try:
@@ -99,11 +90,8 @@ def lost_output() -> Iterator[None]:
     """End quietly where whoever read the output has gone: that is no fault."""
     try:
         yield
-    except BrokenPipeError:
-        discard()
-        raise SystemExit(BROKEN_PIPE) from None
-    except SystemExit as stopped:  # rich and typer end with 1, which here means "not exact"
-        if not isinstance(stopped.__context__, BrokenPipeError):
+    except (BrokenPipeError, SystemExit) as stopped:  # rich and typer end with 1, which here means "not exact"
+        if not any(isinstance(error, BrokenPipeError) for error in (stopped, stopped.__context__)):
             raise
         discard()
         raise SystemExit(BROKEN_PIPE) from None

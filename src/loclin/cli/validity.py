@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import deliver, importing
+from loclin.cli.console import deliver
 from loclin.errors import OptionError
 
 
@@ -31,8 +31,5 @@ def validity(
     """
     if draws + swaps < 1:
         raise OptionError("give at least one random direction (--draws) or one swap (--swaps)")
-    text = options.read(prompt)
-    with importing():
-        from loclin.analyses.validity import validity as run
-    lin = freezing.linearize(text)
-    deliver(run(lin, position=position, draws=draws, swaps=swaps, seed=seed), json=json, html=html)
+    lin = freezing.linearize(prompt)
+    deliver(lin.validity(position=position, draws=draws, swaps=swaps, seed=seed), json=json, html=html)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.text import Text
 
 from loclin.analyses.coverage.describe import NONE
 from loclin.analyses.coverage.result import Coverage, FamilyResult, Status
 from loclin.report.run import run_of
-from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe
-from loclin.report.table import Column, Table
+from loclin.report.sheet import PAGE, Block, Limits, Section, Sheet, describe
+from loclin.report.table import Cell, Column, Table
 from loclin.report.text import error, plain
 
 _STYLES: dict[Status, str] = {
@@ -20,7 +18,6 @@ _STYLES: dict[Status, str] = {
     "not built": "dim",
     "error": "bold red",
 }
-_CERTIFIED: tuple[Status, ...] = ("exact", "affine")
 _PARTS = ("attention", "positions", "norm", "MLP")
 _NUMBERS = ("runs", "float64", "float32", "bias", "forward")
 _PAGE = """\
@@ -48,26 +45,19 @@ prompt runs through, named by its classes and its config; the number of experts 
 
 
 @describe.register
-def describe_coverage(coverage: Coverage, _limits: Limits = PAGE) -> Sheet:
-    """Say which families are exact, why others are not, and how many there are of each status."""
-    table = Table.of(
-        Column("family", "key"), Column("parts", "words"), *map(Column, _NUMBERS), Column("status", "parts")
-    )
+def _describe_coverage(coverage: Coverage, _limits: Limits = PAGE) -> Sheet:
+    table = Table.of(Column("family", "key"), Column("parts", "words"), *_NUMBERS, Column("status", "parts"))
     for result in coverage.results:
         parts = Text(" · ".join(part for part in _parts(result) if part != NONE), "dim")
         table.add(Text(plain(result.family), "bold"), parts, *_numbers(result), _status(result))
-    failed = [
-        Text.assemble((plain(result.family), "bold"), " ", _status(result), f": {plain(_why(result))}")
-        for result in coverage.results
-        if result.reason
-    ]
-    blank = [Text()] if failed else []
-    return Sheet(
-        title="coverage",
-        about="which families of language models are exact",
-        sections=[Section("", "", [table, *blank, *failed, Text(), Text(_counted(coverage), "bold")])],
-        run=run_of(coverage),
-    )
+    failed = []
+    for result in coverage.results:
+        if result.reason:
+            why = f"{_module(result)}: {result.reason}" if _module(result) else result.reason
+            failed.append(Text.assemble((plain(result.family), "bold"), " ", _status(result), f": {plain(why)}"))
+    blocks: list[Block] = [table, *[Text()] * bool(failed), *failed, Text(), Text(_counted(coverage), "bold")]
+    about = "which families of language models are exact"
+    return Sheet("coverage", about, [Section("", "", blocks)], run=run_of(coverage))
 
 
 def _status(result: FamilyResult) -> Text:
@@ -76,30 +66,23 @@ def _status(result: FamilyResult) -> Text:
 
 def coverage_markdown(coverage: Coverage) -> str:
     """Write the page of the documentation: the certified families, and those of each other status."""
-    found = {status: [r for r in coverage.results if r.status == status] for status in _STYLES}
-    sections = {"Certified": _certified([r for r in coverage.results if r.status in _CERTIFIED])}
-    sections |= {status.capitalize(): _failures(found[status]) for status in ("refused", "error")}
-    sections["Not built"] = Table.of(Column("family", "key"), Column("reason", "words"))
-    for result in found["not built"]:
-        sections["Not built"].add(result.family, result.reason)
-    page = _PAGE.format(versions=_versions(coverage), counts=f"**{_counted(coverage)}.**")
+    sections = {"Certified": Table.of("family", "class", *_PARTS, *_NUMBERS, "status")}
+    for title in ("Refused", "Error"):
+        sections[title] = Table.of("family", "class", *_PARTS, "runs passed", "module", "reason")
+    sections["Not built"] = Table.of("family", "reason")
+    for r in coverage.results:
+        about: list[Cell] = [r.family, _code(r.class_name), *_parts(r)]
+        if r.status in ("exact", "affine"):
+            sections["Certified"].add(*about, *_numbers(r), r.status)
+        elif r.status == "not built":
+            sections["Not built"].add(r.family, r.reason)
+        else:
+            sections[r.status.capitalize()].add(*about, _ratio(r), _code(_module(r)), r.reason)
+    versions = ", ".join(f"{name} {version}" for name, version in coverage.versions.items())
+    page = _PAGE.format(versions=versions, counts=f"**{_counted(coverage)}.**")
     return "\n".join(
         [page, *(f"## {title}\n\n{table.markdown()}\n" for title, table in sections.items() if table.rows)]
     )
-
-
-def _certified(results: Sequence[FamilyResult]) -> Table:
-    table = Table.of(*map(Column, ("family", "class", *_PARTS, *_NUMBERS, "status")))
-    for r in results:
-        table.add(r.family, _code(r.class_name), *_parts(r), *_numbers(r), r.status)
-    return table
-
-
-def _failures(results: Sequence[FamilyResult]) -> Table:
-    table = Table.of(*map(Column, ("family", "class", *_PARTS, "runs passed", "module", "reason")))
-    for r in results:
-        table.add(r.family, _code(r.class_name), *_parts(r), _ratio(r), _code(_module(r)), r.reason)
-    return table
 
 
 def _parts(result: FamilyResult) -> list[str]:
@@ -122,18 +105,9 @@ def _module(result: FamilyResult) -> str:
     return result.failure.module if result.failure else ""
 
 
-def _why(result: FamilyResult) -> str:
-    module = _module(result)
-    return f"{module}: {result.reason}" if module else result.reason
-
-
 def _counted(coverage: Coverage) -> str:
     counted = ", ".join(f"{n} {status}" for status, n in coverage.counts.items() if n or status == "error")
     return f"{len(coverage.results)} families: {counted}"
-
-
-def _versions(coverage: Coverage) -> str:
-    return ", ".join(f"{name} {version}" for name, version in coverage.versions.items())
 
 
 def _code(text: str) -> Text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from loclin.analyses.faithfulness import summary
 from loclin.analyses.faithfulness.prompts import HALVES, Half
@@ -19,14 +19,9 @@ _EFFECTS = ("removed", "replaced")
 
 
 @describe.register
-def describe_study(study: Faithfulness, _limits: Limits = PAGE) -> Sheet:
-    """Say how far shares agree with what removing tokens does."""
-    return Sheet(
-        title="faithfulness",
-        about="shares against what removing tokens does to the model",
-        sections=list(_sections(study)),
-        run=run_of(study),
-    )
+def _describe_study(study: Faithfulness, _limits: Limits = PAGE) -> Sheet:
+    about = "shares against what removing tokens does to the model"
+    return Sheet("faithfulness", about, list(_sections(study)), run=run_of(study))
 
 
 def faithfulness_markdown(study: Faithfulness) -> str:
@@ -55,10 +50,7 @@ def _sections(study: Faithfulness) -> Iterator[Section]:
 
 def _section(title: str, note: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Section:
     first, *others = header
-    table = Table.of(Column(first, "key"), *map(Column, others))
-    for row in rows:
-        table.add(*row)
-    return Section(title, note, [table])
+    return Section(title, note, [Table.of(Column(first, "key"), *others, rows=rows)])
 
 
 def _variant(name: str) -> bool:
@@ -89,11 +81,11 @@ def _correlations(study: Faithfulness, half: Half, shown: Callable[[str], bool])
 
 
 def _advantage(study: Faithfulness) -> Section:
-    others = [name for name in study.prompts[-1].shares if name != BEST and (name == PAPER or not _variant(name))]
     rows = []
-    for other in others:
-        found = [summary.advantage(study, "held-out", effect, False, BEST, other) for effect in _EFFECTS]
-        rows.append([_name(other), *map(_shown, found)])
+    for other in study.prompts[-1].shares:
+        if other != BEST and (other == PAPER or not _variant(other)):
+            found = [summary.advantage(study, "held-out", effect, False, BEST, other) for effect in _EFFECTS]
+            rows.append([_name(other), *map(_shown, found)])
     return _section(
         f"By how much {_name(BEST)} is ahead, prompt by prompt",
         "Its rank correlation less the other's, on the held-out half.",
@@ -103,14 +95,14 @@ def _advantage(study: Faithfulness) -> Section:
 
 
 def _deletion(study: Faithfulness) -> Section:
-    tests = {test: summary.deletion(study, test) for test in ("first", "last", "first, all")}
+    first, *others = (summary.deletion(study, test) for test in ("first", "last", "first, all"))
     heads = ("largest first", "smallest first", "largest first, last token too")
     return _section(
         "Removing tokens in the order of their shares",
         "The fall of the prediction's log-probability in nats, mean over the steps of each curve: the larger the "
         "better where the largest shares go first, the smaller the better where the smallest do.",
         ["method", *heads],
-        [[_name(name), *(_shown(found.get(name)) for found in tests.values())] for name in tests["first"]],
+        [[_name(name), *(_shown(found.get(name)) for found in (first, *others))] for name in first],
     )
 
 
@@ -135,7 +127,6 @@ def _kinds(study: Faithfulness, halves: Sequence[Half]) -> Section:
 
 
 def _planes(study: Faithfulness) -> Section:
-    found: Mapping[tuple[str, int], Mapping[str, Interval]] = summary.planes(study)
     return _section(
         "The input projected off what the map reads most",
         "Off the top k right singular vectors of all tokens' maps together (joint) or of each token's own (each; each "
@@ -143,7 +134,7 @@ def _planes(study: Faithfulness) -> Section:
         ["plane", "k", "input moved", "log-probability falls", "output moved"],
         [
             [plane, str(k), *(_shown(numbers[name]) for name in ("moved", "drop", "output"))]
-            for (plane, k), numbers in found.items()
+            for (plane, k), numbers in summary.planes(study).items()
         ],
     )
 

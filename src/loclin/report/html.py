@@ -8,34 +8,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from importlib.resources import files
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from rich.text import Span, Text
 
-from loclin.report.assets import asset
 from loclin.report.plot import plotly_script
-from loclin.report.sheet import NOTEBOOK, PAGE, Sheet, describe
+from loclin.report.sheet import NOTEBOOK, PAGE, Figure, Sheet, describe
 from loclin.report.table import BEYOND, Bar, Cell, pieces
-from loclin.report.text import number, percent, token
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-    from markupsafe import Markup
+from loclin.report.text import error, number, percent, signed, token
 
 _FULL = 0.78
 """How opaque a full colour is."""
 
 
 def page(result: object) -> str:
-    """Write a result, or several of one prompt, as a self-contained HTML page.
-
-    Raises
-    ------
-    MissingExtraError
-        When it has figures and plotly is not installed.
-    """
+    """Write a result, or several of one prompt, as a self-contained HTML page."""
     sheet = describe(result, PAGE)
-    drawn = {figure.id: figure.draw() for section in sheet.sections for figure in section.figures}
+    blocks = [block for section in sheet.sections for block in section.blocks]
+    drawn = {block.id: block.draw() for block in blocks if isinstance(block, Figure)}
     return write_page("base.html", sheet, {"figures": drawn} if drawn else None, "draw.js")
 
 
@@ -45,21 +38,7 @@ def fragment(result: object) -> str:
 
 
 def write_page(template: str, sheet: Sheet, data: Any, *scripts: str, **more: Any) -> str:
-    """Fill a page's template.
-
-    Parameters
-    ----------
-    template
-        Its file; it extends `base.html`.
-    sheet
-        What it shows.
-    data
-        What its scripts read; None for a page without any.
-    scripts
-        Their files, `shared.js` aside.
-    more
-        Whatever else the template names.
-    """
+    """Fill a template that extends `base.html`: `data` is what its scripts read, None for a page without any."""
     code = {} if data is None else {"plotly": plotly_script(), "script": asset("shared.js", *scripts)}
     page = _environment().get_template(template)
     return page.render(sheet=sheet, data=None if data is None else embedded(data), **code, **more)
@@ -75,9 +54,6 @@ def embedded(data: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    """The templates; jinja2 is imported when the first of them is filled."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     found = Environment(
         loader=PackageLoader("loclin.report", "assets"),
         autoescape=True,
@@ -85,16 +61,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"inline": inline, "style": _asset}
+    found.filters |= {"inline": inline, "style": lambda name: Markup(asset(name))}
     found.globals |= {"full": _FULL, "beyond": BEYOND, "form_of": lambda block: type(block).__name__}
-    found.globals |= {"token": token, "percent": percent, "number": number}
+    found.globals |= {"token": token, "percent": percent, "number": number, "signed": signed, "error": error}
     return found
 
 
 def inline(cell: Cell) -> Markup:
     """Write a cell: styles become classes, and all text is escaped."""
-    from markupsafe import Markup, escape
-
     if isinstance(cell, Bar):
         side, size = "neg" if cell.size < 0 else "pos", abs(cell.size)
         clipped = " beyond" if size > BEYOND else ""
@@ -111,7 +85,6 @@ def inline(cell: Cell) -> Markup:
 
 def _nested(text: str, start: int, end: int, spans: Sequence[Span]) -> Iterator[str]:
     """Write a piece of text with elements for its spans, those that lie within others inside them."""
-    from markupsafe import escape
 
     def plain(piece: str) -> str:
         return str(escape(piece)).replace("\n", "<br>")
@@ -135,8 +108,7 @@ def _classes(style: str) -> str:
     return " ".join(name for name, before in zip(names, ["", *names[:-1]], strict=True) if "not" not in (name, before))
 
 
-def _asset(name: str) -> Markup:
-    """Read a file that is part of loclin, as it stands."""
-    from markupsafe import Markup
-
-    return Markup(asset(name))
+def asset(*names: str) -> str:
+    """Read some of the style sheets and scripts, one behind the other."""
+    here = files("loclin.report") / "assets"
+    return "".join((here / name).read_text("utf-8") for name in names)

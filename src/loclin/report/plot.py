@@ -28,24 +28,7 @@ def draw(
     legend: Mapping[str, Any] | None = None,
     **layout: Any,
 ) -> dict[str, Any]:
-    """Make a figure without colours of its own, which the page gives it, as plain data.
-
-    Parameters
-    ----------
-    traces
-        What it shows, as plotly has it.
-    x, y
-        The axes' titles.
-    legend
-        Where its legend is, such as `ABOVE`; None for none.
-    layout
-        More of plotly's layout, such as `yaxis_type`.
-
-    Raises
-    ------
-    MissingExtraError
-        When plotly is not installed.
-    """
+    """Make a figure as plain data, with its axes' titles; None for no legend. The page gives it its colours."""
     try:
         from plotly.graph_objects import Figure
     except ImportError as missing:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rich.text import Text
 
 from loclin.common.brief import brief
-from loclin.report.text import gate_note, plain
+from loclin.report.text import plain
 from loclin.results.provenance import Provenance
 
 _UNSAID = ("versions", "token_ids", "model", "certificate", "text", "tokens", "positions")
@@ -18,36 +18,22 @@ _UNSAID = ("versions", "token_ids", "model", "certificate", "text", "tokens", "p
 
 @dataclass(frozen=True)
 class Run:
-    """Which model and options a result is of.
+    """Which model and options a result is of; empty where that is not known."""
 
-    Attributes
-    ----------
-    model
-        As `ModelInfo.to_dict()` gives it; nothing where it is not known.
-    options
-        Everything that was chosen, by name.
-    versions
-        Of what the numbers depend on.
-    more
-        What a terminal's line says besides.
-    """
-
-    model: Mapping[str, Any]
-    options: Mapping[str, Any]
-    versions: Mapping[str, str]
-    more: tuple[str, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)  # as `ModelInfo.to_dict()` gives it
+    options: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    more: tuple[str, ...] = ()  # what a terminal's line says besides
 
     __repr__ = brief
 
     @property
     def gate(self) -> str:
-        """Say which of several exact sets of numbers is shown."""
-        return gate_note(self.options.get("gate"))
-
-    @property
-    def ends(self) -> str:
-        """The map's ends."""
-        return f"{self.options.get('source')} → {self.options.get('target')}"
+        """Say which of several exact sets of shares is shown."""
+        gate, agrees = self.options.get("gate"), "half agrees best with removing tokens (docs/faithfulness.md)"
+        if gate == "half":
+            return f"Gate {agrees}; another gate gives other shares."
+        return f"Gate {gate}. Another gate gives other shares; {agrees}."
 
     @property
     def line(self) -> Text:
@@ -67,36 +53,33 @@ class Run:
     def facts(self) -> dict[str, str]:
         """All of it, by name."""
         model = {f"model {name}": value for name, value in self.model.items()}
-        plain = {name: value for name, value in self.options.items() if name not in _UNSAID}
-        known = model | plain | dict(self.versions)
-        return {str(name): str(value) for name, value in known.items() if value is not None}
+        options = {name: value for name, value in self.options.items() if name not in _UNSAID}
+        known = model | options | dict(self.versions)
+        return {name: str(value) for name, value in known.items() if value is not None}
 
 
-def run_of(result: Any, *more: str) -> Run | None:
-    """Find out what a result is of; None where it does not say."""
-    settings, known = getattr(result, "settings", {}), result.provenance
+def _known(result: Any) -> Provenance | None:
+    """A result's provenance, which a map gives when it is asked."""
+    known: Provenance | None = result.provenance() if callable(result.provenance) else result.provenance
+    return known
+
+
+def run_of(result: Any) -> Run:
+    """Find out what a result is of."""
+    settings, known = dict(getattr(result, "settings", {})), _known(result)
     if known is None:
-        versions = getattr(result, "versions", None)
-        return None if versions is None else Run(settings.get("model", {}), settings, versions, more)
-    return run_at(known, settings, *more)
-
-
-def run_at(known: Provenance, settings: Mapping[str, Any] | None = None, *more: str) -> Run:
-    """Say what was run at a prompt, with the options of a question."""
-    options = {field.name: getattr(known, field.name) for field in fields(known)} | dict(settings or {})
-    return Run(known.model.to_dict(), options, known.versions, more)
+        return Run(settings.get("model", {}), settings, getattr(result, "versions", {}))
+    options = {field.name: getattr(known, field.name) for field in fields(known)} | settings
+    return Run(known.model.to_dict(), options, known.versions)
 
 
 def prompt(result: Any) -> str:
     """Give a result's prompt; nothing where it has none."""
-    return "" if result.provenance is None else str(result.provenance.text)
+    known = _known(result)
+    return "" if known is None else known.text
 
 
 def tokens(result: Any) -> list[str]:
     """Give the prompt's tokens as they are shown; none where they are not known."""
-    return [] if result.provenance is None else list(result.provenance.tokens)
-
-
-def position(result: Any) -> int:
-    """Give the token after which the prediction is explained."""
-    return int(result.provenance.position)
+    known = _known(result)
+    return [] if known is None else known.tokens

@@ -21,8 +21,6 @@ from loclin.results.result import Result
 
 PROMPT_HEAD, PROMPT_TAIL = 40, 80
 """How much of a prompt a terminal shows when it is longer than both together: its beginning and its end."""
-
-
 KEY = "full colour: the largest share of a word"
 """What a prompt's chips are coloured by where they are."""
 
@@ -62,31 +60,14 @@ class Shade:
 
 @dataclass(frozen=True)
 class Heat:
-    """A matrix as coloured cells, on pages and in notebooks.
+    """A matrix as coloured cells, on pages and in notebooks."""
 
-    Attributes
-    ----------
-    columns
-        The heads, and how many columns each one spans.
-    rows
-        What names a row, its cells, and what stands behind them.
-    note
-        What is said below it.
-    caption
-        What is said above it.
-    """
-
-    columns: list[tuple[Text, int]]
-    rows: list[tuple[Text, list[Shade], Text]]
-    note: str = ""
-    caption: Text | None = None
+    columns: list[tuple[Text, int]]  # the heads, and how many columns each one spans
+    rows: list[tuple[Text, list[Shade], Text]]  # what names a row, its cells, and what stands behind them
+    note: str = ""  # below it
+    caption: Text | None = None  # above it
 
     __repr__ = brief
-
-    @property
-    def width(self) -> int:
-        """How many columns there are."""
-        return sum(span for _, span in self.columns)
 
 
 @dataclass(frozen=True)
@@ -120,13 +101,8 @@ class Sayings:
         """Draw them in frames, one below the other where it is narrow."""
         width = min(options.max_width, WIDEST)
         half = (width - 1) // 2 if width >= 80 else width
-        yield Columns(
-            [
-                Panel(text, title=f"[bold]{name}[/]", title_align="left", width=half, border_style=style)
-                for name, text, style in self.texts
-            ],
-            padding=(0, 1),
-        )
+        framed = (_framed(text, f"[bold]{name}[/]", style, width=half) for name, text, style in self.texts)
+        yield Columns(framed, padding=(0, 1))
 
 
 Block = Text | Table | Heat | Figure | Folded | Sayings
@@ -142,57 +118,31 @@ class Section:
 
     __repr__ = brief
 
-    @property
-    def figures(self) -> list[Figure]:
-        """What needs a script to be drawn."""
-        return [block for block in self.blocks if isinstance(block, Figure)]
-
-    @property
-    def plain(self) -> list[Block]:
-        """All else."""
-        return [block for block in self.blocks if not isinstance(block, Figure)]
-
 
 @dataclass(frozen=True)
 class Sheet:
-    """A report.
-
-    Attributes
-    ----------
-    title
-        A line of text.
-    about
-        Which kind of report it is.
-    sections
-        What it shows.
-    heading
-        The title as a page shows it; None for the same.
-    chips
-        The prompt.
-    key
-        What the colours of the chips mean.
-    lead
-        Lines that come first: what is explained, whether the map is exact.
-    notes
-        What is to be known of all numbers.
-    warnings
-        What a reader should know first.
-    run
-        What was run; None where that is not known.
-    """
+    """A report."""
 
     title: str
-    about: str
+    about: str  # which kind of report it is
     sections: list[Section]
-    heading: Text | None = None
+    heading: Text | None = None  # the title as a page shows it; None for the same
     chips: list[Chip] = field(default_factory=list)
-    key: str = ""
-    lead: list[Text] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    key: str = ""  # what the colours of the chips mean
+    lead: list[Text] = field(default_factory=list)  # what is explained, whether the map is exact
+    notes: list[str] = field(default_factory=list)  # what is to be known of all numbers
     warnings: list[str] = field(default_factory=list)
-    run: run.Run | None = None
+    run: run.Run = field(default_factory=run.Run)
 
     __repr__ = brief
+
+
+def sheet_of(result: Any, about: str, sections: list[Section], *, kind: str = "", **more: Any) -> Sheet:
+    """Make the sheet of a result: its prompt, warnings and what was run are the result's, if not in `more`."""
+    title = ": ".join(filter(None, (kind, shortened(run.prompt(result)))))
+    chips = [Chip(text) for text in run.tokens(result)]
+    known = {"title": title, "chips": chips, "warnings": result.warnings, "run": run.run_of(result)}
+    return Sheet(**known | {"about": about, "sections": sections} | more)
 
 
 def full_size(sizes: Iterable[tuple[float, bool]]) -> float:
@@ -212,29 +162,19 @@ def describe(result: object, _limits: Limits = PAGE) -> Sheet:
 def describe_table(result: Result, limits: Limits = PAGE) -> Sheet:
     """Show the table of a result that has no description of its own."""
     columns, name = result.table(), type(result).__name__
-    table = Table.of(*(_column(title, values) for title, values in columns.items()))
     rows = list(zip(*columns.values(), strict=True))
-    for row in rows[: limits.tokens]:
-        table.add(*map(_value, columns, row))
-    prompt = shortened(run.prompt(result))
-    return Sheet(
-        title=f"{name}: {prompt}" if prompt else name,
-        about=f"a result of loclin: {name}",
-        chips=[Chip(text) for text in run.tokens(result)],
-        sections=[Section(name, str(getattr(result, "task", "")), [table, *left_out(len(rows) - limits.tokens)])],
-        warnings=result.warnings,
-        run=run.run_of(result),
+    texts = {title for title, values in columns.items() if any(isinstance(value, str) for value in values)}
+    table = Table.of(
+        *(Column(title.replace("_", " "), "key" if title in texts else "number") for title in columns),
+        rows=(list(map(_value, columns, row)) for row in rows[: limits.tokens]),
     )
+    section = Section(name, str(getattr(result, "task", "")), [table, *left_out(len(rows) - limits.tokens)])
+    return sheet_of(result, f"a result of loclin: {name}", [section], kind=name)
 
 
 def left_out(hidden: int) -> list[Text]:
     """Say below a table how many rows it leaves out, where it leaves out any."""
     return [Text(f"and {hidden} more", "dim italic")] if hidden > 0 else []
-
-
-def _column(name: str, values: list[Any]) -> Column:
-    is_text = any(isinstance(value, str) for value in values)
-    return Column(name.replace("_", " "), "key" if is_text else "number")
 
 
 def _value(name: str, value: Any) -> Cell:
@@ -258,17 +198,7 @@ def describe_several(results: list[Any], limits: Limits = PAGE) -> Sheet:
 
 
 def show(result: object, console: Console | None = None, *, top: int | None = None) -> None:
-    """Print a result.
-
-    Parameters
-    ----------
-    result
-        Anything that `describe` knows.
-    console
-        Where to print; colours follow it, and nothing depends on them. None for standard output.
-    top
-        How many of the largest shares, or of each token's singular vectors, to show.
-    """
+    """Print a result that `describe` knows, on a console or on standard output: `top` shares, or vectors of a token."""
     limits = TERMINAL if top is None else replace(TERMINAL, parts=top, vectors=top)
     sheet = describe(result, limits)
     parts: list[RenderableType] = [*([_prompt(sheet.chips)] if sheet.chips else []), *sheet.lead]
@@ -276,14 +206,16 @@ def show(result: object, console: Console | None = None, *, top: int | None = No
         printed = [block for block in section.blocks if isinstance(block, Text | Table | Sayings)]
         parts += [Text(), Heading(section.title, section.note)] if section.title and printed else []
         parts += printed
-    closing: list[RenderableType] = [*(Text(note, "dim") for note in sheet.notes), *map(warning, sheet.warnings)]
-    closing += [] if sheet.run is None else [sheet.run.line]
+    closing: list[RenderableType] = [
+        *(Text(note, "dim") for note in sheet.notes),
+        *(_framed(Text(text), "warning", "yellow") for text in sheet.warnings),
+    ]
+    closing += [sheet.run.line] if sheet.run.facts else []
     put(Console() if console is None else console, *parts, *([Text()] if closing else []), *closing)
 
 
-def warning(text: str) -> Panel:
-    """Frame what a reader should know first."""
-    return Panel(Text(text), title="warning", title_align="left", border_style="yellow")
+def _framed(text: Text, title: str, style: str, **more: Any) -> Panel:
+    return Panel(text, title=title, title_align="left", border_style=style, **more)
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,12 @@ _LEAST_WORDS, _LEAST_KEY = 8, 9
 _BETWEEN = "  "
 _BAR = 5
 """Cells of a bar on either side of zero on a terminal; a cell is drawn in halves."""
+_MIRRORED = str.maketrans("▶▌", "◀▐")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A small bar, left of the axis when negative; an arrow marks one that is longer than drawn.
-
-    Attributes
-    ----------
-    size
-        The part of the full length.
-    """
+    """A small bar of a part of the full length, left of the axis when negative; an arrow marks one that is longer."""
 
     size: float
 
@@ -48,14 +43,9 @@ class Bar:
     @property
     def text(self) -> Text:
         """The bar in characters."""
-        length = abs(self.size)
-        whole, half = divmod(round(2 * _BAR * min(length, 1.0)), 2)
-        beyond = round(2 * _BAR * length) > 2 * _BAR
-        left = right = ""
-        if self.size < 0:
-            left = "◀" + "█" * (_BAR - 1) if beyond else "▐" * half + "█" * whole
-        else:
-            right = "█" * (_BAR - 1) + "▶" if beyond else "█" * whole + "▌" * half
+        halves = round(2 * _BAR * abs(self.size))
+        bar = "█" * (_BAR - 1) + "▶" if halves > 2 * _BAR else "█" * (halves // 2) + "▌" * (halves % 2)
+        left, right = (bar[::-1].translate(_MIRRORED), "") if self.size < 0 else ("", bar)
         return Text.assemble((left.rjust(_BAR), "red"), ("│", "dim"), (right.ljust(_BAR), "green"))
 
 
@@ -65,23 +55,19 @@ Cell = str | Text | Bar | Sequence[Text]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a `Table`.
+    """A column of a `Table`, of one of these kinds.
 
-    Attributes
-    ----------
-    name
-        Its heading.
-    kind
-        `key`: names the row, and comes again where a table is folded; the last of them breaks into lines first.
-        `number`: never shortened and never left out; `parts` neither, but on the left. `words`: shortened, then left
-        out. `bar`: left out.
-    alone
-        Its heading where columns of words are left out, for one whose name leans on theirs.
+    `key`: names the row, and comes again where a table is folded; the last of them breaks into lines first. `number`:
+    never shortened and never left out; `parts` neither, but on the left. `words`: shortened, then left out. `bar`: left
+    out.
     """
 
     name: str | Text
     kind: Kind = "number"
-    alone: str = ""
+    alone: str = ""  # its heading where columns of words are left out, for one whose name leans on theirs
+
+
+COUNTER, BAR = Column("", "key"), Column("", "bar")
 
 
 @dataclass(frozen=True)
@@ -93,9 +79,6 @@ class Row:
     is_sum: bool = False
 
     __repr__ = brief
-
-    def __getitem__(self, i: int) -> Cell:
-        return self.cells[i]
 
 
 @dataclass
@@ -112,13 +95,16 @@ class Table:
     __repr__ = brief
 
     @classmethod
-    def of(cls, *columns: Column) -> Table:
-        """Begin a table."""
-        return cls(list(columns))
+    def of(cls, *columns: Column | str, rows: Iterable[Sequence[Cell]] = ()) -> Table:
+        """Begin a table; a column of which only the name is given has numbers."""
+        made = cls([Column(column) if isinstance(column, str) else column for column in columns])
+        for row in rows:
+            made.add(*row)
+        return made
 
     def add(self, *cells: Cell, token: int | None = None, is_sum: bool = False) -> None:
         """Add a row; cells that are not given are empty."""
-        self.rows.append(Row([*cells, *("" for _ in range(len(self.columns) - len(cells)))], token, is_sum))
+        self.rows.append(Row([*cells, *[""] * (len(self.columns) - len(cells))], token, is_sum))
 
     @property
     def is_headed(self) -> bool:
@@ -138,70 +124,65 @@ class Table:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType | Segment]:
         """Draw it."""
-        everything = range(len(self.columns))
+        everything, limit = list(range(len(self.columns))), options.max_width
         if not console.is_terminal:
             return self._drawn(everything, self._widths(), console, options)
-        left_out = self._left_out(options.max_width)
-        names = [str(self.columns[i].name) or "words" for i in left_out if self.columns[i].kind == "words"]
+        kept = self._kept(limit)
+        names = [str(c.name) or "words" for i, c in enumerate(self.columns) if c.kind == "words" and i not in kept]
         columns = [replace(column, name=column.alone or column.name) for column in self.columns]
         shown = replace(self, columns=columns) if names else self
-        parts = shown._folded(options.max_width, [i for i in everything if i not in left_out])
-        drawn = [shown._drawn(part, shown._fitted(options.max_width, part), console, options) for part in parts]
+        parts = shown._folded(limit, kept)
+        drawn = [shown._drawn(part, shown._fitted(limit, part), console, options) for part in parts]
         notes = [Text(f"left out here: {', '.join(names)}", "dim italic")] if names else []
         return [*chain.from_iterable(drawn), *notes]
 
     def _of(self, *kinds: Kind) -> list[int]:
         return [i for i, column in enumerate(self.columns) if column.kind in kinds]
 
+    def _cells(self, i: int) -> list[Cell]:
+        return [self.columns[i].name, *(row.cells[i] for row in self.rows)]
+
     def _widths(self) -> list[int]:
-        return [self._width(i) for i in range(len(self.columns))]
+        return [max(map(_length, self._cells(i))) for i in range(len(self.columns))]
 
-    def _width(self, i: int) -> int:
-        return max([cell_len(str(self.columns[i].name)), *(_length(row[i]) for row in self.rows)], default=0)
-
-    def _least(self, i: int, widths: Sequence[int]) -> int:
-        """The fewest cells that a column does with."""
-        heading, unbroken = cell_len(str(self.columns[i].name)), (_unbroken(row[i]) for row in self.rows)
-        if self.columns[i].kind == "words":
-            broken = all(isinstance(row[i], str | Text) for row in self.rows)
-            return min(widths[i], _LEAST_WORDS if broken else max([_LEAST_WORDS, heading, *unbroken]))
-        if i == self._of("key")[-1]:
-            return min(widths[i], _LEAST_KEY)
-        return max([heading, *unbroken])
-
-    def _left_out(self, limit: int) -> list[int]:
-        """Which columns there is no room for: bars first, then words, the last of them first."""
+    def _least(self) -> list[int]:
+        """The fewest cells that each column does with."""
+        least = [max(map(_unbroken, self._cells(i))) for i in range(len(self.columns))]
         widths = self._widths()
-        shown, left_out = set(range(len(self.columns))), []
+        for i in self._of("words"):
+            broken = all(isinstance(cell, str | Text) for cell in self._cells(i))
+            least[i] = min(widths[i], _LEAST_WORDS if broken else max(_LEAST_WORDS, least[i]))
+        for i in self._of("key")[-1:]:
+            least[i] = min(widths[i], _LEAST_KEY)
+        return least
+
+    def _kept(self, limit: int) -> list[int]:
+        """Which columns there is room for: bars are left out first, then words, the last of them first."""
+        least, kept = self._least(), list(range(len(self.columns)))
         for i in [*reversed(self._of("bar")), *reversed(self._of("words"))]:
-            if _total(self._least(j, widths) for j in shown) <= limit:
-                break
-            shown.remove(i)
-            left_out.append(i)
-        return sorted(left_out)
+            if _total(least[j] for j in kept) > limit:
+                kept.remove(i)
+        return kept
 
     def _folded(self, limit: int, shown: Sequence[int]) -> list[list[int]]:
         """Put the columns into as many tables as it takes; each begins with the keys."""
-        widths = self._widths()
-        keys = [i for i in shown if self.columns[i].kind == "key"]
+        least, keys = self._least(), self._of("key")
         parts = [list(keys)]
         for i in (i for i in shown if i not in keys):
-            if len(parts[-1]) > len(keys) and _total(self._least(j, widths) for j in [*parts[-1], i]) > limit:
+            if len(parts[-1]) > len(keys) and _total(least[j] for j in [*parts[-1], i]) > limit:
                 parts.append(list(keys))
             parts[-1].append(i)
         return [sorted(part) for part in parts]
 
     def _fitted(self, limit: int, part: Sequence[int]) -> list[int]:
         """Share the room out: numbers have theirs, keys come next, and words divide the rest."""
-        widths = self._widths()
-        found = [self._least(i, widths) if i in part else 0 for i in range(len(widths))]
+        widths, found = self._widths(), self._least()
         for kinds in (("number", "parts", "bar"), ("key",), ("words",)):
             growing = [i for i in part if self.columns[i].kind in kinds and found[i] < widths[i]]
             while growing and (room := limit - _total(found[i] for i in part)) > 0:
                 for i in growing:
                     found[i] = min(widths[i], found[i] + max(1, room // len(growing)))
-                    if _total(found[j] for j in part) > limit:
-                        found[i] -= _total(found[j] for j in part) - limit
+                    found[i] -= max(0, _total(found[j] for j in part) - limit)
                 growing = [i for i in growing if found[i] < widths[i]]
         return found
 
@@ -209,13 +190,14 @@ class Table:
         self, part: Sequence[int], widths: Sequence[int], console: Console, options: ConsoleOptions
     ) -> Iterable[Segment]:
         """A table of some columns, as wide as it is: rich would take cells from numbers to make it fit."""
-        table = RichTable(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-        table.show_header = self.is_headed
+        table = RichTable(
+            box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False, show_header=self.is_headed
+        )
         for i in part:
             column = self.columns[i]
             counter = i == 0 and not column.name
             table.add_column(
-                Text(column.name) if isinstance(column.name, str) else column.name,
+                _joined(column.name, widths[i]),
                 justify="right" if counter or column.kind == "number" else "left",
                 style="dim" if counter else "",
                 no_wrap=column.kind != "key",
@@ -223,7 +205,7 @@ class Table:
                 width=widths[i],
             )
         for row in self.rows:
-            table.add_row(*(_joined(row[i], widths[i]) for i in part))
+            table.add_row(*(_joined(row.cells[i], widths[i]) for i in part))
         return console.render(table, options.update(width=max(options.max_width, _total(widths[i] for i in part))))
 
 
@@ -254,8 +236,10 @@ def _unbroken(cell: Cell) -> int:
 def _joined(cell: Cell, width: int) -> RenderableType:
     if isinstance(cell, Bar):
         return cell.text
-    if isinstance(cell, str | Text):
-        return Text(cell) if isinstance(cell, str) else cell  # rich reads markup in a plain string
+    if isinstance(cell, Text):
+        return cell
+    if isinstance(cell, str):
+        return Text(cell)  # rich reads markup in a plain string
     return Text(_BETWEEN if _length(cell) <= width else "\n").join(cell)
 
 

@@ -1,7 +1,4 @@
-"""Tokens, numbers and lines as text that a person can read, the same on a terminal and on a page.
-
-Styled text is rich's `Text`: a terminal draws the styles, and `report.html` makes them classes.
-"""
+"""Tokens, numbers and lines as a person reads them: rich's `Text`, whose styles are classes on a page."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ _NAMED = re.compile(r"(⟨(?:[0-9A-F]{2}(?: [0-9A-F]{2})*|(?:unused|empty) \d+)�
 """Bytes, and ids without a text, as `loclin.models.tokens` writes them: no space in them is the token's."""
 MARKS = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
 _MARK = re.compile(f"[{SPACE}{NEWLINE}{TAB}{EMPTY}]+")
-_TOKEN = 20
-_LINE = 60
+_TOKEN, _LINE = 20, 60
 COMPONENTS = {"resid_post": "residual stream", "attn_out": "attention", "mlp_out": "MLP"}
 
 
@@ -27,14 +23,8 @@ def visible(text: str, limit: int | None = None) -> str:
     """Draw a token's whitespace, and leave nothing in it that could act on a terminal or reorder a line.
 
     Characters that do not print, and the marks themselves, are written as Python escapes, so that a mark
-    always means what it stands for. An accent without its letter stands on a dotted circle.
-
-    Parameters
-    ----------
-    text
-        A token's text.
-    limit
-        The most characters to show; longer tokens end in an ellipsis.
+    always means what it stands for. An accent without its letter stands on a dotted circle. What is longer than
+    `limit` characters ends in an ellipsis.
     """
     parts = _NAMED.split(text)  # every second one is such a name
     shown = "".join(part if i % 2 else "".join(map(_drawn, part)) for i, part in enumerate(parts)) or EMPTY
@@ -43,14 +33,10 @@ def visible(text: str, limit: int | None = None) -> str:
 
 
 def _drawn(character: str) -> str:
-    return MARKS.get(character) or (character if _prints(character) else _escaped(character))
-
-
-def _prints(character: str) -> bool:
-    return character.isprintable() and character not in (SPACE, NEWLINE, TAB, EMPTY, CARRIER)
-
-
-def _escaped(character: str) -> str:
+    if character in MARKS:
+        return MARKS[character]
+    if character.isprintable() and character not in (SPACE, NEWLINE, TAB, EMPTY, CARRIER):
+        return character
     return character.encode("unicode_escape").decode("ascii")
 
 
@@ -84,14 +70,6 @@ def sigmas(indices: list[int]) -> str:
     """Name a singular block, counted from 1: σ3, or σ3≈σ4 where the values are near-equal."""
     names = [f"σ{i + 1}" for i in indices]
     return "≈".join(names) if len(names) <= 3 else f"{names[0]}≈…≈{names[-1]}"
-
-
-def gate_note(gate: object) -> str:
-    """Say which of several exact sets of shares is shown."""
-    agrees = "half agrees best with removing tokens (docs/faithfulness.md)"
-    if gate == "half":
-        return f"Gate {agrees}; another gate gives other shares."
-    return f"Gate {gate}. Another gate gives other shares; {agrees}."
 
 
 def shortened(prompt: str) -> str:

@@ -11,9 +11,9 @@ from rich.text import Text
 from loclin.analyses.validity import PREDICTORS, Step, Validity
 from loclin.report import run
 from loclin.report.plot import ABOVE, NEGATIVE, NEUTRAL, POSITIVE, curve, draw
-from loclin.report.sheet import PAGE, Chip, Figure, Folded, Limits, Section, Sheet, describe
+from loclin.report.sheet import PAGE, Figure, Folded, Limits, Section, Sheet, describe, sheet_of
 from loclin.report.table import Column, Table
-from loclin.report.text import error, percent, shortened, token
+from loclin.report.text import error, percent, token
 
 KINDS = {
     "noise": ("Random directions", "every token moved at once; the size is a share of each token's own length"),
@@ -31,30 +31,20 @@ _SWAPS = 200
 
 
 @describe.register
-def describe_validity(found: Validity, _limits: Limits = PAGE) -> Sheet:
-    """Say how far from its prompt the frozen map predicts the model."""
-    title, known = shortened(run.prompt(found)), run.run_of(found)
-    assert known is not None
-    curves = {kind: found.curve(kind) for kind in KINDS}
-    swaps = [ray for ray in found.rays if ray.position is not None]
+def _describe_validity(found: Validity, _limits: Limits = PAGE) -> Sheet:
     note = "error: |predicted − true| / |true| of the final hidden state; same: names the same likeliest token"
-    return Sheet(
-        title=title,
-        about="how far from its prompt an exact linear map still predicts the model",
-        chips=[Chip(text) for text in run.tokens(found)],
-        sections=[_section(found, kind, curve) for kind, curve in curves.items() if curve]
-        + ([_swaps(found, len(swaps))] if swaps else []),
-        notes=[note, f"gate {known.options['gate']}: another gate is another map"],
-        warnings=found.warnings,
-        run=known,
+    return sheet_of(
+        found,
+        "how far from its prompt an exact linear map still predicts the model",
+        [*(_section(found, kind, curve) for kind in KINDS if (curve := found.curve(kind))), *_swaps(found)],
+        notes=[note, f"gate {run.run_of(found).options['gate']}: another gate is another map"],
     )
 
 
 def _section(found: Validity, kind: str, curve: Sequence[Step]) -> Section:
     name, note = KINDS[kind]
-    table = Table.of(Column("size", "key"), *map(Column, _HEADS))
-    for step in curve:
-        table.add(f"{step.size:g}", *_numbers(step))
+    rows = ((f"{step.size:g}", *_numbers(step)) for step in curve)
+    table = Table.of(Column("size", "key"), *_HEADS, rows=rows)
     figures = [
         Figure(f"{kind}-{measure}", f"{name}: {label}", partial(_figure, curve, measure))
         for measure, label in _FIGURES.items()
@@ -72,19 +62,17 @@ def _numbers(step: Step) -> list[str]:
     ]
 
 
-def _swaps(found: Validity, count: int) -> Section:
+def _swaps(found: Validity) -> list[Section]:
     """What is predicted once a token has become another one, for pages."""
-    table = Table.of(Column("token", "key"), Column("becomes", "words"), Column("", "parts"), *map(Column, _HEADS))
-    texts = run.tokens(found)
-    for ray in [ray for ray in found.rays if ray.position is not None][:_SWAPS]:
-        assert ray.position is not None
-        table.add(token(texts[ray.position]), token(ray.token or ""), ray.kind, *_numbers(ray.steps[-1]))
-    cut = f" Of {count}, the first {_SWAPS}." if count > _SWAPS else ""
-    return Section(
-        "Every swap",
-        f"What is predicted once the token has become the other one.{cut}",
-        [Folded(Text(f"{len(table.rows)} swaps"), [table])],
-    )
+    table = Table.of(Column("token", "key"), Column("becomes", "words"), Column("", "parts"), *_HEADS)
+    swaps = [(ray, ray.position) for ray in found.rays if ray.position is not None]
+    for ray, position in swaps[:_SWAPS]:
+        text = token(run.tokens(found)[position])
+        table.add(text, token(ray.token or ""), ray.kind, *_numbers(ray.steps[-1]))
+    cut = f" Of {len(swaps)}, the first {_SWAPS}." if len(swaps) > _SWAPS else ""
+    note = f"What is predicted once the token has become the other one.{cut}"
+    folded = Folded(Text(f"{len(table.rows)} swaps"), [table])
+    return [Section("Every swap", note, [folded])] if swaps else []
 
 
 def _figure(steps: Sequence[Step], measure: str) -> dict[str, Any]:

@@ -1,0 +1,266 @@
+"""What attributions say: a target, its shares, and that they sum to it; one attention head; a path of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+
+from rich.text import Text
+
+from loclin.analyses.attribution.heads import Head, Path
+from loclin.analyses.attribution.result import Attribution, Kind, Share
+from loclin.report.run import prompt, run_of, tokens
+from loclin.report.sheet import (
+    KEY,
+    PAGE,
+    Block,
+    Chip,
+    Heat,
+    Limits,
+    Section,
+    Shade,
+    Sheet,
+    describe,
+    full_size,
+    sheet_of,
+)
+from loclin.report.table import BAR, BEYOND, COUNTER, Bar, Cell, Column, Table
+from loclin.report.text import error, number, percent, shortened, signed, token, visible, words
+
+LEVELS = {
+    "token": ("Tokens", "what each token's embedding gives, by all ways"),
+    "bias": ("Biases", "what each bias gives, by all ways"),
+    "layer": ("Layers", "what each attention and each MLP writes into it, directly"),
+    "head": ("Heads", "what each query head writes into it, directly"),
+    "neuron": ("Neurons", "what each MLP neuron writes into it, directly"),
+    "token×layer": ("Tokens × layers", "what each token gives by way of each part as the last that writes"),
+}
+"""Each level's title, and what its shares are."""
+_NAMES: dict[Kind, str] = {"embed": "embedding", "attn_out": "attention", "mlp_out": "MLP"}
+_WORDS, _READS = 5, 2
+_MOST = 80
+"""Rows of a map of tokens, and of a table of them."""
+
+
+@describe.register
+def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
+    title, run = shortened(prompt(found)), run_of(found)
+    level, note = LEVELS[found.by]
+    by_token = found.by in ("token", "token×layer")
+    if found.by == "token":
+        table = _tokens(found, min(limits.tokens, _MOST))
+    else:
+        table = _layers(found) if found.by == "layer" else _parts(found, limits.parts)
+    maps = {"head": _head_map, "token×layer": _token_map}
+    blocks: list[Block] = [maps[found.by](found)] if found.by in maps else []
+    blocks += [table, Text(_sums(found), "bold")]
+    if found.through is not None:
+        through = "through: all of it that passes there, by later layers too; these overlap and do not sum up"
+        blocks.append(Text(through, "dim"))
+    shares = [0.0] * len(found.texts)
+    for part in found.parts:
+        if part.token is not None and by_token:
+            shares[part.token] += part.share
+    full = full_size((share, i in found.sinks) for i, share in enumerate(shares))
+    between = " − " if found.target["kind"] in ("logit difference", "logit margin") else ", "
+    wanted = Text(between).join(token(text, "bold green") for text in found.target["tokens"])
+    target = Text.assemble((f"{found.target['kind']} ", "green"), wanted, (f" {number(found.value)}", "bold"))
+    if (probability := found.target.get("probability")) is not None:
+        target.append(f"   probability {percent(probability)}", "dim")
+    return sheet_of(
+        found,
+        "the model, at this prompt, as an exact linear map",
+        [Section(level, note, blocks)],
+        heading=Text.assemble(title, (" → ", "dim"), wanted),
+        chips=_chips(found.texts, shares, full, lambda i: _marks(found, i)),
+        key=KEY if by_token else "",
+        lead=[target],
+        notes=[run.gate] if run.facts else [],
+    )
+
+
+def _chips(
+    texts: list[str], shares: list[float], full: float, marks: Callable[[int], list[str]] = lambda _: []
+) -> list[Chip]:
+    chips = []
+    for i, (text, share) in enumerate(zip(texts, shares, strict=True)):
+        about = "".join(f", {mark}" for mark in marks(i))
+        chips.append(Chip(text, share / full, f"token {i} {visible(text)}{about}: share {signed(share)}", marks(i)))
+    return chips
+
+
+def _marks(found: Attribution, i: int) -> list[str]:
+    """Say what is special about a position: an attention sink, or the last that the target can see."""
+    return ["sink"] * (i in found.sinks) + ["last"] * (i == found.target["position"])
+
+
+def _sums(found: Attribution) -> str:
+    several = f"{len(found)} shares sum" if len(found) > 1 else "1 share comes"
+    return (
+        f"{several} to {found.shares.sum().item():.6g}, the {found.target['kind']} is {found.value:.6g}: residual "
+        f"{error(abs(found.residual))}, or {error(found.relative_residual)} of the sizes of what is summed"
+    )
+
+
+def _full(found: Attribution, parts: list[Share]) -> float:
+    return full_size((part.share, part.token in found.sinks) for part in parts)
+
+
+def _add_others(table: Table, found: Attribution, chosen: list[Share], full: float, *before: str) -> Table:
+    """Sum up by kind what is not shown."""
+    left: dict[Kind, list[float]] = {}
+    kinds, names = {part.kind for part in chosen}, {(part.name, part.token) for part in chosen}
+    for part in found.parts:
+        if (part.name, part.token) not in names:
+            left.setdefault(part.kind, []).append(part.share)
+    for kind, shares in left.items():
+        several, other = len(shares) > 1, kind in kinds
+        name = _NAMES.get(kind, kind) + ("es" if kind == "bias" else "s") * several
+        name = f"{len(shares)} " * (several or other) + "other " * other + name
+        table.add(*before, Text(name, "italic"), signed(sum(shares)), Bar(sum(shares) / full))
+    return table
+
+
+def _tokens(found: Attribution, most: int) -> Table:
+    chosen = sorted(found.top(most, "token"), key=lambda part: part.token or 0)
+    full = _full(found, chosen)
+    table = Table.of(COUNTER, Column("token", "key"), "share", BAR)
+    for part in chosen:
+        name = token(part.name, "bold", _marks(found, part.token or 0))
+        table.add(str(part.token), name, signed(part.share), Bar(part.share / full))
+    return _add_others(table, found, chosen, full, "")
+
+
+def _layers(found: Attribution) -> Table:
+    """A row for each layer: its attention, its MLP, and what the larger of them writes; a block as its attention."""
+    layers: dict[int, dict[str, Share]] = {}
+    for part in found.parts:
+        if part.layer is not None:
+            layers.setdefault(part.layer, {})["attn_out" if part.kind == "block" else part.kind] = part
+    table = Table.of(
+        *(Column("layer", "key"), "attention", BAR, "MLP", BAR, "through"),
+        Column("writes", "words"),
+    )
+    full = _full(found, found.parts)
+    for layer, here in layers.items():
+        cells: list[Cell] = [Text(str(layer), "dim")]
+        for kind in ("attn_out", "mlp_out"):
+            cells += [signed(here[kind].share), Bar(here[kind].share / full)] if kind in here else ["", ""]
+        through = " ".join(signed(part.through or 0.0) for part in here.values())
+        writes = max(here.values(), key=lambda part: abs(part.share)).writes or []
+        table.add(*cells, Text(through, "dim"), words(writes, _WORDS))
+    return _add_others(table, found, [part for part in found.parts if part.layer is not None], full)
+
+
+def _parts(found: Attribution, top: int) -> Table:
+    """The largest shares, whatever they are of."""
+    chosen = found.top(top, found.unit)
+    full = _full(found, chosen)
+    matrix, reading, writing = found.by == "token×layer", found.by == "head", found.by in ("head", "neuron")
+    table = Table.of(
+        *(Column("part", "key"), "share", BAR),
+        *["through"] * (found.through is not None),
+        *[Column("token", "key")] * matrix,
+        *[Column("reads", "words")] * reading,
+        *[Column("writes", "words")] * writing,
+    )
+    for part in chosen:
+        cells: list[Cell] = [Text(part.name, "bold"), signed(part.share), Bar(part.share / full)]
+        cells += [] if part.through is None else [Text(signed(part.through), "dim")]
+        if matrix:
+            cells.append(Text("biases", "italic") if part.token is None else token(found.texts[part.token]))
+        if reading:
+            read = sorted(enumerate(part.attends or []), key=lambda one: -abs(one[1]))[:_READS]
+            cells.append([token(found.texts[i]).append(f" {signed(share)}", "dim") for i, share in read])
+        if writing:
+            cells.append(words(part.writes or [], _WORDS))
+        table.add(*cells)
+    return _add_others(table, found, chosen, full)
+
+
+def _head_map(found: Attribution) -> Heat:
+    heads = [part for part in found.parts if part.kind == "head"]
+    shares = {(part.layer, part.index): part.share for part in heads}
+    count = 1 + max((part.index or 0 for part in heads), default=0)
+    rows = []
+    for layer in sorted({part.layer for part in heads if part.layer is not None}, reverse=True):
+        named = [(f"L{layer}H{head}", shares.get((layer, head))) for head in range(count)]
+        rows.append((f"layer {layer}", named))
+    return _heat(rows, [(Text(str(head)), 1) for head in range(count)], _full(found, heads), "head")
+
+
+def _token_map(found: Attribution) -> Heat:
+    """A map of tokens by parts: the tokens of largest share, and the biases."""
+    matrix, names = found.matrix()
+    shown = sorted(matrix[:-1].sum(1).abs().argsort(descending=True)[:_MOST].tolist())
+    marked = ["".join(f" ({mark})" for mark in _marks(found, i)) for i in range(len(found.texts))]
+    values = [(f"{i} {visible(found.texts[i], 20)}{marked[i]}", matrix[i]) for i in shown]
+    hidden = [i for i in range(len(found.texts)) if i not in shown]
+    if hidden:
+        values.append((f"{len(hidden)} others", matrix[hidden].sum(0)))
+    if matrix[-1].any():
+        values.append(("biases", matrix[-1]))
+    rows = [
+        (text, [(f"{text} → {name}", share) for name, share in zip(names, row.tolist(), strict=True)])
+        for text, row in values
+    ]
+    columns = [(Text(label), len(list(same))) for label, same in groupby(name.rpartition(".")[2] for name in names)]
+    full = full_size((size, i in found.sinks) for i, size in enumerate(matrix[:-1].abs().amax(1).tolist()))
+    return _heat(rows, columns, full, "left: attention, right: MLP")
+
+
+def _heat(
+    named: list[tuple[str, list[tuple[str, float | None]]]], columns: list[tuple[Text, int]], full: float, note: str
+) -> Heat:
+    """Colour shares by their size; each cell says what it is, and each row its sum."""
+    rows, beyond = [], ""
+    for name, cells in named:
+        shades = [Shade(s if s is None else s / full, "" if s is None else f"{of}: {signed(s)}") for of, s in cells]
+        shares = [share or 0.0 for _, share in cells]
+        rows.append((Text(name), shades, Text(signed(sum(shares)))))
+        if any(abs(share) > BEYOND * full for share in shares):
+            beyond = "; outlined: more"
+    about = f"Columns: {note}. Behind them: each row's sum. Full colour: {signed(full).lstrip('+')}{beyond}."
+    return Heat(columns, rows, about)
+
+
+@describe.register
+def _describe_head(head: Head, _limits: Limits = PAGE) -> Sheet:
+    shares = head.attends.tolist()
+    full = full_size((share, False) for share in shares)
+    table = Table.of(COUNTER, Column("token", "key"), "attention", "share", BAR)
+    for i, (text, share, paid) in enumerate(zip(tokens(head), shares, head.pattern.tolist(), strict=True)):
+        table.add(str(i), token(text, "bold"), percent(paid), signed(share), Bar(share / full))
+    table.add("", Text("biases", "italic"), "", signed(head.bias), Bar(head.bias / full))
+    table.add("", Text("total", "bold"), "", Text(signed(head.share), "bold"), is_sum=True)
+    triples = Table.of(COUNTER, "σ", Column("writes", "words"), Column("reads", "words"))
+    for i, triple in enumerate(head.triples):
+        triples.add(f"{i + 1}", number(triple.value), words(triple.writes), words(triple.reads))
+    sections = [
+        Section("Tokens", "the attention it pays, and the parts of its share that it reads there", [table]),
+        Section("What its map writes and reads", "its singular vectors, all tokens side by side", [triples]),
+    ]
+    return _sheet_of(head, "one attention head, at this prompt, as an exact linear map", sections, shares, full)
+
+
+@describe.register
+def _describe_path(path: Path, _limits: Limits = PAGE) -> Sheet:
+    shares = path.shares.tolist()
+    full = full_size((share, False) for share in shares)
+    table = Table.of(COUNTER, Column("token", "key"), "share", BAR)
+    for i, (text, share) in enumerate(zip(tokens(path), shares, strict=True)):
+        table.add(str(i), token(text, "bold"), signed(share), Bar(share / full))
+    table.add("", Text("total", "bold"), Text(signed(sum(shares)), "bold"), is_sum=True)
+    section = Section("Tokens", "what each one's embedding gives by this path alone", [table])
+    return _sheet_of(
+        path, "one path through the model, at this prompt, as an exact linear map", [section], shares, full
+    )
+
+
+def _sheet_of(found: Head | Path, about: str, sections: list[Section], shares: list[float], full: float) -> Sheet:
+    target = found.target
+    line = Text.assemble((found.name, "bold"), " gives ", (signed(found.share), "bold"), f" of the {target['kind']} ")
+    line.append_text(Text(", ").join(token(text, "bold green") for text in target["tokens"]))
+    line.append(f" {number(target['value'])}", "dim")
+    chips = _chips(tokens(found), shares, full)
+    return sheet_of(found, about, sections, kind=found.name, chips=chips, key=KEY, lead=[line])

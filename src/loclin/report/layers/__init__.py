@@ -1,1 +1,0 @@
-"""How the explanation of every layer looks."""
