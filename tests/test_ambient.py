@@ -132,7 +132,7 @@ def all_answers(llama):
 IDS = tiny.prompt(6)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["inference_mode", "autocast", "float64 by default", "on meta"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_asked_in_another_state_has_the_same_answer(question, state, model, answers):

@@ -62,7 +62,7 @@ def exact_values(J, joint=False):
     return torch.linalg.svdvals(dense.flatten(1)[None] if joint else dense.transpose(0, 1))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("method", ["auto", "lapack", "block_krylov"])
 def test_spectra_of_a_map_in_half_precision_are_taken_in_float32(half, method, joint):

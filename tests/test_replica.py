@@ -64,7 +64,7 @@ def test_a_hook_that_is_put_on_later_does_not_reach_it(model, expected):
     handle.remove()
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_a_hook_that_is_taken_off_later_stays_in_it(model):
     norm = next(module for module in model.modules() if "Norm" in type(module).__name__)
     handle = norm.register_forward_hook(lambda _m, _a, output: 2 * output)
@@ -75,7 +75,7 @@ def test_a_hook_that_is_taken_off_later_stays_in_it(model):
     assert not same(loclin.linearize(model, IDS), expected)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_training_mode_is_neither_met_nor_changed(model, expected):
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -56,6 +56,7 @@ def test_maps_with_the_final_norm_on_top_have_its_width(lin, target, position):
     assert relative_error(sum(J.bias_by_source().values()) - J.bias, J.value) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_has_no_words_is_said_everywhere(lin):
     (warning,) = [said for said in lin.warnings if "wide" in said]
     explained, layers = loclin.explain(lin), explain_layers(lin)

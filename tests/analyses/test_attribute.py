@@ -176,6 +176,7 @@ def test_rows_and_columns_sum_to_tokens_and_layers(family):
     assert columns == pytest.approx(by_layer | ({"bias": ends} if "bias" in columns else {}), rel=1e-10, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_budget_changes_nothing():
     lin, tight = (linearize(tiny.gemma3(), tiny.prompt(7), precision="double", memory=m) for m in (None, 60_000))
     for by in LEVELS:
@@ -193,6 +194,7 @@ def test_what_float32_rounds_too_much_is_swept_again(monkeypatch):
             assert far(single.attribute(5, by=by).shares, double.attribute(5, by=by).shares) < tiny.rounding()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_per_layer_embeddings_are_their_tokens(family):
     """What each token's own rows of the second table give, pushed forward instead of pulled back."""

@@ -59,6 +59,7 @@ def test_drift_is_that_of_the_dense_maps(lin):
                 assert angle == pytest.approx(math.degrees(math.acos(min(1.0, abs((u @ v).item())))), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_it_ends_where_the_model_ends(lin):
     end = generate(lin, 2, k=1).steps[1].target["id"]
     config = lin.model.hf.generation_config
@@ -78,6 +79,7 @@ def test_mistakes_are_refused_before_the_work(lin):
         generate(lin, 61)
 
 
+@pytest.mark.slow
 def test_json_page_and_terminal(lin):
     found = generate(lin, 3, k=2)
     read = json.loads(found.to_json())
@@ -96,6 +98,7 @@ def test_json_page_and_terminal(lin):
     assert f"{sorted(token.change for token in found.drift[0])[2]:.2f}" in shown
 
 
+@pytest.mark.slow
 def test_text_from_a_model_is_never_markup(lin):
     found = generate(lin, 2, k=1)
     found.steps[0].target["text"] = "<script>alert(1)</script>"

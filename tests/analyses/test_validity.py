@@ -87,7 +87,7 @@ def test_json_and_an_earlier_position(lin):
     assert read["provenance"]["position"] == 2
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_study(lin):
     one, other = (validity(lin, sizes=[0.1], draws=1, swaps=1, seed=seed) for seed in (5, 5))
     assert one.rays == other.rays

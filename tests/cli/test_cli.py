@@ -59,6 +59,7 @@ def test_explain(directory, tmp_path):
     assert page.read_text().lower().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_explain_generate(directory, tmp_path, capsys):
     written, page = tmp_path / "out.json", tmp_path / "out.html"
     common = ("explain", "w3 w4 w5", "--model", directory, "--bos", "--k", 2, "--generate", 2)
@@ -85,6 +86,7 @@ def test_validity(directory, tmp_path, capsys):
     assert "at least one" in err
 
 
+@pytest.mark.slow
 def test_faithfulness(directory, tmp_path, capsys):
     written, tables = tmp_path / "out.json", tmp_path / "out.md"
     common = ("faithfulness", "--model", directory, "--prompts", 4, "--planes", 0, "--json", written)
@@ -166,6 +168,7 @@ def test_attribute(directory, tmp_path, capsys, target):
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_attribute_shares_out_other_things(directory, capsys):
     for options, kind in (
         ([], "logit "),

@@ -61,6 +61,7 @@ def test_a_repr_does_not_grow_with_what_is_held(cls):
     assert "\n" not in shown
 
 
+@pytest.mark.slow
 def test_results_of_a_prompt_are_shown_in_a_line():
     lin = linearize(tiny.gemma3(), tiny.prompt(40))
     J, found, layers = lin.jacobian(), explain(lin, k=2), explain_layers(lin, k=2)

@@ -82,6 +82,7 @@ def test_what_is_no_prompt_is_refused(model, prompt, why):
         loclin.linearize(model, prompt)
 
 
+@pytest.mark.slow
 def test_a_batch_takes_every_form_too(model):
     rows = model.tokenizer(["the cat", "the"], padding=False)["input_ids"]
     expected = [[row] for row in rows]
@@ -144,6 +145,7 @@ def test_every_analysis_passes_warnings_on():
     assert lin.prompt_warnings[0] in steered.to_dict()["warnings"]
 
 
+@pytest.mark.slow
 def test_every_output_shows_warnings():
     from io import StringIO
 

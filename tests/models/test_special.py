@@ -99,7 +99,7 @@ def test_tied_and_resized_embeddings():
 # what is put around a model
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["module", "in place", "forward", "layers"])
 def test_compiled(how, expected):
     model = given = tiny.llama()
@@ -130,6 +130,7 @@ def lora(peft, **changes):
     return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, **changes)
 
 
+@pytest.mark.slow
 def test_lora_equals_the_merged_model(peft):
     torch.manual_seed(0)
     adapted = peft.get_peft_model(tiny.llama(), lora(peft, lora_dropout=0.3)).train()
@@ -141,6 +142,7 @@ def test_lora_equals_the_merged_model(peft):
     assert torch.equal(dense(torch.compile(adapted, backend="eager")), J)
 
 
+@pytest.mark.slow
 def test_other_adapters(peft, expected):
     torch.manual_seed(0)
     model = tiny.llama()

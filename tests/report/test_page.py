@@ -174,6 +174,7 @@ def test_a_number_that_is_not_one_does_not_break_the_page() -> None:
     assert "nan" in Page(display.page(made)).text
 
 
+@pytest.mark.slow
 def test_a_long_prompt_has_few_visible_curves_and_thin_ones() -> None:
     values = [2.0 ** -(i / 50) for i in range(500)]
     made = long(512)

@@ -85,6 +85,7 @@ def test_a_map_that_is_dense_already_is_only_copied(tmp_path, sweeps):
     assert len(sweeps[0]) == done
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path, sweeps):
     sizes, stop = sweeps
     whole = jacobian().dense(path=tmp_path / "whole.npy")

@@ -191,6 +191,7 @@ def test_an_unknown_dtype_is_refused(results):
         loclin.SVD.from_dict(values)
 
 
+@pytest.mark.slow
 def test_a_warning_of_any_step_is_in_every_form(results, capsys):
     steps = results["Generation"].steps
     warned = replace(

@@ -59,12 +59,13 @@ def attribute(
     options.exclude("target", "target_id", why="both name the token")
     if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
         raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
+    text = options.read(prompt)
     with importing():
         from loclin.analyses.attribution.attribute import LEVELS, parse_level
     chosen = _target(target if target_id is None else target_id, against, margin, neuron)
     everything = "all" in (by or ())
     levels = LEVELS if everything else [parse_level(name) for name in by or ["token"]]
-    lin = freezing.linearize(prompt)
+    lin = freezing.linearize(text)
     found = []
     for name in dict.fromkeys(levels):
         try:

@@ -36,7 +36,7 @@ def explain(
         raise OptionError("--generate prints a row for each token; leave --top out")
     if top is not None and top > k:
         raise OptionError(f"--top {top} is more than --k {k}: there are no more vectors to print")
-    lin = freezing.linearize(prompt)
+    lin = freezing.linearize(options.read(prompt))
     if generate:
         text = lin.generate(generate, k=k, progress=step)
         deliver(text, json=json, html=html, code=int(not all(one.certificate.passed for one in text.steps)))

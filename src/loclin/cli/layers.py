@@ -40,7 +40,7 @@ def layers(
 
     loclin layers "The bridge out of Marin is the" --model smollm2-135m --html layers.html --json layers.json
     """
-    lin = freezing.linearize(prompt)
+    lin = freezing.linearize(options.read(prompt))
     found = lin.explain_layers(k=k, position=position, components=component, signs=signs, progress=step)
     others = {save: found.spectra.save} if found.spectra else {}
     deliver(found, json=json, html=html, others=others, code=int(not found.passed))

@@ -153,13 +153,12 @@ class Freezing(Loading):
     ] = "auto"
 
     def linearize(self, prompt: str) -> Linearization:
-        """Read the prompt, load the model and freeze it there."""
-        text = read(prompt)
+        """Load the model, and freeze it at the prompt."""
         with importing():
             from loclin.linearization import linearize
         loaded = self.load()
         step("reading the prompt")
-        return linearize(loaded, text, gate=self.gate, precision=self.precision, bos=self.bos, memory=self.memory)
+        return linearize(loaded, prompt, gate=self.gate, precision=self.precision, bos=self.bos, memory=self.memory)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -31,5 +31,5 @@ def validity(
     """
     if draws + swaps < 1:
         raise OptionError("give at least one random direction (--draws) or one swap (--swaps)")
-    lin = freezing.linearize(prompt)
+    lin = freezing.linearize(options.read(prompt))
     deliver(lin.validity(position=position, draws=draws, swaps=swaps, seed=seed), json=json, html=html)

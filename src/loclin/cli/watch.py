@@ -40,6 +40,6 @@ def watch(
         raise PromptError(f"cannot read the watch list {words}: {error}") from error
     if not listed:
         raise PromptError(f"the watch list {words} is empty; write one word a line")
-    lin = freezing.linearize(prompt)
+    lin = freezing.linearize(options.read(prompt))
     found = lin.watch(listed, k=k, top=top, layer=layer, sinks=sinks, progress=step)
     deliver(found, json=json, html=html, others={save: found.projection.save} if found.projection else {})

@@ -127,6 +127,7 @@ def test_single_effects_are_the_models_own(model):
         assert gone[i].item() == pytest.approx((whole - other).item(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gemma3], ids=["llama", "gemma3"])
 def test_shares_sum_to_what_they_share_out(build):
     lin = linearize(build(), tiny.prompt(6), precision="double")
@@ -228,6 +229,7 @@ def test_what_is_no_study_is_left_alone(model, tmp_path):
     assert "something else" in path.read_text()
 
 
+@pytest.mark.slow
 def test_curves_are_of_the_held_out_half(model):
     found = faithfulness(model, _prompts(4), bos=True, planes=1)
     for prompt in found.prompts:
