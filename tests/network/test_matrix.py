@@ -15,7 +15,7 @@ from loclin.network.chain import Chain
 from loclin.network.matrix import Matrix
 
 
-@pytest.mark.parametrize("rows", [1, 64, 65])
+@pytest.mark.parametrize("rows", [1, 256, 257])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
 def test_first_and_later_products_are_right(rows, stored):
     random = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loclin.freeze.narrow import is_narrow, multiply, multiply_transposed
 from loclin.network.blocks import Workspace
 
-_FEW_ROWS = 64
+_FEW_ROWS = 256
 
 
 class Matrix:
