@@ -12,9 +12,6 @@ from torch import Tensor
 
 from loclin.common.brief import brief
 
-Matrix = tuple[Tensor, Tensor | None]
-"""A linear module's weight `[out, in]` and bias."""
-
 
 @dataclass(frozen=True)
 class LayerCoefficients:
