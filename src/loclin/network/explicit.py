@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight, has_dense_weight
+from loclin.models.lease import weights_of
 from loclin.network.anatomy import Weights
 from loclin.network.blocks import CausalBlock, LayerCoefficients, Matrix, Probe, Workspace, add_or_write
 from loclin.network.explicit_attention import ExplicitAttention
@@ -39,7 +40,8 @@ class ExplicitLayer:
     def __init__(
         self, layer: nn.Module, weights: Weights, coefficients: LayerCoefficients, dtype: torch.dtype, shared: Workspace
     ) -> None:
-        v, o, gate, up, down = (_matrix(layer.get_submodule(path), dtype) for path in weights.matrices)
+        with weights_of(layer, _used(weights, coefficients)):
+            v, o, gate, up, down = (_matrix(layer.get_submodule(path), dtype) for path in weights.matrices)
         if weights.fused:
             n_values = (len(v[0]) - o[0].shape[1]) // 2  # q, k and v lie one behind the other, k as wide as v
             inner = down[0].shape[1]
@@ -125,6 +127,15 @@ class ExplicitLayer:
         """The layer's value at an input, biases included. Cost: one column."""
         attended, moved = self.affine(x)
         return x.to(self._mlp.device) + attended + moved
+
+
+def _used(weights: Weights, coefficients: LayerCoefficients) -> list[str]:
+    """The paths of the matrices that something flows through; any other need not be in memory."""
+    frozen = set()
+    if not weights.fused:
+        branches = ((weights.gate, coefficients.gate), (weights.up, coefficients.up))
+        frozen = {path for path, factors in branches if factors is None}
+    return [path for path in weights.matrices if path not in frozen]
 
 
 def _matrix(module: nn.Module, dtype: torch.dtype) -> Matrix:
