@@ -153,7 +153,7 @@ def test_memory_holds_two_layers_and_comes_back(folder):
         lin.jacobian().rmatmat(torch.randn(5, 24))
         lin.jacobian().matmat(torch.randn(5, 7, 24))
     assert len(seen) >= 12
-    assert all(seen[4:])  # nothing new is allocated: there is always one that came back
+    assert sum(not free for free in seen) <= 2  # blocks come back: hardly any is new
     for root in (model.hf, lin.trace.model.hf):
         assert all(p.is_meta for layer in layers_on_disk(root).values() for p in layer.parameters())
 

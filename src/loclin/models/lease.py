@@ -49,7 +49,8 @@ class LayerOnDisk:
         """Give a layer its weights, unless it has them already. Cost: a read, unless it was done ahead."""
         with self._lock:
             uses = self._uses.setdefault(layer, Counter())
-            known, missing = [], []
+            known: list[str] = []
+            missing: list[str] = []
             for name in names:
                 (known if uses[name] else missing).append(name)
             uses.update(known)
