@@ -79,8 +79,7 @@ def test_layers_stay_on_disk(directory, tmp_path, capsys):
         written = tmp_path / f"{number}.json"
         code, _, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *more, "--json", written)
         assert (code, "error:" in err) == (0, False), err
-        found.append(json.loads(written.read_text()))
-        found[-1]["provenance"].pop("date")
+        found.append([line for line in written.read_text().splitlines() if '"date"' not in line])
     assert found[0] == found[1]
 
 
