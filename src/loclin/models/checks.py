@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from loclin.errors import ModelError
+from loclin.models.lease import OnDisk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -73,7 +74,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             f"{path}.{parameter}".strip(".")
             for path, module in hf.named_modules()
             for parameter, value in module.named_parameters(recurse=False)
-            if value.is_meta and not hasattr(module, "_hf_hook")
+            if value.is_meta and not hasattr(module, "_hf_hook") and not isinstance(value, OnDisk)
         ]
         if empty:
             raise ModelError(

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight, has_dense_weight
+from loclin.models.lease import weights_of
 from loclin.network.anatomy import Weights
 from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write
 from loclin.network.explicit_attention import ExplicitAttention
@@ -46,17 +47,18 @@ class ExplicitLayer:
             assert weight is not None
             return Matrix(name, weight[rows], bias[rows] if isinstance(bias, Tensor) else None, dtype, shared)
 
-        o, down = matrix("o", weights.o), matrix("down", weights.down)
-        v_rows = gate_rows = up_rows = slice(None)
-        if weights.fused:  # q, k and v lie one behind the other, k as wide as v; and the gate before up
-            outputs, inner = layer.get_submodule(weights.v).out_features, down.shape[1]
-            assert isinstance(outputs, int)
-            v_rows = slice(-(outputs - o.shape[1]) // 2, None)
-            gate_rows, up_rows = slice(inner), slice(inner, None)
-        v = matrix("v", weights.v, v_rows)
-        # A branch through which nothing flows is never read.
-        up = None if coefficients.up is None else matrix("up", weights.up, up_rows)
-        gate = None if coefficients.gate is None else matrix("gate", weights.gate, gate_rows)
+        with weights_of(layer, _used(weights, coefficients)):
+            o, down = matrix("o", weights.o), matrix("down", weights.down)
+            v_rows = gate_rows = up_rows = slice(None)
+            if weights.fused:  # q, k and v lie one behind the other, k as wide as v; and the gate before up
+                outputs, inner = layer.get_submodule(weights.v).out_features, down.shape[1]
+                assert isinstance(outputs, int)
+                v_rows = slice(-(outputs - o.shape[1]) // 2, None)
+                gate_rows, up_rows = slice(inner), slice(inner, None)
+            v = matrix("v", weights.v, v_rows)
+            # A branch through which nothing flows is never read.
+            up = None if coefficients.up is None else matrix("up", weights.up, up_rows)
+            gate = None if coefficients.gate is None else matrix("gate", weights.gate, gate_rows)
         self._attention = ExplicitAttention(v, o, coefficients, shared)
         self._mlp = ExplicitMLP(up, gate, down, coefficients, shared)
         self._before_attention = coefficients.attn_in
@@ -138,3 +140,12 @@ class ExplicitLayer:
         """The layer's value at an input, biases included. Cost: one column."""
         attended, moved = self.affine(x)
         return x.to(self._mlp.device) + attended + moved
+
+
+def _used(weights: Weights, coefficients: LayerCoefficients) -> list[str]:
+    """The paths of the matrices that something flows through; any other need not be in memory."""
+    frozen = set()
+    if not weights.fused:
+        branches = ((weights.gate, coefficients.gate), (weights.up, coefficients.up))
+        frozen = {path for path, factors in branches if factors is None}
+    return [path for path in weights.matrices if path not in frozen]
