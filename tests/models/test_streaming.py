@@ -93,7 +93,8 @@ def results(model, folder):
     yield "file", J.dense(folder / "map.npy").clone()
     operator = Operator.make(lin, 1)
     with operator.apply(model, 2.0), torch.no_grad():
-        yield "steered", model.hf.generate(IDS, max_new_tokens=3, do_sample=False)
+        steered = model.hf.generate(IDS, max_new_tokens=3, do_sample=False)
+    yield "steered", steered  # outside: another generator runs before this one goes on
 
 
 def same(one, other):
