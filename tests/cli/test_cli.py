@@ -83,6 +83,7 @@ def test_layers_stay_on_disk(directory, tmp_path, capsys):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_validity(directory, tmp_path, capsys):
     written, page = tmp_path / "out.json", tmp_path / "out.html"
     common = ("validity", "w3 w4 w5", "--model", directory, "--draws", 1, "--swaps", 1)

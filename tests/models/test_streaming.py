@@ -113,6 +113,7 @@ def test_every_analysis_gives_the_same_bits_as_in_memory(kind, tmp_path):
         assert same(one, other), name
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_maps_are_the_same_bits_as_in_memory_and_no_weight_stays(kind, shards, tmp_path):
@@ -128,6 +129,7 @@ def test_maps_are_the_same_bits_as_in_memory_and_no_weight_stays(kind, shards, t
         assert all(isinstance(p, OnDisk) for layer in layers_on_disk(root).values() for p in layer.parameters())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16", "auto"])
 def test_weights_are_converted_to_the_dtype_that_was_asked_for(dtype, tmp_path):
     folder = saved(tmp_path, "half")
