@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loclin.common.brief import brief
 from loclin.common.sums import norms, relative_error
 from loclin.common.surroundings import in_plain_torch
 from loclin.freeze import FreezeOptions, Origin, frozen
@@ -114,7 +113,6 @@ class Certificate(Result):
     warnings: list[str] = field(default_factory=list)
 
     derived = ("passed",)
-    __repr__ = brief
 
     @property
     def same_forward(self) -> bool:

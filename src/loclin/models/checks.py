@@ -84,11 +84,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
         raise ModelError(
             f"{name} was loaded inside torch.inference_mode(), whose tensors have no derivatives; load it outside"
         )
-    broken = non_finite(hf)
-    if broken:
-        raise ModelError(
-            f"{name} has weights that are NaN or infinite: {list_some(broken)}; give a checkpoint with finite ones"
-        )
+    refuse_non_finite(non_finite(hf), name)
 
 
 def _refuse_kernels(hf: PreTrainedModel, name: str) -> None:
@@ -100,6 +96,14 @@ def _refuse_kernels(hf: PreTrainedModel, name: str) -> None:
         raise ModelError(
             f"{name} computes its attention with {attention}, which hides the probabilities: call "
             "model.set_attn_implementation('sdpa') first, or load it with attn_implementation='sdpa'"
+        )
+
+
+def refuse_non_finite(broken: list[str], name: str) -> None:
+    """Refuse a model some of whose parameters, by their names, hold NaN or Inf."""
+    if broken:
+        raise ModelError(
+            f"{name} has weights that are NaN or infinite: {list_some(broken)}; give a checkpoint with finite ones"
         )
 
 

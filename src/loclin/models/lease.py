@@ -149,7 +149,8 @@ def named_weights(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def graph_without_weights(root: nn.Module) -> Iterator[None]:
     """Let graphs that are built inside read the weights of layers on disk again where they need them, and hold none.
 
-    A graph of the whole model would hold all layers otherwise. For an ordinary model this does nothing.
+    A graph of the whole model would hold all layers otherwise. What was computed from a weight, such as a copy in
+    another dtype, is held. For an ordinary model this does nothing.
     """
     layers = layers_on_disk(root).values()
     if not layers:
@@ -165,7 +166,7 @@ def graph_without_weights(root: nn.Module) -> Iterator[None]:
                 weight = layer.get_parameter(name)
                 if weight.is_meta:
                     break  # a layer that runs has all of its weights
-                again = _view_again(weight, tensor) or _copy_again(weight, tensor)
+                again = _view_again(weight, tensor)
                 if again is not None:
                     used.setdefault(held, set()).add(name)
                     return functools.partial(_read_again, held, name, used[held], again)
@@ -191,19 +192,6 @@ def _view_again(weight: Tensor, tensor: Tensor) -> Callable[[Tensor], Tensor] | 
         return None
     size, stride = tensor.size(), tensor.stride()
     return lambda again: again.as_strided(size, stride, again.storage_offset() + begin)
-
-
-def _copy_again(weight: Tensor, tensor: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """How to convert a weight that is read again to another dtype; None unless the tensor is that, or its transpose."""
-    dtype = tensor.dtype
-    if weight.dtype == dtype or weight.numel() != tensor.numel():
-        return None
-    wide = weight.to(dtype)
-    if wide.shape == tensor.shape and torch.equal(wide, tensor):
-        return lambda again: again.to(dtype)
-    if tensor.dim() == 2 and wide.shape == tensor.mT.shape and torch.equal(wide, tensor.mT):
-        return lambda again: again.to(dtype).mT
-    return None
 
 
 def _run(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

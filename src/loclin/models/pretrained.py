@@ -17,6 +17,7 @@ from loclin.models.four_bit import keep_from_packing
 from loclin.models.hub import describe_gated
 from loclin.models.model import Model, Source, describe
 from loclin.models.quiet import quiet
+from loclin.models.streaming.checkpoint import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,6 @@ _STREAMED = "config.json generation_config.json model*.safetensors model.safeten
 _TOKENIZER_FILES = """
 tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt merges.txt spiece.model tekken.json
 """
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The names of dtypes in safetensors files."""
 
 
@@ -161,7 +161,7 @@ def stored_dtype(directory: Path) -> str | None:
     if not elements:
         return None
     kind = elements.most_common(1)[0][0]
-    return _DTYPES.get(kind, kind)
+    return str(DTYPES.get(kind, kind)).removeprefix("torch.")
 
 
 def quantized(config: PreTrainedConfig) -> str | None:

@@ -13,15 +13,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from loclin.errors import ModelError
 from loclin.models.blocks import find_blocks
-from loclin.models.checks import list_some, non_finite
+from loclin.models.checks import list_some, non_finite, refuse_non_finite
 from loclin.models.lease import LayerOnDisk, OnDisk, attach, weights_of
 from loclin.models.replica import CHANGE_THEIR_WEIGHTS
 from loclin.models.streaming.checkpoint import Checkpoint, StoredTensor
 from loclin.models.streaming.reader import LayerReader, Plan
 
 _HALF = (torch.float16, torch.bfloat16)
-Owners = dict[str, list[tuple[nn.Module, str]]]
-"""By a parameter's name, every module that has it, and as what."""
 
 
 def build(
@@ -215,7 +213,4 @@ def _refuse_non_finite(layers: tuple[nn.Module, ...], paths: list[str], name: st
     for path, layer in reversed(list(zip(paths, layers, strict=True))):
         with weights_of(layer):
             broken = [f"{path}.{own}" for own in non_finite(layer)]
-        if broken:
-            raise ModelError(
-                f"{name} has weights that are NaN or infinite: {list_some(broken)}; give a checkpoint with finite ones"
-            )
+        refuse_non_finite(broken, name)
