@@ -15,8 +15,8 @@ Budget = int | float | str | None
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _DIGITS = 30
-_DEFAULT_FRACTION = 0.25
-_DEFAULT_MOST = 4 * 2**30
+DEFAULT_FRACTION = 0.25
+DEFAULT_MOST = 4 * 2**30
 
 
 def available(device: torch.device) -> int:
@@ -52,6 +52,6 @@ def budget(memory: Budget, device: torch.device) -> int:
     None is a quarter of what is free, 4 GiB at most: wider blocks of columns are no faster.
     """
     if memory is None:
-        return min(int(available(device) * _DEFAULT_FRACTION), _DEFAULT_MOST)
+        return min(int(available(device) * DEFAULT_FRACTION), DEFAULT_MOST)
     size = parse_memory(memory)
     return size if isinstance(size, int) else int(available(device) * size)

@@ -50,7 +50,9 @@ class CoefficientReader:
             return None
         gate, up = factors[weights.gate], factors[weights.up]
         if weights.fused and up is not None:
-            gate, up = (half if half.any() else None for half in up.chunk(2, -1))
+            gate, up = up.chunk(2, -1)
+            split = self._mode.options.gate  # what is frozen has no factors
+            gate, up = None if split == "activation" else gate, None if split == "up" else up
         return LayerCoefficients(
             attn_in=factors.get("attn_norm"),
             attn_out=factors.get("attn_post"),

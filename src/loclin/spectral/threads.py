@@ -32,7 +32,7 @@ def map_matrices(work: Callable[[Tensor], Result], matrices: Tensor | Sequence[T
     def collect(results: Iterator[Result]) -> list[Result]:
         return list(bar(results, desc="SVD", total=len(matrices)))
 
-    if matrices[0].device.type != "cpu" or len(matrices) == 1:
+    if matrices[0].device.type != "cpu" or len(matrices) == 1 or torch.get_num_threads() == 1:
         return collect(map(work, matrices))
     workers = torch.get_num_threads()
     with single_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

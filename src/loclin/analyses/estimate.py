@@ -1,0 +1,379 @@
+"""What analyses of a model will cost, from its config alone: memory, flops, bytes read, seconds, and what to change.
+
+An analysis is rehearsed: its own code runs on a model without weights (`loclin.common.rehearsal`). So what is counted
+is what runs, in every family, and no formula can differ from it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loclin.analyses.attribution.attribute import attribute
+from loclin.analyses.explain import explain
+from loclin.analyses.layers import explain_layers
+from loclin.common.arguments import whole
+from loclin.common.progress import Progress, steps, with_progress
+from loclin.common.rehearsal import Cost, Rates, Rehearsal, rehearse
+from loclin.common.surroundings import in_plain_torch
+from loclin.errors import BudgetError, ModelError, OptionError
+from loclin.freeze import FreezeOptions, Gate
+from loclin.maps.linearized import Linearized
+from loclin.maps.plan import expected_columns
+from loclin.models import tiny, wrap
+from loclin.models.blueprint import build_empty, read_model_config
+from loclin.models.lease import LayerOnDisk, OnDisk, attach
+from loclin.models.model import Model
+from loclin.network import memory as budgets
+from loclin.network.anatomy import find_anatomy
+from loclin.network.cost import given_rate, rate
+from loclin.network.sequence import Sublayers, find_sequence, known_sublayers
+from loclin.results.result import Result
+
+_READ = 2e9
+"""Bytes per second from disk, if none are given: a usual SSD."""
+_COPIED = 2**27
+_ASIDE = "Memory is that of tensors: the interpreter and its libraries take about 0.4 GB more."
+
+
+_TRIPLES, _BLOCK = 8, 16
+_DEPTHS = 6, 12
+"""A deeper model of equal layers is rehearsed with so many of them: what it costs is linear in their number."""
+
+
+def _find_triples(lin: Linearized, joint: bool) -> object:
+    """Singular triples; matrix-free as many columns as are expected, since there are no numbers to certify."""
+    J = lin.jacobian()
+    if J.plan(_TRIPLES, joint=joint).chosen != "matrix_free":
+        return J.svd(_TRIPLES, joint=joint)
+    d_out, length, d_in = J.shape
+    columns = expected_columns(_TRIPLES, length, joint, min(d_out, length * d_in if joint else d_in))
+    basis = torch.zeros(columns // 2, length, d_in, dtype=J.dtype)
+    for start in range(0, columns // 2, _BLOCK):
+        basis[start : start + _BLOCK] = J.rmatmat(torch.zeros(len(basis[start : start + _BLOCK]), d_out))
+        J.matmat(basis[start : start + _BLOCK])
+    return basis
+
+
+ANALYSES: dict[str, Callable[[Linearized], object]] = {
+    "certify": lambda lin: lin.certify(),
+    "dense": lambda lin: lin.jacobian().dense(),
+    "svd": lambda lin: _find_triples(lin, joint=False),
+    "joint-svd": lambda lin: _find_triples(lin, joint=True),
+    "explain": explain,
+    "layers": explain_layers,
+    "attribute": attribute,
+    "attribute-layer": lambda lin: attribute(lin, by="layer"),
+    "attribute-head": lambda lin: attribute(lin, by="head"),
+    "attribute-neuron": lambda lin: attribute(lin, by="neuron"),
+    "attribute-tokenxlayer": lambda lin: attribute(lin, by="token×layer"),
+}
+"""What can be planned; each begins with `linearize`."""
+_QUADRATIC = ("attribute-tokenxlayer",)
+DEFAULT = ("attribute", "certify", "joint-svd", "explain", "layers")
+
+
+@dataclass(frozen=True)
+class AnalysisEstimate:
+    """What one analysis costs, `linearize` included. Memory is in bytes.
+
+    Attributes
+    ----------
+    name: of `ANALYSES`, or `linearize`.
+    trace: what `linearize` remembers: hidden states, and frozen coefficients within the budget.
+    sweeps: the most that is held for a while beside everything else.
+    result: what the analysis leaves, such as the dense map.
+    peak: the most that is held at a time, the weights in memory included.
+    read: bytes that are read from disk.
+    flops, seconds: of matrix products; of everything.
+    fits: whether the peak is within the memory that there is.
+    advice: what to change to make it fit; or why it does not run.
+    """
+
+    name: str
+    trace: int
+    sweeps: int
+    result: int
+    peak: int
+    read: int
+    flops: int
+    seconds: float
+    fits: bool
+    advice: str
+
+
+@dataclass(frozen=True)
+class Estimate(Result):
+    """What analyses of a model cost; made by `estimate`.
+
+    Attributes
+    ----------
+    model, family, dtype, tokens: what is planned.
+    n_parameters, weights: how many, and their bytes in memory (with `stream` without the layers on disk).
+    stored: the bytes of all weights.
+    stream: whether the layers stay on disk.
+    available, budget: the memory of the machine, and what sweeps may use of it.
+    rates: what the machine does in a second.
+    analyses: the cost of each.
+    warnings: what the estimate does not know.
+    """
+
+    model: str
+    family: str
+    dtype: str
+    tokens: int
+    n_parameters: int
+    weights: int
+    stored: int
+    stream: bool
+    available: int
+    budget: int
+    rates: Rates
+    analyses: list[AnalysisEstimate]
+    warnings: list[str]
+
+    def table(self) -> dict[str, list[Any]]:
+        """One row per analysis."""
+        names = "name trace sweeps result peak read flops seconds fits advice".split()
+        return {name: [getattr(one, name) for one in self.analyses] for name in names}
+
+
+@in_plain_torch
+@with_progress
+def estimate(
+    model: str | Path,
+    *,
+    tokens: int,
+    analyses: Sequence[str] = DEFAULT,
+    config_file: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    gate: Gate = "activation",
+    memory: int | float | str | None = None,
+    available: int | str | None = None,
+    stream: bool = False,
+    rate_flops: float | None = None,
+    rate_memory: float | None = None,
+    rate_read: float | None = None,
+    progress: Progress = True,
+) -> Estimate:
+    """Estimate what analyses of a model cost, from its config alone; no weight is read.
+
+    Flops are those of the run, but where numbers decide: how soon a spectrum is certified, and whether shares are
+    summed again in float64. Memory is that of tensors on a CPU, the interpreter's own (0.4 GB) aside.
+
+    Parameters
+    ----------
+    model, revision, dtype, stream: as in `loclin.load`.
+    tokens: the length of the prompt, T.
+    analyses: names of `loclin.analyses.estimate.ANALYSES`.
+    config_file: the model's `config.json`, instead of the model; the name is then only a name.
+    gate, memory: as in `loclin.linearize`.
+    available: the memory of the machine, in bytes or such as "24GB"; None: what is free here.
+    rate_flops, rate_memory, rate_read: what the machine does in a second (see `Rates`). None: measured here, and 2 GB
+        read.
+    progress: as in `loclin.explain`.
+
+    Raises
+    ------
+    ModelError: where the config cannot be read, or is that of no causal decoder.
+    OptionError: for an unknown analysis, fewer than one token, or more than the model has positions.
+
+    Cost: the Python of each analysis: seconds, or a minute for a dense map of many layers at many tokens.
+    """
+    length, tell = whole("tokens", tokens, 1), steps(progress)
+    for name in analyses:
+        if name not in ANALYSES:
+            raise OptionError(f"analysis {name!r}: choose one of {', '.join(ANALYSES)}")
+    label = str(model)
+    tell(f"reading the config of {label}")
+    config = read_model_config(label, None if config_file is None else Path(config_file), revision)
+    hf = build_empty(config, label, dtype)
+    machine = _rates(hf.dtype, rate_flops, rate_memory, rate_read)
+    room = budgets.available(torch.device("cpu")) if available is None else int(budgets.parse_memory(available))
+    sublayers, weights = _find_sublayers(hf), [*hf.parameters(), *hf.buffers()]
+    stored, reader = sum(weight.nbytes for weight in weights), None
+    held = stored
+    if stream:
+        reader = _LayerReader(hf)
+        held -= reader.sweep_bytes - 2 * reader.layer_bytes
+    allowed = _budget(memory, room - held)
+    with _on(machine, sublayers), rehearse(weights, machine) as rehearsal:
+        empty = wrap(hf, None, name=label)
+        if empty.context_length is not None and length > empty.context_length:
+            raise OptionError(f"tokens={length}: {label} has {empty.context_length} positions; give at most so many")
+        prompt = _Prompt(empty, length, FreezeOptions(gate), allowed, held, room, reader)
+        planned = [prompt.estimate(name, rehearsal, tell) for name in ("linearize", *dict.fromkeys(analyses))]
+    advised = [_advise(one, hf, held, stored, room, allowed, length, stream) for one in planned]
+    return Estimate(
+        model=label,
+        family=empty.info.family,
+        dtype=empty.info.dtype,
+        tokens=length,
+        n_parameters=empty.info.n_parameters,
+        weights=held,
+        stored=stored,
+        stream=stream,
+        available=room,
+        budget=allowed,
+        rates=machine,
+        analyses=advised,
+        warnings=[_ASIDE],
+    )
+
+
+class _LayerReader:
+    """Leaves the weights of a model's layers on a disk that there is not, and counts what is read of them."""
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        layers = find_anatomy(hf).layers
+        self._weights = [dict(layer.named_parameters()) for layer in layers]
+        sizes = [sum(weight.nbytes for weight in own.values()) for own in self._weights]
+        self.layer_bytes, self.sweep_bytes, self.read = max(sizes), sum(sizes), 0
+        for index, layer in enumerate(layers):
+            places = {name: OnDisk(weight.detach(), False) for name, weight in self._weights[index].items()}
+            attach(layer, LayerOnDisk(self, index, places))
+
+    def get(self, layer: int, names: Collection[str]) -> dict[str, Tensor]:
+        """The named parameters of a layer."""
+        found = {name: self._weights[layer][name].detach() for name in names}
+        self.read += sum(weight.nbytes for weight in found.values())
+        return found
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What is rehearsed: a model at so many tokens, within a budget."""
+
+    model: Model
+    length: int
+    options: FreezeOptions
+    budget: int
+    held: int
+    room: int
+    reader: _LayerReader | None
+
+    def estimate(self, name: str, rehearsal: Rehearsal, tell: Callable[[str], None]) -> AnalysisEstimate:
+        """Rehearse an analysis, with fewer layers if what it costs is linear in them."""
+        tell(f"rehearsing {name}")
+        layers, why = list(find_anatomy(self.model.hf).layers), ""
+        is_uniform = len({tuple(w.shape for w in layer.parameters()) for layer in layers}) == 1
+        try:
+            if not is_uniform or len(layers) <= _DEPTHS[1] or name in _QUADRATIC:
+                traced, found, read = self._run(name, rehearsal)
+            else:
+                few, more = (self._with_layers(depth, name, rehearsal) for depth in _DEPTHS)
+                ratio = (len(layers) - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
+                traced, found = (a.towards(b, ratio) for a, b in zip(few[:2], more[:2], strict=True))
+                read = round(few[2] + ratio * (more[2] - few[2]))
+                if traced.kept > self.budget // 4:  # not all coefficients may be kept: that is not linear
+                    traced, found, read = self._run(name, rehearsal)
+        except BudgetError as fault:  # it would be refused in the same way when it runs
+            traced, found, read, why = Cost(), Cost(), 0, str(fault)
+        seconds = max(traced.seconds + found.seconds, read / rehearsal.rates.read)
+        sweeps = max(traced.peak - traced.kept, found.peak - found.kept)
+        peak = self.held + max(traced.peak, traced.kept + found.peak)
+        flops, fits = traced.flops + found.flops, peak <= self.room and not why
+        return AnalysisEstimate(name, traced.kept, sweeps, found.kept, peak, read, flops, seconds, fits, why)
+
+    def _run(self, name: str, rehearsal: Rehearsal) -> tuple[Cost, Cost, int]:
+        """The cost of `linearize` and of an analysis, and the bytes that both read."""
+        before = 0 if self.reader is None else self.reader.read
+        made: list[Linearized] = []
+
+        def linearize() -> None:
+            ids = torch.ones(1, self.length, dtype=torch.long)
+            made.append(Linearized.at(self.model, ids, gate=self.options.gate, memory=self.budget))
+
+        traced = rehearsal.cost(linearize)
+        found = Cost() if name == "linearize" else rehearsal.cost(lambda: ANALYSES[name](made[0]))
+        return traced, found, 0 if self.reader is None else self.reader.read - before
+
+    def _with_layers(self, depth: int, name: str, rehearsal: Rehearsal) -> tuple[Cost, Cost, int]:
+        """The same for the model's first layers alone."""
+        holder = next(
+            module
+            for module in self.model.hf.modules()
+            if isinstance(module, nn.ModuleList) and list(module) == list(find_anatomy(self.model.hf).layers)
+        )
+        whole_list = holder._modules
+        try:
+            holder._modules = dict(list(whole_list.items())[:depth])
+            return self._run(name, rehearsal)
+        finally:
+            holder._modules = whole_list
+
+
+def _find_sublayers(hf: PreTrainedModel) -> Sublayers:
+    """How a family's blocks are built, by a forward pass of its tiny model; ModelError where that is one block."""
+    small = wrap(tiny.build(hf.config.get_text_config().model_type))
+    sequence = find_sequence(small, find_anatomy(small.hf), tiny.prompt(small.hf))
+    if sequence.fallback_reason is not None:
+        raise ModelError(f"{small.info.family} cannot be planned: it is taken as one block, {sequence.fallback_reason}")
+    return sequence.blocks[0].sublayers
+
+
+@contextmanager
+def _on(machine: Rates, sublayers: Sublayers) -> Iterator[None]:
+    """Let what is planned inside know the machine's speed, and how blocks are built."""
+    tokens = given_rate.set(machine.flops), known_sublayers.set(sublayers)
+    try:
+        yield
+    finally:
+        given_rate.reset(tokens[0])
+        known_sublayers.reset(tokens[1])
+
+
+def _rates(dtype: torch.dtype, flops: float | None, memory: float | None, read: float | None) -> Rates:
+    """The rates that are given; what is not is measured here, for the dtype of the sweeps."""
+    if memory is None:
+        source = torch.ones(_COPIED // 4)
+        target = torch.empty_like(source)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            target.copy_(source)
+            seconds.append(time.perf_counter() - start)
+        memory = 2 * source.nbytes / min(seconds)
+    measured = rate(torch.device("cpu"), FreezeOptions().dtype(dtype)) if flops is None else flops
+    return Rates(measured, memory, _READ if read is None else read)
+
+
+def _budget(memory: int | float | str | None, free: int) -> int:
+    """The budget of sweeps as `loclin.network.memory.budget` reads it, on a machine with so many bytes free."""
+    given = budgets.parse_memory(budgets.DEFAULT_FRACTION if memory is None else memory)
+    size = given if isinstance(given, int) else int(max(free, budgets.DEFAULT_MOST) * given)
+    return min(size, budgets.DEFAULT_MOST) if memory is None else size
+
+
+def _advise(
+    one: AnalysisEstimate, hf: PreTrainedModel, held: int, stored: int, room: int, allowed: int, length: int, stream: bool
+) -> AnalysisEstimate:
+    """What to change for an analysis that does not fit."""
+    if one.fits or one.advice:
+        return one
+    beside, advice = one.peak - held, []
+    if hf.dtype.itemsize > 2 and held // 2 + beside <= room:
+        advice.append("dtype=bfloat16")
+    if not stream and (resident := stored - sum(w.nbytes for w in _layer_weights(hf))) + beside <= room:
+        advice.append(f"stream=True ({resident / 1e9:.1f} GB of weights in memory)")
+    if one.sweeps > allowed // 2 and held + one.trace + one.result < room:
+        advice.append("a smaller memory=")
+    if one.result > room // 4:
+        advice.append("svd(joint=True) or products instead of the dense map, or the map in a file: dense(path=)")
+    if held + one.trace // length < room and one.trace > room // 4:
+        advice.append("fewer tokens")
+    return replace(one, advice="; ".join(advice) or "a machine with more memory")
+
+
+def _layer_weights(hf: PreTrainedModel) -> Iterator[Tensor]:
+    for layer in find_anatomy(hf).layers:
+        yield from layer.parameters()

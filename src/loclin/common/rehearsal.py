@@ -1,0 +1,195 @@
+"""Runs code on tensors that have shapes and no numbers, and counts what it would cost: flops, memory, seconds.
+
+Every operation runs on the meta device, while each tensor says of itself that it is on the processor: so code takes the
+way that it takes there. Where it asks for a number, it gets one so small that no sum of such numbers counts, and
+different each time, so that the largest of several may be anywhere. Nothing is NaN, comparisons of all numbers hold.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+_TINY = 1e-320
+_CALL_SECONDS = 1e-5  # of an operation beside its arithmetic: Python, and the call
+_LAPACK = 0.3  # the speed of a decomposition relative to that of a large product
+_DECOMPOSITIONS = {
+    "aten::_linalg_svd": 20.0,
+    "aten::linalg_svdvals": 6.0,
+    "aten::linalg_qr": 4.0,
+    "aten::linalg_eigh": 12.0,
+    "aten::_linalg_eigh": 12.0,
+}
+"""Flops over n m^2 of an [n, m] matrix, m <= n; they count for the time, `flops` are those of products."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second.
+
+    Attributes
+    ----------
+    flops: floating-point operations of large matrix products.
+    memory: bytes that are read from memory, or written.
+    read: bytes that are read from disk.
+    """
+
+    flops: float
+    memory: float
+    read: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some code costs: flops of matrix products, seconds, bytes that it holds at most, and when it has ended."""
+
+    flops: int = 0
+    seconds: float = 0.0
+    peak: int = 0
+    kept: int = 0
+
+    def towards(self, other: Cost, ratio: float) -> Cost:
+        """The point on the straight line through two costs: itself at 0, the other at 1."""
+        a, b = astuple(self), astuple(other)
+        flops, seconds, peak, kept = (x + ratio * (y - x) for x, y in zip(a, b, strict=True))
+        return Cost(round(flops), seconds, round(peak), round(kept))
+
+
+class Rehearsal(TorchDispatchMode):
+    """Counts while it is entered by `rehearse`; memory is that of all tensors but the weights."""
+
+    def __init__(self, rates: Rates, weights: Iterable[Tensor], random: np.random.Generator) -> None:
+        super().__init__()
+        self._random = random
+        self.rates, self._held = rates, 0
+        self._known = weakref.WeakSet(weight.untyped_storage() for weight in weights)
+        self._weights = weakref.WeakSet(self._known)
+        self._answers = WeakTensorKeyDictionary()
+        self._flops, self._seconds, self._peak = 0, 0.0, 0
+
+    def cost(self, work: Callable[[], object]) -> Cost:
+        """What a call costs; what it returns is held until its memory has been counted."""
+        flops, seconds, before = self._flops, self._seconds, self._held
+        self._peak = before
+        result = work()
+        kept = self._held - before
+        del result
+        return Cost(self._flops - flops, self._seconds - seconds, self._peak - before, kept)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation on the meta device, and count it."""
+        with torch._C.DisableTorchFunction():  # here tensors say where they are
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        name = func._schema.name
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if tensors and not any(tensor.is_meta for tensor in tensors):
+            return func(*args, **kwargs)  # a few numbers that code has made itself, such as token ids
+        if name == "aten::equal":
+            return True
+        if name == "aten::_local_scalar_dense":
+            is_flag = args[0].dtype == torch.bool
+            return self._answers.get(args[0], False) if is_flag else _numbers(args[0], self._random).item()
+        args, kwargs = tree_unflatten([_without_numbers(leaf) for leaf in leaves], structure)
+        if not tensors and any(argument.name == "device" for argument in func._schema.arguments):
+            kwargs["device"], kwargs["pin_memory"] = _META, False
+        out = func(*args, **kwargs)
+        if name in ("aten::all", "aten::any"):  # of numbers, only weights count as not zero
+            self._answers[out] = name == "aten::all" or args[0].untyped_storage() in self._weights
+        self._count(func, args, kwargs, out, tensors)
+        return out
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            if storage not in self._known:
+                self._known.add(storage)
+                self._held += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self._peak = max(self._peak, self._held)
+        if func.is_view or not tensors:
+            return
+        flops, count = 0.0, flop_registry.get(func.overloadpacket)
+        if count is not None:
+            flops = count(*args, **kwargs, out_val=out)
+            self._flops += int(flops)
+        elif func._schema.name in _DECOMPOSITIONS:
+            *batch, n, m = tensors[0].shape
+            flops = _DECOMPOSITIONS[func._schema.name] * prod(batch) * max(n, m) * min(n, m) ** 2 / _LAPACK
+        moved = sum(tensor.numel() * tensor.itemsize for tensor in (*tensors, *made))
+        self._seconds += max(flops / self.rates.flops, moved / self.rates.memory) + _CALL_SECONDS
+
+    def _free(self, nbytes: int) -> None:
+        self._held -= nbytes
+
+
+_SAID = {
+    torch.Tensor.device.__get__: _CPU,  # type: ignore[attr-defined]
+    torch.Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
+}
+
+
+class _Disguise(TorchFunctionMode):
+    """Lets tensors on the meta device say that they are on the processor, and gives Python their numbers."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        super().__init__()
+        self._random = random
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SAID:
+            return _SAID[func]
+        if func is torch.Tensor.data_ptr:
+            tensor = args[0]
+            return (tensor.untyped_storage()._cdata << 48) + tensor.storage_offset() * tensor.element_size()
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy) and args[0].is_meta:
+            numbers = _numbers(args[0], self._random)
+            return numbers.tolist() if func is torch.Tensor.tolist else numbers
+        return func(*args, **(kwargs or {}))
+
+
+def _numbers(tensor: Tensor, random: np.random.Generator) -> Any:
+    """Tiny random numbers in the shape of a tensor; zeros where they are whole."""
+    if tensor.is_floating_point():
+        return random.random(tuple(tensor.shape)) * _TINY
+    return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
+
+def _without_numbers(leaf: Any) -> Any:
+    """An argument of an operation for the meta device."""
+    if isinstance(leaf, Tensor) and not leaf.is_meta:
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=_META)
+    return _META if isinstance(leaf, torch.device) else None if isinstance(leaf, torch.Generator) else leaf
+
+
+@contextmanager
+def rehearse(weights: Iterable[Tensor], rates: Rates) -> Iterator[Rehearsal]:
+    """Rehearse what runs inside, on weights on the meta device; in the calling thread, the only one that torch uses."""
+    random = np.random.default_rng(0)
+    rehearsal = Rehearsal(rates, weights, random)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _Disguise(random), rehearsal, _config.patch(meta_nonzero_assume_all_nonzero=True):
+            yield rehearsal
+    finally:
+        torch.set_num_threads(threads)
