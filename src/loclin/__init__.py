@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loclin.analyses.coverage.result import Coverage
     from loclin.analyses.coverage.run import coverage
     from loclin.analyses.decode import Decoder
+    from loclin.analyses.estimate import Estimate, estimate
     from loclin.analyses.explain import Explanation, explain
     from loclin.analyses.faithfulness.study import Faithfulness, faithfulness
     from loclin.analyses.generation import Generation, generate
@@ -66,6 +67,7 @@ __all__ = [
     "Coverage",
     "Decoder",
     "Direction",
+    "Estimate",
     "Explanation",
     "Faithfulness",
     "Generation",
@@ -100,6 +102,7 @@ __all__ = [
     "attribute",
     "compare",
     "coverage",
+    "estimate",
     "explain",
     "explain_layers",
     "faithfulness",
@@ -125,6 +128,7 @@ _MODULES = {
     "analyses.coverage.result": ("Coverage",),
     "analyses.coverage.run": ("coverage",),
     "analyses.decode": ("Decoder",),
+    "analyses.estimate": ("Estimate", "estimate"),
     "analyses.explain": ("Explanation", "explain"),
     "analyses.faithfulness.study": ("Faithfulness", "faithfulness"),
     "analyses.generation": ("Generation", "generate"),

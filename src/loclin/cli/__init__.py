@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loclin.cli import attribute, coverage, explain, faithfulness, layers, models, steer, validity, watch
+from loclin.cli import attribute, coverage, explain, faithfulness, layers, models, plan, steer, validity, watch
 from loclin.cli.parser import Command, Group
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command(cls=Command)(steer.steer)
 app.command(cls=Command)(watch.watch)
 app.command(cls=Command)(validity.validity)
 app.command(cls=Command)(faithfulness.faithfulness)
+app.command(cls=Command)(plan.plan)
 app.command(cls=Command)(coverage.coverage)
 app.add_typer(models.app, name="models")
 

@@ -36,6 +36,13 @@ _DECOMPOSITIONS = {
     "aten::_linalg_eigh": 12.0,
 }
 """Flops over n m^2 of an [n, m] matrix, m <= n; they count for the time, `flops` are those of products."""
+_HOLD = ("le", "lt", "ge", "gt", "isfinite")
+_FLAGS: dict[str, Callable[[list[bool]], bool]] = {
+    **dict.fromkeys(("bitwise_and", "logical_and", "__and__", "mul"), all),
+    **dict.fromkeys(("bitwise_or", "logical_or", "__or__"), any),
+    **dict.fromkeys(("bitwise_not", "logical_not"), lambda flags: not flags[0]),
+}
+"""Operations on flags, and what they give of the flags that they take."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,13 @@ class Cost:
 class Rehearsal(TorchDispatchMode):
     """Counts while it is entered by `rehearse`; memory is that of all tensors but the weights."""
 
-    def __init__(self, rates: Rates, weights: Iterable[Tensor], random: np.random.Generator) -> None:
+    def __init__(self, rates: Rates, weights: Iterable[Tensor]) -> None:
         super().__init__()
-        self._random = random
+        self._random = np.random.default_rng(0)
         self.rates, self._held = rates, 0
         self._known = weakref.WeakSet(weight.untyped_storage() for weight in weights)
         self._weights = weakref.WeakSet(self._known)
-        self._answers = WeakTensorKeyDictionary()
+        self._truths = WeakTensorKeyDictionary()
         self._flops, self._seconds, self._peak = 0, 0.0, 0
 
     def cost(self, work: Callable[[], object]) -> Cost:
@@ -105,16 +112,34 @@ class Rehearsal(TorchDispatchMode):
         if name == "aten::equal":
             return True
         if name == "aten::_local_scalar_dense":
-            is_flag = args[0].dtype == torch.bool
-            return self._answers.get(args[0], False) if is_flag else _numbers(args[0], self._random).item()
+            return self.numbers(args[0]).item()
         args, kwargs = tree_unflatten([_without_numbers(leaf) for leaf in leaves], structure)
         if not tensors and any(argument.name == "device" for argument in func._schema.arguments):
             kwargs["device"], kwargs["pin_memory"] = _META, False
         out = func(*args, **kwargs)
-        if name in ("aten::all", "aten::any"):  # of numbers, only weights count as not zero
-            self._answers[out] = name == "aten::all" or args[0].untyped_storage() in self._weights
+        if isinstance(out, Tensor) and out.dtype == torch.bool:
+            self._truths[out] = self._is_true(name.removeprefix("aten::").rstrip("_"), tensors)
         self._count(func, args, kwargs, out, tensors)
         return out
+
+    def _is_true(self, name: str, tensors: list[Tensor]) -> bool:
+        """What is assumed of the flags that an operation gives: numbers are in order, and only weights are not zero."""
+        flags = [self._truths.get(tensor, False) for tensor in tensors if tensor.dtype == torch.bool]
+        if name in _FLAGS:
+            return bool(flags) and _FLAGS[name](flags)
+        if name in ("eq", "ne"):  # a number is equal to itself alone
+            return (len(tensors) == 2 and tensors[0] is tensors[1]) == (name == "eq")
+        if name == "any" and not flags:
+            return tensors[0].untyped_storage() in self._weights
+        return name in _HOLD or (name == "all" and not flags) or flags[:1] == [True]
+
+    def numbers(self, tensor: Tensor) -> Any:
+        """The numbers of a tensor for code that asks for them: tiny and random, zeros where they are whole."""
+        if tensor.is_floating_point():
+            return self._random.random(tuple(tensor.shape)) * _TINY
+        if tensor.dtype == torch.bool:
+            return np.full(tuple(tensor.shape), self._truths.get(tensor, False))
+        return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -151,9 +176,9 @@ _SAID = {
 class _Disguise(TorchFunctionMode):
     """Lets tensors on the meta device say that they are on the processor, and gives Python their numbers."""
 
-    def __init__(self, random: np.random.Generator) -> None:
+    def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__()
-        self._random = random
+        self._rehearsal = rehearsal
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _SAID:
@@ -162,16 +187,9 @@ class _Disguise(TorchFunctionMode):
             tensor = args[0]
             return (tensor.untyped_storage()._cdata << 48) + tensor.storage_offset() * tensor.element_size()
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and args[0].is_meta:
-            numbers = _numbers(args[0], self._random)
+            numbers = self._rehearsal.numbers(args[0])
             return numbers.tolist() if func is torch.Tensor.tolist else numbers
         return func(*args, **(kwargs or {}))
-
-
-def _numbers(tensor: Tensor, random: np.random.Generator) -> Any:
-    """Tiny random numbers in the shape of a tensor; zeros where they are whole."""
-    if tensor.is_floating_point():
-        return random.random(tuple(tensor.shape)) * _TINY
-    return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
 
 def _without_numbers(leaf: Any) -> Any:
@@ -184,12 +202,11 @@ def _without_numbers(leaf: Any) -> Any:
 @contextmanager
 def rehearse(weights: Iterable[Tensor], rates: Rates) -> Iterator[Rehearsal]:
     """Rehearse what runs inside, on weights on the meta device; in the calling thread, the only one that torch uses."""
-    random = np.random.default_rng(0)
-    rehearsal = Rehearsal(rates, weights, random)
+    rehearsal = Rehearsal(rates, weights)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _Disguise(random), rehearsal, _config.patch(meta_nonzero_assume_all_nonzero=True):
+        with _Disguise(rehearsal), rehearsal, _config.patch(meta_nonzero_assume_all_nonzero=True):
             yield rehearsal
     finally:
         torch.set_num_threads(threads)
