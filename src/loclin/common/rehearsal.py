@@ -36,6 +36,7 @@ _DECOMPOSITIONS = {
     "aten::_linalg_eigh": 12.0,
 }
 """Flops over n m^2 of an [n, m] matrix, m <= n; they count for the time, `flops` are those of products."""
+_KEEP_ZERO = ("clone", "detach", "alias", "_to_copy", "gelu", "silu", "relu", "tanh", "neg")
 _HOLD = ("le", "lt", "ge", "gt", "isfinite")
 _FLAGS: dict[str, Callable[[list[bool]], bool]] = {
     **dict.fromkeys(("bitwise_and", "logical_and", "__and__", "mul"), all),
@@ -85,7 +86,6 @@ class Rehearsal(TorchDispatchMode):
         self._random = np.random.default_rng(0)
         self.rates, self._held = rates, 0
         self._known = weakref.WeakSet(weight.untyped_storage() for weight in weights)
-        self._weights = weakref.WeakSet(self._known)
         self._truths = WeakTensorKeyDictionary()
         self._flops, self._seconds, self._peak = 0, 0.0, 0
 
@@ -119,19 +119,32 @@ class Rehearsal(TorchDispatchMode):
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.dtype == torch.bool:
             self._truths[out] = self._is_true(name.removeprefix("aten::").rstrip("_"), tensors)
+        elif isinstance(out, Tensor):
+            self._note_zero(name.removeprefix("aten::"), tensors, out)
         self._count(func, args, kwargs, out, tensors)
         return out
 
     def _is_true(self, name: str, tensors: list[Tensor]) -> bool:
-        """What is assumed of the flags that an operation gives: numbers are in order, and only weights are not zero."""
+        """What is assumed of the flags that an operation gives: numbers are in order, and not zero."""
         flags = [self._truths.get(tensor, False) for tensor in tensors if tensor.dtype == torch.bool]
         if name in _FLAGS:
             return bool(flags) and _FLAGS[name](flags)
         if name in ("eq", "ne"):  # a number is equal to itself alone
             return (len(tensors) == 2 and tensors[0] is tensors[1]) == (name == "eq")
         if name == "any" and not flags:
-            return tensors[0].untyped_storage() in self._weights
+            return self._truths.get(tensors[0], True)
         return name in _HOLD or (name == "all" and not flags) or flags[:1] == [True]
+
+    def _note_zero(self, name: str, tensors: list[Tensor], out: Tensor) -> None:
+        """Note a tensor that is zero, whatever the numbers are, and forget one that is written to."""
+        zeros = [self._truths.get(tensor, True) is False for tensor in tensors]
+        above = name == "triu" and out.dim() > 2  # what a token attends to behind itself
+        if name in ("zeros", "zeros_like", "new_zeros", "zero_") or above or (name in _KEEP_ZERO and zeros[0]):
+            self._truths[out] = False
+        elif name == "mul" and any(zeros):
+            self._truths[out] = False
+        else:
+            self._truths.pop(out, None)
 
     def numbers(self, tensor: Tensor) -> Any:
         """The numbers of a tensor for code that asks for them: tiny and random, zeros where they are whole."""
