@@ -68,7 +68,10 @@ def main() -> None:
     for trial in TRIALS[:1] if options.quick else TRIALS:
         found, planned = in_process(trial), plan(trial)
         peak = found["peak"] - base
-        pairs = (("peak", planned.peak, peak, "B", MOST_MEMORY), ("flops", planned.flops, found["flops"], "", MOST_FLOPS))
+        pairs = (
+            ("peak", planned.peak, peak, "B", MOST_MEMORY),
+            ("flops", planned.flops, found["flops"], "", MOST_FLOPS),
+        )
         for what, value, actual, unit, demand in pairs:
             say(f"{trial}: {what} planned {value:.4g}, run {actual:.4g}")
             rows.append(Row(f"{trial}: planned {what}", value, unit, f"run: {actual:.4g}"))

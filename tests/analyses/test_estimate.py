@@ -47,7 +47,8 @@ def linearized(hf, length=6):
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", WORK)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flops_are_those_of_the_run(family, name, one_thread):
+@pytest.mark.usefixtures("one_thread")
+def test_flops_are_those_of_the_run(family, name):
     # float64, in which no sum is computed again; eager attention, whose products are all counted
     hf = tiny.build(family, dtype=torch.float64, attn="eager")
     small = loclin.wrap(hf)

@@ -142,7 +142,7 @@ class Estimate(Result):
 
     def table(self) -> dict[str, list[Any]]:
         """One row per analysis."""
-        names = "name trace sweeps result peak read flops seconds fits advice".split()
+        names = ["name", "trace", "sweeps", "result", "peak", "read", "flops", "seconds", "fits", "advice"]
         return {name: [getattr(one, name) for one in self.analyses] for name in names}
 
 
@@ -355,7 +355,14 @@ def _budget(memory: int | float | str | None, free: int) -> int:
 
 
 def _advise(
-    one: AnalysisEstimate, hf: PreTrainedModel, held: int, stored: int, room: int, allowed: int, length: int, stream: bool
+    one: AnalysisEstimate,
+    hf: PreTrainedModel,
+    held: int,
+    stored: int,
+    room: int,
+    allowed: int,
+    length: int,
+    stream: bool,
 ) -> AnalysisEstimate:
     """What to change for an analysis that does not fit."""
     if one.fits or one.advice:

@@ -44,9 +44,7 @@ def plan(
     rate_memory: Annotated[
         float | None, options.finite("Bytes per second from its memory. Default: measured here.", above=0)
     ] = None,
-    rate_read: Annotated[
-        float | None, options.finite("Bytes per second from its disk. Default: 2e9.", above=0)
-    ] = None,
+    rate_read: Annotated[float | None, options.finite("Bytes per second from its disk. Default: 2e9.", above=0)] = None,
     json: options.Json = None,
 ) -> None:
     """Plan analyses of a model by its config alone: memory, flops, bytes read, time, and what to change to make it fit.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Rehearsal(TorchDispatchMode):
     """Counts while it is entered by `rehearse`; memory is that of all tensors but the weights."""
 
     def __init__(self, rates: Rates, weights: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._random = np.random.default_rng(0)
         self.rates, self._held = rates, 0
         self._known = weakref.WeakSet(weight.untyped_storage() for weight in weights)
@@ -139,9 +139,8 @@ class Rehearsal(TorchDispatchMode):
         """Note a tensor that is zero, whatever the numbers are, and forget one that is written to."""
         zeros = [self._truths.get(tensor, True) is False for tensor in tensors]
         above = name == "triu" and out.dim() > 2  # what a token attends to behind itself
-        if name in ("zeros", "zeros_like", "new_zeros", "zero_") or above or (name in _KEEP_ZERO and zeros[0]):
-            self._truths[out] = False
-        elif name == "mul" and any(zeros):
+        made = name in ("zeros", "zeros_like", "new_zeros", "zero_") or (name in _KEEP_ZERO and zeros[0])
+        if made or above or (name == "mul" and any(zeros)):
             self._truths[out] = False
         else:
             self._truths.pop(out, None)
@@ -180,7 +179,7 @@ class Rehearsal(TorchDispatchMode):
 
 
 _SAID = {
-    torch.Tensor.device.__get__: _CPU,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__: _CPU,
     torch.Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
     torch.Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
 }
@@ -215,11 +214,11 @@ def _without_numbers(leaf: Any) -> Any:
 @contextmanager
 def rehearse(weights: Iterable[Tensor], rates: Rates) -> Iterator[Rehearsal]:
     """Rehearse what runs inside, on weights on the meta device; in the calling thread, the only one that torch uses."""
-    rehearsal = Rehearsal(rates, weights)
+    rehearsal, config = Rehearsal(rates, weights), cast("Any", _config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _Disguise(rehearsal), rehearsal, _config.patch(meta_nonzero_assume_all_nonzero=True):
+        with _Disguise(rehearsal), rehearsal, config.patch(meta_nonzero_assume_all_nonzero=True):
             yield rehearsal
     finally:
         torch.set_num_threads(threads)
