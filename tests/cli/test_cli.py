@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import loclin
 from loclin.cli import app
 from loclin.maps.layer_spectra import LayerSpectra
 
@@ -81,6 +82,20 @@ def test_layers_stay_on_disk(directory, tmp_path, capsys):
         assert (code, "error:" in err) == (0, False), err
         found.append([line for line in written.read_text().splitlines() if '"date"' not in line])
     assert found[0] == found[1]
+
+
+def test_plan(directory, tmp_path, capsys):
+    written = tmp_path / "plan.json"
+    common = ("plan", "any/name", "--config-file", directory / "config.json", "--tokens", 5, "--rate-flops", "1e11")
+    code, out, err = here(capsys, *common, "--analysis", "dense", "--available", "20KB", "--json", written)
+    assert (code, "error:" in err) == (0, False), err
+    assert "any/name" in out
+    assert "stream=True" in out or "memory" in out
+    saved = loclin.Estimate.load(written)
+    assert [one.name for one in saved.analyses] == ["linearize", "dense"]
+    assert not any(one.fits for one in saved.analyses)
+    code, _, err = here(capsys, *common, "--analysis", "sideways")
+    assert (code, len(err.splitlines())) == (2, 1)
 
 
 @pytest.mark.slow

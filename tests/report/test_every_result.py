@@ -14,7 +14,9 @@ from rich.console import Console
 import loclin
 import tiny
 from loclin.analyses.coverage.result import Coverage, FamilyResult, Run
+from loclin.analyses.estimate import AnalysisEstimate
 from loclin.analyses.faithfulness.study import Faithfulness, PromptResult
+from loclin.common.rehearsal import Rates
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.linearized import Linearized
 from loclin.report.sheet import describe
@@ -122,6 +124,8 @@ def comparison() -> loclin.Comparison:
     return loclin.compare(first, second)
 
 
+RATES = Rates(1e11, 1e10, 2e9)
+ROW = AnalysisEstimate(HOSTILE, 1, 2, 3, 4, 5, 6, 7.0, False, HOSTILE)
 MADE = {
     "explanation": examples.explanation,
     "attribution": attributions.tokens,
@@ -133,6 +137,9 @@ MADE = {
     "watched": watched,
     "coverage": coverage,
     "study": study,
+    "estimate": lambda: loclin.Estimate(
+        HOSTILE, "llama", "float32", 8, *[10**9] * 3, True, 1, 1, RATES, [ROW], [HOSTILE]
+    ),
     "svd": lambda: hostile(lin().jacobian().svd(2)),
     "joint svd": lambda: hostile(lin().jacobian().svd(2, joint=True)),
     "spectra": lambda: hostile(lin().layer_spectra(k=2)),

@@ -19,8 +19,8 @@ from loclin.steering import Operator, Vector
 from loclin.steering.search import Sweep
 
 NAMES = [
-    "Attribution", "Certificate", "Comparison", "Coverage", "Explanation", "Faithfulness", "Generation", "Head",
-    "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator", "Path", "Plan", "Projection", "SVD",
+    "Attribution", "Certificate", "Comparison", "Coverage", "Estimate", "Explanation", "Faithfulness", "Generation",
+    "Head", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator", "Path", "Plan", "Projection", "SVD",
     "Similarity", "Steered", "Sweep", "Validity", "Vector", "Watched",
 ]  # fmt: skip
 
@@ -40,6 +40,7 @@ def results(directory):
         lin.certify(),
         loclin.compare(J.svd(2), J.svd(2)),
         loclin.Coverage({"torch": "1"}, "code", [family]),
+        loclin.estimate(str(directory), tokens=3, analyses=["attribute"], rate_flops=1e11),
         lin.explain(k=2),
         loclin.faithfulness(model, [StudyPrompt("words", "w3 w4 w5 w6", "held-out")], planes=1),
         lin.generate(2, k=2),
@@ -135,10 +136,10 @@ def test_every_result_shows_itself(results, name, capsys, tmp_path):
 def test_every_result_knows_where_it_is_from_and_warns(results, name):
     found = results[name]
     assert found.warnings == [] or all(isinstance(text, str) for text in found.warnings)
-    if name not in ("Comparison", "Coverage", "Faithfulness", "Sweep", "Vector"):
+    if name not in ("Comparison", "Coverage", "Estimate", "Faithfulness", "Sweep", "Vector"):
         assert found.provenance.model.family == "llama"
         assert found.provenance.tokens
-    if name not in ("Comparison", "Coverage", "Faithfulness", "Sweep", "Vector", "Steered"):
+    if name not in ("Comparison", "Coverage", "Estimate", "Faithfulness", "Sweep", "Vector", "Steered"):
         assert found.warnings == loclin.linearize(tiny_model(found), found.provenance.token_ids).warnings
 
 

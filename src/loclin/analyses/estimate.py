@@ -45,7 +45,7 @@ _ASIDE = "Memory is that of tensors: the interpreter and its libraries take abou
 
 
 _TRIPLES, _BLOCK = 8, 16
-_DEPTHS = 2, 4
+_DEPTHS = 2, 3
 """A deeper model of equal layers is rehearsed with so many of them: what it costs is linear in their number."""
 
 

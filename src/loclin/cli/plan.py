@@ -39,12 +39,14 @@ def plan(
         str | None, options.text("Memory of the machine, such as 24GB. Default: what is free on this one.")
     ] = None,
     rate_flops: Annotated[
-        float | None, options.finite("The machine's flops per second, such as 2e11. Default: measured here.", above=0)
+        float | None, options.finite("The machine's flops per second, such as 2e11. Default: measured here.", above=0.0)
     ] = None,
     rate_memory: Annotated[
-        float | None, options.finite("Bytes per second from its memory. Default: measured here.", above=0)
+        float | None, options.finite("Bytes per second from its memory. Default: measured here.", above=0.0)
     ] = None,
-    rate_read: Annotated[float | None, options.finite("Bytes per second from its disk. Default: 2e9.", above=0)] = None,
+    rate_read: Annotated[
+        float | None, options.finite("Bytes per second from its disk. Default: 2e9.", above=0.0)
+    ] = None,
     json: options.Json = None,
 ) -> None:
     """Plan analyses of a model by its config alone: memory, flops, bytes read, time, and what to change to make it fit.

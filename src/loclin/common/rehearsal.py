@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -105,15 +104,14 @@ class Rehearsal(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
-        leaves, structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = list(_tensors_in((*args, *kwargs.values())))
         if tensors and not any(tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)  # a few numbers that code has made itself, such as token ids
         if name == "aten::equal":
             return True
         if name == "aten::_local_scalar_dense":
             return self.numbers(args[0]).item()
-        args, kwargs = tree_unflatten([_without_numbers(leaf) for leaf in leaves], structure)
+        args, kwargs = _without_numbers(args), {key: _without_numbers(value) for key, value in kwargs.items()}
         if not tensors and any(argument.name == "device" for argument in func._schema.arguments):
             kwargs["device"], kwargs["pin_memory"] = _META, False
         out = func(*args, **kwargs)
@@ -154,7 +152,7 @@ class Rehearsal(TorchDispatchMode):
         return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        made = list(_tensors_in((out,)))
         for tensor in made:
             storage = tensor.untyped_storage()
             if storage not in self._known:
@@ -204,11 +202,28 @@ class _Disguise(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _without_numbers(leaf: Any) -> Any:
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, which may be lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
+
+
+def _without_numbers(value: Any) -> Any:
     """An argument of an operation for the meta device."""
-    if isinstance(leaf, Tensor) and not leaf.is_meta:
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=_META)
-    return _META if isinstance(leaf, torch.device) else None if isinstance(leaf, torch.Generator) else leaf
+    if isinstance(value, Tensor):
+        return (
+            value
+            if value.is_meta
+            else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+        )
+    if isinstance(value, list | tuple):
+        return (
+            [_without_numbers(one) for one in value] if isinstance(value, list) else tuple(map(_without_numbers, value))
+        )
+    return _META if isinstance(value, torch.device) else None if isinstance(value, torch.Generator) else value
 
 
 @contextmanager

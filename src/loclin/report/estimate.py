@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from loclin.analyses.estimate import Estimate
-from loclin.report.sheet import PAGE, Block, Limits, Section, Sheet, describe, sheet_of
+from loclin.report.sheet import PAGE, Block, Limits, Section, Sheet, describe
 from loclin.report.table import Column, Table
 from loclin.report.text import plain
 
@@ -32,16 +32,16 @@ def _describe_estimate(found: Estimate, _limits: Limits = PAGE) -> Sheet:
         f"{size(rates.memory)}/s from memory, {size(rates.read)}/s from disk"
     )
     blocks: list[Block] = [Text(facts), Text(machine), Text(), table, *([Text()] if advice else []), *advice]
-    section = Section(f"{plain(found.model)} ({found.family})", "each with linearize before it", blocks)
-    return sheet_of(found, "what analyses will cost", [section], kind="plan")
+    section = Section(f"{plain(found.model)} ({found.family})", "linearize before them included", blocks)
+    return Sheet("plan", "what analyses will cost", [section], notes=found.warnings)
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: int | float) -> str:
     """Bytes, in the unit that suits them."""
     return f"{scaled(nbytes)}B" if nbytes else "–"
 
 
-def scaled(value: float) -> str:
+def scaled(value: int | float) -> str:
     """A number with three digits and a unit prefix."""
     for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= factor:
@@ -49,7 +49,7 @@ def scaled(value: float) -> str:
     return f"{value:.3g} "
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.2g} s"
