@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loclin
 from loclin.analyses.attribution.attribute import attribute
-from loclin.common.rehearsal import Rates, rehearse
+from loclin.common.rehearsal import rehearse
 from loclin.errors import ModelError, OptionError
 from loclin.maps.linearized import Linearized
 from loclin.models import tiny
@@ -19,7 +19,6 @@ from loclin.network.anatomy import find_anatomy
 from loclin.network.cost import given_rate
 from loclin.network.sequence import find_sequence, known_sublayers
 
-RATES = Rates(1e11, 1e10, 2e9)
 GIVEN = {"rate_flops": 1e11, "rate_memory": 1e10, "available": "4GB", "memory": "100MB"}
 WORK = {
     "dense": lambda lin: lin.jacobian().dense(),
@@ -54,14 +53,14 @@ def test_flops_are_those_of_the_run(family, name):
     small = loclin.wrap(hf)
     blocks = find_sequence(small, find_anatomy(hf), tiny.prompt(hf)).blocks
     empty, made = copy.deepcopy(hf).to("meta"), []
-    tokens = known_sublayers.set(None), given_rate.set(RATES.flops)
+    tokens = known_sublayers.set(None), given_rate.set(1e11)
     try:
         with FlopCounterMode(display=False) as counter:
             lin = linearized(hf)
             traced = counter.get_total_flops()
             WORK[name](lin)
         known_sublayers.set(blocks[0].sublayers)
-        with rehearse([*empty.parameters(), *empty.buffers()], RATES) as rehearsal:
+        with rehearse([*empty.parameters(), *empty.buffers()]) as rehearsal:
             first = rehearsal.cost(lambda: made.append(linearized(empty)))
             second = rehearsal.cost(lambda: WORK[name](made[0]))
     finally:

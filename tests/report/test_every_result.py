@@ -16,7 +16,7 @@ import tiny
 from loclin.analyses.coverage.result import Coverage, FamilyResult, Run
 from loclin.analyses.estimate import AnalysisEstimate
 from loclin.analyses.faithfulness.study import Faithfulness, PromptResult
-from loclin.common.rehearsal import Rates
+from loclin.common.rehearsal import Cost, Rates
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.linearized import Linearized
 from loclin.report.sheet import describe
@@ -125,7 +125,7 @@ def comparison() -> loclin.Comparison:
 
 
 RATES = Rates(1e11, 1e10, 2e9)
-ROW = AnalysisEstimate(HOSTILE, 1, 2, 3, 4, 5, 6, 7.0, False, HOSTILE)
+ROW = AnalysisEstimate(HOSTILE, 1, 2, 3, 4, 5, 6, 7.0, False, HOSTILE, Cost())
 MADE = {
     "explanation": examples.explanation,
     "attribution": attributions.tokens,

@@ -93,7 +93,9 @@ class AnalysisEstimate:
     result: what the analysis leaves, such as the dense map.
     peak: the most that is held at a time, the weights in memory included.
     read: bytes that are read from disk.
-    flops, seconds: of matrix products; of everything.
+    flops: of matrix products.
+    seconds: the time of everything, on a machine with the estimate's rates; for other rates, see `seconds_on`.
+    cost: from which the time follows.
     fits: whether the peak is within the memory that there is.
     advice: what to change to make it fit; or why it does not run.
     """
@@ -108,6 +110,11 @@ class AnalysisEstimate:
     seconds: float
     fits: bool
     advice: str
+    cost: Cost
+
+    def seconds_on(self, rates: Rates) -> float:
+        """How long it takes on another machine; layers on disk are read while others run."""
+        return max(self.cost.seconds(rates), self.read / rates.read)
 
 
 @dataclass(frozen=True)
@@ -206,12 +213,15 @@ def estimate(
         reader = _LayerReader(hf)
         held -= reader.sweep_bytes - 2 * reader.layer_bytes
     allowed = _budget(memory, room - held)
-    with _on(machine, sublayers), rehearse(weights, machine) as rehearsal:
+    with _on(machine, sublayers), rehearse(weights) as rehearsal:
         empty = wrap(hf, None, name=label)
         if empty.context_length is not None and length > empty.context_length:
             raise OptionError(f"tokens={length}: {label} has {empty.context_length} positions; give at most so many")
         prompt = _Prompt(empty, length, FreezeOptions(gate), allowed, held, room, reader)
-        planned = [prompt.estimate(name, rehearsal, tell) for name in ("linearize", *dict.fromkeys(analyses))]
+        planned: list[AnalysisEstimate] = []
+        for name in dict.fromkeys(analyses or ("linearize",)):
+            tell(f"rehearsing {name}")
+            planned += prompt.estimate(name, rehearsal, machine)[bool(planned) :]
     advised = [_advise(one, hf, held, stored, room, allowed, length, stream) for one in planned]
     return Estimate(
         model=label,
@@ -261,43 +271,61 @@ class _Prompt:
     room: int
     reader: _LayerReader | None
 
-    def estimate(self, name: str, rehearsal: Rehearsal, tell: Callable[[str], None]) -> AnalysisEstimate:
-        """Rehearse an analysis, with fewer layers if what it costs is linear in them."""
-        tell(f"rehearsing {name}")
+    def estimate(self, name: str, rehearsal: Rehearsal, rates: Rates) -> list[AnalysisEstimate]:
+        """Rehearse `linearize` and an analysis, with fewer layers if what they cost is linear in them."""
         layers, why = list(find_anatomy(self.model.hf).layers), ""
         is_uniform = len({tuple(w.shape for w in layer.parameters()) for layer in layers}) == 1
         try:
             if not is_uniform or len(layers) <= _DEPTHS[1] or name in _QUADRATIC:
-                traced, found, read = self._run(name, rehearsal)
+                runs = self._run(name, rehearsal)
             else:
                 few, more = (self._with_layers(depth, name, rehearsal) for depth in _DEPTHS)
                 ratio = (len(layers) - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
-                traced, found = (a.towards(b, ratio) for a, b in zip(few[:2], more[:2], strict=True))
-                read = round(few[2] + ratio * (more[2] - few[2]))
-                if traced.kept > self.budget // 4:  # not all coefficients may be kept: that is not linear
-                    traced, found, read = self._run(name, rehearsal)
+                runs = [
+                    (a[0].towards(b[0], ratio), a[1] + ratio * (b[1] - a[1])) for a, b in zip(few, more, strict=True)
+                ]
+                if runs[0][0].kept > self.budget // 4:  # not all coefficients may be kept: that is not linear
+                    runs = self._run(name, rehearsal)
         except BudgetError as fault:  # it would be refused in the same way when it runs
-            traced, found, read, why = Cost(), Cost(), 0, str(fault)
-        seconds = max(traced.seconds + found.seconds, read / rehearsal.rates.read)
-        sweeps = max(traced.peak - traced.kept, found.peak - found.kept)
-        peak = self.held + max(traced.peak, traced.kept + found.peak)
-        flops, fits = traced.flops + found.flops, peak <= self.room and not why
-        return AnalysisEstimate(name, traced.kept, sweeps, found.kept, peak, read, flops, seconds, fits, why)
+            runs, why = [(Cost(), 0.0)] * 2, str(fault)
+        (traced, first), (found, second) = runs
+        made = [self._describe("linearize", traced, Cost(), first, rates, why)]
+        return made if name == "linearize" else [*made, self._describe(name, traced, found, first + second, rates, why)]
 
-    def _run(self, name: str, rehearsal: Rehearsal) -> tuple[Cost, Cost, int]:
-        """The cost of `linearize` and of an analysis, and the bytes that both read."""
-        before = 0 if self.reader is None else self.reader.read
+    def _describe(self, name: str, traced: Cost, found: Cost, read: float, rates: Rates, why: str) -> AnalysisEstimate:
+        both = traced.then(found)
+        sweeps, peak = max(traced.peak - traced.kept, found.peak - found.kept), self.held + both.peak
+        made = AnalysisEstimate(
+            name=name,
+            trace=round(traced.kept),
+            sweeps=round(sweeps),
+            result=round(found.kept),
+            peak=round(peak),
+            read=round(read),
+            flops=round(both.flops),
+            seconds=0.0,
+            fits=peak <= self.room and not why,
+            advice=why,
+            cost=both,
+        )
+        return replace(made, seconds=made.seconds_on(rates))
+
+    def _run(self, name: str, rehearsal: Rehearsal) -> list[tuple[Cost, float]]:
+        """The cost of `linearize` and of an analysis, and the bytes that each reads."""
         made: list[Linearized] = []
 
         def linearize() -> None:
             ids = torch.ones(1, self.length, dtype=torch.long)
             made.append(Linearized.at(self.model, ids, gate=self.options.gate, memory=self.budget))
 
-        traced = rehearsal.cost(linearize)
-        found = Cost() if name == "linearize" else rehearsal.cost(lambda: ANALYSES[name](made[0]))
-        return traced, found, 0 if self.reader is None else self.reader.read - before
+        costs = []
+        for work in (linearize, lambda: None if name == "linearize" else ANALYSES[name](made[0])):
+            before = 0 if self.reader is None else self.reader.read
+            cost = rehearsal.cost(work)
+            costs.append((cost, 0.0 if self.reader is None else float(self.reader.read - before)))
+        return costs
 
-    def _with_layers(self, depth: int, name: str, rehearsal: Rehearsal) -> tuple[Cost, Cost, int]:
+    def _with_layers(self, depth: int, name: str, rehearsal: Rehearsal) -> list[tuple[Cost, float]]:
         """The same for the model's first layers alone."""
         holder = next(
             module
@@ -370,7 +398,9 @@ def _advise(
     beside, advice = one.peak - held, []
     if hf.dtype.itemsize > 2 and held // 2 + beside <= room:
         advice.append("dtype=bfloat16")
-    if not stream and (resident := stored - sum(w.nbytes for w in _layer_weights(hf))) + beside <= room:
+    layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in find_anatomy(hf).layers]
+    resident = stored - sum(layers) + 2 * max(layers)
+    if not stream and resident + beside <= room:
         advice.append(f"stream=True ({resident / 1e9:.1f} GB of weights in memory)")
     if one.sweeps > allowed // 2 and held + one.trace + one.result < room:
         advice.append("a smaller memory=")
@@ -379,8 +409,3 @@ def _advise(
     if held + one.trace // length < room and one.trace > room // 4:
         advice.append("fewer tokens")
     return replace(one, advice="; ".join(advice) or "a machine with more memory")
-
-
-def _layer_weights(hf: PreTrainedModel) -> Iterator[Tensor]:
-    for layer in find_anatomy(hf).layers:
-        yield from layer.parameters()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import prod
 from typing import Any, cast
 
@@ -63,39 +63,57 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cost:
-    """What some code costs: flops of matrix products, seconds, bytes that it holds at most, and when it has ended."""
+    """What some code costs.
 
-    flops: int = 0
-    seconds: float = 0.0
-    peak: int = 0
-    kept: int = 0
+    Attributes
+    ----------
+    flops: of matrix products.
+    algebra: the flops of products that take as long as the decompositions.
+    moved: bytes that operations read from memory and write to it.
+    calls: how many operations there are.
+    peak, kept: bytes held at most, and when the code has ended, beside those held before.
+    """
+
+    flops: int | float = 0
+    algebra: int | float = 0
+    moved: int | float = 0
+    calls: int | float = 0
+    peak: int | float = 0
+    kept: int | float = 0
+
+    def seconds(self, rates: Rates) -> float:
+        """How long it takes: products, memory and calls one after the other."""
+        return (self.flops + self.algebra) / rates.flops + self.moved / rates.memory + self.calls * _CALL_SECONDS
+
+    def then(self, other: Cost) -> Cost:
+        """The cost of one piece of code and another behind it, while what the first one keeps is held."""
+        peak = max(self.peak, self.kept + other.peak)
+        added = (x + y for x, y in zip(astuple(self), astuple(other), strict=True))
+        return replace(Cost(*added), peak=peak)
 
     def towards(self, other: Cost, ratio: float) -> Cost:
         """The point on the straight line through two costs: itself at 0, the other at 1."""
-        a, b = astuple(self), astuple(other)
-        flops, seconds, peak, kept = (x + ratio * (y - x) for x, y in zip(a, b, strict=True))
-        return Cost(round(flops), seconds, round(peak), round(kept))
+        return Cost(*(x + ratio * (y - x) for x, y in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Rehearsal(TorchDispatchMode):
     """Counts while it is entered by `rehearse`; memory is that of all tensors but the weights."""
 
-    def __init__(self, rates: Rates, weights: Iterable[Tensor]) -> None:
+    def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._random = np.random.default_rng(0)
-        self.rates, self._held = rates, 0
+        self._held = 0
         self._known = weakref.WeakSet(weight.untyped_storage() for weight in weights)
         self._truths = WeakTensorKeyDictionary()
-        self._flops, self._seconds, self._peak = 0, 0.0, 0
+        self._counted = Cost()
 
     def cost(self, work: Callable[[], object]) -> Cost:
         """What a call costs; what it returns is held until its memory has been counted."""
-        flops, seconds, before = self._flops, self._seconds, self._held
-        self._peak = before
+        before, self._counted = self._held, Cost(peak=self._held)
         result = work()
-        kept = self._held - before
+        counted, kept = self._counted, self._held - before
         del result
-        return Cost(self._flops - flops, self._seconds - seconds, self._peak - before, kept)
+        return replace(counted, peak=counted.peak - before, kept=kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on the meta device, and count it."""
@@ -159,18 +177,23 @@ class Rehearsal(TorchDispatchMode):
                 self._known.add(storage)
                 self._held += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes())
-        self._peak = max(self._peak, self._held)
-        if func.is_view or not tensors:
-            return
-        flops, count = 0.0, flop_registry.get(func.overloadpacket)
-        if count is not None:
-            flops = count(*args, **kwargs, out_val=out)
-            self._flops += int(flops)
-        elif func._schema.name in _DECOMPOSITIONS:
-            *batch, n, m = tensors[0].shape
-            flops = _DECOMPOSITIONS[func._schema.name] * prod(batch) * max(n, m) * min(n, m) ** 2 / _LAPACK
-        moved = sum(tensor.numel() * tensor.itemsize for tensor in (*tensors, *made))
-        self._seconds += max(flops / self.rates.flops, moved / self.rates.memory) + _CALL_SECONDS
+        counted = replace(self._counted, peak=max(self._counted.peak, self._held))
+        if not func.is_view and tensors:
+            flops, algebra, name = 0, 0.0, func._schema.name
+            if func.overloadpacket in flop_registry:
+                flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+            elif name in _DECOMPOSITIONS:
+                *batch, n, m = tensors[0].shape
+                algebra = _DECOMPOSITIONS[name] * prod(batch) * max(n, m) * min(n, m) ** 2 / _LAPACK
+            moved = sum(tensor.numel() * tensor.itemsize for tensor in (*tensors, *made))
+            counted = replace(
+                counted,
+                flops=counted.flops + flops,
+                algebra=counted.algebra + algebra,
+                moved=counted.moved + moved,
+                calls=counted.calls + 1,
+            )
+        self._counted = counted
 
     def _free(self, nbytes: int) -> None:
         self._held -= nbytes
@@ -227,9 +250,9 @@ def _without_numbers(value: Any) -> Any:
 
 
 @contextmanager
-def rehearse(weights: Iterable[Tensor], rates: Rates) -> Iterator[Rehearsal]:
+def rehearse(weights: Iterable[Tensor]) -> Iterator[Rehearsal]:
     """Rehearse what runs inside, on weights on the meta device; in the calling thread, the only one that torch uses."""
-    rehearsal, config = Rehearsal(rates, weights), cast("Any", _config)
+    rehearsal, config = Rehearsal(weights), cast("Any", _config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
