@@ -1,14 +1,14 @@
 """`loclin plan` beside the run that it plans: peak memory and flops of ten configurations, each in its own process.
 
-Peak memory is what the system says of a process when it has ended, less that of one that only imports the package.
-Flops are those of matrix products that the run makes, in one thread: other threads are not counted.
+Peak memory is the size of the weights, and how far the process's resident memory rises above that of the loaded model:
+reading a checkpoint may take its weights twice for a moment, whatever is run afterwards. Flops are those of matrix
+products that the run makes, in one thread: those of other threads are not counted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from tempfile import TemporaryDirectory
@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loclin
-from harness import Row, arguments, report, say
+from harness import Row, arguments, extra_peak_bytes, in_new_process, report, say
 from loclin.analyses.estimate import ANALYSES
+from loclin.models.gguf.packaged import PACKAGED
 from loclin.network.cost import given_rate
 
 MOST_MEMORY, MOST_FLOPS = 0.15, 0.05
@@ -61,15 +62,14 @@ TRIALS = (
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        run(Trial(**json.loads(sys.argv[2])) if len(sys.argv) > 2 else None)
+        run(Trial(**json.loads(sys.argv[2])))
         return
     options = arguments(__doc__ or "")
-    base, rows = in_process()["peak"], []
+    rows = []
     for trial in TRIALS[:1] if options.quick else TRIALS:
         found, planned = in_process(trial), plan(trial)
-        peak = found["peak"] - base
         pairs = (
-            ("peak", planned.peak, peak, "B", MOST_MEMORY),
+            ("peak", planned.peak, found["peak"], "B", MOST_MEMORY),
             ("flops", planned.flops, found["flops"], "", MOST_FLOPS),
         )
         for what, value, actual, unit, demand in pairs:
@@ -89,42 +89,37 @@ def plan(trial: Trial) -> Any:
     options = {"tokens": trial.tokens, "analyses": [trial.analysis], "dtype": trial.dtype, "memory": BUDGET}
     options |= {"rate_flops": RATE, "rate_memory": 1e10, "progress": False}
     with TemporaryDirectory() as folder:
-        if trial.model in ("smollm2-135m", "gemma-3-270m"):
+        if trial.model in PACKAGED:
             return loclin.estimate(trial.model, **options).analyses[-1]
         config_of(trial).save_pretrained(folder)
         return loclin.estimate(trial.model, config_file=f"{folder}/config.json", **options).analyses[-1]
 
 
-def in_process(trial: Trial | None = None) -> dict[str, float]:
-    """Run a trial, or nothing, in a process of its own; its flops and its peak."""
-    command = [sys.executable, __file__, "--child", *([json.dumps(asdict(trial))] if trial else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        printed = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(process.returncode)
-    return json.loads(printed.splitlines()[-1]) | {"peak": used.ru_maxrss * 1024}
+def in_process(trial: Trial) -> dict[str, float]:
+    """Run a trial in a process of its own; its flops and its peak."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return json.loads(in_new_process(__file__, "--child", json.dumps(asdict(trial))).splitlines()[-1])
 
 
-def run(trial: Trial | None) -> None:
-    """Run what is planned, and print its flops."""
-    counter = FlopCounterMode(display=False)
-    if trial is not None:
-        torch.manual_seed(0)
-        given_rate.set(RATE)  # as planned for, and not measured among the flops
-        if trial.model in ("smollm2-135m", "gemma-3-270m"):
-            model = loclin.load(trial.model, dtype=trial.dtype)
-        else:
-            hf = AutoModelForCausalLM.from_config(config_of(trial), dtype=getattr(torch, trial.dtype))
-            model = loclin.wrap(hf.eval())
-        ids = torch.arange(5, 5 + trial.tokens)[None]
+def run(trial: Trial) -> None:
+    """Run what is planned, and print its flops and its peak."""
+    torch.manual_seed(0)
+    given_rate.set(RATE)  # as planned for, and not measured among the flops
+    if trial.model in PACKAGED:
+        model = loclin.load(trial.model, dtype=trial.dtype)
+    else:
+        hf = AutoModelForCausalLM.from_config(config_of(trial), dtype=getattr(torch, trial.dtype))
+        model = loclin.wrap(hf.eval())
+    ids, counter = torch.arange(5, 5 + trial.tokens)[None], FlopCounterMode(display=False)
+    weights = sum(weight.nbytes for weight in [*model.hf.parameters(), *model.hf.buffers()])
+
+    def work() -> object:
         with counter:
             lin = loclin.linearize(model, ids, memory=BUDGET)
-            ANALYSES[trial.analysis](lin)
-    print(json.dumps({"flops": counter.get_total_flops()}))
+            return lin, ANALYSES[trial.analysis](lin)
+
+    rise = extra_peak_bytes(work)
+    print(json.dumps({"flops": counter.get_total_flops(), "peak": weights + rise}))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ _ASIDE = "Memory is that of tensors: the interpreter and its libraries take abou
 
 _TRIPLES, _BLOCK = 8, 16
 _DEPTHS = 2, 3
-"""A deeper model of equal layers is rehearsed with so many of them: what it costs is linear in their number."""
+"""A deeper model of equal layers is rehearsed with so many of them: what most analyses cost is linear in their number."""
 
 
 def _find_triples(lin: Linearized, joint: bool) -> object:
@@ -77,8 +77,9 @@ ANALYSES: dict[str, Callable[[Linearized], object]] = {
     "attribute-tokenxlayer": lambda lin: attribute(lin, by="token×layer"),
 }
 """What can be planned; each begins with `linearize`."""
-_QUADRATIC = ("attribute-tokenxlayer",)
-DEFAULT = ("attribute", "certify", "joint-svd", "explain", "layers")
+_WHOLE = ("attribute-tokenxlayer", "joint-svd", "layers", "svd")
+"""Whose cost is not linear in the number of layers, or whose method depends on it: rehearsed with all layers."""
+DEFAULT = ("attribute", "certify", "dense", "explain")
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class _Prompt:
         layers, why = list(find_anatomy(self.model.hf).layers), ""
         is_uniform = len({tuple(w.shape for w in layer.parameters()) for layer in layers}) == 1
         try:
-            if not is_uniform or len(layers) <= _DEPTHS[1] or name in _QUADRATIC:
+            if not is_uniform or len(layers) <= _DEPTHS[1] or name in _WHOLE:
                 runs = self._run(name, rehearsal)
             else:
                 few, more = (self._with_layers(depth, name, rehearsal) for depth in _DEPTHS)
