@@ -46,7 +46,7 @@ _ASIDE = "Memory is that of tensors: the interpreter and its libraries take abou
 
 _TRIPLES, _BLOCK = 8, 16
 _DEPTHS = 2, 3
-"""A deeper model of equal layers is rehearsed with so many of them: what most analyses cost is linear in their number."""
+"""A deeper model of equal layers is rehearsed with so many of them: most costs are linear in their number."""
 
 
 def _find_triples(lin: Linearized, joint: bool) -> object:
