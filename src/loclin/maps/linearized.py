@@ -22,7 +22,7 @@ from loclin.maps.plan import Plan
 from loclin.models import Model, wrap
 from loclin.models.prompts import Numbers, Prompt, prompt_warnings, read_prompt
 from loclin.network.chain import Chain
-from loclin.network.memory import Budget, budget
+from loclin.network.memory import Budget, attention_bytes, budget
 from loclin.network.points import Point, parse_point
 from loclin.network.record import trace_prompt
 from loclin.network.trace import Trace
@@ -54,7 +54,8 @@ class Linearized(Unpicklable):
 
     def __init__(self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: Budget) -> None:
         self.model = model
-        self.trace = trace_prompt(model, input_ids, options, keep=budget(memory, model.device) // 4)
+        size = budget(memory, model.device)
+        self.trace = trace_prompt(model, input_ids, options, size // 4, attention_bytes(size))
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = options.gate, options.resolved(self.trace.sequence.dtype)
         self.padded_error: float | None = None

@@ -17,6 +17,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 _DIGITS = 30
 _DEFAULT_FRACTION = 0.25
 _DEFAULT_MOST = 4 * 2**30
+_ATTENTION_PART = 32
 
 
 def available(device: torch.device) -> int:
@@ -55,3 +56,11 @@ def budget(memory: Budget, device: torch.device) -> int:
         return min(int(available(device) * _DEFAULT_FRACTION), _DEFAULT_MOST)
     size = parse_memory(memory)
     return size if isinstance(size, int) else int(available(device) * size)
+
+
+def attention_bytes(size: int) -> int:
+    """The bytes up to which a layer's attention probabilities are held whole, of a budget of so many.
+
+    A part of it: while they are used, there are about four of them, and the sweep needs most of the budget.
+    """
+    return size // _ATTENTION_PART
