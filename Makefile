@@ -86,6 +86,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/spectra.py
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/layers.py
+	$(BIN)/python bench/wide.py
+	$(BIN)/python bench/streaming.py
 	$(BIN)/python bench/steering.py --parts cost
 
 $(BIN)/python:

@@ -94,12 +94,12 @@ def decaying(d: int, layers: int, length: int, gain: float = 2.0, seed: int = 0)
             if weight.dim() == 2:
                 weight.normal_(0, gain / math.sqrt(weight.shape[1]), generator=generator)
         model.get_input_embeddings().weight.normal_(generator=generator)
-        model.model.norm.weight.copy_(_decay(d)[torch.randperm(d, generator=generator)])
+        model.model.norm.weight.copy_(decay(d)[torch.randperm(d, generator=generator)])
     ids = torch.randint(vocabulary, (1, length), generator=generator)
     return loclin.linearize(model, ids, memory=BUDGET)
 
 
-def _decay(d: int) -> Tensor:
+def decay(d: int) -> Tensor:
     """`SMOLLM2_SPECTRUM` at 1 to d, interpolated linearly between logarithms."""
     at, values = np.log(list(SMOLLM2_SPECTRUM.items())).T
     return torch.from_numpy(np.exp(np.interp(np.log(np.arange(1, d + 1)), at, values)))

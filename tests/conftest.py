@@ -6,6 +6,7 @@ All but `loclin.freeze`, whose functions run at every torch operation: there the
 from __future__ import annotations
 
 import inspect
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,11 @@ install_import_hook([room for room in rooms if room not in ("loclin.freeze", "lo
 TESTS = Path(__file__).parent
 PROCESSES = {"subprocess", "multiprocessing", "fork"}
 """A test that names one of these starts a process."""
+
+
+# A shell's background job ignores Ctrl-C, and with it every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

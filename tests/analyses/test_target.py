@@ -53,7 +53,7 @@ def test_margins(lin):
         assert found.relative_residual < 1e-12
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_directions(lin):
     u = torch.randn(lin.trace.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for point in ("final", "resid_post.1", "resid_mid.1", "resid_pre.1", "embed"):

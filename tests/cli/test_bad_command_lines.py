@@ -153,6 +153,7 @@ BEFORE: list[list[object]] = [
     called("explain", "--generate", "2", "--position", "1"),
     called("explain", "--generate", "2", "--top", "1"),
     *(called(command, "--device", "cpu", "--device-map", "auto") for command in PROMPTED),
+    called("explain", "--stream", "--device-map", "auto"),
     called("validity", "--draws", "0", "--swaps", "0"),
     ["steer", PROMPT],
     called("steer", "--operator", "words.txt"),

@@ -73,6 +73,17 @@ def test_explain_generate(directory, tmp_path, capsys):
     assert "leave --position out" in err
 
 
+def test_layers_stay_on_disk(directory, tmp_path, capsys):
+    found = []
+    for number, more in enumerate(((), ("--stream",))):
+        written = tmp_path / f"{number}.json"
+        code, _, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *more, "--json", written)
+        assert (code, "error:" in err) == (0, False), err
+        found.append([line for line in written.read_text().splitlines() if '"date"' not in line])
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
 def test_validity(directory, tmp_path, capsys):
     written, page = tmp_path / "out.json", tmp_path / "out.html"
     common = ("validity", "w3 w4 w5", "--model", directory, "--draws", 1, "--swaps", 1)

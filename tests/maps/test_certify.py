@@ -53,8 +53,8 @@ def test_a_fault_of_a_thousandth_is_no_rounding(monkeypatch, gate):
     """What cancels loosens the bound, and hides no fault."""
     lin = linearize(tiny.llama(dtype=torch.float32), tiny.prompt(40), gate=gate)
     assert 3e-6 <= certify(lin.jacobian()).tolerance <= 1e-4
-    right = LinearMap.matvec
-    monkeypatch.setattr(LinearMap, "matvec", lambda self, x: 1.001 * right(self, x))
+    right = LinearMap.matmat
+    monkeypatch.setattr(LinearMap, "matmat", lambda self, x: 1.001 * right(self, x))
     assert not certify(lin.jacobian()).passed
 
 

@@ -35,6 +35,15 @@ def test_counted_flops_are_done(family, gate, length, columns):
     assert done.get_total_flops() == pytest.approx(counted.flops)
 
 
+@pytest.mark.parametrize("point", ["embed", "resid_mid.1", "resid_post.1"])
+def test_a_map_that_passes_no_layer_has_a_plan_too(point):
+    J = linearize(tiny.llama(), tiny.prompt()).jacobian(point, point)
+    assert sweep_cost(J.chain, J.source, J.target, 4).flops == 0
+    assert J.svd(2, method=J.plan(2).chosen).S[-1].tolist() == pytest.approx(
+        [1, 1]
+    )  # the identity, at its own position
+
+
 def test_a_plan_is_a_table_that_says_what_is_taken():
     lin = linearize(tiny.llama(), tiny.prompt())
     found = lin.cost(k=3)

@@ -309,3 +309,8 @@ def test_a_downloaded_copy_is_used_without_the_hub(monkeypatch, tmp_path, direct
     assert model.info.revision == commit
     assert model.info.stored_dtype == "float32"
     assert model.encode("the cat", bos=True)[0, 0] == 1
+    streamed = load("org/name", cache_dir=tmp_path, stream=True)
+    ids = model.encode("the cat")
+    with torch.no_grad():
+        assert torch.equal(streamed.hf(ids).logits, model.hf(ids).logits)
+    assert streamed.info == model.info

@@ -36,6 +36,7 @@ def expected():
 # what the model's own switches do
 
 
+@pytest.mark.slow
 def test_training_mode_is_put_back():
     model = tiny.llama()
     model.config.attention_dropout = 0.5

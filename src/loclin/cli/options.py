@@ -123,6 +123,9 @@ class Loading:
     device: Annotated[str | None, text("Such as cpu or cuda:0.")] = None
     device_map: Annotated[str | None, text("Spread the layers, such as auto.")] = None
     revision: Annotated[str | None, text("A hub model's branch, tag or commit.")] = None
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Leave the layers on disk, for models larger than memory.")
+    ] = False
     bos: Bos = None
     gate: Annotated[Gate, typer.Option(help="Freeze act(gate) (the paper), freeze up, or the mean of both.")] = (
         "activation"
@@ -138,9 +141,8 @@ class Loading:
 
             from loclin.models import load
         with stderr.status(f"loading {self.model}"):
-            return load(
-                self.model, dtype=self.dtype, device=self.device, device_map=self.device_map, revision=self.revision
-            )
+            where = {"device": self.device, "device_map": self.device_map}
+            return load(self.model, dtype=self.dtype, revision=self.revision, stream=self.stream, **where)
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def check() -> None:
     """
     given = {name: value for name, value in running.get().params.items() if value is not None}
     exclude("device", "device_map", why="one device, or layers that are spread")
+    exclude("stream", "device_map", why="layers are on disk, or spread")
     if given.get("fresh") and "json" not in given:
         raise OptionError("--fresh is about the JSON file; name it with --json")
     kept.set(NOTHING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loclin.freeze import narrow
 from loclin.freeze.operation import Operation, Result, Slot, nowhere
 from loclin.freeze.status import Coefficient, Live
 
@@ -67,8 +68,25 @@ def product(op: Operation) -> Result:
 def _with_live(op: Operation, one: Slot) -> Tensor:
     """The linearised value with one factor live, and with what is added to the product."""
     added = FACTORS[op.name][1]
+    if op.name == "linear" and one in (0, "input") and _has_narrow_weight(op):
+        return _times_narrow_weight(op)
     linear: Tensor = op.recompute(lambda slot: slot == one or slot in added, lambda slot: slot in added)
     return linear
+
+
+def _has_narrow_weight(op: Operation) -> bool:
+    """Whether a linear module's weight and bias are its own, and the weight has to be widened."""
+    weight, bias = op.get(1, "weight"), op.get(2, "bias")
+    constant = op.status(weight) is None and op.status(bias) is None
+    return constant and narrow.is_narrow(weight, op.context.dtype)
+
+
+def _times_narrow_weight(op: Operation) -> Tensor:
+    """The linearised value of a linear module, without a widened copy of its weight in the graph."""
+    status, weight, bias = op.status(op.get(0, "input")), op.get(1, "weight"), op.get(2, "bias")
+    assert isinstance(status, Live)
+    moved = narrow.linear(status.linear, weight.detach())
+    return moved if bias is None else moved + op.context.constant(op.cast(bias), bias, op.name)
 
 
 def _live(op: Operation, one: Slot, root: object = None, active: bool = False) -> Result:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from loclin.models.four_bit import PACKING
+from loclin.models.lease import OnDisk
 
 _LIBRARIES = ("torchao", "optimum")
 """Libraries whose tensors represent a float weight, and have `dequantize()`."""
@@ -31,9 +32,9 @@ def dense_weight(module: nn.Module) -> Tensor | None:
 def has_dense_weight(module: nn.Module) -> bool:
     """Whether `dense_weight` returns one. Free."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta:
+    if not isinstance(weight, Tensor) or (weight.is_meta and not isinstance(weight, OnDisk)):
         return False
-    plain = type(module) is nn.Linear and type(weight) in (Tensor, nn.Parameter)
+    plain = type(module) is nn.Linear and type(weight) in (Tensor, nn.Parameter, OnDisk)
     return is_quantised(module) or (plain and weight.is_floating_point())
 
 

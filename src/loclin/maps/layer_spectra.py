@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from loclin.common.arguments import real, whole
-from loclin.common.brief import brief
 from loclin.common.progress import bar
 from loclin.common.sums import relative_error
 from loclin.common.surroundings import in_plain_torch
@@ -71,8 +70,6 @@ class LayerSpectra(Result):
     columns: int
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
-
-    __repr__ = brief
 
     @property
     def n_layers(self) -> int:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from loclin.common.arguments import whole
 from loclin.common.surroundings import in_plain_torch
 from loclin.common.unpicklable import Unpicklable
-from loclin.errors import NotExactError, OptionError
+from loclin.errors import BudgetError, NotExactError, OptionError
 from loclin.freeze import FreezeOptions, Gate, Precision
 from loclin.maps.certificate import Certificate, certify, random_operations
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.plan import Plan
 from loclin.models import Model, wrap
+from loclin.models.lease import largest_layer_bytes
 from loclin.models.prompts import Numbers, Prompt, prompt_warnings, read_prompt
 from loclin.network.chain import Chain
 from loclin.network.memory import Budget, attention_bytes, budget
@@ -55,6 +56,8 @@ class Linearized(Unpicklable):
     def __init__(self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: Budget) -> None:
         self.model = model
         size = budget(memory, model.device)
+        if memory is not None:
+            _refuse_small(model, size)
         self.trace = trace_prompt(model, input_ids, options, size // 4, attention_bytes(size))
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = options.gate, options.resolved(self.trace.sequence.dtype)
@@ -246,6 +249,15 @@ def question(function: F) -> F:
         return plain(*args, **kwargs)
 
     return ask  # type: ignore[return-value]
+
+
+def _refuse_small(model: Model, allowed: int) -> None:
+    """Refuse a budget in which there is no room for two layers of a model whose layers are on disk."""
+    least = 2 * largest_layer_bytes(model.hf)
+    if allowed < least:
+        raise BudgetError(
+            f"memory={allowed} bytes, and two layers of {model.info.name} take {least}: give at least {least}"
+        )
 
 
 def _random(trace: Trace) -> NotExactError:

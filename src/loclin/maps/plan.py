@@ -8,7 +8,6 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from loclin.common.brief import brief
 from loclin.errors import OptionError
 from loclin.maps.products import Products
 from loclin.network.cost import Cost, algebra_cost, sweep_cost
@@ -65,8 +64,6 @@ class Plan(Result):
     max_columns: int
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
-
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per method, the fastest first."""

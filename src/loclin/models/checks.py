@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from loclin.errors import ModelError
+from loclin.models.lease import OnDisk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -73,7 +74,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             f"{path}.{parameter}".strip(".")
             for path, module in hf.named_modules()
             for parameter, value in module.named_parameters(recurse=False)
-            if value.is_meta and not hasattr(module, "_hf_hook")
+            if value.is_meta and not hasattr(module, "_hf_hook") and not isinstance(value, OnDisk)
         ]
         if empty:
             raise ModelError(
@@ -83,11 +84,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
         raise ModelError(
             f"{name} was loaded inside torch.inference_mode(), whose tensors have no derivatives; load it outside"
         )
-    broken = non_finite(hf)
-    if broken:
-        raise ModelError(
-            f"{name} has weights that are NaN or infinite: {list_some(broken)}; give a checkpoint with finite ones"
-        )
+    refuse_non_finite(non_finite(hf), name)
 
 
 def _refuse_kernels(hf: PreTrainedModel, name: str) -> None:
@@ -99,6 +96,14 @@ def _refuse_kernels(hf: PreTrainedModel, name: str) -> None:
         raise ModelError(
             f"{name} computes its attention with {attention}, which hides the probabilities: call "
             "model.set_attn_implementation('sdpa') first, or load it with attn_implementation='sdpa'"
+        )
+
+
+def refuse_non_finite(broken: list[str], name: str) -> None:
+    """Refuse a model some of whose parameters, by their names, hold NaN or Inf."""
+    if broken:
+        raise ModelError(
+            f"{name} has weights that are NaN or infinite: {list_some(broken)}; give a checkpoint with finite ones"
         )
 
 

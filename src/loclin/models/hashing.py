@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from loclin.models.lease import named_weights
+
 _BLOCK = 1 << 30
 """Hashing releases the interpreter lock during a block and takes it back after each, and a parser in another thread may
 hold the lock for seconds: fewer blocks wait less. Ctrl-C has to wait for one block."""
@@ -49,5 +51,5 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], read: Callable[[Tensor], b
 
 def weights_hash(module: nn.Module) -> str:
     """One hash of all weights and buffers; offloaded ones count by name only. Cost: one read, about 600 MB/s."""
-    named = chain(module.named_parameters(), module.named_buffers())  # tied ones once
+    named = chain(named_weights(module), module.named_buffers())  # tied ones once
     return hash_tensors(named, lambda tensor: b"" if tensor.is_meta else tensor_bytes(tensor))

@@ -10,7 +10,7 @@ import torch
 
 from loclin.common import access
 from loclin.common.surroundings import in_plain_torch
-from loclin.errors import ModelError
+from loclin.errors import ModelError, OptionError
 from loclin.models import hub, pretrained
 from loclin.models.gguf import converted
 from loclin.models.gguf.packaged import DEFAULT, PACKAGED
@@ -29,6 +29,7 @@ def load(
     quantization_config: Any = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    stream: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> Model:
     """Load a causal language model.
@@ -46,6 +47,10 @@ def load(
         As in transformers. A device map needs accelerate; kernels from the hub are refused.
     revision
         A hub model's branch, tag or commit.
+    stream
+        Leave the decoder layers' weights on disk, and read each layer when it is used, for models larger than memory.
+        Every result is the same. In memory are two layers, the embeddings and the head. For safetensors files of
+        transformers' own families, on the processor; the files must stay as they are.
     **from_pretrained_kwargs
         Anything else that transformers' `from_pretrained` takes.
 
@@ -58,6 +63,8 @@ def load(
     ------
     ModelError
         When the model cannot be found, read or used.
+    OptionError
+        For an option without a meaning, or one that `stream` excludes.
     """
     if not isinstance(name, str | Path) or not str(name).strip():
         raise ModelError(
@@ -78,16 +85,27 @@ def load(
     }
     arguments = {key: value for key, value in arguments.items() if value is not None}
     arguments |= {"dtype": chosen, **from_pretrained_kwargs}
+    if stream:
+        _refuse_elsewhere(where, arguments)
+        arguments["stream"] = True
     try:
         model = _load(name, revision, arguments)
     except PermissionError as fault:
         raise ModelError(
             f"cannot read {name}: {access.reason(fault, Path(name))}; chmod it, or copy it to where you can read it"
         ) from fault
-    if where is not None:
+    if where is not None and not stream:
         hf: torch.nn.Module = model.hf  # transformers' own `to` has no types
         hf.to(where)
     return model
+
+
+def _refuse_elsewhere(where: torch.device | None, arguments: dict[str, Any]) -> None:
+    """Refuse what excludes weights that stay on disk."""
+    given: list[str] = [option for option in ("device_map", "quantization_config") if option in arguments]
+    given += [f"device={str(where)!r}"] if where is not None and where.type != "cpu" else []
+    if given:
+        raise OptionError(f"{given[0]} and stream=True are both given: stream reads plain weights for the processor")
 
 
 def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> Model:

@@ -9,22 +9,26 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loclin.errors import ModelError, first_line
+import torch
+
+from loclin.errors import LoclinError, ModelError, OptionError, first_line
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
 from loclin.models.four_bit import keep_from_packing
 from loclin.models.hub import describe_gated
 from loclin.models.model import Model, Source, describe
 from loclin.models.quiet import quiet
+from loclin.models.streaming.checkpoint import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # arguments of from_pretrained that say where the files are, and so concern the config and the tokenizer too
 _WHERE = "cache_dir code_revision force_download local_files_only proxies revision subfolder token trust_remote_code"
+_DOWNLOAD = "cache_dir force_download local_files_only proxies revision token"
+_STREAMED = "config.json generation_config.json model*.safetensors model.safetensors.index.json"
 _TOKENIZER_FILES = """
 tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt merges.txt spiece.model tekken.json
 """
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The names of dtypes in safetensors files."""
 
 
@@ -75,9 +79,12 @@ def read_tokenizer(place: str, name: str, arguments: dict[str, Any]) -> PreTrain
 
 
 def read_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    """Read a checkpoint's weights into a model in eval mode."""
+    """Read a checkpoint's weights into a model in eval mode; with `stream`, those of its layers stay on disk."""
     from transformers import AutoModelForCausalLM
 
+    arguments = {**arguments}
+    if arguments.pop("stream", False):
+        return _stream_weights(place, name, arguments)
     with _reading(name, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(place, **{**arguments, "output_loading_info": True})
     hf, report = loaded
@@ -86,12 +93,42 @@ def read_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrained
     return hf.eval()
 
 
+def _stream_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Build a model whose layers read their weights when they run."""
+    from huggingface_hub import snapshot_download
+
+    from loclin.models.streaming.build import build
+
+    known = {*_WHERE.split(), "dtype", "attn_implementation"}
+    config = read_config(place, name, arguments)
+    if (method := quantized(config)) is not None:
+        raise ModelError(f"{name} is quantised ({method}), and stream takes plain weights: load it without stream")
+    if arguments.get("trust_remote_code") and hasattr(config, "auto_map"):
+        raise ModelError(f"{name} brings its own code, and stream takes transformers' families: load it without stream")
+    for option in arguments.keys() - known:
+        raise OptionError(f"{option} and stream are both given: leave one out")
+    directory = Path(place)
+    with _reading(name, "model"):
+        if not directory.is_dir():
+            where = {key: arguments[key] for key in _DOWNLOAD.split() if key in arguments}
+            inside = arguments.get("subfolder", "")
+            wanted = [f"{inside}/{file}".strip("/") for file in _STREAMED.split()]
+            directory = Path(snapshot_download(place, allow_patterns=wanted, **where))
+        directory /= arguments.get("subfolder", "")
+        dtype = arguments["dtype"]
+        if dtype == "auto":
+            dtype = getattr(torch, config_dtype(config) or stored_dtype(directory) or "float32")
+        return build(config, directory, name, dtype, arguments.get("attn_implementation"))
+
+
 @contextmanager
 def _reading(name: str, what: str, hint: str = "") -> Iterator[None]:
     """Silence the libraries, and make one line of each of their failures."""
     try:
         with quiet():
             yield
+    except LoclinError:
+        raise
     except Exception as fault:  # many kinds, from JSON to the hub
         raise ModelError(f"{describe_failure(name, what, fault)}{hint}") from fault
 
@@ -124,7 +161,7 @@ def stored_dtype(directory: Path) -> str | None:
     if not elements:
         return None
     kind = elements.most_common(1)[0][0]
-    return _DTYPES.get(kind, kind)
+    return str(DTYPES.get(kind, kind)).removeprefix("torch.")
 
 
 def quantized(config: PreTrainedConfig) -> str | None:

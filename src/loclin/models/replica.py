@@ -18,11 +18,13 @@ import torch
 from torch import nn
 from torch.jit import ScriptModule
 
+from loclin.models.lease import empty_layers
+
 M = TypeVar("M", bound=nn.Module)
 
 _LOCK = "_loclin_lock"
 _COMPILED_FROM = "_torchdynamo_orig_callable"
-_CHANGES_ITS_WEIGHTS = ("RwkvModel",)
+CHANGE_THEIR_WEIGHTS = ("RwkvModel",)
 """Models that change their weights in a forward pass: here, division by powers of two."""
 _PLAIN = (bool, int, float, str, torch.Tensor)
 
@@ -42,8 +44,9 @@ def replicate(root: M) -> M:
         attributes = {name: _renew(value, new) for name, value in vars(module).items()}
         vars(new[id(module)]).update(attributes, training=False, _compiled_call_impl=None, **{_LOCK: lock})
     for module in own:
-        if type(module).__name__ in _CHANGES_ITS_WEIGHTS:
+        if type(module).__name__ in CHANGE_THEIR_WEIGHTS:
             copy_weights(new[id(module)])
+    empty_layers(new[id(root)])
     return new[id(root)]
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from loclin.common.brief import brief
 from loclin.errors import ModelError
+from loclin.models.blocks import find_blocks
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise ModelError(f"{type(model).__name__} has no output head: give a causal language model")
     family = model.config.get_text_config().model_type
-    layers, weights = _blocks(decoder) or _blocks(model), EXPLICIT.get(family)
+    layers, weights = find_blocks(decoder) or find_blocks(model), EXPLICIT.get(family)
     known = weights is not None and all(_has(layer, weights) for layer in layers)
     return Anatomy(decoder, layers, head, weights if known else None)
 
@@ -86,12 +87,3 @@ def _has(layer: nn.Module, weights: Weights) -> bool:
     """Whether a layer is transformers' own, with every part in its place; custom code may reuse a family's config."""
     own = type(layer).__module__.startswith("transformers.models.")
     return own and set(weights.paths) <= {path for path, _ in layer.named_modules()}
-
-
-def _blocks(root: nn.Module) -> tuple[nn.Module, ...]:
-    """The members of the largest list of modules that is not inside another list."""
-    lists = {name: module for name, module in root.named_modules() if isinstance(module, nn.ModuleList)}
-    inner = tuple(f"{name}." for name in lists if name)
-    outermost = [module for name, module in lists.items() if not name.startswith(inner)]
-    largest = max(outermost, key=lambda module: sum(p.numel() for p in module.parameters()), default=None)
-    return () if largest is None else tuple(largest)

@@ -13,9 +13,6 @@ from torch import Tensor
 from loclin.common.brief import brief
 from loclin.freeze.pattern import Pattern
 
-Matrix = tuple[Tensor, Tensor | None]
-"""A linear module's weight `[out, in]` and bias."""
-
 
 @dataclass(frozen=True)
 class LayerCoefficients:

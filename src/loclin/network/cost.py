@@ -101,9 +101,9 @@ def prefix_sweep_cost(chain: Chain, position: int, tokens: range) -> Cost:
 
 def _sum_layers(chain: Chain, layers: list[tuple[float, int]], columns: int, held: int) -> Cost:
     """The cost of a sweep from each layer's (flops, bytes of weights), with so many numbers held."""
-    flops, nbytes = sum(own for own, _ in layers), sum(weights for _, weights in layers)
+    flops, nbytes = sum((own for own, _ in layers), 0.0), sum(weights for _, weights in layers)
     seconds = algebra_cost(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + len(layers) * _SECONDS_PER_LAYER
-    return Cost(columns, float(flops), seconds if columns else 0.0, held * chain.trace.dtype.itemsize)
+    return Cost(columns, flops, seconds if columns else 0.0, held * chain.trace.dtype.itemsize)
 
 
 def _generic_cost(chain: Chain, index: int, columns: int) -> tuple[float, int]:

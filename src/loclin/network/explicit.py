@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight, has_dense_weight
+from loclin.models.lease import weights_of
 from loclin.network.anatomy import Weights
-from loclin.network.blocks import CausalBlock, LayerCoefficients, Matrix, Probe, Workspace, add_or_write
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write
 from loclin.network.explicit_attention import ExplicitAttention
 from loclin.network.explicit_mlp import ExplicitMLP
+from loclin.network.matrix import Matrix
 
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far an explicit layer's value may be from the frozen layer's own."""
@@ -33,17 +35,30 @@ def available(layer: nn.Module, weights: Weights, dtype: torch.dtype) -> bool:
 class ExplicitLayer:
     """One layer's explicit products, of blocks `[T, n, d]`: what belongs to one position is one matrix.
 
-    Memory: the weights once more where they are stored in another dtype, and the workspace of the sweep.
+    Memory: the workspace of the sweep, which holds the weights once more where they are stored in another dtype and
+    many rows pass. There is one such layer at a time for each workspace.
     """
 
     def __init__(
         self, layer: nn.Module, weights: Weights, coefficients: LayerCoefficients, dtype: torch.dtype, shared: Workspace
     ) -> None:
-        v, o, gate, up, down = (_matrix(layer.get_submodule(path), dtype) for path in weights.matrices)
-        if weights.fused:
-            n_values = (len(v[0]) - o[0].shape[1]) // 2  # q, k and v lie one behind the other, k as wide as v
-            inner = down[0].shape[1]
-            v, gate, up = _rows(v, slice(-n_values, None)), _rows(gate, slice(inner)), _rows(up, slice(inner, None))
+        def matrix(name: str, path: str, rows: slice = slice(None)) -> Matrix:
+            weight, bias = dense_weight(module := layer.get_submodule(path)), module.bias
+            assert weight is not None
+            return Matrix(name, weight[rows], bias[rows] if isinstance(bias, Tensor) else None, dtype, shared)
+
+        with weights_of(layer, _used(weights, coefficients)):
+            o, down = matrix("o", weights.o), matrix("down", weights.down)
+            v_rows = gate_rows = up_rows = slice(None)
+            if weights.fused:  # q, k and v lie one behind the other, k as wide as v; and the gate before up
+                outputs, inner = layer.get_submodule(weights.v).out_features, down.shape[1]
+                assert isinstance(outputs, int)
+                v_rows = slice(-(outputs - o.shape[1]) // 2, None)
+                gate_rows, up_rows = slice(inner), slice(inner, None)
+            v = matrix("v", weights.v, v_rows)
+            # A branch through which nothing flows is never read.
+            up = None if coefficients.up is None else matrix("up", weights.up, up_rows)
+            gate = None if coefficients.gate is None else matrix("gate", weights.gate, gate_rows)
         self._attention = ExplicitAttention(v, o, coefficients, shared)
         self._mlp = ExplicitMLP(up, gate, down, coefficients, shared)
         self._before_attention = coefficients.attn_in
@@ -127,12 +142,10 @@ class ExplicitLayer:
         return x.to(self._mlp.device) + attended + moved
 
 
-def _matrix(module: nn.Module, dtype: torch.dtype) -> Matrix:
-    weight, bias = dense_weight(module), module.bias
-    assert weight is not None
-    return weight.to(dtype), bias.detach().to(dtype) if isinstance(bias, Tensor) else None
-
-
-def _rows(matrix: Matrix, rows: slice) -> Matrix:
-    weight, bias = matrix
-    return weight[rows], None if bias is None else bias[rows]
+def _used(weights: Weights, coefficients: LayerCoefficients) -> list[str]:
+    """The paths of the matrices that something flows through; any other need not be in memory."""
+    frozen = set()
+    if not weights.fused:
+        branches = ((weights.gate, coefficients.gate), (weights.up, coefficients.up))
+        frozen = {path for path, factors in branches if factors is None}
+    return [path for path in weights.matrices if path not in frozen]

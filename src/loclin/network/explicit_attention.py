@@ -13,18 +13,19 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from loclin.network.blocks import CausalBlock, LayerCoefficients, Matrix, Probe, Workspace, add_or_write
+from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write
+from loclin.network.matrix import Matrix
 
 
 class ExplicitAttention:
     """Products with one layer's attention."""
 
     def __init__(self, v: Matrix, o: Matrix, coefficients: LayerCoefficients, workspace: Workspace) -> None:
-        (self._v, self._v_bias), (self._o, self._o_bias) = v, o
+        self._v, self._o = v, o
         self.device = self._o.device
-        self.biased = self._v_bias is not None or self._o_bias is not None
+        self.biased = v.bias is not None or o.bias is not None
         self._before, self._behind = coefficients.attn_in, coefficients.attn_out
         self._pattern, self._workspace = coefficients.pattern, workspace
         self._heads = self._pattern.shape[0]
@@ -38,7 +39,7 @@ class ExplicitAttention:
             G = torch.mul(G, self._behind[active, None], out=self._buffer("scaled", *G.shape))
         (length, n, d), heads, kv, d_head = G.shape, self._heads, self._kv, self._d_head
         # O^T: [T n, d] -> [T n, H d_head]
-        by_position = torch.mm(G.reshape(-1, d), self._o, out=self._buffer("by_position", length * n, heads * d_head))
+        by_position = self._o.pull(G.reshape(-1, d), self._buffer("by_position", length * n, heads * d_head))
         # [T, n, H_kv, H/H_kv, d_head] -> [H_kv, H/H_kv, T, n, d_head]
         by_head = self._buffer("by_head", kv, heads // kv, length, n, d_head)
         by_head.copy_(by_position.view(length, n, kv, -1, d_head).permute(2, 3, 0, 1, 4))
@@ -51,7 +52,7 @@ class ExplicitAttention:
         values.copy_(mixed.view(kv, -1, n, d_head).permute(1, 2, 0, 3))
         # V^T: [S n, H_kv d_head] -> [S n, d]
         pulled = self._buffer("pulled", span * n, d)
-        return torch.mm(values.view(-1, kv * d_head), self._v, out=pulled).view(-1, n, d)
+        return self._v.pull(values.view(-1, kv * d_head), pulled).view(-1, n, d)
 
     def jvp(self, block: Tensor, start: int, wanted: slice, affine: bool = False) -> Float[Tensor, "W n d"]:
         """Push a block `[S, n, d]` that begins at a position to the wanted ones; `affine` adds the biases."""
@@ -61,7 +62,7 @@ class ExplicitAttention:
         if self._before is not None:
             X = torch.mul(X, self._before[reaching, None], out=self._buffer("scaled", *X.shape))
         # V: [S, n, d] -> [S, n, H_kv d_head] -> [H_kv, S, n, d_head]
-        values = nn.functional.linear(X, self._v, self._v_bias if affine else None)
+        values = self._v.push(X, affine=affine)
         by_head = self._buffer("by_head", kv, length, n, d_head)
         by_head.copy_(values.view(length, n, kv, d_head).permute(2, 0, 1, 3))
         # P: [H_kv, H/H_kv W, S] [H_kv, S, n d_head] -> [H_kv, H/H_kv W, n d_head]
@@ -73,10 +74,9 @@ class ExplicitAttention:
         by_position.copy_(mixed.view(heads, rows, n, d_head).permute(1, 2, 0, 3))
         # O: [W n, H d_head] -> [W n, d]
         if affine:
-            pushed = nn.functional.linear(by_position.view(rows, n, -1), self._o, self._o_bias)
+            pushed = self._o.push(by_position.view(rows, n, -1), affine=True)
             return pushed if self._behind is None else pushed * self._behind[wanted, None]
-        pushed = torch.mm(by_position.view(rows * n, -1), self._o.T, out=self._buffer("pushed", rows * n, d))
-        pushed = pushed.view(rows, n, d)
+        pushed = self._o.push(by_position.view(rows * n, -1), self._buffer("pushed", rows * n, d)).view(rows, n, d)
         return pushed if self._behind is None else pushed.mul_(self._behind[wanted, None])
 
     def folding_pays(self, blocks: Sequence[CausalBlock], wanted: slice) -> bool:
@@ -95,11 +95,13 @@ class ExplicitAttention:
         No head is then moved in memory, and products go straight to the residual stream. With m positions from s to t
         a product has m d_head H_kv inner dimensions instead of d_head H, so this is for short prompts.
         """
-        d, width, first = len(self._o), self._kv * self._d_head, blocks[0].start
+        d, width, first = self._o.shape[0], self._kv * self._d_head, blocks[0].start
         seen = range(first, wanted.stop)
         folded = self._fold(first, wanted)
         # V^T C_pre at each position: [S, d, H_kv d_head]
-        V = self._v.T if self._before is None else self._v.T * self._before[first : wanted.stop, :, None]
+        V = self._v.whole.T
+        if self._before is not None:
+            V = V * self._before[first : wanted.stop, :, None]
         V = V.expand(len(seen), d, width)
         for index, (start, block) in enumerate(blocks):
             n, length = block.shape[1], len(block)
@@ -122,9 +124,9 @@ class ExplicitAttention:
 
     def _fold(self, first: int, wanted: slice) -> Float[Tensor, "W S hd d"]:
         """F[t, s]^T for the wanted positions t and all s from `first` on."""
-        heads, kv, d_head, d = self._heads, self._kv, self._d_head, len(self._o)
+        heads, kv, d_head, d = self._heads, self._kv, self._d_head, self._o.shape[0]
         # [d, H_kv, H/H_kv, d_head] -> [H_kv, H/H_kv, d_head d]
-        outputs = self._o.view(d, kv, -1, d_head).permute(1, 2, 3, 0).reshape(kv, heads // kv, d_head * d)
+        outputs = self._o.whole.view(d, kv, -1, d_head).permute(1, 2, 3, 0).reshape(kv, heads // kv, d_head * d)
         probs = self._pattern.whole()
         assert probs is not None
         probs = probs[:, wanted, first : wanted.stop]
@@ -137,4 +139,4 @@ class ExplicitAttention:
         return folded if self._behind is None else folded.mul_(self._behind[wanted, None, None])
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
-        return self._workspace(name, self._o, *shape)
+        return self._workspace(name, self._o.empty, *shape)

@@ -15,17 +15,17 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from loclin.network.blocks import (
     CausalBlock,
     LayerCoefficients,
-    Matrix,
     Probe,
     Workspace,
     add_or_write,
     contiguous_view,
 )
+from loclin.network.matrix import Matrix
 
 _FORMED_NUMBERS = 5_000_000  # numbers of the matrices that are formed at once: they stay in the processor's cache
 _FORMED_NUMBERS_ACCELERATOR = 2**28
@@ -36,18 +36,22 @@ class ExplicitMLP:
     """Products with one layer's MLP."""
 
     def __init__(
-        self, up: Matrix, gate: Matrix, down: Matrix, coefficients: LayerCoefficients, workspace: Workspace
+        self,
+        up: Matrix | None,
+        gate: Matrix | None,
+        down: Matrix,
+        coefficients: LayerCoefficients,
+        workspace: Workspace,
     ) -> None:
-        self._down, self._down_bias = down
-        self.device = self._down.device
-        self.biased = any(bias is not None for _, bias in (up, gate, down))
+        self._down, self.device = down, down.device
         self._before, self._behind = coefficients.mlp_in, coefficients.mlp_out
         self._branches = [
-            (factors, weight, bias)
-            for factors, (weight, bias) in ((coefficients.up, up), (coefficients.gate, gate))
-            if factors is not None
+            (factors, matrix)
+            for factors, matrix in ((coefficients.up, up), (coefficients.gate, gate))
+            if factors is not None and matrix is not None
         ]
-        """(a `[T, f]`, W `[f, d]`, bias) of the branches through which something flows."""
+        """(a `[T, f]`, W `[f, d]`) of the branches through which something flows."""
+        self.biased = any(matrix.bias is not None for matrix in (down, *(matrix for _, matrix in self._branches)))
         self._workspace = workspace
 
     def forms_matrices(self, columns: int) -> bool:
@@ -95,22 +99,19 @@ class ExplicitMLP:
         source = source.to(self.device)
         if self._before is not None:
             source = source * self._before[group, None]
-        live = [
-            nn.functional.linear(source, weight, bias if affine else None).mul_(factors[group, None])
-            for factors, weight, bias in self._branches
-        ]
+        live = [matrix.push(source, affine=affine).mul_(factors[group, None]) for factors, matrix in self._branches]
         inner = live[0] if len(live) == 1 else live[0] + live[1]
-        moved = nn.functional.linear(inner, self._down, self._down_bias if affine else None)
+        moved = self._down.push(inner, affine=affine)
         return moved if self._behind is None else moved.mul_(self._behind[group, None])
 
     def _pull_through_factors(self, source: Tensor, group: slice) -> Float[Tensor, "g n d"]:
         source = source.to(self.device)
         if self._behind is not None:
             source = source * self._behind[group, None]
-        inner = source @ self._down  # W_down^T: [g, n, d] -> [g, n, f]
+        inner = self._down.pull(source)  # W_down^T: [g, n, d] -> [g, n, f]
         moved = torch.zeros_like(source)
-        for factors, weight, _ in self._branches:
-            moved += (inner * factors[group, None]) @ weight
+        for factors, matrix in self._branches:
+            moved += matrix.pull(inner * factors[group, None])
         return moved if self._before is None else moved.mul_(self._before[group, None])
 
     def _push_all_at_once(
@@ -148,17 +149,17 @@ class ExplicitMLP:
         d, f = self._down.shape
         g = group.stop - group.start
         matrices = self._buffer("maps", g * d, d)
-        for i, (factors, weight, _) in enumerate(self._branches):
+        for i, (factors, matrix) in enumerate(self._branches):
             # (W_down diag(a)) W: [g d, f] [f, d]
-            inner = torch.mul(factors[group, None], self._down, out=self._buffer("inner", g, d, f)).view(g * d, f)
+            inner = torch.mul(factors[group, None], self._down.whole, out=self._buffer("inner", g, d, f)).view(g * d, f)
             if i:
-                matrices.addmm_(inner, weight)
+                matrices.addmm_(inner, matrix.whole)
             else:
-                torch.mm(inner, weight, out=matrices)
+                torch.mm(inner, matrix.whole, out=matrices)
         matrices = matrices.view(g, d, d)
         if self._before is not None:
             matrices.mul_(self._before[group, None])
         return matrices if self._behind is None else matrices.mul_(self._behind[group, :, None])
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
-        return self._workspace(name, self._down, *shape)
+        return self._workspace(name, self._down.empty, *shape)

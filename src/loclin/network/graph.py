@@ -13,6 +13,7 @@ from loclin.common.brief import brief
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, frozen
 from loclin.models.forward import hidden_input, hidden_output, hooked, logits_at
+from loclin.models.lease import graph_without_weights
 from loclin.network.autograd import Constants, depends_on
 from loclin.network.trace import Trace, agrees
 
@@ -82,7 +83,7 @@ def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -
 
         handles = [hook_input(trace, enter), trace.sequence.exit.register_forward_hook(leave)]
         handles += mode.look_up(trace.input_ids, model.hf.get_input_embeddings())
-        with hooked(handles):
+        with hooked(handles), graph_without_weights(model.hf):
             logits_at(model, trace.input_ids, trace.length - 1)
     check_reproduced(trace, rerun["final"], trace.stock_final, "the model")
     lookups = frozenset(name for name, _ in mode.lookups.values())

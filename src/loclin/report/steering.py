@@ -39,7 +39,7 @@ def _said(found: Steered, written: Continuation) -> Text:
     if found.words:
         pattern = rf"\b(?:{'|'.join(map(re.escape, found.words))})\b"
         said.highlight_regex(re.compile(pattern, re.IGNORECASE), "bold green")
-    end = " ⏹ end of text" if written.ended else " …"
+    end = " ■ end of text" if written.ended else " …"
     return Text.assemble((plain(found.prompt), "dim"), said, (end, "dim"))
 
 

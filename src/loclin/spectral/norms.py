@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.common.brief import brief
 from loclin.common.surroundings import in_plain_torch
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
@@ -42,8 +41,6 @@ class Norms(Result):
     columns: int
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
-
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per token."""

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.common.brief import brief
 from loclin.common.surroundings import in_plain_torch
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
@@ -54,8 +53,6 @@ class SVD(Result):
     spectrum: Tensor | None = None
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
-
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per token and rank; of a joint decomposition, per rank."""

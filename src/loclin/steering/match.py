@@ -9,6 +9,7 @@ from torch import nn
 from loclin.errors import SteeringError
 from loclin.models import Model
 from loclin.models.hashing import hash_tensors
+from loclin.models.lease import named_weights
 from loclin.models.snapshot import sample
 
 _NAMED = ("name", "family", "revision", "sha256", "dtype", "n_parameters")
@@ -16,7 +17,7 @@ _NAMED = ("name", "family", "revision", "sha256", "dtype", "n_parameters")
 
 def fingerprint(module: nn.Module) -> str:
     """Hash 64 numbers of every weight that is in memory: other revisions, dtypes and fine-tunes have other hashes."""
-    return hash_tensors(module.named_parameters(), sample)
+    return hash_tensors(named_weights(module), sample)
 
 
 def check_model(what: str, made_with: dict[str, Any], weights: str, model: Model) -> None:

@@ -76,8 +76,6 @@ class Sweep(Result):
     provenance: Provenance | None = None  # the result is about several prompts
     warnings: list[str] = field(default_factory=list)
 
-    __repr__ = brief
-
     def table(self) -> dict[str, list[Any]]:
         """One row per trial: layer, strength, gain, KL and the text written."""
         return trial_table(self.trials)

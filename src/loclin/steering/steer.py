@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 from loclin.common.arguments import real, strings, whole
-from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError, PromptError
@@ -72,8 +71,6 @@ class Steered(Result):
     settings: dict[str, Any]
     warnings: list[str]
     steering: Steering | None = field(default=None, repr=False, compare=False, metadata=NOT_SAVED)
-
-    __repr__ = brief
 
     def table(self) -> dict[str, list[Any]]:
         """One row per trial of the sweep: layer, strength, gain, KL and the text written."""

@@ -22,7 +22,7 @@ from loclin.models.forward import logits_at
 from loclin.network.ends import OutputHeadLink
 from loclin.network.points import parse_point
 from loclin.results.provenance import Provenance
-from loclin.results.result import Result
+from loclin.results.result import AtPrompt
 from loclin.results.serialise import TENSORS_ONLY
 from loclin.spectral import SVD, to_wide
 from loclin.steering.concepts import packaged_concepts, token_ids
@@ -72,7 +72,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Watched(Result):
+class Watched(AtPrompt):
     """Singular vectors that write watched words, and the effects of removing them; made by `watch`.
 
     Attributes
@@ -101,14 +101,6 @@ class Watched(Result):
     settings: dict[str, Any]
     warnings: list[str]
     projection: Projection | None = field(default=None, repr=False, compare=False, metadata=TENSORS_ONLY)
-
-    derived = ("prompt",)
-    __repr__ = brief
-
-    @property
-    def prompt(self) -> str:
-        """The prompt as the tokenizer reads it."""
-        return self.provenance.text
 
     def table(self) -> dict[str, list[Any]]:
         """One row per hit."""
