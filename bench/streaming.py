@@ -31,6 +31,7 @@ VOCABULARY, HEADS, KV, LENGTH = 2000, 8, 2, 4
 BUDGET = "300MB"
 MOST_RESIDENT = 1.5e9
 PARTS = ("linearize", "certify", "svd", "dense")
+ROUNDS = 2  # of which each part's fastest counts: other processes slow it down
 
 
 def main() -> None:
@@ -48,7 +49,8 @@ def compare(options: argparse.Namespace, size: str) -> None:
         say(f"writing {write(folder, *SIZES[size]) / 1e9:.1f} GB into {folder}")
         for path in folder.glob("*.safetensors"):
             path.read_bytes()
-        found = {way: in_process(way, folder) for way in ("memory", "stream")}
+        runs = [(way, in_process(way, folder)) for _ in range(ROUNDS) for way in ("memory", "stream")]
+        found = {way: fastest([run for own, run in runs if own == way]) for way in ("memory", "stream")}
         ours, theirs = (load_file(folder / f"found-{way}.safetensors") for way in ("stream", "memory"))
     rows = []
     for name in ours:
@@ -64,6 +66,11 @@ def compare(options: argparse.Namespace, size: str) -> None:
     for part, most in {"linearize": None, "certify": None, "svd": 5, "dense": 2}.items():
         rows.append(Row(f"{part}: sweeps over the layers", stream[f"{part} sweeps"], "sweeps", demand=most))
     report("streaming", rows, options.check)
+
+
+def fastest(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The least seconds of each part, the fewest sweeps, and the largest peak."""
+    return {name: (max if name == "peak" else min)(run[name] for run in runs) for name in runs[0]}
 
 
 def write(folder: Path, d: int, inner: int, layers: int) -> int:
@@ -141,7 +148,8 @@ def run(way: str, folder: str) -> None:
     certificate = measure("certify", lin.certify)
     assert certificate.passed
     svd = measure("svd", lambda: J.svd(8, joint=True))
-    dense = measure("dense", J.dense)
+    fresh = loclin.linearize(model, ids, memory=BUDGET).jacobian()  # the SVD may have made the dense map of the other
+    dense = measure("dense", fresh.dense)
     kept = {"dense": dense, "svd": svd.S, "bias": J.bias}
     save_file({name: one.contiguous() for name, one in kept.items()}, Path(folder) / f"found-{way}.safetensors")
     print(json.dumps(found))
