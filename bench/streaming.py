@@ -24,6 +24,7 @@ from transformers import LlamaConfig
 import loclin
 from harness import Row, arguments, report, say
 from loclin.models.lease import layers_on_disk, on_disk
+from loclin.spectral.few_sweeps import few_sweeps_svd
 
 SIZES = {"quick": (1024, 2816, 10), "full": (1536, 4096, 40)}
 """d, the width of the MLP, and the number of layers: 0.5 and 4 GB in float32."""
@@ -31,6 +32,7 @@ VOCABULARY, HEADS, KV, LENGTH = 2000, 8, 2, 4
 BUDGET = "300MB"
 MOST_RESIDENT = 1.5e9
 PARTS = ("linearize", "certify", "svd", "dense")
+TOLERANCE = 1e-3  # of singular values, by default: on disk they are found by another method
 ROUNDS = 2  # of which each part's fastest counts: other processes slow it down
 
 
@@ -56,7 +58,8 @@ def compare(options: argparse.Namespace, size: str) -> None:
     for name in ours:
         off = ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item()
         off = 0.0 if torch.equal(ours[name], theirs[name]) else off
-        rows.append(Row(f"{name}: difference", off, "relative", "in memory", demand=1e-7))
+        demand = TOLERANCE if name == "svd" else 1e-7
+        rows.append(Row(f"{name}: difference", off, "relative", "in memory", demand=demand))
     stream, memory = found["stream"], found["memory"]
     rows += [Row(part, stream[part], "s", "in memory", stream[part] / memory[part]) for part in ("load", *PARTS)]
     both = [sum(way[part] for part in PARTS) for way in (stream, memory)]
@@ -150,7 +153,9 @@ def run(way: str, folder: str) -> None:
     svd = measure("svd", lambda: J.svd(8, joint=True))
     fresh = loclin.linearize(model, ids, memory=BUDGET).jacobian()  # the SVD may have made the dense map of the other
     dense = measure("dense", fresh.dense)
-    kept = {"dense": dense, "svd": svd.S, "bias": J.bias}
+    # In memory narrower blocks are faster: beside that, the method that a model on disk is given.
+    wide = svd if way == "stream" else few_sweeps_svd(J, 8, align_to=J.value)
+    kept = {"dense": dense, "svd, same method": wide.S, "svd": svd.S, "bias": J.bias}
     save_file({name: one.contiguous() for name, one in kept.items()}, Path(folder) / f"found-{way}.safetensors")
     print(json.dumps(found))
 

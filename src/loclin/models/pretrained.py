@@ -18,7 +18,7 @@ from loclin.models.four_bit import keep_from_packing
 from loclin.models.hub import describe_gated
 from loclin.models.model import Model, Source, describe
 from loclin.models.quiet import quiet
-from loclin.models.streaming.checkpoint import DTYPES
+from loclin.models.streaming.checkpoint import DTYPES, lost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -194,7 +194,7 @@ def stored_elements(directory: Path) -> Counter[str]:
                     tensor = file.get_slice(name)
                     elements[tensor.get_dtype()] += prod(tensor.get_shape())
         except SafetensorError as fault:
-            raise ModelError(f"{path} is cut off or damaged ({first_line(fault)}): get it again") from fault
+            raise ModelError(f"{path} is cut off or damaged ({first_line(fault)}){lost(path)}: get it again") from fault
     return elements
 
 

@@ -173,10 +173,22 @@ def _read_header(path: Path, size: int) -> Iterator[StoredTensor]:
     except OSError as fault:
         raise ModelError(f"cannot read {path}: {fault.strerror}; get the file again") from fault
     if size != 8 + length + end:
-        cut = next((tensor.name for tensor in found if tensor.start + tensor.nbytes > size), None)
-        inside = f", so that {cut} is cut off" if cut else ""
-        raise ModelError(f"{path} has {size} bytes where its header says {8 + length + end}{inside}: get it again")
+        raise ModelError(f"{path} has {size} bytes where its header says {8 + length + end}{lost(path)}: get it again")
     yield from found
+
+
+def lost(path: Path) -> str:
+    """Name the first tensor that a file is too short for, as the end of a sentence; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, _HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        there = path.stat().st_size - 8 - length
+        ends = sorted((entry["data_offsets"][1], name) for name, entry in header.items())
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
+        return ""  # the header itself is damaged, or gone: no tensor is known
+    return next((f", and ends before {name} does" for end, name in ends if end > there), "")
 
 
 def _neighbours(pieces: Sequence[tuple[StoredTensor, Bytes]]) -> Iterator[list[tuple[StoredTensor, Bytes]]]:
