@@ -156,7 +156,7 @@ def run(way: str, folder: str) -> None:
     # In memory narrower blocks are faster: beside that, the method that a model on disk is given.
     wide = svd if way == "stream" else few_sweeps_svd(J, 8, align_to=J.value)
     kept = {"dense": dense, "svd, same method": wide.S, "svd": svd.S, "bias": J.bias}
-    save_file({name: one.contiguous() for name, one in kept.items()}, Path(folder) / f"found-{way}.safetensors")
+    save_file({name: one.clone() for name, one in kept.items()}, Path(folder) / f"found-{way}.safetensors")
     print(json.dumps(found))
 
 

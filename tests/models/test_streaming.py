@@ -24,6 +24,8 @@ from loclin.models.streaming import build, checkpoint
 from loclin.steering import Operator
 from loclin.steering.match import fingerprint
 
+from .helpers import tiny_gguf
+
 IDS = tiny.prompt()
 
 
@@ -312,6 +314,26 @@ def test_after_an_interrupt_or_a_fault_the_model_still_works(folder, monkeypatch
         with pytest.raises(ModelError, match=r"cannot read model\.layers\.\d.* Input/output error"):
             loclin.linearize(model, IDS)
     assert torch.equal(loclin.linearize(model, IDS).jacobian().dense(), expected)
+
+
+@pytest.mark.slow
+def test_the_copy_of_a_gguf_file_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCLIN_CACHE", str(tmp_path / "cache"))
+    path = tiny_gguf(tmp_path / "tiny.gguf")
+    streamed, whole = (loclin.load(path, stream=on) for on in (True, False))
+    assert layers_on_disk(streamed.hf)
+    assert streamed.info == whole.info
+    ours, theirs = (loclin.linearize(model, "the cat") for model in (streamed, whole))
+    assert torch.equal(ours.jacobian().dense(), theirs.jacobian().dense())
+    assert ours.certify().passed
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+def test_packaged_models_are_streamed(name):
+    ours, theirs = (loclin.linearize(loclin.load(name, stream=on), "The Golden Gate") for on in (True, False))
+    assert torch.equal(ours.jacobian().dense(), theirs.jacobian().dense())
+    assert text(ours.certify()) == text(theirs.certify())
 
 
 def test_a_copy_of_the_model_reads_the_same_files(folder):

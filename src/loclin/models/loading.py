@@ -49,9 +49,10 @@ def load(
         A hub model's branch, tag or commit.
     stream
         Leave the decoder layers' weights on disk, and read each layer when it is used, for models larger than memory.
-        Every result is the same. In memory are two layers, the embeddings and the head. For safetensors files of
-        transformers' own families, on the processor; the files must stay as they are. By default this is done where
-        the weights of a local model do not fit into the free memory, and every result says so; False never does it.
+        Maps are the same bits; `svd(joint=True)` may take another method, within the same bounds. In memory are two
+        layers, the embeddings and the head. For safetensors files of transformers' own families, on the processor; the
+        files must stay as they are. By default this is done where the weights of a local model do not fit into the
+        free memory, and every result says so; False never does it.
     **from_pretrained_kwargs
         Anything else that transformers' `from_pretrained` takes.
 
