@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
 import torch
 
+from loclin.common.free_memory import available
 from loclin.errors import OptionError
 
 Budget = int | float | str | None
@@ -18,18 +17,6 @@ _DIGITS = 30
 _DEFAULT_FRACTION = 0.25
 _DEFAULT_MOST = 4 * 2**30
 _ATTENTION_PART = 32
-
-
-def available(device: torch.device) -> int:
-    """Bytes free on a device now; on a CPU, what the system could allocate without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        if found:
-            return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def parse_memory(memory: int | float | str) -> int | float:
