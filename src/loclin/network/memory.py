@@ -1,17 +1,18 @@
-"""The memory budget: how many bytes a sweep may use beside its result."""
+"""The memory budget: how many bytes a prompt and its analyses may use beside the weights and their results."""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from loclin.errors import OptionError
+from loclin.errors import BudgetError, OptionError
 
 Budget = int | float | str | None
-"""How much memory a sweep may use, as `budget` reads it."""
+"""How much memory a prompt may use, as `budget` reads it."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _DIGITS = 30
@@ -55,3 +56,48 @@ def budget(memory: Budget, device: torch.device) -> int:
         return min(int(available(device) * _DEFAULT_FRACTION), _DEFAULT_MOST)
     size = parse_memory(memory)
     return size if isinstance(size, int) else int(available(device) * size)
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How the budget of one prompt is spent. A quarter of what the prompt can do without is for its coefficients."""
+
+    total: int
+    kept: int  # by the prompt's values at every layer, for as long as it lives
+    work: int  # in the widest moment of one layer, with one column
+
+    @property
+    def coefficients(self) -> int:
+        """The bytes of coefficients that are kept; others are computed again."""
+        return max(0, self.total - self.kept - self.work) // 4
+
+    @property
+    def spare(self) -> int:
+        """The bytes for more columns at a time, for dense maps and for their decompositions."""
+        return max(0, self.total - self.kept - self.work - self.coefficients)
+
+    def least(self, extra: int = 0) -> int:
+        """The least total with so many bytes to spare: the first x of which x - x // 4 bytes are as many."""
+        x = (4 * extra + 2) // 3
+        return self.kept + self.work + (x - 1 if x and x - 1 - (x - 1) // 4 >= extra else x)
+
+    def require(self, what: str, extra: int = 0) -> None:
+        """Refuse what needs more, by a BudgetError that names the least budget that works."""
+        least = self.least(extra)
+        if self.total < least:
+            parts = f"{self.kept / 1e6:.1f} MB for its values at every layer, {self.work / 1e6:.1f} MB for one layer"
+            more = f", {extra / 1e6:.1f} MB to spare" if extra else ""
+            raise BudgetError(
+                f"memory={self.total} is too small: {what} needs at least {least / 1e6:.1f} MB ({parts}{more}); give "
+                f"memory={least}, or fewer tokens"
+            )
+
+
+def allowance(given: Budget, device: torch.device, kept: int, work: int) -> Allowance:
+    """The allowance of a prompt; a default budget grows to the least that works, as long as that is free."""
+    total = budget(given, device)
+    if given is None and total < kept + work <= available(device):
+        total = kept + work
+    found = Allowance(total, kept, work)
+    found.require("this prompt")
+    return found
