@@ -71,7 +71,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 Run = Callable[[Linearization], object]
 ANALYSES: dict[str, Run] = {
-    "linearize": lambda lin: None,
+    "linearize": lambda lin: lin.trace.length,
     "certify": lambda lin: lin.certify(),
     "shares by token": lambda lin: lin.attribute(by="token", progress=False),
     "shares by layer": lambda lin: lin.attribute(by="layer", progress=False),
@@ -137,10 +137,8 @@ def in_process(*case: Any) -> tuple[float, str | None]:
 def run(name: str, length: int, analysis: str, memory: str) -> str:
     """The rise of resident memory while a prompt is linearized and analysed, without its result."""
     torch.manual_seed(0)
-    model, work = (
-        loclin.wrap(built) if isinstance(built := MODELS[name](), torch.nn.Module) else built,
-        ANALYSES[analysis],
-    )
+    built, work = MODELS[name](), ANALYSES[analysis]
+    model = loclin.wrap(built) if isinstance(built, torch.nn.Module) else built
     work(loclin.linearize(_llama(64, 128, 3, 2).eval(), torch.arange(4)[None]))
     ids = torch.randint(5, 8000, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -125,8 +125,8 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
     ordinary = lin.ordinary_reconstruction(position=at)
     tell("exact map, its singular vectors and their words")
     decoder, described = Decoder(lin.model), list[tuple[Any, ...]]()
-    for tokens, maps in J.by_token():
-        described += _describe_maps(maps, J.input[tokens], k, J.value, decoder)
+    for where, maps in J.by_token():
+        described += _describe_maps(maps, J.input[where], k, J.value, decoder)
     tell("shares")
     found = attribute(lin, by="token", position=at, in_words=0)
     shares, bias_share = found.by_token()

@@ -100,7 +100,7 @@ def layer_maps(
     *,
     normed: bool = True,
     direction: str | None = None,
-    budget: Allowance | None = None,
+    budget: Allowance | memory.Budget = None,
     progress: CountColumns = lambda _columns: None,
 ) -> Iterator[LayerMap]:
     """The maps of every layer, component by component (paper, section 3.4 and Figure 6).
@@ -114,7 +114,7 @@ def layer_maps(
     component; `layerwise` up to one dense map for each component; `suffix` one dense map. All: one column
     for the biases.
     """
-    budget = budget or Allowance(memory.budget(None, chain.trace.layers[0].hidden.device), 0, 0)
+    budget = memory.as_allowance(budget, chain.trace.layers[0].hidden.device)
     for name, given, known in (("mode", mode, get_args(Mode)), ("direction", direction, get_args(Direction))):
         if given not in known and given is not None:
             raise OptionError(f"{name}={given!r}: choose one of {', '.join(known)}")
@@ -123,7 +123,7 @@ def layer_maps(
         yield from _suffix(chain, position, components, biases, progress)
         return
     if mode == "layerwise":
-        found = _one_by_one(chain, "resid_pre", position, components, None, progress)
+        found = _one_by_one(chain, "resid_pre", position, components, budget, progress)
     elif (direction or plan_direction(chain, position, components, budget)) == "forward":
         found = _forward(chain, position, components, progress)
     else:
@@ -176,7 +176,7 @@ def _one_by_one(
     source: str,
     position: int,
     components: Sequence[str],
-    budget: Allowance | None,
+    budget: Allowance,
     progress: CountColumns,
 ) -> Iterator[tuple[Point, Tensor]]:
     """Each map by a backward sweep of its own, from the embeddings or from its layer's input."""

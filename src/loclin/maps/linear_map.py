@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class LinearMap(Products):
             if not joint:
                 self._spectrum = found.spectrum
         elif found is None:
-            options = {"align_to": self.value, "tolerance": tolerance, "joint": joint, "seed": seed}
+            options: dict[str, Any] = {"align_to": self.value, "tolerance": tolerance, "joint": joint, "seed": seed}
             found = spectral.join(block_krylov_svd(part, k, **options) for _, part in self.by_token())
         return replace(found, provenance=self.provenance(), warnings=self.warnings)
 
@@ -157,7 +157,7 @@ class LinearMap(Products):
             return self._spectrum[:, 0]
         if self._largest_values is None:
             exact = max(1e-7, spectral.least_tolerance(wide_dtype(self.dtype)))
-            options = {"align_to": self.value, "tolerance": exact}
+            options: dict[str, Any] = {"align_to": self.value, "tolerance": exact}
             self._largest_values = torch.cat(
                 [block_krylov_svd(part, 1, **options).S[:, 0] for _, part in self.by_token()]
             )

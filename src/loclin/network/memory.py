@@ -93,6 +93,11 @@ class Allowance:
             )
 
 
+def as_allowance(given: Allowance | Budget, device: torch.device) -> Allowance:
+    """An allowance as it is; any other budget is for columns and maps alone."""
+    return given if isinstance(given, Allowance) else Allowance(budget(given, device), 0, 0)
+
+
 def allowance(given: Budget, device: torch.device, kept: int, work: int) -> Allowance:
     """The allowance of a prompt; a default budget grows to the least that works, as long as that is free."""
     total = budget(given, device)

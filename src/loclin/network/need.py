@@ -1,7 +1,8 @@
 """What a prompt needs beside the weights, computed from shapes before anything is run.
 
-A layer is counted as autograd runs it on the linear path, since a certificate does so with every layer: what leaves each
-matrix, and attention's probabilities, several times over. So the numbers are bounds, for explicit products wide ones.
+A layer is counted as autograd runs it on the linear path, since a certificate does so with every layer: what leaves
+each matrix, and attention's probabilities, several times over. So the numbers are bounds, and wide for explicit
+products.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from loclin.models.model import Model
 from loclin.network.anatomy import find_anatomy
 from loclin.network.memory import Allowance, Budget, allowance
 
-_OUTPUTS = (
-    4  # how often a graph has what leaves a matrix: the model's, the linearised, and those of the second backward
-)
+_OUTPUTS = 4  # how often a graph has what leaves a matrix: the model's, the linearised, those of a second backward pass
 _STREAMS = 24  # residual streams: a certificate's columns, and copies around norms
 _PATTERNS = 11  # attention probabilities and scores of one layer
 _EXPERTS = 5  # copies of a stack of experts' weights, of which autograd takes slices
@@ -34,9 +33,7 @@ def allow(model: Model, length: int, options: FreezeOptions, memory: Budget) -> 
     d = max(d, getattr(config, "hidden_size", d))
     size, stock = options.dtype(hf.dtype).itemsize, hf.dtype.itemsize
     layers = list(anatomy.layers) or [hf]
-    values = 2 * size + (
-        stock if stock != size else 0
-    )  # an input and what attention adds; the input as the model has it
+    values = 2 * size + (stock if stock != size else 0)  # an input, also as the model has it; what attention adds
     heads = getattr(config, "num_attention_heads", 1)
     tokens_per_expert = getattr(config, "num_experts_per_tok", None)
     graph = 0 if anatomy.layers else _PATTERNS * heads * length**2 * (getattr(config, "num_hidden_layers", 1) - 1)

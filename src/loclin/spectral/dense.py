@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,14 +31,9 @@ def join(parts: Iterable[SVD]) -> SVD:
     if len(found) == 1:
         return found[0]
     names = ("U", "S", "Vh", "residuals", "lower", "upper", "frobenius", "spectrum")
-    joined = {name: [part for one in found if (part := getattr(one, name)) is not None] for name in names}
-    methods = "block_krylov" if any(one.method == "block_krylov" for one in found) else found[0].method
-    return replace(
-        found[0],
-        failure=max(one.failure for one in found),
-        method=methods,
-        **{name: torch.cat(each) for name, each in joined.items() if len(each) == len(found)},
-    )
+    groups = {name: [getattr(one, name) for one in found] for name in names}
+    joined: dict[str, Any] = {name: torch.cat(some) for name, some in groups.items() if isinstance(some[0], Tensor)}
+    return replace(found[0], **joined)
 
 
 @in_plain_torch
