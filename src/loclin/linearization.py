@@ -85,7 +85,9 @@ def linearize(
     -----
     Cost: two forward passes, and the certificate if some layers have no explicit products. Memory: the result keeps 2 L
     T d numbers (3 L T d if the map has another dtype than the model), and coefficients up to a quarter of the budget.
-    While it runs, it needs a few attention matrices `[H, T, T]` of one layer. None of these count towards the budget.
+    While it runs, it needs a few attention matrices `[H, T, T]` of one layer; for a model with SDPA attention only if
+    one is smaller than a 32nd of the budget: longer prompts have them in blocks. None of these count towards the
+    budget.
     """
     mask = attention_mask
     return Linearization.at(

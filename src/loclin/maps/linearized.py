@@ -56,7 +56,8 @@ class Linearized(Unpicklable):
     def __init__(self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: Budget) -> None:
         self.model = model
         self.allowance = allow(model, input_ids.shape[1], options, memory)
-        self.trace = trace_prompt(model, input_ids, options, keep=self.allowance.coefficients)
+        allowed = self.allowance
+        self.trace = trace_prompt(model, input_ids, options, allowed.coefficients, allowed.pattern)
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = options.gate, options.resolved(self.trace.sequence.dtype)
         self.padded_error: float | None = None

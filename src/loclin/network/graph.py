@@ -69,7 +69,8 @@ def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -
     model, points, rerun = trace.model, dict[str, Tensor](), dict[str, Tensor]()
     trace.check_weights(model.hf)
     x = trace.layers[0].value.detach().clone().requires_grad_()
-    with frozen(model.hf, options, trace.dtype, collect=collect) as mode, torch.no_grad():
+    freeze = frozen(model.hf, options, trace.dtype, collect=collect, attention_bytes=trace.attention_bytes)
+    with freeze as mode, torch.no_grad():
 
         def enter(hidden: Tensor) -> None:
             if "resid_pre" not in points:

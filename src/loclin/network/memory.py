@@ -18,6 +18,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 _DIGITS = 30
 _DEFAULT_FRACTION = 0.25
 _DEFAULT_MOST = 4 * 2**30
+PATTERNS = 11
+"""How often a layer's graph has attention probabilities and scores, at most."""
 
 
 def available(device: torch.device) -> int:
@@ -60,26 +62,41 @@ def budget(memory: Budget, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Allowance:
-    """How the budget of one prompt is spent. A quarter of what the prompt can do without is for its coefficients."""
+    """How the budget of one prompt is spent.
+
+    Beside what the prompt cannot do without, a quarter is for coefficients, a quarter for attention patterns that are
+    held whole, and the rest, to spare, for more columns at a time, for dense maps and for their decompositions.
+    """
 
     total: int
     kept: int  # by the prompt's values at every layer, for as long as it lives
     work: int  # in the widest moment of one layer, with one column
 
     @property
+    def _more(self) -> int:
+        return max(0, self.total - self.kept - self.work)
+
+    @property
     def coefficients(self) -> int:
         """The bytes of coefficients that are kept; others are computed again."""
-        return max(0, self.total - self.kept - self.work) // 4
+        return self._more // 4
+
+    @property
+    def pattern(self) -> int:
+        """The bytes up to which a layer's attention probabilities are held whole."""
+        return self._more // (4 * PATTERNS)
 
     @property
     def spare(self) -> int:
-        """The bytes for more columns at a time, for dense maps and for their decompositions."""
-        return max(0, self.total - self.kept - self.work - self.coefficients)
+        """The bytes to spare."""
+        return self._more - 2 * (self._more // 4)
 
     def least(self, extra: int = 0) -> int:
-        """The least total with so many bytes to spare: the first x of which x - x // 4 bytes are as many."""
-        x = (4 * extra + 2) // 3
-        return self.kept + self.work + (x - 1 if x and x - 1 - (x - 1) // 4 >= extra else x)
+        """The least total with so many bytes to spare."""
+        more = max(0, 2 * extra - 3)
+        while more - 2 * (more // 4) < extra:
+            more += 1
+        return self.kept + self.work + more
 
     def require(self, what: str, extra: int = 0) -> None:
         """Refuse what needs more, by a BudgetError that names the least budget that works."""

@@ -84,6 +84,7 @@ class Trace:
     coefficients: tuple[LayerCoefficients | None, ...]  # of explicit products, where they are kept
     biased: tuple[bool, ...]  # False where explicit products have no biases
     causal: bool  # whether no token attends to a later one
+    attention_bytes: int | None = None  # up to which a layer's attention probabilities are made whole; None: always
     _heads: dict[int, OutputHead] = field(default_factory=dict)
 
     __repr__ = brief
@@ -206,6 +207,14 @@ def agrees(rerun: Tensor, traced: Tensor, widened: bool = False) -> bool:
         return False
     rerun, traced = (value.masked_fill(~finite, 0) for value in (rerun, traced))  # logits of -inf rule tokens out
     return relative_error(rerun - traced, traced) <= _ROUNDINGS * max(scale.eps, _SINGLE if widened else 0.0)
+
+
+def takes_values(options: FreezeOptions, sequence: BlockSequence) -> bool:
+    """Whether the linear path can take the model's own values (see `Frozen`): both are in float32.
+
+    A float64 model has casts to float32 in it, which the linear path does not follow.
+    """
+    return options.dtype(sequence.dtype) == sequence.dtype == torch.float32 and not options.ordinary
 
 
 def run_to_logits(

@@ -145,7 +145,7 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
     gains = (svd.gains(J.input) * svd.S).T.tolist()
     return Head(
         name=str(link.component),
-        pattern=link.pattern[readout.position],
+        pattern=link.attention(readout.position),
         target=readout.to_dict(),
         share=(g.double() @ J.value.to(g.device).double()).item(),
         attends=products,
