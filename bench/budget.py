@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from loclin.network.memory import parse_memory
 
 SLACK = 64e6
 """What malloc, the thread pools and Python may hold beyond what is in use."""
-LENGTHS, BUDGETS = (8, 128, 1024), ("100MB", "300MB", "1GB")
+CASES = ((8, "100MB"), (128, "100MB"), (128, "300MB"), (1024, "1GB"))
 
 
 def _shape(d: int, f: int, layers: int, **more: Any) -> dict[str, Any]:
@@ -99,31 +99,24 @@ def main() -> None:
     options = arguments(__doc__ or "", tuple(MODELS))
     rows = []
     for model in ["llama"] if options.quick else options.parts:
-        for length in LENGTHS[:2] if options.quick else LENGTHS:
+        for length, memory in CASES[:2] if options.quick else CASES:
             for analysis in ANALYSES:
-                if length > 128 and analysis in WIDE and model == "smollm2-135m":
-                    continue
-                rows += measure(model, length, analysis, BUDGETS[:1] if options.quick else BUDGETS)
+                if length <= 128 or analysis not in WIDE:
+                    rows.append(measure(model, length, analysis, memory))
     report("budget", rows, options.check, partly=options.quick or len(options.parts) < len(MODELS))
 
 
-def measure(model: str, length: int, analysis: str, budgets: tuple[str, ...]) -> Iterator[Row]:
-    """Run an analysis with each budget; with the least one that is named, where a budget is refused."""
-    tried = set()
-    for given in budgets:
-        peak, least = in_process(model, length, analysis, given)
-        asked = given if least is None else least
-        if least is not None:
-            peak, refused = in_process(model, length, analysis, least)
-            if refused is not None:
-                raise RuntimeError(f"{model}, {analysis}, {length} tokens: {least} is refused, too: {refused}")
-        if asked in tried:
-            continue
-        tried.add(asked)
-        say(f"{model}, {length} tokens, {analysis}, {given}: {peak / 1e6:.0f} MB of {asked}")
-        allowed = float(parse_memory(asked))
-        name = f"{model}, {length} tokens, {analysis}"
-        yield Row(name, peak, "B", f"memory={asked}", (peak - SLACK) / allowed, 1.0)
+def measure(model: str, length: int, analysis: str, memory: str) -> Row:
+    """Run an analysis with a budget; with the least one that is named, where that is refused."""
+    peak, least = in_process(model, length, analysis, memory)
+    if least is not None:
+        memory = least
+        peak, refused = in_process(model, length, analysis, least)
+        if refused is not None:
+            raise RuntimeError(f"{model}, {analysis}, {length} tokens: {least} is refused, too: {refused}")
+    say(f"{model}, {length} tokens, {analysis}: {peak / 1e6:.0f} MB of {memory}")
+    ratio = max(0.0, peak - SLACK) / parse_memory(memory)
+    return Row(f"{model}, {length} tokens, {analysis}", peak, "B", f"memory={memory}", ratio, 1.0)
 
 
 def in_process(*case: Any) -> tuple[float, str | None]:

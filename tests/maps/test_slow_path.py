@@ -84,7 +84,10 @@ def change(**by):
 
 def forget_attention(lin):
     first, *others = lin.trace.coefficients
-    lin.trace.coefficients = (replace(first, pattern=WholePattern(torch.zeros(first.pattern.shape, dtype=lin.trace.dtype))), *others)
+    lin.trace.coefficients = (
+        replace(first, pattern=WholePattern(torch.zeros(first.pattern.shape, dtype=lin.trace.dtype))),
+        *others,
+    )
 
 
 FAULTS = {

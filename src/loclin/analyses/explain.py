@@ -105,7 +105,7 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
     """Explain a linearized prompt at one position (paper, Figures 3, 4 and 5).
 
     Cost: the dense map (d columns), T dense SVDs, and about 15 more columns. Memory: the map, T d^2 numbers; where that
-    is beyond the budget, the maps of as many tokens as fit, at d columns for each such group.
+    is beyond the budget, the maps of as many tokens as fit, from a temporary file.
 
     Raises PromptError for a position outside the prompt; OptionError for a k larger than the number of singular values.
 

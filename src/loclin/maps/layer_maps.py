@@ -66,7 +66,9 @@ def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[st
     return tuple(name for name in COMPONENTS if name in components)
 
 
-def plan_direction(chain: Chain, position: int, components: Sequence[str], budget: Allowance) -> Direction:
+def plan_direction(
+    chain: Chain, position: int, components: Sequence[str], budget: Allowance | memory.Budget = None
+) -> Direction:
     """By counted flops: one forward sweep, if it fits the budget, or a backward one for each component and layer."""
     trace = chain.trace
     forward = cost.prefix_sweep_cost(chain, position, range(trace.length))
@@ -76,7 +78,8 @@ def plan_direction(chain: Chain, position: int, components: Sequence[str], budge
         for name in components
         for layer in range(trace.n_layers)
     )
-    fits = layer_bytes(chain, position, components, "forward") <= budget.spare
+    spare = memory.as_allowance(budget, trace.layers[0].hidden.device).spare
+    fits = layer_bytes(chain, position, components, "forward") <= spare
     return "forward" if fits and forward.flops <= backward else "backward"
 
 

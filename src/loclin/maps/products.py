@@ -25,10 +25,10 @@ from loclin.network.memory import Allowance
 from loclin.network.points import Point, Span
 from loclin.results.dense_file import DenseFile
 from loclin.results.provenance import Provenance
+from loclin.results.spill import SpilledMap
 
 M = TypeVar("M", bound="Products")
 
-_WITH_COPIES = 1.5  # a dense map with what a decomposition of it makes, relative to the map
 _DECOMPOSED = 10  # one token's map in LAPACK, in two threads, or in the widest dtype
 
 
@@ -74,6 +74,7 @@ class Products(Unpicklable):
         self.source, self.target, self.position, self.normed = self._span = Span(source, target, position, normed)
         self.positions = list(range(chain.trace.length)) if token is None else [token]
         self._dense: Tensor | None = None
+        self._spilled: SpilledMap | None = None
         self._dense_bytes = self.shape[0] * chain.trace.length * self.shape[2] * self.dtype.itemsize
         self.certificate: dict[str, Any] | None = None
         self.warnings: list[str] = [] if parent is None else parent.warnings
@@ -188,7 +189,7 @@ class Products(Unpicklable):
         """
         if chunk is not None and chunk < 1:
             raise OptionError(f"chunk={chunk}: give at least one row, or None for what the budget allows")
-        most, sweep = self._chunking(self._budget.spare)
+        most, sweep = self._chunking()
         chunk = chunk or most
         rows = self._row_source(sweep)
         for first in range(start, self.shape[0], chunk):
@@ -224,29 +225,26 @@ class Products(Unpicklable):
     def by_token(self) -> Iterator[tuple[slice, Float[Tensor, "d_out g d_in"]]]:
         """The dense map in groups of tokens, for what is done with each token's map: (which tokens, their maps).
 
-        All at once, and kept, where J fits the budget; else as many tokens as do, whose maps are made anew by a sweep
-        for each group. Cost: d columns for each group. BudgetError where one token's map does not fit.
+        All at once, and kept, where J fits the budget; else as many tokens as do, from a temporary file. Cost: d
+        columns once. BudgetError where one token's map does not fit; OutputError where the disk has no room.
         """
         if self.fits_in_budget:
             yield slice(0, len(self.positions)), self.dense()
             return
         d_out, length, d_in = self.shape
-        one, spare = _DECOMPOSED * d_out * d_in * self.dtype.itemsize, self._budget.spare
-        self._budget.require(f"one token's dense map {self.source} -> {self.target}", 2 * one)
-        size = spare // 2 // one
-        chunk, sweep = self._chunking(spare // 2)
+        one, spare = d_out * d_in * self.dtype.itemsize, self._budget.spare
+        least = min((_DECOMPOSED + 2) * one, self._decomposed_bytes)
+        self._budget.require(f"the map {self.source} -> {self.target} of each token", least)
+        if self._spilled is None:
+            self._spilled = SpilledMap(self.shape, self.dtype, (rows for _, rows in self.rows()))
+        size = (spare - _DECOMPOSED * one) // (2 * one)
         for start in range(0, length, size):
             tokens = slice(start, min(start + size, length))
-            group = torch.empty(d_out, tokens.stop - start, d_in, dtype=self.dtype, device=self.device)
-            rows = self._row_source(sweep)
-            for first in range(0, d_out, chunk):
-                where = slice(first, min(first + chunk, d_out))
-                group[where] = rows(where)[:, tokens]
-            yield tokens, group
+            yield tokens, self._spilled.read(tokens).to(self.device)
 
-    def _chunking(self, total: int) -> tuple[int, int]:
+    def _chunking(self) -> tuple[int, int]:
         """(rows at a time, bytes for the sweep inside), so that two chunks and the sweep fit `total`; one at least."""
-        per_column = self.chain.column_bytes(self.target)
+        total, per_column = self._budget.spare, self.chain.column_bytes(self.target)
         per_row = 2 * (self.chain.trace.length * self.shape[2] + self.shape[0]) * self.dtype.itemsize
         if self.cached_dense is not None:
             return max(total // per_row, 1), 0
@@ -299,7 +297,13 @@ class Products(Unpicklable):
     @property
     def fits_in_budget(self) -> bool:
         """Whether the dense map and what is made of it are within the budget, or it has been made already."""
-        return self.cached_dense is not None or _WITH_COPIES * self._dense_bytes <= self._budget.spare
+        return self.cached_dense is not None or self._decomposed_bytes <= self._budget.spare
+
+    @property
+    def _decomposed_bytes(self) -> int:
+        """The dense map, and what a decomposition of it makes."""
+        d_out, _, d_in = self.shape
+        return self._dense_bytes * 3 // 2 + _DECOMPOSED * d_out * d_in * self.dtype.itemsize
 
     def fits(self, nbytes: float) -> bool:
         """Whether so many bytes are within the budget, beside a sweep."""

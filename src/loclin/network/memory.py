@@ -64,7 +64,7 @@ def budget(memory: Budget, device: torch.device) -> int:
 class Allowance:
     """How the budget of one prompt is spent.
 
-    Beside what the prompt cannot do without, a quarter is for coefficients, a quarter for attention patterns that are
+    Beside what the prompt cannot do without, a quarter is for coefficients, an eighth for attention patterns that are
     held whole, and the rest, to spare, for more columns at a time, for dense maps and for their decompositions.
     """
 
@@ -84,17 +84,17 @@ class Allowance:
     @property
     def pattern(self) -> int:
         """The bytes up to which a layer's attention probabilities are held whole."""
-        return self._more // (4 * PATTERNS)
+        return self._more // 8 // PATTERNS
 
     @property
     def spare(self) -> int:
         """The bytes to spare."""
-        return self._more - 2 * (self._more // 4)
+        return _spare(self._more)
 
     def least(self, extra: int = 0) -> int:
         """The least total with so many bytes to spare."""
-        more = max(0, 2 * extra - 3)
-        while more - 2 * (more // 4) < extra:
+        more = max(0, 8 * extra // 5 - 4)
+        while _spare(more) < extra:
             more += 1
         return self.kept + self.work + more
 
@@ -108,6 +108,10 @@ class Allowance:
                 f"memory={self.total} is too small: {what} needs at least {least / 1e6:.1f} MB ({parts}{more}); give "
                 f"memory={least}, or fewer tokens"
             )
+
+
+def _spare(more: int) -> int:
+    return more - more // 4 - more // 8
 
 
 def as_allowance(given: Allowance | Budget, device: torch.device) -> Allowance:

@@ -7,6 +7,8 @@ products.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from loclin.freeze import FreezeOptions
@@ -36,7 +38,11 @@ def allow(model: Model, length: int, options: FreezeOptions, memory: Budget) -> 
     values = 2 * size + (stock if stock != size else 0)  # an input, also as the model has it; what attention adds
     chosen, wide = getattr(config, "num_experts_per_tok", None), max(size, 4)
     work = max(_layer_bytes(layer, length, size, chosen) for layer in layers) + length * d * _STREAMS * size
-    work += PATTERNS * _pattern_bytes(config, length, wide) * (1 if anatomy.layers else getattr(config, "num_hidden_layers", 1))
+    work += (
+        PATTERNS
+        * _pattern_bytes(config, length, wide)
+        * (1 if anatomy.layers else getattr(config, "num_hidden_layers", 1))
+    )
     work += vocabulary * (_HEAD + (0 if keeps_logits(hf) else 2 * length)) * wide
     kept = len(layers) * length * d * values + 4 * length * d * size + 2 * length**2 * size
     return allowance(memory, model.device, kept, work + 2 * largest_layer_bytes(hf))
