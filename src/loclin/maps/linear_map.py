@@ -18,9 +18,11 @@ from loclin.errors import MissingExtraError
 from loclin.maps.plan import Plan, matrix_free_is_cheaper
 from loclin.maps.plan import plan as make_plan
 from loclin.maps.products import Products
+from loclin.network.cost import reads_layers
 from loclin.results import display
 from loclin.results.table import dataframe
 from loclin.spectral import SVD, Norms, block_krylov_svd, wide_dtype
+from loclin.spectral.few_sweeps import few_sweeps_svd
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -111,10 +113,16 @@ class LinearMap(Products):
 
     def _matrix_free_svd(self, k: int, joint: bool, tolerance: float, seed: int, most: int | None) -> SVD | None:
         """The triples, matrix-free; None where the columns that are allowed do not reach the tolerance."""
+        allowed = 2 * max(tolerance, spectral.least_tolerance(self.dtype))
+        if joint and reads_layers(self.chain):
+            found = few_sweeps_svd(self, k, align_to=self.value, tolerance=tolerance, seed=seed)
+            if bool((found.relative_error <= allowed).all()):
+                return found
+            if most is not None and self.fits_in_budget:
+                return None  # the dense map is one sweep more
         found = spectral.matrix_free_svd(
             self, k, align_to=self.value, tolerance=tolerance, joint=joint, max_columns=most, seed=seed
         )
-        allowed = 2 * max(tolerance, spectral.least_tolerance(self.dtype))
         return found if most is None or bool((found.relative_error <= allowed).all()) else None
 
     @in_plain_torch

@@ -140,7 +140,7 @@ class Linearized(Unpicklable):
     @cached_property
     def warnings(self) -> list[str]:
         """Warnings about this prompt, which every result of an analysis includes."""
-        warnings = [*self.prompt_warnings]
+        warnings = [*filter(None, [self.model.note]), *self.prompt_warnings]
         width = cast("Tensor", self.model.hf.get_input_embeddings().weight).shape[-1]
         if width != self.trace.width:
             warnings.append(

@@ -10,10 +10,11 @@ import torch
 
 from loclin.errors import OptionError
 from loclin.maps.products import Products
-from loclin.network.cost import Cost, algebra_cost, sweep_cost
+from loclin.network.cost import Cost, algebra_cost, reads_layers, sweep_cost
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.spectral import check_rank, wide_dtype
+from loclin.spectral.few_sweeps import SWEEPS, wide_columns
 from loclin.spectral.krylov import CERTIFICATE, PROBES
 
 Method = Literal["auto", "lapack", "block_krylov", "matrix_free"]
@@ -91,7 +92,10 @@ def plan(J: Products, k: int, *, joint: bool, tolerance: float, method: str = "a
     maps, columns = (1, length * d_in) if joint else (length, d_in)  # `maps` matrices [d_out, columns]
     check_rank(k, d_out, columns)
     expected = expected_columns(k, length, joint, min(d_out, columns))
-    matrix_free = _matrix_free_cost(J, expected, maps, columns, k)
+    if joint and reads_layers(J.chain):
+        matrix_free = _few_sweeps_cost(J, k, columns)
+    else:
+        matrix_free = _matrix_free_cost(J, expected, maps, columns, k)
     costs: dict[Method, Cost] = {**_dense_costs(J, maps, columns, k, joint), "matrix_free": matrix_free}
     routes = sorted((MethodCost(name, cost) for name, cost in costs.items()), key=lambda each: each.cost.seconds)
     chosen, most = cast("Method", method), int(_REACH * expected)
@@ -168,6 +172,15 @@ def matrix_free_is_cheaper(J: Products) -> bool:
     dense += algebra_cost(4.0 * length * d_out * d_in**2, J.chain, _LAPACK)
     expected = min(_NORM_COLUMNS, 2 * min(d_out, d_in))
     return _matrix_free_cost(J, expected, length, d_in, 8).seconds < _MARGIN[False] * dense.seconds
+
+
+def _few_sweeps_cost(J: Products, k: int, width: int) -> Cost:
+    """Seven sweeps of wide blocks, and linear algebra on their basis (see `loclin.spectral.few_sweeps`)."""
+    columns = wide_columns(k, J.shape[0])
+    sweep, basis = sweep_cost(J.chain, J.source, J.target, columns // SWEEPS), columns // 2
+    algebra = algebra_cost(4.0 * basis * basis * width + 12.0 * basis**3, J.chain, _THIN, torch.float64)
+    nbytes = basis * width * J.dtype.itemsize
+    return Cost(columns, SWEEPS * sweep.flops, SWEEPS * sweep.seconds, nbytes) + algebra
 
 
 def _matrix_free_cost(J: Products, columns: int, maps: int, width: int, k: int) -> Cost:

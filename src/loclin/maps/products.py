@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.common.free_memory import available
 from loclin.common.progress import bar
 from loclin.common.surroundings import in_plain_torch
 from loclin.common.unpicklable import Unpicklable
@@ -166,7 +167,7 @@ class Products(Unpicklable):
             return self._parent.dense()[:, self.positions]
         if self._dense is None:
             d_out, length, d_in = self.shape
-            if self._dense_bytes > memory.available(self.device):
+            if self._dense_bytes > available(self.device):
                 raise BudgetError(
                     f"the dense map {self.source} -> {self.target} takes {self._dense_bytes / 1e9:.1f} GB, more than "
                     "is free; use dense(path=...), or rows()"

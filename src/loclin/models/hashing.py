@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from loclin.models.lease import named_weights
 
-_BLOCK = 1 << 30
+_BLOCK = 1 << 27
 """Hashing releases the interpreter lock during a block and takes it back after each, and a parser in another thread may
-hold the lock for seconds: fewer blocks wait less. Ctrl-C has to wait for one block."""
+hold the lock for seconds: fewer blocks wait less. Ctrl-C has to wait for one block. Mapped pages count as the process's
+memory, so those of a block are let go of after it; they stay in the page cache."""
 
 
 def sha256(*paths: Path) -> str:
@@ -32,6 +33,8 @@ def sha256(*paths: Path) -> str:
             for start in range(0, len(view), _BLOCK):
                 with view[start : start + _BLOCK] as block:
                     digest.update(block)
+                if hasattr(mmap, "MADV_DONTNEED"):
+                    mapped.madvise(mmap.MADV_DONTNEED, start, min(_BLOCK, len(view) - start))
     return digest.hexdigest()
 
 

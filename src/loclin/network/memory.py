@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from loclin.common.free_memory import available
 from loclin.errors import BudgetError, OptionError
 
 Budget = int | float | str | None
@@ -20,18 +19,6 @@ _DEFAULT_FRACTION = 0.25
 _DEFAULT_MOST = 4 * 2**30
 PATTERNS = 11
 """How often a layer's graph has attention probabilities and scores, at most."""
-
-
-def available(device: torch.device) -> int:
-    """Bytes free on a device now; on a CPU, what the system could allocate without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        if found:
-            return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def parse_memory(memory: int | float | str) -> int | float:
