@@ -89,8 +89,8 @@ def test_explain_says_the_same_some_tokens_at_a_time(directory):
     found, expected = lin.explain(k=2, progress=False), free.explain(k=2, progress=False)
     assert lin.jacobian().cached_dense is None
     for own, other in zip(found.tokens, expected.tokens, strict=True):
-        assert own.singular_values == pytest.approx(other.singular_values, rel=1e-9, abs=1e-12)
-        assert own.frobenius_norm == pytest.approx(other.frobenius_norm, rel=1e-10)
+        assert own.singular_values == pytest.approx(other.singular_values, rel=1e-5, abs=1e-6)
+        assert own.frobenius_norm == pytest.approx(other.frobenius_norm, rel=1e-5)
         assert [unit.index for unit in own.rows] == [unit.index for unit in other.rows]
         assert [unit.index for unit in own.columns] == [unit.index for unit in other.columns]
 
