@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -26,6 +27,7 @@ class SpilledMap:
         if nbytes > (free := shutil.disk_usage(folder).free):
             raise OutputError(f"{_why(nbytes, folder)}, which has {free / 1e9:.2f} GB free; {_FIX}")
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this object)
+        weakref.finalize(self, self._file.close)
         try:
             for part in rows:
                 self._file.write(part.contiguous().cpu().view(torch.uint8).numpy().data)
