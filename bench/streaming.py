@@ -24,6 +24,7 @@ from transformers import LlamaConfig
 import loclin
 from harness import Row, arguments, report, say
 from loclin.models.lease import layers_on_disk, on_disk
+from loclin.spectral.few_sweeps import few_sweeps_svd
 
 SIZES = {"quick": (1024, 2816, 10), "full": (1536, 4096, 40)}
 """d, the width of the MLP, and the number of layers: 0.5 and 4 GB in float32."""
@@ -31,6 +32,7 @@ VOCABULARY, HEADS, KV, LENGTH = 2000, 8, 2, 4
 BUDGET = "300MB"
 MOST_RESIDENT = 1.5e9
 PARTS = ("linearize", "certify", "svd", "dense")
+ROUNDS = 2  # of which each part's fastest counts: other processes slow it down
 
 
 def main() -> None:
@@ -48,7 +50,8 @@ def compare(options: argparse.Namespace, size: str) -> None:
         say(f"writing {write(folder, *SIZES[size]) / 1e9:.1f} GB into {folder}")
         for path in folder.glob("*.safetensors"):
             path.read_bytes()
-        found = {way: in_process(way, folder) for way in ("memory", "stream")}
+        runs = [(way, in_process(way, folder)) for _ in range(ROUNDS) for way in ("memory", "stream")]
+        found = {way: fastest([run for own, run in runs if own == way]) for way in ("memory", "stream")}
         ours, theirs = (load_file(folder / f"found-{way}.safetensors") for way in ("stream", "memory"))
     rows = []
     for name in ours:
@@ -64,6 +67,11 @@ def compare(options: argparse.Namespace, size: str) -> None:
     for part, most in {"linearize": None, "certify": None, "svd": 5, "dense": 2}.items():
         rows.append(Row(f"{part}: sweeps over the layers", stream[f"{part} sweeps"], "sweeps", demand=most))
     report("streaming", rows, options.check)
+
+
+def fastest(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The least seconds of each part, the fewest sweeps, and the largest peak."""
+    return {name: (max if name == "peak" else min)(run[name] for run in runs) for name in runs[0]}
 
 
 def write(folder: Path, d: int, inner: int, layers: int) -> int:
@@ -141,9 +149,13 @@ def run(way: str, folder: str) -> None:
     certificate = measure("certify", lin.certify)
     assert certificate.passed
     svd = measure("svd", lambda: J.svd(8, joint=True))
-    dense = measure("dense", J.dense)
-    kept = {"dense": dense, "svd": svd.S, "bias": J.bias}
-    save_file({name: one.contiguous() for name, one in kept.items()}, Path(folder) / f"found-{way}.safetensors")
+    fresh = loclin.linearize(model, ids, memory=BUDGET).jacobian()  # the SVD may have made the dense map of the other
+    dense = measure("dense", fresh.dense)
+    # In memory another method is faster: beside that, the one for models on disk.
+    own = way == "stream" and svd.method == "matrix_free"
+    wide = svd if own else few_sweeps_svd(J, 8, align_to=J.value)
+    kept = {"dense": dense, "svd, same method": wide.S, "svd": svd.S, "bias": J.bias}
+    save_file({name: one.contiguous().clone() for name, one in kept.items()}, Path(folder) / f"found-{way}.safetensors")
     print(json.dumps(found))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny
+from loclin.freeze.pattern import WholePattern
 from loclin.linearization import linearize
 from loclin.maps.certificate import certify
 from loclin.maps.slow_path import SlowPath
@@ -83,7 +84,10 @@ def change(**by):
 
 def forget_attention(lin):
     first, *others = lin.trace.coefficients
-    lin.trace.coefficients = (replace(first, probs=torch.zeros_like(first.probs)), *others)
+    lin.trace.coefficients = (
+        replace(first, pattern=WholePattern(torch.zeros(first.pattern.shape, dtype=lin.trace.dtype))),
+        *others,
+    )
 
 
 FAULTS = {

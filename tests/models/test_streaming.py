@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import os
+import re
 import struct
 import threading
 
@@ -15,12 +16,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 
 import loclin
 import tiny
+from least import least
 from loclin.analyses.attribution.attribute import LEVELS
+from loclin.common import free_memory
 from loclin.errors import BudgetError, ModelError, OptionError
 from loclin.models.lease import OnDisk, layers_on_disk, on_disk, weights_of
 from loclin.models.streaming import build, checkpoint
 from loclin.steering import Operator
 from loclin.steering.match import fingerprint
+
+from .helpers import tiny_gguf
 
 IDS = tiny.prompt()
 
@@ -193,6 +198,49 @@ def test_a_sweep_reads_what_explicit_products_need_once(folder):
     assert source.bytes_read - before == needed
 
 
+def test_joint_triples_take_seven_sweeps_over_what_explicit_products_need(folder):
+    model = loclin.load(folder, stream=True)
+    lin = loclin.linearize(model, IDS)
+    J, source = lin.jacobian(), reader(model)
+    J.bias, J.value  # noqa: B018 (computed once)
+    source.forget()
+    before = source.bytes_read
+    J.rmatmat(torch.randn(3, 24))
+    sweep = source.bytes_read - before
+    found = J.svd(2, joint=True, method="matrix_free")
+    assert source.bytes_read - before <= 8 * sweep
+    assert J.cached_dense is None
+    exact = loclin.linearize(loclin.load(folder), IDS).jacobian().svd(2, joint=True, method="lapack")
+    assert ((found.lower <= exact.S * (1 + 1e-6)) & (found.upper * (1 + 1e-6) >= exact.S)).all()
+
+
+def test_weights_that_do_not_fit_stay_on_disk_and_every_result_says_so(folder, monkeypatch):
+    expected = loclin.linearize(loclin.load(folder), IDS).jacobian().dense()
+    monkeypatch.setattr(free_memory, "available", lambda _: 50_000)
+    model = loclin.load(folder)
+    assert layers_on_disk(model.hf)
+    assert "read layer by layer" in repr(model)
+    monkeypatch.undo()
+    lin = loclin.linearize(model, IDS)
+    said = r"read from disk layer by layer: its weights take .* GB, and 5e-05 GB of memory are free"
+    for result in (lin.certify(), lin.jacobian().svd(2), lin.attribute(by="token", progress=False)):
+        assert any(re.search(said, warning) for warning in result.warnings)
+    assert torch.equal(lin.jacobian().dense(), expected)
+    monkeypatch.setattr(free_memory, "available", lambda _: 50_000)
+    for chosen in ({"stream": False}, {"device_map": "cpu"}):
+        assert not layers_on_disk(loclin.load(folder, **chosen).hf)
+
+
+def test_weights_that_neither_fit_nor_stream_are_refused(tmp_path, monkeypatch):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    MixtralForCausalLM(MixtralConfig(**tiny._SIZES, num_local_experts=2)).save_pretrained(tmp_path)
+    monkeypatch.setattr(free_memory, "available", lambda _: 50_000)
+    with pytest.raises(ModelError, match=r"its weights take .*cannot stay on disk either .*stream=False tries"):
+        loclin.load(tmp_path)
+    assert loclin.load(tmp_path, stream=False).info.family == "mixtral"
+
+
 def test_two_threads_get_what_one_gets(folder):
     model = loclin.load(folder, stream=True)
     expected = loclin.linearize(model, IDS).jacobian().dense()
@@ -269,6 +317,26 @@ def test_after_an_interrupt_or_a_fault_the_model_still_works(folder, monkeypatch
     assert torch.equal(loclin.linearize(model, IDS).jacobian().dense(), expected)
 
 
+@pytest.mark.slow
+def test_the_copy_of_a_gguf_file_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCLIN_CACHE", str(tmp_path / "cache"))
+    path = tiny_gguf(tmp_path / "tiny.gguf")
+    streamed, whole = (loclin.load(path, stream=on) for on in (True, False))
+    assert layers_on_disk(streamed.hf)
+    assert streamed.info == whole.info
+    ours, theirs = (loclin.linearize(model, "the cat") for model in (streamed, whole))
+    assert torch.equal(ours.jacobian().dense(), theirs.jacobian().dense())
+    assert ours.certify().passed
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+def test_packaged_models_are_streamed(name):
+    ours, theirs = (loclin.linearize(loclin.load(name, stream=on), "The Golden Gate") for on in (True, False))
+    assert torch.equal(ours.jacobian().dense(), theirs.jacobian().dense())
+    assert text(ours.certify()) == text(theirs.certify())
+
+
 def test_a_copy_of_the_model_reads_the_same_files(folder):
     model = loclin.load(folder, stream=True)
     again = copy.deepcopy(model.hf)
@@ -299,6 +367,7 @@ def test_files_that_change_are_refused(how, tmp_path):
     reader(model).forget()
     with pytest.raises(ModelError, match=r"model\.safetensors") as refusal:
         lin.jacobian().dense()
+    assert "model.layers." in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -340,6 +409,14 @@ def test_damaged_files_are_refused(content, folder):
     path = folder / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match="damaged"):
+        loclin.load(folder, stream=True)
+
+
+def test_the_tensor_is_named_where_a_file_is_cut_off(folder):
+    path = folder / "model.safetensors"
+    last = max(build.Checkpoint(folder).tensors.values(), key=lambda tensor: tensor.start)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(ModelError, match=rf"ends before {last.name} does"):
         loclin.load(folder, stream=True)
 
 
@@ -410,7 +487,9 @@ def test_options_that_streaming_excludes_are_refused(folder):
 
 def test_a_budget_without_room_for_two_layers_names_the_least(folder):
     model = loclin.load(folder, stream=True)
-    least = 2 * reader(model).layer_bytes
-    with pytest.raises(BudgetError, match=f"give at least {least}"):
-        loclin.linearize(model, IDS, memory=least - 1)
-    assert loclin.linearize(model, IDS, memory=least).certify().passed
+    layers = 2 * reader(model).layer_bytes
+    needed = least(model, IDS)
+    assert needed > layers
+    with pytest.raises(BudgetError, match=f"give memory={needed}"):
+        loclin.linearize(model, IDS, memory=needed - 1)
+    assert loclin.linearize(model, IDS, memory=needed).certify().passed

@@ -21,6 +21,8 @@ from loclin.analyses.attribution.attribute import attribute
 from loclin.analyses.explain import explain
 from loclin.analyses.layers import explain_layers
 from loclin.common.arguments import whole
+from loclin.common.free_memory import available as free_memory
+from loclin.common.free_memory import given_free
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.common.rehearsal import Cost, Rates, Rehearsal, rehearse
 from loclin.common.surroundings import in_plain_torch
@@ -35,12 +37,15 @@ from loclin.models.model import Model
 from loclin.network import memory as budgets
 from loclin.network.anatomy import find_anatomy
 from loclin.network.cost import given_rate, rate
+from loclin.network.need import allow
 from loclin.network.sequence import Sublayers, find_sequence, known_sublayers
 from loclin.results.result import Result
 
 _READ = 2e9
 """Bytes per second from disk, if none are given: a usual SSD."""
 _COPIED = 2**27
+_LEAST_FREE = 2**32
+"""Bytes that are taken as free where not even the weights fit, to say what the analyses need beside them."""
 _ASIDE = "Memory is that of tensors: the interpreter and its libraries take about 0.4 GB more."
 
 
@@ -206,19 +211,19 @@ def estimate(
     config = read_model_config(label, None if config_file is None else Path(config_file), revision)
     hf = build_empty(config, label, dtype)
     machine = _rates(hf.dtype, rate_flops, rate_memory, rate_read)
-    room = budgets.available(torch.device("cpu")) if available is None else int(budgets.parse_memory(available))
+    room = free_memory(torch.device("cpu")) if available is None else int(budgets.parse_memory(available))
     sublayers, weights = _find_sublayers(hf), [*hf.parameters(), *hf.buffers()]
     stored, reader = sum(weight.nbytes for weight in weights), None
     held = stored
     if stream:
         reader = _LayerReader(hf)
         held -= reader.sweep_bytes - 2 * reader.layer_bytes
-    allowed = _budget(memory, room - held)
-    with _on(machine, sublayers), rehearse(weights) as rehearsal:
+    with _on(machine, max(room - held, _LEAST_FREE), sublayers), rehearse(weights) as rehearsal:
         empty = wrap(hf, None, name=label)
         if empty.context_length is not None and length > empty.context_length:
             raise OptionError(f"tokens={length}: {label} has {empty.context_length} positions; give at most so many")
-        prompt = _Prompt(empty, length, FreezeOptions(gate), allowed, held, room, reader)
+        allowed = budgets.budget(memory, torch.device("cpu"))
+        prompt = _Prompt(empty, length, FreezeOptions(gate), memory, held, room, reader)
         planned: list[AnalysisEstimate] = []
         for name in dict.fromkeys(analyses or ("linearize",)):
             tell(f"rehearsing {name}")
@@ -267,7 +272,7 @@ class _Prompt:
     model: Model
     length: int
     options: FreezeOptions
-    budget: int
+    budget: budgets.Budget
     held: int
     room: int
     reader: _LayerReader | None
@@ -285,7 +290,8 @@ class _Prompt:
                 runs = [
                     (a[0].towards(b[0], ratio), a[1] + ratio * (b[1] - a[1])) for a, b in zip(few, more, strict=True)
                 ]
-                if runs[0][0].kept > self.budget // 4:  # not all coefficients may be kept: that is not linear
+                allowed = allow(self.model, self.length, self.options, self.budget)
+                if runs[0][0].kept > allowed.coefficients:  # not all of them may be kept: that is not linear
                     runs = self._run(name, rehearsal)
         except BudgetError as fault:  # it would be refused in the same way when it runs
             runs, why = [(Cost(), 0.0)] * 2, str(fault)
@@ -351,14 +357,15 @@ def _find_sublayers(hf: PreTrainedModel) -> Sublayers:
 
 
 @contextmanager
-def _on(machine: Rates, sublayers: Sublayers) -> Iterator[None]:
-    """Let what is planned inside know the machine's speed, and how blocks are built."""
-    tokens = given_rate.set(machine.flops), known_sublayers.set(sublayers)
+def _on(machine: Rates, free: int, sublayers: Sublayers) -> Iterator[None]:
+    """Let what is planned inside know the machine's speed, its free memory, and how blocks are built."""
+    tokens = given_rate.set(machine.flops), known_sublayers.set(sublayers), given_free.set(free)
     try:
         yield
     finally:
         given_rate.reset(tokens[0])
         known_sublayers.reset(tokens[1])
+        given_free.reset(tokens[2])
 
 
 def _rates(dtype: torch.dtype, flops: float | None, memory: float | None, read: float | None) -> Rates:
@@ -374,13 +381,6 @@ def _rates(dtype: torch.dtype, flops: float | None, memory: float | None, read: 
         memory = 2 * source.nbytes / min(seconds)
     measured = rate(torch.device("cpu"), FreezeOptions().dtype(dtype)) if flops is None else flops
     return Rates(measured, memory, _READ if read is None else read)
-
-
-def _budget(memory: int | float | str | None, free: int) -> int:
-    """The budget of sweeps as `loclin.network.memory.budget` reads it, on a machine with so many bytes free."""
-    given = budgets.parse_memory(budgets.DEFAULT_FRACTION if memory is None else memory)
-    size = given if isinstance(given, int) else int(max(free, budgets.DEFAULT_MOST) * given)
-    return min(size, budgets.DEFAULT_MOST) if memory is None else size
 
 
 def _advise(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loclin.cli.console import NOTHING, importing, kept, stderr, step
+from loclin.cli.console import NOTHING, importing, kept, note, stderr, step
 from loclin.cli.streams import read_prompt
 from loclin.common import arguments
 from loclin.errors import MissingExtraError, OptionError, OutputError, PromptError
@@ -124,14 +124,18 @@ class Loading:
     device_map: Annotated[str | None, text("Spread the layers, such as auto.")] = None
     revision: Annotated[str | None, text("A hub model's branch, tag or commit.")] = None
     stream: Annotated[
-        bool, typer.Option("--stream", help="Leave the layers on disk, for models larger than memory.")
-    ] = False
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read layers from disk one by one; by default only if the weights do not fit into memory.",
+        ),
+    ] = None
     bos: Bos = None
     gate: Annotated[Gate, typer.Option(help="Freeze act(gate) (the paper), freeze up, or the mean of both.")] = (
         "activation"
     )
     memory: Annotated[
-        str | None, text("Memory for sweeps beside the map, such as 2GB. Default: a quarter of what is free.")
+        str | None, text("Memory beside weights and results, such as 2GB. Default: a quarter of what is free.")
     ] = None
 
     def load(self) -> Model:
@@ -142,7 +146,10 @@ class Loading:
             from loclin.models import load
         with stderr.status(f"loading {self.model}"):
             where = {"device": self.device, "device_map": self.device_map}
-            return load(self.model, dtype=self.dtype, revision=self.revision, stream=self.stream, **where)
+            model = load(self.model, dtype=self.dtype, revision=self.revision, stream=self.stream, **where)
+        if model.note:
+            note(model.note)
+        return model
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,8 @@ def check() -> None:
     """
     given = {name: value for name, value in running.get().params.items() if value is not None}
     exclude("device", "device_map", why="one device, or layers that are spread")
-    exclude("stream", "device_map", why="layers are on disk, or spread")
+    if given.get("stream"):
+        exclude("stream", "device_map", why="layers are on disk, or spread")
     if given.get("fresh") and "json" not in given:
         raise OptionError("--fresh is about the JSON file; name it with --json")
     kept.set(NOTHING)

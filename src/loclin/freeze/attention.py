@@ -5,43 +5,12 @@ Attention that a model computes step by step (eager) needs no rule: its softmax 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from loclin.freeze.operation import Operation, Result
+from loclin.freeze.pattern import BlockPattern, grouped, mix, probabilities
 from loclin.freeze.status import Coefficient, Live
-
-
-def probabilities(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """The probabilities `[B, H, T_query, T_key]` of `F.scaled_dot_product_attention`.
-
-    Cost: H * T_query * T_key * d_head multiplications and that many probabilities.
-    """
-    groups = query.shape[-3] // key.shape[-3]
-    scores = _grouped(query, key.shape[-3]) @ key.transpose(-2, -1)
-    scores = scores.view(*query.shape[:-1], -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        if mask.dim() > 2 and mask.shape[-3] == key.shape[-3] and groups > 1:
-            mask = mask.repeat_interleave(groups, dim=-3)
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
-    return probs.nan_to_num(0.0)  # a query that may attend to nothing
-
-
-def _grouped(per_query_head: Tensor, n_kv_heads: int) -> Tensor:
-    """`[B, H, T, n]` as `[B, H_kv, H/H_kv * T, n]`: grouped queries share a key head without a copy of it."""
-    return per_query_head.reshape(*per_query_head.shape[:-3], n_kv_heads, -1, per_query_head.shape[-1])
 
 
 def _live(op: Operation, tensor: Tensor) -> Tensor:
@@ -62,11 +31,29 @@ def attention(op: Operation) -> Result:
     if ordinary:
         query, key = _live(op, query), _live(op, key)
     mask, is_causal, scale = op.get(3, "attn_mask"), op.get(5, "is_causal", False), op.get(6, "scale")
-    probs = probabilities(query, key, mask, is_causal=is_causal, scale=scale)
-    op.context.keep_probabilities(probs.detach())
+    most = op.context.attention_bytes
+    pattern = None
+    if not ordinary and most is not None and _is_larger(query, key, most):
+        pattern = BlockPattern(query.detach(), key.detach(), mask, is_causal, scale, op.context.dtype, most)
+        op.context.keep_pattern(pattern)
+    else:
+        probs = probabilities(query, key, mask, is_causal=is_causal, scale=scale)
+        op.context.keep_probabilities(probs.detach())
     if status is None and not ordinary:
         return op.coefficient()
-    live = _live(op, value)
-    probs = probs.to(op.context.dtype)
-    mixed = (_grouped(probs, live.shape[-3]) @ live).view(*probs.shape[:-1], live.shape[-1])
+    if op.context.repeats(op.out):
+        mixed = op.out.detach()
+    elif pattern is not None:
+        mixed = mix(pattern, _live(op, value))
+    else:
+        live = _live(op, value)
+        probs = probs.to(op.context.dtype)
+        mixed = (grouped(probs, live.shape[-3]) @ live).view(*probs.shape[:-1], live.shape[-1])
     return status.then(mixed) if isinstance(status, Live) else Live(mixed)
+
+
+def _is_larger(query: Tensor, key: Tensor, most: int) -> bool:
+    """Whether the probabilities of one sequence `[1, H, T, S]` are larger than so many bytes."""
+    itemsize = torch.promote_types(query.dtype, torch.float32).itemsize
+    one = query.dim() == key.dim() == 4 and query.shape[0] == 1
+    return one and query.shape[1] * query.shape[2] * key.shape[2] * itemsize > most

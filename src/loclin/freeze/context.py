@@ -37,6 +37,7 @@ def frozen(
     name: str = "",
     collect: bool = False,
     keep: Keep | None = None,
+    attention_bytes: int | None = None,
 ) -> Iterator[Frozen]:
     """Compute linearised values in `root`'s forward passes, with the coefficients frozen that `options` say.
 
@@ -57,12 +58,15 @@ def frozen(
     collect
         Make every constant that is added to a live tensor a leaf, in `mode.constants`.
     keep
-        What to remember of each module's attention probabilities `[1, H, T, T]`; nothing by default.
+        What to remember of each module's attention pattern; nothing by default.
+    attention_bytes
+        The bytes up to which a layer's attention probabilities are made whole (see `loclin.freeze.pattern`); by default
+        they always are.
     """
     options = options or FreezeOptions()
     if dtype is None:
         dtype = options.dtype(next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32))
     paths = {module: f"{name}.{path}".strip(".") or "model" for path, module in root.named_modules()}
-    mode = Frozen(paths, options, dtype, collect, keep)
+    mode = Frozen(paths, options, dtype, collect, keep, attention_bytes)
     with exclusive(root), exact_arithmetic(), eager_code(), _evaluating(root), rules_installed(paths, mode), mode:
         yield mode

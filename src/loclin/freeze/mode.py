@@ -22,14 +22,15 @@ from loclin.common.sums import relative_error
 from loclin.freeze.linear import CASTS
 from loclin.freeze.operation import Operation, Result, everywhere, nowhere
 from loclin.freeze.options import FreezeOptions
+from loclin.freeze.pattern import Pattern, WholePattern
 from loclin.freeze.status import Coefficient, Live, NonlinearUse, Origin, Status
 from loclin.freeze.table import HANDLERS, is_in_place, plain_name
 from loclin.freeze.widen import without_lowering
 
 UNSEEN = "an operation that loclin cannot see"
 
-Keep = Callable[[Tensor], Tensor]
-"""Maps a module's attention probabilities `[B, H, T, T]` to what is remembered of them."""
+Keep = Callable[[Pattern], Any]
+"""Maps a module's attention pattern to what is remembered of it."""
 
 FrozenParts = Callable[[tuple[int, ...]], tuple[int, ...]]
 """(the widths of the parts of a split) -> which of them are frozen."""
@@ -47,30 +48,40 @@ class Frozen(TorchFunctionMode):
     Attributes
     ----------
     options, dtype: what is frozen, and the dtype of the linear path.
-    probabilities: what `keep` returned for attention probabilities, by module path.
+    probabilities: what `keep` returned for attention patterns, by module path.
+    attention_bytes: the bytes up to which a pattern is made whole; None: always.
     constants: if constants are collected, (name, leaf) of each that was added to a live tensor.
     nonlinear_uses: coefficients that were used as if they were live: with any, the linear path is not the network.
     lookups: the rows of the prompt's tokens in tables other than the input embeddings: (the table's path, its output),
         by the address of the output's storage.
     graph, collect, soft_caps: build the linear path's graph; make constants leaves; treat tanh as a soft cap.
+    takes_values: where no graph is built, the linearised value is the model's own, and is not computed again. It is the
+        same up to rounding, if the linear path has the model's dtype.
     opaque: True while a module runs whose rule replaces its operations.
     audit: a relative error; operations whose linearised value is further from the model's own are nonlinear uses.
     noise: None, or a list to which operations are added that draw random numbers.
     """
 
     def __init__(
-        self, paths: dict[nn.Module, str], options: FreezeOptions, dtype: torch.dtype, collect: bool, keep: Keep | None
+        self,
+        paths: dict[nn.Module, str],
+        options: FreezeOptions,
+        dtype: torch.dtype,
+        collect: bool,
+        keep: Keep | None,
+        attention_bytes: int | None,
     ) -> None:
         super().__init__()
         self.options, self.dtype = options, dtype
-        self.probabilities: dict[str, Tensor] = {}
+        self.probabilities: dict[str, Any] = {}
+        self.attention_bytes = attention_bytes
         self.constants: list[tuple[str, Tensor]] = []
         self.nonlinear_uses: list[NonlinearUse] = []
         self.lookups: dict[int, tuple[str, Tensor]] = {}
         self.graph, self.collect, self.soft_caps = True, collect, False
         self.audit: float | None = None
         self.noise: list[Origin] | None = None
-        self.opaque = False
+        self.opaque = self.takes_values = False
         self._wide = options.precision == "double" and not options.ordinary
         self._keep, self._paused, self._entered = keep, False, False
         self._frozen_parts: dict[str, FrozenParts] = {}
@@ -253,7 +264,19 @@ class Frozen(TorchFunctionMode):
     def keep_probabilities(self, probs: Tensor) -> None:
         """Remember attention probabilities."""
         if self._keep is not None and probs.dim() in (3, 4):
-            self.probabilities[self._module()] = self._keep(probs if probs.dim() == 4 else probs.unsqueeze(0))
+            self.keep_pattern(WholePattern(probs.flatten(0, -3)))
+
+    def keep_pattern(self, pattern: Pattern) -> None:
+        """Remember an attention pattern."""
+        if self._keep is not None:
+            self.probabilities[self._module()] = self._keep(pattern)
+
+    def repeats(self, out: Any) -> bool:
+        """Whether an operation's linearised value need not be computed, see `takes_values`."""
+        if not self.takes_values or self.graph or self.audit is not None or self.options.ordinary:
+            return False
+        tensors = out if isinstance(out, tuple | list) else [out]
+        return all(t.dtype == self.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
 
     def origin(self, operation: str) -> Origin:
         """The innermost module on the stack, and its line of code."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.freeze.options import FreezeOptions
+from loclin.freeze.pattern import Pattern
 from loclin.freeze.status import Coefficient, Live, NonlinearUse, Origin, Status
 
 Result = Status | list[Status]
@@ -33,11 +34,14 @@ class _Context(Protocol):
     options: FreezeOptions
     dtype: torch.dtype
     soft_caps: bool
+    attention_bytes: int | None
 
     def status(self, value: Any) -> Status: ...
     def origin(self, operation: str) -> Origin: ...
     def constant(self, value: Tensor, original: Any, operation: str) -> Tensor: ...
     def keep_probabilities(self, probs: Tensor) -> None: ...
+    def keep_pattern(self, pattern: Pattern) -> None: ...
+    def repeats(self, out: Any) -> bool: ...
 
 
 @dataclass
@@ -87,6 +91,8 @@ class Operation:
 
         Tensors in `live` slots stay live, others are frozen; constants in `additive` slots are added to live tensors.
         """
+        if self.context.repeats(self.out):
+            return _out_of_any_graph(self.out)
 
         def linear(slot: Slot, value: Any) -> Any:
             return self._linear_argument(slot, value, live, additive)
@@ -155,6 +161,12 @@ def _tensors(argument: Any) -> Iterator[Tensor]:
     elif isinstance(argument, tuple | list):
         for item in argument:
             yield from _tensors(item)
+
+
+def _out_of_any_graph(out: Any) -> Any:
+    if isinstance(out, tuple | list):
+        return [_out_of_any_graph(item) for item in out]
+    return out.detach() if isinstance(out, Tensor) else out
 
 
 def _is_number(value: Any) -> bool:

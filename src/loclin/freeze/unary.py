@@ -33,7 +33,8 @@ def unary(op: Operation) -> Result:
         return op.coefficient(root=status.root)
 
     rest = {name: value for name, value in op.kwargs.items() if name not in ("input", "out", "inplace")}
-    form = secant(lambda value: op.func(value, *op.args[1:], **rest), op.value(z), op.out, op.context.dtype)
+    same = not any(isinstance(value, Tensor) for value in (*op.args[1:], *rest.values()))
+    form = secant(lambda value: op.func(value, *op.args[1:], **rest), op.value(z), op.out, op.context.dtype, same)
     if form is None:
         return op.coefficient(root=status.root)
     return form.applied(status, op.context.constant, op.name, status.active or op.name in ACTIVATIONS)
@@ -53,23 +54,25 @@ class Secant(NamedTuple):
         return z.then(linear, z.root, active)
 
 
-def secant(f: Callable[[Tensor], Tensor], z: Tensor, out: Tensor, dtype: torch.dtype) -> Secant | None:
+def secant(
+    f: Callable[[Tensor], Tensor], z: Tensor, out: Tensor, dtype: torch.dtype, same: bool = False
+) -> Secant | None:
     """The line through f(0) and f(z), element by element; its slope at z = 0 is the limit f'(0).
 
-    None where f(0) is not finite. Cost: f once more, at zero.
+    `same`: f is one function for all elements. None where f(0) is not finite. Cost: f once more, at zero.
     """
     z = z.detach()
-    origin = torch.zeros_like(z, requires_grad=True)
+    origin = z.new_zeros([1] * z.dim() if same else z.shape, requires_grad=True)
     with torch.enable_grad():
         at_zero = f(origin.clone())  # a copy, for functions that work in place
-    if at_zero.shape != z.shape or not bool(at_zero.isfinite().all()):
+    if at_zero.shape != origin.shape or not bool(at_zero.isfinite().all()):
         return None
     zero = z == 0
     start = at_zero.detach().to(dtype)
     ratio = (out.detach().to(dtype) - start) / torch.where(zero, 1, z).to(dtype)
     if bool(zero.any()):
-        slope = torch.zeros_like(ratio)
+        slope = torch.zeros_like(start)
         if at_zero.requires_grad:
             slope = torch.autograd.grad(at_zero, origin, torch.ones_like(at_zero))[0].to(dtype)
         ratio = torch.where(zero, slope, ratio)
-    return Secant(ratio, start if bool(start.any()) else None)
+    return Secant(ratio, start.expand_as(ratio) if bool(start.any()) else None)

@@ -10,10 +10,11 @@ import torch
 
 from loclin.errors import OptionError
 from loclin.maps.products import Products
-from loclin.network.cost import Cost, algebra_cost, sweep_cost
+from loclin.network.cost import Cost, algebra_cost, reads_layers, sweep_cost
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.spectral import check_rank, wide_dtype
+from loclin.spectral.few_sweeps import SWEEPS, wide_columns
 from loclin.spectral.krylov import CERTIFICATE, PROBES
 
 Method = Literal["auto", "lapack", "block_krylov", "matrix_free"]
@@ -91,12 +92,17 @@ def plan(J: Products, k: int, *, joint: bool, tolerance: float, method: str = "a
     maps, columns = (1, length * d_in) if joint else (length, d_in)  # `maps` matrices [d_out, columns]
     check_rank(k, d_out, columns)
     expected = expected_columns(k, length, joint, min(d_out, columns))
-    matrix_free = _matrix_free_cost(J, expected, maps, columns, k)
+    if joint and reads_layers(J.chain):
+        matrix_free = _few_sweeps_cost(J, k, columns)
+    else:
+        matrix_free = _matrix_free_cost(J, expected, maps, columns, k)
     costs: dict[Method, Cost] = {**_dense_costs(J, maps, columns, k, joint), "matrix_free": matrix_free}
     routes = sorted((MethodCost(name, cost) for name, cost in costs.items()), key=lambda each: each.cost.seconds)
     chosen, most = cast("Method", method), int(_REACH * expected)
-    if method == "auto" and not J.fits_in_budget:
-        chosen, most = "matrix_free", 4 * d_out
+    room = _most_vectors(J, maps, columns)
+    if method == "auto" and (not J.fits_in_budget or room < min(most, d_out)):
+        # the dense map takes over, some tokens at a time
+        chosen, most = "matrix_free" if 2 * room >= expected else "block_krylov", room
     elif method == "auto":
         best = next(each for each in routes if each.name != "matrix_free")
         is_wide = wide_dtype(J.dtype) == J.dtype
@@ -124,6 +130,23 @@ def _dense_costs(J: Products, maps: int, columns: int, k: int, joint: bool) -> d
     return {"lapack": dense + lapack, "block_krylov": dense + krylov}
 
 
+def _most_vectors(J: Products, maps: int, width: int) -> int:
+    """How many vectors a matrix-free basis may have within the budget; no bound on the columns if it may be whole."""
+    d_out = J.shape[0]
+    if J.fits(sketch_bytes(d_out, maps, width, J.dtype.itemsize)):
+        return 4 * d_out
+    low, high = 0, d_out
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if J.fits(sketch_bytes(middle, maps, width, J.dtype.itemsize)) else (low, middle)
+    return low
+
+
+def sketch_bytes(vectors: int, maps: int, width: int, itemsize: int) -> float:
+    """The memory of a matrix-free basis: its rows of every map, with copies, and small float64 matrices of each map."""
+    return maps * (4.0 * vectors * width * itemsize + 64.0 * vectors**2)
+
+
 def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     """How many columns the matrix-free method takes on a language model's map, the certificate's 48 included.
 
@@ -140,15 +163,24 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
 
 def matrix_free_is_cheaper(J: Products) -> bool:
     """Whether norms to a few percent cost less matrix-free than by the dense map and its singular values."""
-    if wide_dtype(J.dtype) != J.dtype and J.fits_in_budget:
-        return False
-    if J.cached_dense is not None or not J.fits_in_budget:
-        return J.cached_dense is None
     d_out, length, d_in = J.shape
+    if wide_dtype(J.dtype) != J.dtype or J.cached_dense is not None or not J.fits_in_budget:
+        return False
+    if not J.fits(sketch_bytes(d_out, length, d_in, J.dtype.itemsize)):
+        return False
     dense = sweep_cost(J.chain, J.source, J.target, d_out)
     dense += algebra_cost(4.0 * length * d_out * d_in**2, J.chain, _LAPACK)
     expected = min(_NORM_COLUMNS, 2 * min(d_out, d_in))
     return _matrix_free_cost(J, expected, length, d_in, 8).seconds < _MARGIN[False] * dense.seconds
+
+
+def _few_sweeps_cost(J: Products, k: int, width: int) -> Cost:
+    """Seven sweeps of wide blocks, and linear algebra on their basis (see `loclin.spectral.few_sweeps`)."""
+    columns = wide_columns(k, J.shape[0])
+    sweep, basis = sweep_cost(J.chain, J.source, J.target, columns // SWEEPS), columns // 2
+    algebra = algebra_cost(4.0 * basis * basis * width + 12.0 * basis**3, J.chain, _THIN, torch.float64)
+    nbytes = basis * width * J.dtype.itemsize
+    return Cost(columns, SWEEPS * sweep.flops, SWEEPS * sweep.seconds, nbytes) + algebra
 
 
 def _matrix_free_cost(J: Products, columns: int, maps: int, width: int, k: int) -> Cost:

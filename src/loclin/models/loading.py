@@ -29,7 +29,7 @@ def load(
     quantization_config: Any = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
-    stream: bool = False,
+    stream: bool | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Model:
     """Load a causal language model.
@@ -49,8 +49,10 @@ def load(
         A hub model's branch, tag or commit.
     stream
         Leave the decoder layers' weights on disk, and read each layer when it is used, for models larger than memory.
-        Every result is the same. In memory are two layers, the embeddings and the head. For safetensors files of
-        transformers' own families, on the processor; the files must stay as they are.
+        Maps are the same bits; `svd(joint=True)` may take another method, within the same bounds. In memory are two
+        layers, the embeddings and the head. For safetensors files of transformers' own families, on the processor; the
+        files must stay as they are. By default this is done where the weights of a local model do not fit into the
+        free memory, and every result says so; False never does it.
     **from_pretrained_kwargs
         Anything else that transformers' `from_pretrained` takes.
 
@@ -62,7 +64,7 @@ def load(
     Raises
     ------
     ModelError
-        When the model cannot be found, read or used.
+        When the model cannot be found, read or used, or is neither fit for memory nor for streaming.
     OptionError
         For an option without a meaning, or one that `stream` excludes.
     """
@@ -87,24 +89,30 @@ def load(
     arguments |= {"dtype": chosen, **from_pretrained_kwargs}
     if stream:
         _refuse_elsewhere(where, arguments)
-        arguments["stream"] = True
+    if stream is None and (from_pretrained_kwargs or _elsewhere(where, arguments)):
+        stream = False
+    arguments["stream"] = stream
     try:
         model = _load(name, revision, arguments)
     except PermissionError as fault:
         raise ModelError(
             f"cannot read {name}: {access.reason(fault, Path(name))}; chmod it, or copy it to where you can read it"
         ) from fault
-    if where is not None and not stream:
+    if where is not None and not model.streamed:
         hf: torch.nn.Module = model.hf  # transformers' own `to` has no types
         hf.to(where)
     return model
 
 
+def _elsewhere(where: torch.device | None, arguments: dict[str, Any]) -> list[str]:
+    """The options that exclude weights that stay on disk."""
+    given: list[str] = [option for option in ("device_map", "quantization_config") if option in arguments]
+    return given + ([f"device={str(where)!r}"] if where is not None and where.type != "cpu" else [])
+
+
 def _refuse_elsewhere(where: torch.device | None, arguments: dict[str, Any]) -> None:
     """Refuse what excludes weights that stay on disk."""
-    given: list[str] = [option for option in ("device_map", "quantization_config") if option in arguments]
-    given += [f"device={str(where)!r}"] if where is not None and where.type != "cpu" else []
-    if given:
+    if given := _elsewhere(where, arguments):
         raise OptionError(f"{given[0]} and stream=True are both given: stream reads plain weights for the processor")
 
 

@@ -14,6 +14,7 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError, PromptError
 from loclin.models import encoding
 from loclin.models.checks import refuse_model
+from loclin.models.lease import largest_layer_bytes
 from loclin.models.replica import replicate
 from loclin.models.tokens import Tokens
 
@@ -49,6 +50,7 @@ class Model:
     info: where it came from, and what it is.
     bos: the id of the beginning-of-text token that `encode(bos=True)` puts in front, or None.
     context_length: the most tokens the model takes, or None where it sets no limit.
+    note: what results say of how it was loaded; empty where there is nothing to say.
     """
 
     hf: PreTrainedModel
@@ -56,6 +58,12 @@ class Model:
     info: ModelInfo
     bos: int | None
     context_length: int | None
+    note: str = ""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether its layers' weights are read from disk whenever they are used."""
+        return largest_layer_bytes(self.hf) > 0
 
     @property
     def _embeddings(self) -> Any:
@@ -128,7 +136,7 @@ class Model:
         stored = "" if info.stored_dtype == info.dtype else f" (stored as {info.stored_dtype})"
         return (
             f"Model({info.name!r}: {info.family}, {info.n_parameters / 1e6:,.1f} M parameters, "
-            f"{info.dtype}{stored}, {self.device}, from {info.source})"
+            f"{info.dtype}{stored}, {self.device}, from {info.source}{', read layer by layer' * self.streamed})"
         )
 
 
@@ -187,7 +195,8 @@ def describe(
     )
     length = getattr(text_config, "max_position_embeddings", None)  # families without a limit write -1, or nothing
     limit = length if length is not None and length > 0 else None
-    return Model(hf, tokenizer, info, encoding.beginning_token(tokenizer, bos_token), limit)
+    note = getattr(hf, "_loclin_note", "")
+    return Model(hf, tokenizer, info, encoding.beginning_token(tokenizer, bos_token), limit, note)
 
 
 def unwrap(model: Any) -> Any:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loclin.common import free_memory
 from loclin.errors import LoclinError, ModelError, OptionError, first_line
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
 from loclin.models.four_bit import keep_from_packing
 from loclin.models.hub import describe_gated
 from loclin.models.model import Model, Source, describe
 from loclin.models.quiet import quiet
-from loclin.models.streaming.checkpoint import DTYPES
+from loclin.models.streaming.checkpoint import DTYPES, lost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ _STREAMED = "config.json generation_config.json model*.safetensors model.safeten
 _TOKENIZER_FILES = """
 tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt merges.txt spiece.model tekken.json
 """
-"""The names of dtypes in safetensors files."""
+_MOST_OF_FREE = 0.9  # the part of the free memory that weights may take: sweeps need some, too
 
 
 def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
@@ -79,18 +80,45 @@ def read_tokenizer(place: str, name: str, arguments: dict[str, Any]) -> PreTrain
 
 
 def read_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    """Read a checkpoint's weights into a model in eval mode; with `stream`, those of its layers stay on disk."""
+    """Read a checkpoint's weights into a model in eval mode; with `stream`, those of its layers stay on disk.
+
+    Where `stream` is None, they do if the weights do not fit into the free memory.
+    """
     from transformers import AutoModelForCausalLM
 
     arguments = {**arguments}
-    if arguments.pop("stream", False):
+    stream = arguments.pop("stream", False)
+    if stream:
         return _stream_weights(place, name, arguments)
+    if stream is None and (why := _too_large(Path(place), arguments)):
+        try:
+            hf: Any = _stream_weights(place, name, arguments)
+        except ModelError as fault:
+            raise ModelError(f"{name}: {why}, and cannot stay on disk either ({fault}); stream=False tries") from fault
+        hf._loclin_note = f"The layers of {name} are read from disk layer by layer: {why}."
+        return hf
     with _reading(name, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(place, **{**arguments, "output_loading_info": True})
     hf, report = loaded
     refuse_missing(report, name)
     keep_from_packing(hf)
     return hf.eval()
+
+
+def _too_large(directory: Path, arguments: dict[str, Any]) -> str | None:
+    """Why a directory's weights do not fit into the free memory; None where they do, or are not in safetensors."""
+    inside = directory / arguments.get("subfolder", "")
+    if not inside.is_dir() or quantized(read_config(str(directory), str(directory), arguments)) is not None:
+        return None
+    dtype = arguments["dtype"]
+    needed = sum(
+        count * (dtype if isinstance(dtype, torch.dtype) else DTYPES.get(kind, torch.int8)).itemsize
+        for kind, count in stored_elements(inside).items()
+    )
+    free = free_memory.available(torch.device("cpu"))
+    if needed <= _MOST_OF_FREE * free:
+        return None
+    return f"its weights take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB of memory are free"
 
 
 def _stream_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -146,6 +174,15 @@ def describe_failure(name: str, what: str, fault: Exception) -> str:
 
 def stored_dtype(directory: Path) -> str | None:
     """The dtype that most weights of a directory are stored in, from its safetensors headers; None without any."""
+    elements = stored_elements(directory)
+    if not elements:
+        return None
+    kind = elements.most_common(1)[0][0]
+    return str(DTYPES.get(kind, kind)).removeprefix("torch.")
+
+
+def stored_elements(directory: Path) -> Counter[str]:
+    """How many numbers a directory's safetensors files hold in each dtype, by its name there. Cost: their headers."""
     from safetensors import SafetensorError, safe_open
 
     elements: Counter[str] = Counter()
@@ -157,11 +194,8 @@ def stored_dtype(directory: Path) -> str | None:
                     tensor = file.get_slice(name)
                     elements[tensor.get_dtype()] += prod(tensor.get_shape())
         except SafetensorError as fault:
-            raise ModelError(f"{path} is cut off or damaged ({first_line(fault)}): get it again") from fault
-    if not elements:
-        return None
-    kind = elements.most_common(1)[0][0]
-    return str(DTYPES.get(kind, kind)).removeprefix("torch.")
+            raise ModelError(f"{path} is cut off or damaged ({first_line(fault)}){lost(path)}: get it again") from fault
+    return elements
 
 
 def quantized(config: PreTrainedConfig) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loclin.common.brief import brief
+from loclin.freeze.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LayerCoefficients:
     mlp_out: Tensor | None
     up: Tensor | None  # [T, f], a branch of the MLP
     gate: Tensor | None
-    probs: Tensor  # [H, T, T], attention
+    pattern: Pattern  # attention
 
     __repr__ = brief
 

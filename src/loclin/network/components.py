@@ -77,12 +77,11 @@ class ComponentLink:
         self._source_kind = "resid_mid" if self.behind_attention else "resid_pre"
         self._source = self._graph.source(self._source_kind)
 
-    @property
-    def pattern(self) -> Float[Tensor, "T T"]:
-        """A head's attention probabilities, queries by keys."""
-        assert self._finder.probs is not None
+    def attention(self, position: int) -> Float[Tensor, " T"]:
+        """A head's attention probabilities at one position."""
+        assert self._finder.pattern is not None
         assert self.component.head is not None
-        return self._finder.probs[self.component.head]
+        return self._finder.pattern.row(self.component.head, position)
 
     def value(self) -> Float[Tensor, "T d"]:
         """What the component adds to the stream at the prompt."""

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from loclin.common.surroundings import exact_arithmetic
+from loclin.models.lease import largest_layer_bytes
 from loclin.network.chain import Chain
 from loclin.network.points import Point
 
 _SIDE = 1024
 _GENERIC = 1.3  # flops of autograd's products, relative to those of the linear path
 _BYTES_PER_SECOND = 1.5e10
+_DISK_BYTES_PER_SECOND = 2e9  # of layers on disk: between a fast disk and the page cache
 _SECONDS_PER_LAYER = 5e-4  # the time of a layer beside its flops: the calls
 
 
@@ -40,6 +42,11 @@ class Cost:
 
 given_rate: ContextVar[float | None] = ContextVar("given_rate", default=None)
 """Flops per second of another machine, for which something is planned."""
+
+
+def reads_layers(chain: Chain) -> bool:
+    """Whether every sweep reads the layers' weights from a disk."""
+    return largest_layer_bytes(chain.trace.model.hf) > 0
 
 
 def rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -112,6 +119,8 @@ def _sum_layers(chain: Chain, layers: list[tuple[float, int]], columns: int, hel
     """The cost of a sweep from each layer's (flops, bytes of weights), with so many numbers held."""
     flops, nbytes = sum((own for own, _ in layers), 0.0), sum(weights for _, weights in layers)
     seconds = algebra_cost(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + len(layers) * _SECONDS_PER_LAYER
+    if reads_layers(chain):
+        seconds += nbytes / _DISK_BYTES_PER_SECOND
     return Cost(columns, flops, seconds if columns else 0.0, held * chain.trace.dtype.itemsize)
 
 

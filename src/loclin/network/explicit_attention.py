@@ -27,8 +27,8 @@ class ExplicitAttention:
         self.device = self._o.device
         self.biased = v.bias is not None or o.bias is not None
         self._before, self._behind = coefficients.attn_in, coefficients.attn_out
-        self._probs, self._workspace = coefficients.probs, workspace
-        self._heads = len(self._probs)
+        self._pattern, self._workspace = coefficients.pattern, workspace
+        self._heads = self._pattern.shape[0]
         self._d_head = self._o.shape[1] // self._heads
         self._kv = self._v.shape[0] // self._d_head
 
@@ -44,14 +44,14 @@ class ExplicitAttention:
         by_head = self._buffer("by_head", kv, heads // kv, length, n, d_head)
         by_head.copy_(by_position.view(length, n, kv, -1, d_head).permute(2, 3, 0, 1, 4))
         # P^T, summed over the heads that share a value head: [H_kv, H/H_kv T, S]^T [H_kv, H/H_kv T, n d_head]
-        probs = self._probs[:, active, reached].reshape(kv, -1, reached.stop - reached.start)
-        mixed = self._buffer("mixed", kv, probs.shape[-1], n * d_head)
-        torch.bmm(probs.transpose(1, 2), by_head.view(kv, -1, n * d_head), out=mixed)
+        span = reached.stop - reached.start
+        mixed = self._buffer("mixed", kv, span, n * d_head)
+        self._pattern.mix_back(by_head.view(kv, -1, length, n * d_head), active, reached, mixed)
         # [H_kv, S, n, d_head] -> [S, n, H_kv, d_head]
-        values = self._buffer("values", probs.shape[-1], n, kv, d_head)
+        values = self._buffer("values", span, n, kv, d_head)
         values.copy_(mixed.view(kv, -1, n, d_head).permute(1, 2, 0, 3))
         # V^T: [S n, H_kv d_head] -> [S n, d]
-        pulled = self._buffer("pulled", probs.shape[-1] * n, d)
+        pulled = self._buffer("pulled", span * n, d)
         return self._v.pull(values.view(-1, kv * d_head), pulled).view(-1, n, d)
 
     def jvp(self, block: Tensor, start: int, wanted: slice, affine: bool = False) -> Float[Tensor, "W n d"]:
@@ -66,10 +66,9 @@ class ExplicitAttention:
         by_head = self._buffer("by_head", kv, length, n, d_head)
         by_head.copy_(values.view(length, n, kv, d_head).permute(2, 0, 1, 3))
         # P: [H_kv, H/H_kv W, S] [H_kv, S, n d_head] -> [H_kv, H/H_kv W, n d_head]
-        probs = self._probs[:, wanted, reaching]
-        rows = probs.shape[1]
+        rows = wanted.stop - wanted.start
         mixed = self._buffer("mixed", kv, heads // kv * rows, n * d_head)
-        torch.bmm(probs.reshape(kv, -1, length), by_head.view(kv, length, -1), out=mixed)
+        self._pattern.mix(by_head.view(kv, length, -1), wanted, reaching, mixed)
         # [H, W, n, d_head] -> [W, n, H, d_head]
         by_position = self._buffer("by_position", rows, n, heads, d_head)
         by_position.copy_(mixed.view(heads, rows, n, d_head).permute(1, 2, 0, 3))
@@ -82,8 +81,11 @@ class ExplicitAttention:
 
     def folding_pays(self, blocks: Sequence[CausalBlock], wanted: slice) -> bool:
         """Whether folding the pattern into O (see `push_folded`) is cheaper, and not larger than the blocks."""
+        probs = self._pattern.whole()
+        if probs is None:
+            return False
         spans = [t - start + 1 for start, _ in blocks for t in range(max(start, wanted.start), wanted.stop)]
-        causal = not self._probs[:, wanted].triu(1 + wanted.start).any()
+        causal = not probs[:, wanted].triu(1 + wanted.start).any()
         here = all(block.device == self.device for _, block in blocks)
         return len(blocks) > 1 and causal and here and sum(spans) * self._kv <= 1.2 * len(spans) * self._heads
 
@@ -125,7 +127,9 @@ class ExplicitAttention:
         heads, kv, d_head, d = self._heads, self._kv, self._d_head, self._o.shape[0]
         # [d, H_kv, H/H_kv, d_head] -> [H_kv, H/H_kv, d_head d]
         outputs = self._o.whole.view(d, kv, -1, d_head).permute(1, 2, 3, 0).reshape(kv, heads // kv, d_head * d)
-        probs = self._probs[:, wanted, first : wanted.stop]
+        probs = self._pattern.whole()
+        assert probs is not None
+        probs = probs[:, wanted, first : wanted.stop]
         rows, length = probs.shape[1:]
         probs = probs.reshape(kv, -1, rows * length)
         folded = self._buffer("mixing", rows * length, kv, d_head * d)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.freeze import FreezeOptions, frozen
+from loclin.freeze import FreezeOptions
+from loclin.freeze.pattern import Pattern
 from loclin.models.forward import hidden_output, hooked
 from loclin.network.anatomy import Weights
 from loclin.network.autograd import batched_jvp, batched_vjp, push_constants
@@ -17,7 +18,7 @@ from loclin.network.blocks import LayerCoefficients, Workspace
 from loclin.network.explicit import ExplicitLayer
 from loclin.network.graph import Graph, check_reproduced, network_graph
 from loclin.network.reader import CoefficientReader
-from loclin.network.trace import Trace
+from loclin.network.trace import Trace, takes_values
 from loclin.network.units import UnitFinder
 
 Columns = Float[Tensor, "n T d"]
@@ -51,20 +52,16 @@ class LayerLink:
         return ExplicitLayer(self.module, weights, coefficients, trace.dtype, workspace)
 
     def _read_coefficients(self, weights: Weights) -> LayerCoefficients:
-        probs: list[Tensor] = []
-
-        def keep(found: Tensor) -> Tensor:
-            probs.append(found)
-            return found
-
-        with frozen(self.module, self.options, self.trace.dtype, name=self.name, keep=keep) as mode, torch.no_grad():
-            mode.graph = False
+        patterns: list[Pattern] = []
+        freeze = self.trace.freeze(self.module, self.options, name=self.name, keep=patterns.append)
+        with freeze as mode, torch.no_grad():
+            mode.graph, mode.takes_values = False, takes_values(self.options, self.trace.sequence)
             reader = CoefficientReader(mode, self.module, weights)
             with hooked(reader.hooks()):
                 hidden = self.call.hidden.clone()
                 mode.enter(hidden, self.call.value)
                 self.call(hidden)
-        coefficients = reader.coefficients(probs[-1])
+        coefficients = reader.coefficients(patterns[-1])
         assert coefficients is not None  # they were read when the prompt was traced
         return coefficients
 
@@ -75,7 +72,7 @@ class LayerLink:
         self.trace.check_weights(self.module)
         sublayers, seen = self.call.block.sublayers, dict[str, Tensor]()
         keep = None if finder is None else finder.keep
-        freeze = frozen(self.module, self.options, self.trace.dtype, name=self.name, collect=collect, keep=keep)
+        freeze = self.trace.freeze(self.module, self.options, name=self.name, collect=collect, keep=keep)
         with freeze as mode, torch.no_grad():
             hidden = self.call.hidden.clone()
             x = mode.enter(hidden, self.call.value.clone().requires_grad_())

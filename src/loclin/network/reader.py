@@ -7,6 +7,7 @@ So x becomes a leaf of the graph, and c = dy/dx.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loclin.common.sums import relative_error
 from loclin.freeze import Frozen
+from loclin.freeze.pattern import Pattern
 from loclin.freeze.status import Live
 from loclin.network import explicit
 from loclin.network.anatomy import Anatomy, Weights
@@ -43,8 +45,8 @@ class CoefficientReader:
             yield self.layer.get_submodule(path).register_forward_hook(self._start_branch(path))
         yield self.layer.get_submodule(weights.down).register_forward_pre_hook(self._end_branches)
 
-    def coefficients(self, probs: Tensor) -> LayerCoefficients | None:
-        """The coefficients of the last forward pass, whose attention probabilities are `probs` `[1, H, T, T]`."""
+    def coefficients(self, pattern: Pattern) -> LayerCoefficients | None:
+        """The coefficients of the last forward pass, with its attention pattern."""
         factors, weights = self._factors, self._weights
         if not self.readable or not {weights.gate, weights.up} <= factors.keys():
             return None
@@ -60,7 +62,7 @@ class CoefficientReader:
             mlp_out=factors.get("mlp_post"),
             up=up,
             gate=gate,
-            probs=probs[0].to(self._mode.dtype),
+            pattern=pattern.to(self._mode.dtype),
         )
 
     def forget(self) -> None:
@@ -136,12 +138,12 @@ class ExplicitLayers:
         """Hook every layer's parts."""
         return chain.from_iterable(reader.hooks() for reader in self._readers if reader is not None)
 
-    def collect(self, index: int, x: Tensor, y: Tensor, probs: Tensor | None) -> None:
+    def collect(self, index: int, x: Tensor, y: Tensor, pattern: Pattern | None) -> None:
         """Take a layer's coefficients after it ran from x to y `[1, T, d]`, if they rebuild y."""
         reader = self._readers[index]
         if reader is None or self._weights is None:
             return
-        coefficients = None if probs is None else reader.coefficients(probs)
+        coefficients = None if pattern is None else reader.coefficients(pattern)
         reader.forget()
         if coefficients is None:
             return
@@ -151,4 +153,4 @@ class ExplicitLayers:
         self.biased[index] = layer.biased or not self.exact[index]
         if self.exact[index] and coefficients.nbytes <= self._free_bytes:
             self._free_bytes -= coefficients.nbytes
-            self.kept[index] = coefficients
+            self.kept[index] = replace(coefficients, pattern=coefficients.pattern.unwatched())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, Frozen, frozen
+from loclin.freeze.pattern import BlockPattern, Pattern, PatternBlock
 from loclin.models.forward import hidden_input, hidden_output, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
 from loclin.network.reader import ExplicitLayers
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
-from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits
+from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits, takes_values
 
 
 class _NotASequenceError(Exception):
@@ -27,12 +29,19 @@ class _NotASequenceError(Exception):
 
 
 @in_plain_torch
-def trace_prompt(model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, keep: int = 0) -> Trace:
+def trace_prompt(
+    model: Model,
+    input_ids: Int[Tensor, "1 T"],
+    options: FreezeOptions,
+    keep: int = 0,
+    attention_bytes: int | None = None,
+) -> Trace:
     """Run the model twice, as it is and frozen, and remember the frozen pass.
 
     Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks,
     L T d more where the linear path has another dtype, and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T)
-    numbers are all of them. While it runs, one layer's activations twice, and about four times `[H, T, T]`.
+    numbers are all of them, or L T (4 d + 2 f + H d_head) without whole attention probabilities. While it runs, one
+    layer's activations twice, and about four times `[H, T, T]`, or `attention_bytes` where that is less.
 
     ModelError where nothing connects the embeddings to the logits that loclin can follow, or the weights change.
     """
@@ -51,7 +60,7 @@ def trace_prompt(model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOpt
                 "it, or by its own forward pass; linearize a model whose weights do not change",
                 changed[0],
             )
-        prompt = (model, Snapshot(model.hf), anatomy, input_ids, options, keep)
+        prompt = (model, Snapshot(model.hf), anatomy, input_ids, options, keep, attention_bytes)
         try:
             found = _record(*prompt, sequence)
         except _NotASequenceError as why:
@@ -69,28 +78,84 @@ def _refuse_hooks(model: Model) -> None:
                 raise ModelError(f"{model.info.name} {why}")
 
 
+class _Received:
+    """How much attention each token receives in one pattern, from its blocks in their order."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        heads, _, length = pattern.shape
+        self._total, self._seen = torch.zeros(heads, length), 0
+        self._ahead = torch.zeros((), dtype=torch.bool)
+        self._pattern: Pattern | None = pattern
+
+    def watch(self) -> Pattern:
+        """The pattern; its blocks are looked at when they are made: the product that proves a layer makes each."""
+        assert self._pattern is not None
+        if isinstance(self._pattern, BlockPattern):
+            return replace(self._pattern, see=self._see)
+        pattern = self._pattern
+        self.finish()
+        return pattern
+
+    def _see(self, block: PatternBlock) -> None:
+        rows, keys, probs = block
+        if rows.start != self._seen:
+            return
+        self._seen, device = rows.stop, probs.device
+        self._total, self._ahead = self._total.to(device), self._ahead.to(device)
+        diagonal = rows.start - keys.start
+        earlier = min(max(0, diagonal), probs.shape[2])  # keys before all of the queries
+        some, rest = probs[:, :, :earlier].float(), probs[:, :, earlier:].float()
+        self._total[:, keys.start : keys.start + earlier] += some.sum(-2)
+        self._total[:, keys.start + earlier : keys.stop] += rest.tril(diagonal - earlier - 1).sum(-2)
+        self._ahead |= rest.triu(diagonal - earlier + 1).any()
+
+    def finish(self) -> None:
+        """Look at the blocks that have not been seen, and forget the pattern."""
+        if self._pattern is not None:
+            for block in self._pattern.blocks(slice(self._seen, self._pattern.shape[1])):
+                self._see(block)
+        self._pattern = None
+
+    def mean(self) -> Tensor:
+        """The mean attention `[T]` that later queries give to each token; 0 for the last, which has none."""
+        later = torch.arange(self._total.shape[1] - 1, -1, -1, device=self._total.device).clamp_min(1)
+        return (self._total / later).mean(0).cpu()
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a query attends to a later token."""
+        return bool(self._ahead)
+
+
 class _Attention:
-    """What is remembered of the attention probabilities `[1, H, T, T]` of a pass."""
+    """What is remembered of the attention patterns of a pass."""
 
     def __init__(self) -> None:
-        self.last: Tensor | None = None
-        self._looks_ahead: list[Tensor] = []
+        self.last: Pattern | None = None
+        self._received: list[_Received] = []
 
-    def keep(self, probs: Tensor) -> Tensor:
-        """Remember a layer's probabilities until they are taken; returns how much attention each token receives."""
-        self.last = probs
-        self._looks_ahead.append(probs.triu(1).any().cpu())
-        return _received(probs)
+    def keep(self, pattern: Pattern) -> _Received:
+        """Remember a layer's pattern until it is taken; returns how much attention each token receives."""
+        self.finish()
+        received = _Received(pattern)
+        self._received.append(received)
+        self.last = received.watch()
+        return received
 
-    def take(self) -> Tensor | None:
-        """The last layer's probabilities, which are forgotten."""
-        probs, self.last = self.last, None
-        return probs
+    def finish(self) -> None:
+        """Look at what no product has shown of the last pattern."""
+        if self._received:
+            self._received[-1].finish()
+
+    def take(self) -> Pattern | None:
+        """The last layer's pattern, which is forgotten."""
+        pattern, self.last = self.last, None
+        return pattern
 
     @property
     def causal(self) -> bool:
         """Whether no token attended to a later one."""
-        return not any(self._looks_ahead)
+        return not any(received.looks_ahead for received in self._received)
 
 
 class _Recorder:
@@ -150,7 +215,8 @@ class _Recorder:
             raise _NotASequenceError(f"{block.name} takes more from the embeddings than its hidden state")
         self.calls.append(BlockCall(block, *self._both_values(hidden), args[1:], rest))
         self.attn_out.append(None)
-        self._entered = self._mode.live(hidden).detach()
+        # a model may change its own values in place
+        self._entered = self.calls[-1].value if self._mode.takes_values else self._mode.live(hidden).detach()
 
     def _leave_attention(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.attn_out[-1] = self._value(hidden_output(output))
@@ -171,14 +237,17 @@ def _record(
     input_ids: Tensor,
     options: FreezeOptions,
     keep: int,
+    attention_bytes: int | None,
     sequence: BlockSequence,
 ) -> Trace:
     dtype, length, attention = options.dtype(sequence.dtype), input_ids.shape[1], _Attention()
-    with frozen(model.hf, options, dtype, keep=attention.keep) as mode:
+    with frozen(model.hf, options, dtype, keep=attention.keep, attention_bytes=attention_bytes) as mode:
+        mode.takes_values = takes_values(options, sequence)
         explicit = ExplicitLayers(mode, sequence, anatomy, keep)
         recorder = _Recorder(mode, model, sequence, explicit, attention)
         with hooked(recorder.hooks()):
             head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+    attention.finish()
     calls, last = recorder.calls, recorder.last
     if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape != final.shape):
         entry = f"are {list(calls[0].hidden.shape)}" if calls else "are not used"
@@ -189,7 +258,8 @@ def _record(
         )
     end = Block(nn.Sequential(*sequence.tail), "final_norm", Sublayers())
     repeated = ((stock_final, sequence.final), (head.stock, sequence.logits))
-    received = [share.cpu() for share in mode.probabilities.values() if share.shape == (length,)]
+    received = [found.mean() for found in mode.probabilities.values()]
+    received = [share for share in received if share.shape == (length,)]
     return Trace(
         model=model,
         weights=weights,
@@ -211,11 +281,6 @@ def _record(
         coefficients=tuple(explicit.kept),
         biased=tuple(explicit.biased),
         causal=attention.causal,
+        attention_bytes=attention_bytes,
         _heads={length - 1: head},
     )
-
-
-def _received(probs: Tensor) -> Tensor:
-    """The mean attention `[T]` that later queries give to each token; 0 for the last, which has none."""
-    later = torch.arange(probs.shape[-1] - 1, -1, -1, device=probs.device).clamp_min(1)
-    return (probs.float().tril(-1).sum(-2) / later).mean((0, 1))

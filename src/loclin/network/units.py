@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from loclin.common.brief import brief
 from loclin.common.sums import square_sums
 from loclin.freeze import Frozen
+from loclin.freeze.pattern import Pattern
 from loclin.freeze.status import Live
 from loclin.network.autograd import Constants
 from loclin.network.explicit import AGREEMENT
@@ -59,21 +60,20 @@ class UnitFinder:
     """Finds heads and neurons during one frozen pass of a layer; see `LayerLink.graph`."""
 
     sublayers: Sublayers
-    probs: Tensor | None = None  # attention [H, T, S], one pattern for each query head; None where nothing attends
+    pattern: Pattern | None = None  # attention; None where nothing attends
     _calls: list[_LinearCall] = field(default_factory=list)
     _mixes: int = 0
     _attended: int = 0
     _layer: nn.Module = field(default_factory=nn.Identity)
     _name: str = ""
-    _mixers: Mapping[str, Tensor] = field(default_factory=dict)
+    _mixers: Mapping[str, Any] = field(default_factory=dict)
 
     __repr__ = brief
 
-    def keep(self, probs: Float[Tensor, "1 H T S"]) -> Tensor:
-        """Take the attention probabilities."""
-        self.probs = probs[0].detach()
+    def keep(self, pattern: Pattern) -> None:
+        """Take the attention pattern."""
+        self.pattern = pattern
         self._mixes += 1
-        return probs
 
     def hooks(self, mode: Frozen, layer: nn.Module, name: str) -> Iterator[RemovableHandle]:
         """Hook the linear modules of a layer called `name`; not those in a list, which are experts for some tokens."""
@@ -105,7 +105,7 @@ class UnitFinder:
         for call in reversed(calls):
             inner = call.source.shape[-1]
             if call.width == width and call.source.numel() == length * inner and call.source.requires_grad:
-                count = inner if self.probs is None or kind == "mlp_out" else len(self.probs)
+                count = inner if self.pattern is None or kind == "mlp_out" else self.pattern.shape[0]
                 behind = _added_behind(call.source, output, constants)
                 found = OutputProjection(call.path, call.source, count, behind)
                 if inner % count == 0 and _carries_all(found, output):
@@ -120,11 +120,11 @@ class UnitFinder:
         name = f"{path} ({type(self._layer.get_submodule(path)).__name__})"
         if kind == "mlp_out":
             return f"{name} has no single output projection that its neurons enter (each expert has its own)"
-        return f"{name} has no attention heads" if self.probs is None else f"{name} has no output projection"
+        return f"{name} has no attention heads" if self.pattern is None else f"{name} has no output projection"
 
     def _calls_behind_mixing(self) -> list[_LinearCall]:
         """The calls behind the last mixing of positions, in the module that mixes."""
-        if self.probs is None:
+        if self.pattern is None:
             return []
         home, _, _ = [*self._mixers][-1].removeprefix(self._name).strip(".").partition(".")
         return [call for call in self._calls if call.mixed == self._mixes and call.path.startswith(home)]

@@ -129,13 +129,14 @@ def chi2_quantile(probability: float, degrees: int) -> float:
     return low
 
 
-def chebyshev_bound(squares: float, degree: int, level: float, probes: int, failure: float) -> float:
+def chebyshev_bound(squares: float, degree: int | float, level: float, probes: int, failure: float) -> float:
     """Bound lambda_1(A) from above, except with probability `failure`, from a Chebyshev polynomial of A.
 
     `squares` is the sum of |C(A) g|^2 over Gaussian probes g; C(x) = cos(degree arccos(2 x / level - 1)) is at most 1
     on [0, level] and steep beyond. With u the first eigenvector, |C(A) g|^2 >= C(lambda_1)^2 (u g)^2, and the sum of
     (u g)^2 over the probes is chi-square. Dixon (1983) does this with a power of A; the polynomial needs the square
-    root of that degree (Kuczynski & Wozniakowski 1992).
+    root of that degree (Kuczynski & Wozniakowski 1992). A half degree is E^T times a polynomial of A = E E^T: the odd
+    Chebyshev polynomial of sqrt(A / level).
     """
     growth = math.sqrt(max(1.0, squares / chi2_quantile(failure, probes)))
     return level * (1 + math.cosh(math.acosh(growth) / degree)) / 2

@@ -72,7 +72,19 @@ def matrix_free_svd(
     basis, upper, eta = search(sketch, k, tolerance, max_columns, callback or (lambda _: None))
 
     # The basis is independent of these probes, so they measure what it misses, with or without a certificate.
-    missing = sketch.missing(probes, images)
+    return conclude(sketch, basis, upper, eta, sketch.missing(probes, images), k, align_to)
+
+
+def conclude(
+    sketch: Sketch,
+    basis: BasisSVD,
+    upper: Float[Tensor, "M k"],
+    eta: Float[Tensor, " M"],
+    missing: Float[Tensor, "M s"],
+    k: int,
+    align_to: Float[Tensor, " d_out"],
+) -> SVD:
+    """The k largest triples that a sketch has, with all that is known of their errors."""
     U, S, Vh, sines = sketch.triples(basis, k)
     failure = 0.0 if sketch.complete else FAILURE
     if not sketch.complete:
@@ -86,7 +98,7 @@ def matrix_free_svd(
     U, Vh = align_signs(U, Vh, align_to)
     lower, upper = (S - slack).clamp(min=0), torch.maximum(upper, S) + slack
     found = SVD(U, S, Vh, residuals, lower, upper, failure, frobenius, "matrix_free", sketch.columns)
-    return as_joint(found, length) if joint else found
+    return as_joint(found, sketch.op.shape[1]) if sketch.joint else found
 
 
 class _Search:

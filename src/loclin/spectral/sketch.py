@@ -65,8 +65,8 @@ class Sketch:
     """A growing output basis for M maps: those of the T tokens, or with `joint` the one map of all tokens side by side.
 
     `Q` is the basis `[d_out, m]`, `B` its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint; the next
-    shared step pushes the `newest` of its vectors. `columns` were taken by products so far. Rounding may add `floor` to
-    any singular value, relative to the map's largest.
+    shared step pushes the `newest` of its vectors. `columns` were taken by products so far; `probed` `[M, s, n]` are
+    E_i^T g of the last step's probes. Rounding may add `floor` to any singular value, relative to the map's largest.
 
     Cost: `block` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
     """
@@ -98,11 +98,16 @@ class Sketch:
         draw = torch.randn(self.op.shape[0], count, generator=self._generator, dtype=torch.float64)
         return draw.to(self.Q)
 
-    def grow(self, images: Float[Tensor, "d_out c"]) -> int:
-        """Extend the basis by images, and pull the new vectors. Cost: a column for each; returns their number."""
+    def grow(self, images: Float[Tensor, "d_out c"], probes: Float[Tensor, "d_out s"] | None = None) -> int:
+        """Extend the basis by images, and pull the new vectors. Cost: a column for each; returns their number.
+
+        In the same sweep `probes` are pulled through E = J - Q B with the extended basis Q: see `probed`.
+        """
         images = self._orthonormalise(images)
         if images.shape[1]:
-            self.Q, self.B = torch.cat([self.Q, images], dim=1), torch.cat([self.B, self.pull(images)], dim=1)
+            self.Q = torch.cat([self.Q, images], dim=1)
+            pulled = self.pull(images if probes is None else torch.cat([images, self.project_out(probes)], dim=1))
+            self.B, self.probed = torch.cat([self.B, pulled[:, : images.shape[1]]], dim=1), pulled[:, images.shape[1] :]
         return images.shape[1]
 
     @single_thread()
@@ -116,12 +121,15 @@ class Sketch:
             images = images[:, sizes > 10 * self.floor]
         return images[:, : self.Q.shape[0] - self.Q.shape[1]]
 
-    def krylov_step(self) -> None:
-        """Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q. Cost: at most two columns for each of them."""
+    def krylov_step(self, probes: Float[Tensor, "d_out s"] | None = None) -> None:
+        """Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q. Cost: at most two columns for each of them.
+
+        `probes` are those of `grow`.
+        """
         rows = self.B[:, self.B.shape[1] - self.newest :]  # J_i^T q, pulled already
         if self.maps == 1:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
-        self._extend(self.push(rows, self._weights))
+        self._extend(self.push(rows, self._weights), probes)
 
     def push_chosen(self, wanted: list[Tensor]) -> None:
         """Extend the basis by vectors of each map's own, B_i^T `wanted[i]`. Cost: at most two columns for each."""
@@ -157,11 +165,11 @@ class Sketch:
 
         def shifted(vectors: Tensor) -> Tensor:
             """(2 A / level - I) x."""
-            image = self._project_out(self.push(self.pull(vectors), weights))
+            image = self.project_out(self.push(self.pull(vectors), weights))
             return image * (2 / level) - vectors
 
         # C_0 = I, C_1 = S, C_(j+1) = 2 S C_j - C_(j-1), with S = 2 A / level - I
-        before = self._project_out(self.random(probes))
+        before = self.project_out(self.random(probes))
         vectors = shifted(before)
         for _ in range(degree - 1):
             before, vectors = vectors, 2 * shifted(vectors) - before
@@ -188,9 +196,9 @@ class Sketch:
         sines = torch.einsum("mak,mab,mbk->mk", inside, basis.missed[:, :k, :k], inside).clamp(min=0).sqrt()
         return self.Q @ (W.to(self.B) @ turn), S, Vh, torch.where(S > 0, sines.to(S), 1.0)
 
-    def _extend(self, images: Tensor) -> None:
+    def _extend(self, images: Tensor, probes: Tensor | None = None) -> None:
         """Extend the basis by a step's images; by random vectors if they bring nothing new."""
-        new = self.grow(images) or self.grow(self.random(self._block))
+        new = self.grow(images, probes) or self.grow(self.random(self._block), probes)
         # Where several maps share the basis, the next step pushes a whole block even if this one brought less.
         self.newest = new if self.maps == 1 else max(new, self._block)
 
@@ -202,7 +210,7 @@ class Sketch:
         """Vectors `[M, c, n]` as `[c, T, d_in]`."""
         return rows[0].unflatten(1, self.op.shape[1:]) if self.joint else rows.transpose(0, 1).contiguous()
 
-    def _project_out(self, vectors: Tensor) -> Tensor:
+    def project_out(self, vectors: Tensor) -> Tensor:
         """(I - Q Q^T) x, twice against rounding."""
         for _ in range(2):
             vectors = vectors - self.Q @ (self.Q.T @ vectors)

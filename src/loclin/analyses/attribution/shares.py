@@ -21,8 +21,10 @@ from loclin.analyses.attribution.target import Readout
 from loclin.common.brief import brief
 from loclin.common.progress import bar
 from loclin.errors import OptionError
+from loclin.maps.linearized import Linearized
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
+from loclin.network.explicit import ExplicitLayer
 from loclin.network.graph import Graph
 from loclin.network.points import Point
 from loclin.network.trace import Trace
@@ -79,11 +81,20 @@ class Shares:
         return sorted(self.rows, key=lambda row: (row[0] == bias and row[1] == NONE, row[1]))
 
 
-def compute_shares(chain: Chain, readout: Readout, sweep: Callable[[Chain], Shares]) -> Shares:
-    """Compute shares with a sweep; again in float64 if float32 rounds their sum too much."""
-    shares = sweep(chain)
-    if chain.trace.dtype == torch.float32 and shares.relative_error(readout) > _ROUNDING:
-        shares = sweep(Chain(chain.trace.double()))
+def compute_shares(lin: Linearized, readout: Readout, sweep: Callable[[Chain], Shares]) -> Shares:
+    """Compute shares with a sweep; again in float64 if float32 rounds their sum too much, where the budget allows."""
+    shares, trace = sweep(lin.chain), lin.trace
+    error = shares.relative_error(readout) if trace.dtype == torch.float32 else 0.0
+    if error <= _ROUNDING:
+        return shares
+    allowed = lin.allowance
+    # twice the values, the coefficients and a layer's work
+    if 2 * (allowed.kept + allowed.coefficients) + allowed.work <= allowed.spare:
+        return sweep(Chain(trace.double()))
+    shares.notes.append(
+        f"float32 rounds the sum of the shares by {error:.1e} of their size, and the memory budget has no room to "
+        "compute them in float64: give more memory."
+    )
     return shares
 
 
@@ -132,9 +143,15 @@ def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Sh
     trace, shares, wholes = chain.trace, Shares(), dict[str, list[int]]()
     unit: Kind = "head" if split == "attn_out" else "neuron"
     direct = total = readout.cotangent[None].to(trace.dtype)
-    steps = _list_steps(chain, readout)
+    steps, workspace, active = _list_steps(chain, readout), Workspace(), _find_active(trace, readout)
     for index, _, above in bar(steps, desc="shares", unit="layer"):
-        finder = UnitFinder(trace.layers[index].block.sublayers) if split else None
+        sublayers = trace.layers[index].block.sublayers
+        both = sublayers.attn is not None and sublayers.mlp is not None
+        explicit = chain.explicit_layer(index, workspace) if split is None and both else None
+        if explicit is not None:
+            total = _share_by_sublayer(shares, trace, (index, above), explicit, (direct, total), active)
+            continue
+        finder = UnitFinder(sublayers) if split else None
         graph = chain.layers[index].graph(collect=finder is not None and trace.biased[index], finder=finder)
         output, found = graph.points[above], None
         if finder is not None and split is not None:
@@ -159,6 +176,32 @@ def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Sh
         f"Not split in layers {', '.join(map(str, sorted(layers)))}: {why}." for why, layers in wholes.items()
     ]
     return shares
+
+
+def _share_by_sublayer(
+    shares: Shares,
+    trace: Trace,
+    step: tuple[int, str],
+    explicit: ExplicitLayer,
+    cotangents: tuple[Tensor, Tensor],
+    active: slice,
+) -> Float[Tensor, "1 T d"]:
+    """Add the shares of the attention and the MLP of a layer up to a point, by explicit products.
+
+    `cotangents` `[1, T, d]` at that point are those of direct and of total effects; returns that of total effects at
+    the layer's input.
+    """
+    (index, above), (direct, total) = step, cotangents
+    block, values = _new_block(trace, 1), dict(list_additions(trace, index, above))
+    block[0] = total[0]
+    through = {"mlp_out": _dot(block, values["mlp_out"])} if "mlp_out" in values else {}
+    if above != "resid_mid":  # what attention adds passes the MLP, too
+        explicit.vjp(block.transpose(0, 1), active, active, None, "resid_mid", above)
+    through["attn_out"] = _dot(block, values["attn_out"])
+    for kind, value in values.items():
+        shares.add(kind, _dot(direct, value), through[kind], layer=index)
+    explicit.vjp(block.transpose(0, 1), active, active, None, "resid_pre", "resid_mid")
+    return block
 
 
 def share_by_token_and_layer(chain: Chain, readout: Readout, budget: int) -> Shares:

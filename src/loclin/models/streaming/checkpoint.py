@@ -85,30 +85,37 @@ class Checkpoint:
                 ((tensor, into) for tensor, into in wanted if tensor.path == path and tensor.nbytes),
                 key=lambda piece: piece[0].start,
             )
-            self._check(path)
+            if not pieces:
+                continue
+            first = pieces[0][0].name
+            self._check(path, first)
             try:
                 file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             except OSError as fault:
                 raise ModelError(
-                    f"cannot read {path}: {fault.strerror}; it held weights when the model loaded"
+                    f"cannot read {first} in {path}: {fault.strerror}; it was there when the model loaded"
                 ) from fault
             try:
                 for run in _neighbours(pieces):
                     _read_run(file, run)
             finally:
                 os.close(file)
-            self._check(path)  # a change while it was read
+            self._check(path, first)  # a change while it was read
 
-    def _check(self, path: Path) -> None:
-        if _state(path) != self._states[path]:
-            raise ModelError(f"{path} was altered or replaced since the model was loaded: load the model again")
+    def _check(self, path: Path, name: str) -> None:
+        """Refuse a file that changed since it was opened, from which a tensor is to be read."""
+        if _state(path, f"{name} in ") != self._states[path]:
+            raise ModelError(
+                f"{path} was altered or replaced since the model was loaded ({name} is read from it): load the model "
+                "again"
+            )
 
 
-def _state(path: Path) -> State:
+def _state(path: Path, what: str = "") -> State:
     try:
         found = path.stat()
     except OSError as fault:
-        raise ModelError(f"cannot read {path}: {fault.strerror}; get the file again") from fault
+        raise ModelError(f"cannot read {what}{path}: {fault.strerror}; get the file again") from fault
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -166,8 +173,22 @@ def _read_header(path: Path, size: int) -> Iterator[StoredTensor]:
     except OSError as fault:
         raise ModelError(f"cannot read {path}: {fault.strerror}; get the file again") from fault
     if size != 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes where its header says {8 + length + end}: get it again")
+        raise ModelError(f"{path} has {size} bytes where its header says {8 + length + end}{lost(path)}: get it again")
     yield from found
+
+
+def lost(path: Path) -> str:
+    """Name the first tensor that a file is too short for, as the end of a sentence; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, _HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        there = path.stat().st_size - 8 - length
+        ends = sorted((entry["data_offsets"][1], name) for name, entry in header.items())
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
+        return ""  # the header itself is damaged, or gone: no tensor is known
+    return next((f", and ends before {name} does" for end, name in ends if end > there), "")
 
 
 def _neighbours(pieces: Sequence[tuple[StoredTensor, Bytes]]) -> Iterator[list[tuple[StoredTensor, Bytes]]]:
