@@ -29,7 +29,16 @@ class NotExactError(LoclinError):
 
 
 class BudgetError(LoclinError):
-    """The computation does not fit the memory budget; the message names the smallest budget that works."""
+    """The computation does not fit the memory budget; the message names the smallest budget that works.
+
+    Attributes
+    ----------
+    least: that budget in bytes, where it is known.
+    """
+
+    def __init__(self, message: str, least: int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class MissingExtraError(LoclinError, ImportError):

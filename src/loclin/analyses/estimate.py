@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from loclin.common.rehearsal import Cost, Rates, Rehearsal, rehearse
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import BudgetError, ModelError, OptionError
 from loclin.freeze import FreezeOptions, Gate
+from loclin.freeze.narrow import most_steps
 from loclin.maps.linearized import Linearized
 from loclin.maps.plan import expected_columns
 from loclin.models import tiny, wrap
@@ -43,7 +45,7 @@ from loclin.results.result import Result
 
 _READ = 2e9
 """Bytes per second from disk, if none are given: a usual SSD."""
-_COPIED = 2**27
+_COPIED, _STEPS = 2**27, 8
 _LEAST_FREE = 2**32
 """Bytes that are taken as free where not even the weights fit, to say what the analyses need beside them."""
 _ASIDE = "Memory is that of tensors: the interpreter and its libraries take about 0.4 GB more."
@@ -133,7 +135,7 @@ class Estimate(Result):
     n_parameters, weights: how many, and their bytes in memory (with `stream` without the layers on disk).
     stored: the bytes of all weights.
     stream: whether the layers stay on disk.
-    available, budget: the memory of the machine, and what sweeps may use of it.
+    available, budget: the memory of the machine, and what may be used of it beside weights and results.
     rates: what the machine does in a second.
     analyses: the cost of each.
     warnings: what the estimate does not know.
@@ -294,6 +296,9 @@ class _Prompt:
                 if runs[0][0].kept > allowed.coefficients:  # not all of them may be kept: that is not linear
                     runs = self._run(name, rehearsal)
         except BudgetError as fault:  # it would be refused in the same way when it runs
+            if fault.least is not None:
+                enough = replace(self, budget=fault.least).estimate(name, rehearsal, rates)
+                return [*enough[:-1], replace(enough[-1], fits=False, advice=f"memory={fault.least}")]
             runs, why = [(Cost(), 0.0)] * 2, str(fault)
         (traced, first), (found, second) = runs
         made = [self._describe("linearize", traced, Cost(), first, rates, why)]
@@ -359,13 +364,18 @@ def _find_sublayers(hf: PreTrainedModel) -> Sublayers:
 @contextmanager
 def _on(machine: Rates, free: int, sublayers: Sublayers) -> Iterator[None]:
     """Let what is planned inside know the machine's speed, its free memory, and how blocks are built."""
-    tokens = given_rate.set(machine.flops), known_sublayers.set(sublayers), given_free.set(free)
+    given: dict[ContextVar[Any], object] = {
+        given_rate: machine.flops,
+        given_free: free,
+        known_sublayers: sublayers,
+        most_steps: _STEPS,
+    }
+    tokens = {variable: variable.set(value) for variable, value in given.items()}
     try:
         yield
     finally:
-        given_rate.reset(tokens[0])
-        known_sublayers.reset(tokens[1])
-        given_free.reset(tokens[2])
+        for variable, token in tokens.items():
+            variable.reset(token)
 
 
 def _rates(dtype: torch.dtype, flops: float | None, memory: float | None, read: float | None) -> Rates:

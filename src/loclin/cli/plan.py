@@ -33,7 +33,7 @@ def plan(
     stream: Annotated[bool, typer.Option("--stream", help="Plan for layers that stay on disk.")] = False,
     gate: Annotated[options.Gate, typer.Option(help="What is frozen, as in the other commands.")] = "activation",
     memory: Annotated[
-        str | None, options.text("Memory for sweeps, such as 2GB. Default: a quarter of what is free.")
+        str | None, options.text("Memory beside weights and results, such as 2GB. Default: a quarter of what is free.")
     ] = None,
     available: Annotated[
         str | None, options.text("Memory of the machine, such as 24GB. Default: what is free on this one.")

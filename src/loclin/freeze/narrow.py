@@ -7,6 +7,7 @@ it are widened at a time, into one buffer that stays in the processor's cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 _NUMBERS = 2**19  # of the weight that are widened at a time
 _NUMBERS_ACCELERATOR = 2**26
+most_steps: ContextVar[int | None] = ContextVar("most_steps", default=None)
+"""How many steps a weight may take, where products are only counted: a step takes its time, however small it is."""
 
 
 def is_narrow(weight: Any, dtype: torch.dtype) -> bool:
@@ -42,7 +45,7 @@ def multiply_transposed(y: Float[Tensor, "*n out"], weight: Float[Tensor, "out i
 def _widened_rows(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(the first of some rows, these rows in a dtype), each time in the same memory."""
     numbers = _NUMBERS if weight.device.type == "cpu" else _NUMBERS_ACCELERATOR
-    step = max(1, numbers // weight.shape[1])
+    step = max(1, numbers // weight.shape[1], len(weight) // (most_steps.get() or len(weight)))
     buffer = torch.empty(min(step, len(weight)), weight.shape[1], dtype=dtype, device=weight.device)
     for start in range(0, len(weight), step):
         some = weight[start : start + step]

@@ -94,7 +94,8 @@ class Allowance:
             maps = f", {more / 1e6:.1f} MB for maps and coefficients" if more else ""
             raise BudgetError(
                 f"memory={self.total} is too small for {what}: it takes at least {least / 1e6:.1f} MB ({parts}{maps}); "
-                f"give memory={least}, or fewer tokens"
+                f"give memory={least}, or fewer tokens",
+                least,
             )
 
 
@@ -108,10 +109,10 @@ def as_allowance(given: Allowance | Budget, device: torch.device) -> Allowance:
 
 
 def allowance(given: Budget, device: torch.device, kept: int, work: int) -> Allowance:
-    """The allowance of a prompt; a default budget grows to the least that works, as long as that is free."""
+    """The allowance of a prompt; a default budget is beside what the prompt cannot do without, as long as it is free."""
     total = budget(given, device)
-    if given is None and total < kept + work <= available(device):
-        total = kept + work
+    if given is None:
+        total = min(total + kept + work, max(total, available(device)))
     found = Allowance(total, kept, work)
     found.require("this prompt")
     return found

@@ -28,7 +28,8 @@ def _describe_estimate(found: Estimate, _limits: Limits = PAGE) -> Sheet:
     )
     rates = found.rates
     machine = (
-        f"a machine with {size(found.available)}, {size(found.budget)} of it for sweeps; {scaled(rates.flops)}flop/s, "
+        f"a machine with {size(found.available)}, {size(found.budget)} of it beside weights and results; "
+        f"{scaled(rates.flops)}flop/s, "
         f"{size(rates.memory)}/s from memory, {size(rates.read)}/s from disk"
     )
     blocks: list[Block] = [Text(facts), Text(machine), Text(), table, *([Text()] if advice else []), *advice]
