@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import tiny
 from loclin.freeze.pattern import BlockPattern, Pattern, WholePattern, mix, probabilities
 from loclin.linearization import Linearization, linearize
 from loclin.models import tiny as families
 from loclin.network.autograd import batched_jvp, batched_vjp
+from loclin.network.reader import CoefficientReader, proved_positions
 
 T = 11
 
@@ -26,6 +28,12 @@ def llama(n_kv: int, dtype: torch.dtype) -> LlamaForCausalLM:
     return tiny._shaken(LlamaForCausalLM(LlamaConfig(**sizes)), 0, dtype)
 
 
+def falcon(dtype: torch.dtype) -> FalconForCausalLM:
+    """Its mask has numbers: ALiBi, for each head another, with the least number of the dtype for masked keys."""
+    sizes = {"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tiny._shaken(FalconForCausalLM(FalconConfig(**sizes, alibi=True, attn_implementation="sdpa")), 0, dtype)
+
+
 MODELS = {
     "all heads": partial(llama, 4),
     "grouped": partial(llama, 2),
@@ -33,6 +41,9 @@ MODELS = {
     "sliding window": lambda dtype: tiny.gemma3(dtype=dtype),
     "looks ahead": lambda dtype: tiny.gemma3(dtype=dtype, bidirectional=True),
     "no explicit products": lambda dtype: families.build("granite", dtype=dtype),
+    "alibi": falcon,
+    "norms of queries": lambda dtype: families.build("qwen3", dtype=dtype),
+    "fused": lambda dtype: families.build("phi3", dtype=dtype),
 }
 
 
@@ -227,3 +238,115 @@ def test_small_budgets_hold_blocks():
     assert all(isinstance(pattern, WholePattern) for pattern in patterns(whole))
     found, expected = lin.jacobian().dense(), whole.jacobian().dense()
     assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.fixture
+def stretches(monkeypatch):
+    """Prompts of more than 16 tokens are long."""
+    monkeypatch.setattr("loclin.network.reader._STRETCH", 2)
+
+
+def spread(length: int) -> Tensor:
+    """The queries at which a layer of a long prompt is proved."""
+    return torch.cat([torch.arange(length)[some] for some in proved_positions(length)])
+
+
+@pytest.mark.parametrize("length", [1, 7, 1024, 1025, 1027, 4096, 100_000])
+def test_where_a_layer_is_proved(length):
+    at = spread(length)
+    assert at[0] == 0
+    assert at[-1] == length - 1
+    assert (at.diff() > 0).all()
+    assert len(at) == (length if length <= 1024 else 512)
+
+
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("most", [0, 4000, None])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_long_prompts_are_proved_in_stretches(build, most, blocks):
+    """The map is the same, and what tokens receive is the mean of the queries at which it is proved."""
+    length = 29
+    model, ids = build(torch.float64), tiny.prompt(length)
+    blocks(10**9)
+    expected = linearize(model, ids)
+    blocks(10**9 if most is None else most)
+    lin = linearize(model, ids)
+    assert lin.trace.explicit == expected.trace.explicit
+    assert lin.trace.causal == expected.trace.causal
+    found, dense = lin.jacobian().dense(), expected.jacobian().dense()
+    assert (found - dense).norm() <= 1e-9 * dense.norm()
+    assert lin.certify().passed
+    held = patterns(lin)
+    if not held or not isinstance(held[0], BlockPattern):
+        return
+    queries = spread(length)
+    received = torch.zeros(len(held), length, dtype=torch.float64)
+    for layer, pattern in enumerate(held):
+        whole = torch.zeros(pattern.shape, dtype=torch.float64)
+        for rows, keys, probs in pattern.everything():
+            whole[:, rows, keys] = probs
+        later = whole[:, queries].mean(0) * (queries[:, None] > torch.arange(length))
+        received[layer] = later.sum(0) / (queries[:, None] > torch.arange(length)).sum(0).clamp_min(1)
+    assert torch.allclose(lin.trace.attention_received.double(), received.mean(0), atol=1e-6)
+
+
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("at", [0, 9, 28])
+def test_a_fault_at_a_stretch_is_found(at, blocks, monkeypatch):
+    """Coefficients that do not rebuild the layer are not used, and the map is right without them."""
+    model, ids, read = MODELS["grouped"](torch.float64), tiny.prompt(29), CoefficientReader.coefficients
+    expected = linearize(model, ids).jacobian().dense()
+
+    def read_wrongly(self, pattern):
+        found = read(self, pattern)
+        found.up[at] *= 1.01
+        return found
+
+    blocks(0)
+    monkeypatch.setattr(CoefficientReader, "coefficients", read_wrongly)
+    lin = linearize(model, ids)
+    assert not any(lin.trace.explicit)
+    found = lin.jacobian().dense()
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.mark.usefixtures("stretches")
+def test_a_fault_between_stretches_is_found_by_the_certificate(blocks, monkeypatch):
+    model, ids, read = MODELS["grouped"](torch.float64), tiny.prompt(29), CoefficientReader.coefficients
+
+    def read_wrongly(self, pattern):
+        found = read(self, pattern)
+        found.up[4] *= 1.01
+        return found
+
+    blocks(0)
+    monkeypatch.setattr(CoefficientReader, "coefficients", read_wrongly)
+    lin = linearize(model, ids)
+    assert all(lin.trace.explicit)
+    certificate = lin.certify()
+    assert not certificate.passed
+    assert certificate.row_error > 1e-6
+
+
+@pytest.mark.usefixtures("stretches")
+def test_a_query_that_looks_ahead_between_stretches(blocks):
+    """Positions are skipped only where no query at all attends to a later token."""
+    ids = tiny.prompt(29)
+    mask = torch.ones(29, 29, dtype=torch.bool).tril()
+    mask[4, 6] = True
+    model = MODELS["grouped"](torch.float64)
+    forward = LlamaAttention.forward
+
+    def ahead(self, *args, **kwargs):
+        return forward(self, *args, **kwargs | {"attention_mask": mask[None, None]})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaAttention, "forward", ahead)
+        whole = linearize(model, ids)
+        blocks(0)
+        lin = linearize(model, ids)
+        assert not lin.trace.causal
+        assert not whole.trace.causal
+        found, expected = (each.jacobian(position=5).dense() for each in (lin, whole))
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+    assert found[:, 6].norm() > 0

@@ -129,17 +129,19 @@ class ExplicitLayer:
                 add_or_write(part[rows.start - start : rows.stop - start], pushed, add)
                 done = columns.stop
 
-    def affine(self, x: Float[Tensor, "T d"]) -> tuple[Float[Tensor, "T d"], Float[Tensor, "T d"]]:
-        """What attention and MLP add to an input, biases included. Cost: one column."""
-        block, everywhere = x.to(self._mlp.device)[:, None], slice(0, len(x))
-        attended = self._attention.jvp(block, 0, everywhere, affine=True)
-        moved = self._mlp.push_through_factors(block + attended, everywhere, affine=True)
+    def affine(
+        self, x: Float[Tensor, "T d"], wanted: slice = slice(None)
+    ) -> tuple[Float[Tensor, "W d"], Float[Tensor, "W d"]]:
+        """What attention and MLP add to an input at the wanted positions, biases included. Cost: one column."""
+        block, wanted = x.to(self._mlp.device)[:, None], slice(*wanted.indices(len(x))[:2])
+        attended = self._attention.jvp(block, 0, wanted, affine=True)
+        moved = self._mlp.push_through_factors(block[wanted] + attended, wanted, affine=True)
         return attended[:, 0], moved[:, 0]
 
-    def value(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
-        """The layer's value at an input, biases included. Cost: one column."""
-        attended, moved = self.affine(x)
-        return x.to(self._mlp.device) + attended + moved
+    def value(self, x: Float[Tensor, "T d"], wanted: slice = slice(None)) -> Float[Tensor, "W d"]:
+        """The layer's value at an input and the wanted positions, biases included. Cost: one column."""
+        attended, moved = self.affine(x, wanted)
+        return x[wanted].to(self._mlp.device) + attended + moved
 
 
 def _used(weights: Weights, coefficients: LayerCoefficients) -> list[str]:

@@ -19,7 +19,7 @@ from loclin.models.forward import hidden_input, hidden_output, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
-from loclin.network.reader import ExplicitLayers
+from loclin.network.reader import ExplicitLayers, proved_positions
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
 from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits, takes_values
 
@@ -79,29 +79,37 @@ def _refuse_hooks(model: Model) -> None:
 
 
 class _Received:
-    """How much attention each token receives in one pattern, from its blocks in their order."""
+    """How much attention each token receives in one pattern, from blocks of its queries in their order.
+
+    The queries of a long prompt that are looked at are those at which a layer is proved, if the mask says by itself
+    whether any other attends to a later token.
+    """
 
     def __init__(self, pattern: Pattern) -> None:
-        heads, _, length = pattern.shape
-        self._total, self._seen = torch.zeros(heads, length), 0
-        self._ahead = torch.zeros((), dtype=torch.bool)
+        heads, queries, length = pattern.shape
+        ahead, proved = pattern.looks_ahead(), proved_positions(queries)
+        self._rows = proved if ahead is not None else [slice(0, queries)]
+        self._in_proof = self._rows == proved
+        self._total, self._asked, self._seen = torch.zeros(heads, length), torch.zeros(length), 0
+        self._ahead = torch.tensor(bool(ahead))
         self._pattern: Pattern | None = pattern
 
     def watch(self) -> Pattern:
         """The pattern; its blocks are looked at when they are made: the product that proves a layer makes each."""
         assert self._pattern is not None
-        if isinstance(self._pattern, BlockPattern):
-            return replace(self._pattern, see=self._see)
         pattern = self._pattern
+        if isinstance(pattern, BlockPattern) and self._in_proof:
+            return replace(pattern, see=self._see)
         self.finish()
         return pattern
 
     def _see(self, block: PatternBlock) -> None:
         rows, keys, probs = block
-        if rows.start != self._seen:
+        if rows.start < self._seen:
             return
         self._seen, device = rows.stop, probs.device
         self._total, self._ahead = self._total.to(device), self._ahead.to(device)
+        self._asked[rows] = 1
         diagonal = rows.start - keys.start
         earlier = min(max(0, diagonal), probs.shape[2])  # keys before all of the queries
         some, rest = probs[:, :, :earlier].float(), probs[:, :, earlier:].float()
@@ -111,15 +119,16 @@ class _Received:
 
     def finish(self) -> None:
         """Look at the blocks that have not been seen, and forget the pattern."""
-        if self._pattern is not None:
-            for block in self._pattern.blocks(slice(self._seen, self._pattern.shape[1])):
+        for rows in self._rows if self._pattern is not None else ():
+            assert self._pattern is not None
+            for block in self._pattern.blocks(slice(max(rows.start, self._seen), rows.stop)):
                 self._see(block)
         self._pattern = None
 
     def mean(self) -> Tensor:
         """The mean attention `[T]` that later queries give to each token; 0 for the last, which has none."""
-        later = torch.arange(self._total.shape[1] - 1, -1, -1, device=self._total.device).clamp_min(1)
-        return (self._total / later).mean(0).cpu()
+        later = self._asked.flip(0).cumsum(0).flip(0) - self._asked
+        return (self._total / later.clamp_min(1).to(self._total.device)).mean(0).cpu()
 
     @property
     def looks_ahead(self) -> bool:
