@@ -1,4 +1,4 @@
-"""SmolLM2 at 4 096 tokens: seconds beside the model's own forward pass, and all memory that is resident, with the model.
+"""SmolLM2 at 4 096 tokens: seconds beside the model's own forward pass, and all that is resident, with the model.
 
 The dense map, in a file, is that of 1 024 tokens; its seconds are set against the matmul limit of its columns.
 """

@@ -38,7 +38,8 @@ def trace_prompt(
 ) -> Trace:
     """Run the model twice, as it is and frozen, and remember the frozen pass.
 
-    Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks,
+    Cost: two forward passes, and a third where blocks have to be taken as one; one column of explicit products, at 512
+    positions of a prompt of more than 1 024 (see `proved_positions`). Memory: 2 L T d numbers and the masks,
     L T d more where the linear path has another dtype, and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T)
     numbers are all of them, or L T (4 d + 2 f + H d_head) without whole attention probabilities. While it runs, one
     layer's activations twice, and about four times `[H, T, T]`, or `attention_bytes` where that is less.
