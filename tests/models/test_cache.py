@@ -276,7 +276,8 @@ def test_a_copy_that_is_not_whole_is_made_again(filled, alter):
 
 
 def test_a_copy_that_never_stays_as_written_is_an_error_and_not_a_loop(filled, monkeypatch):
-    monkeypatch.setattr(cache.manifest.Manifest, "faults", lambda *_, content=True: ["model.safetensors"] * content)
+    altered = ["model.safetensors"]
+    monkeypatch.setattr(cache.manifest.Manifest, "faults", lambda *_, content=True, **_block: altered * content)
     with (
         pytest.warns(UserWarning, match="altered"),
         pytest.raises(ModelError, match="changes after it is written"),

@@ -264,7 +264,7 @@ class Frozen(TorchFunctionMode):
     def keep_probabilities(self, probs: Tensor) -> None:
         """Remember attention probabilities."""
         if self._keep is not None and probs.dim() in (3, 4):
-            self.keep_pattern(WholePattern(probs[0] if probs.dim() == 4 else probs))
+            self.keep_pattern(WholePattern(probs.flatten(0, -3)))
 
     def keep_pattern(self, pattern: Pattern) -> None:
         """Remember an attention pattern."""

@@ -260,8 +260,9 @@ def _by_head(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def grouped(per_query_head: Tensor, n_kv_heads: int) -> Tensor:
-    """`[B, H, T, n]` as `[B, H_kv, H/H_kv * T, n]`: grouped queries share a key head without a copy of it."""
-    return per_query_head.reshape(*per_query_head.shape[:-3], n_kv_heads, -1, per_query_head.shape[-1])
+    """`[..., H, T, n]` as `[..., H_kv, H/H_kv * T, n]`: grouped queries share a key head without a copy of it."""
+    *batch, heads, length, width = per_query_head.shape
+    return per_query_head.reshape(*batch, n_kv_heads, heads // n_kv_heads * length, width)
 
 
 def _cut(probs: Tensor, seen: slice, keys: slice, n_kv: int) -> tuple[Tensor, slice]:
@@ -269,13 +270,7 @@ def _cut(probs: Tensor, seen: slice, keys: slice, n_kv: int) -> tuple[Tensor, sl
     start = max(seen.start, keys.start)
     common = slice(start, max(start, min(seen.stop, keys.stop)))
     part = probs[:, :, _shift(common, seen)]
-    return _by_value_head(part, n_kv), common
-
-
-def _by_value_head(probs: Tensor, n_kv: int) -> Tensor:
-    """`[H, R, K]` as `[n_kv, H/n_kv R, K]`."""
-    heads, rows, keys = probs.shape
-    return probs.reshape(n_kv, heads // n_kv * rows, keys)
+    return grouped(part, n_kv), common
 
 
 def _shift(part: slice, of: slice) -> slice:
@@ -293,7 +288,7 @@ class _Mixing(torch.autograd.Function):
         by_value_head = moved.reshape(n_kv, -1, length, width) if back else moved[0]
         summed, mixed = moved.new_zeros(n_kv, n_keys, width) if back else moved, []
         for rows, keys, probs in pattern.everything():
-            some, n = _by_value_head(probs, n_kv), rows.stop - rows.start
+            some, n = grouped(probs, n_kv), rows.stop - rows.start
             if back:
                 from_rows = by_value_head.narrow(2, rows.start, n).reshape(n_kv, -1, width)
                 summed.narrow(1, keys.start, some.shape[-1]).add_(some.mT @ from_rows)

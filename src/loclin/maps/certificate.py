@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loclin.common.sums import norms, relative_error
 from loclin.common.surroundings import in_plain_torch
-from loclin.freeze import FreezeOptions, Origin, frozen
+from loclin.freeze import FreezeOptions, Origin
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.slow_path import SlowPath
 from loclin.models.forward import hidden_output, hooked, logits_at
@@ -214,7 +214,7 @@ def find_culprits(trace: Trace, options: FreezeOptions, limit: float) -> list[Cu
     hf = trace.model.hf
     kinds = {name or "model": type(module).__name__ for name, module in hf.named_modules()}
 
-    with torch.no_grad(), frozen(hf, options, trace.dtype, attention_bytes=trace.attention_bytes) as mode:
+    with torch.no_grad(), trace.freeze(hf, options) as mode:
         mode.graph, mode.audit = False, max(10 * limit, 1e-6 if trace.sequence.dtype == torch.float64 else 1e-4)
         if trace.sequence.dtype in (torch.float16, torch.bfloat16):
             mode.audit = 0.1
@@ -242,7 +242,7 @@ def random_operations(trace: Trace) -> list[Origin]:
     if not trace.random:
         return []
     hf = trace.model.hf
-    with torch.no_grad(), frozen(hf, trace.options, trace.dtype, attention_bytes=trace.attention_bytes) as mode:
+    with torch.no_grad(), trace.freeze(hf, trace.options) as mode:
         mode.noise = []
         logits_at(trace.model, trace.input_ids, trace.length - 1)
     return list(dict.fromkeys(mode.noise))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.common.sums import relative_error
-from loclin.freeze import FreezeOptions, frozen
+from loclin.freeze import FreezeOptions
 from loclin.network.graph import check_reproduced
 from loclin.network.link import LayerLink
 from loclin.network.trace import Trace
@@ -82,7 +82,7 @@ def _end_graph(trace: Trace, options: FreezeOptions) -> tuple[Tensor, Tensor]:
     """What enters and what leaves the modules behind the last layer, in their graph."""
     end = trace.end
     trace.check_weights(end.block.module)
-    with frozen(end.block.module, options, trace.dtype, name=end.block.name) as mode, torch.no_grad():
+    with trace.freeze(end.block.module, options, name=end.block.name) as mode, torch.no_grad():
         hidden = end.hidden.clone()
         x = mode.enter(hidden, end.value.clone().requires_grad_())
         stock = end(hidden)

@@ -98,7 +98,7 @@ def load(
         raise ModelError(
             f"cannot read {name}: {access.reason(fault, Path(name))}; chmod it, or copy it to where you can read it"
         ) from fault
-    if where is not None and where.type != "cpu":
+    if where is not None and not model.streamed:
         hf: torch.nn.Module = model.hf  # transformers' own `to` has no types
         hf.to(where)
     return model

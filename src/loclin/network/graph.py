@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loclin.common.brief import brief
 from loclin.errors import ModelError
-from loclin.freeze import FreezeOptions, frozen
+from loclin.freeze import FreezeOptions
 from loclin.models.forward import hidden_input, hidden_output, hooked, logits_at
 from loclin.models.lease import graph_without_weights
 from loclin.network.autograd import Constants, depends_on
@@ -69,8 +69,7 @@ def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -
     model, points, rerun = trace.model, dict[str, Tensor](), dict[str, Tensor]()
     trace.check_weights(model.hf)
     x = trace.layers[0].value.detach().clone().requires_grad_()
-    freeze = frozen(model.hf, options, trace.dtype, collect=collect, attention_bytes=trace.attention_bytes)
-    with freeze as mode, torch.no_grad():
+    with trace.freeze(model.hf, options, collect=collect) as mode, torch.no_grad():
 
         def enter(hidden: Tensor) -> None:
             if "resid_pre" not in points:

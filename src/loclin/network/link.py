@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loclin.freeze import FreezeOptions, Frozen, frozen
-from loclin.freeze.mode import Keep
+from loclin.freeze import FreezeOptions
 from loclin.freeze.pattern import Pattern
 from loclin.models.forward import hidden_output, hooked
 from loclin.network.anatomy import Weights
@@ -55,7 +53,8 @@ class LayerLink:
 
     def _read_coefficients(self, weights: Weights) -> LayerCoefficients:
         patterns: list[Pattern] = []
-        with self._frozen(keep=patterns.append) as mode, torch.no_grad():
+        freeze = self.trace.freeze(self.module, self.options, name=self.name, keep=patterns.append)
+        with freeze as mode, torch.no_grad():
             mode.graph, mode.takes_values = False, takes_values(self.options, self.trace.sequence)
             reader = CoefficientReader(mode, self.module, weights)
             with hooked(reader.hooks()):
@@ -66,19 +65,15 @@ class LayerLink:
         assert coefficients is not None  # they were read when the prompt was traced
         return coefficients
 
-    def _frozen(self, keep: Keep | None, collect: bool = False) -> AbstractContextManager[Frozen]:
-        dtype, most = self.trace.dtype, self.trace.attention_bytes
-        return frozen(
-            self.module, self.options, dtype, name=self.name, collect=collect, keep=keep, attention_bytes=most
-        )
-
     def graph(self, collect: bool = False, finder: UnitFinder | None = None) -> Graph:
         """Its graph, with leaves for constants if `collect`; `finder` looks for units. Cost: two forward passes."""
         if self.trace.sequence.fallback_reason is not None:
             return network_graph(self.trace, self.options, collect)
         self.trace.check_weights(self.module)
         sublayers, seen = self.call.block.sublayers, dict[str, Tensor]()
-        with self._frozen(None if finder is None else finder.keep, collect) as mode, torch.no_grad():
+        keep = None if finder is None else finder.keep
+        freeze = self.trace.freeze(self.module, self.options, name=self.name, collect=collect, keep=keep)
+        with freeze as mode, torch.no_grad():
             hidden = self.call.hidden.clone()
             x = mode.enter(hidden, self.call.value.clone().requires_grad_())
             shift = torch.zeros_like(x, requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from loclin.common.brief import brief
 from loclin.common.sums import relative_error
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import FreezeOptions, Frozen, NonlinearUse, frozen
+from loclin.freeze.mode import Keep
 from loclin.models.forward import hidden_output, hooked, logits_at
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
@@ -119,6 +121,20 @@ class Trace:
         """Refuse, by a ModelError, a part of the model whose weights are not those that were traced."""
         self.weights.check(module, self.model.info.name)
 
+    def freeze(
+        self,
+        root: nn.Module,
+        options: FreezeOptions,
+        *,
+        name: str = "",
+        collect: bool = False,
+        keep: Keep | None = None,
+    ) -> AbstractContextManager[Frozen]:
+        """`frozen` for the model or a part of it, in the trace's dtype, with patterns as large as it allows."""
+        return frozen(
+            root, options, self.dtype, name=name, collect=collect, keep=keep, attention_bytes=self.attention_bytes
+        )
+
     def position(self, position: int) -> int:
         """A position counted from the front; PromptError outside the prompt."""
         position = whole("position", position)
@@ -178,7 +194,7 @@ class Trace:
         """From `final` to the logits at one position. Cost: a forward pass, once for each position."""
         if position not in self._heads:
             self.check_weights(self.model.hf)
-            with torch.no_grad(), frozen(self.model.hf, self.options, self.dtype) as mode:
+            with torch.no_grad(), self.freeze(self.model.hf, self.options) as mode:
                 known = (self.input_ids, self.sequence, position, self.final)
                 self._heads[position], *_ = run_to_logits(mode, self.model, *known)
         return self._heads[position]

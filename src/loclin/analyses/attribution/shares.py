@@ -135,13 +135,13 @@ def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Sh
     direct = total = readout.cotangent[None].to(trace.dtype)
     steps, workspace, active = _list_steps(chain, readout), Workspace(), _find_active(trace, readout)
     for index, _, above in bar(steps, desc="shares", unit="layer"):
-        block = trace.layers[index].block.sublayers
-        both = block.attn is not None and block.mlp is not None
+        sublayers = trace.layers[index].block.sublayers
+        both = sublayers.attn is not None and sublayers.mlp is not None
         explicit = chain.explicit_layer(index, workspace) if split is None and both else None
         if explicit is not None:
             total = _share_by_sublayer(shares, trace, (index, above), explicit, (direct, total), active)
             continue
-        finder = UnitFinder(trace.layers[index].block.sublayers) if split else None
+        finder = UnitFinder(sublayers) if split else None
         graph = chain.layers[index].graph(collect=finder is not None and trace.biased[index], finder=finder)
         output, found = graph.points[above], None
         if finder is not None and split is not None:

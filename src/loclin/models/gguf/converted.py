@@ -15,6 +15,7 @@ from loclin.errors import ModelError
 from loclin.models import pretrained
 from loclin.models.gguf import cache, manifest
 from loclin.models.gguf.source import GgufSource
+from loclin.models.hashing import BLOCK, SMALL_BLOCK
 from loclin.models.model import Model, Source, describe
 
 # what transformers notes in tokenizer_config.json about itself, and does not take back
@@ -52,7 +53,7 @@ def _read(
     # Hashing a gigabyte takes seconds, and so does loading it. A copy holds data only, so nothing in it runs
     # before the verdict is in.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        verdict = pool.submit(record.faults, path)
+        verdict = pool.submit(record.faults, path, block=SMALL_BLOCK if arguments.get("stream") else BLOCK)
         failure: ModelError | None = None
         try:
             hf = pretrained.read_weights(str(path), name, arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from loclin.models.hashing import sha256
+from loclin.models.hashing import BLOCK, sha256
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -33,13 +33,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, File]
     format: int = FORMAT
 
-    def faults(self, directory: Path, *, content: bool = True) -> list[str]:
-        """List the files that are missing, added, or of another size or content; content costs one read of all."""
+    def faults(self, directory: Path, *, content: bool = True, block: int = BLOCK) -> list[str]:
+        """List the files that are missing, added, or of another size or content; content costs one read of all.
+
+        `block`: the bytes that are in memory at a time.
+        """
         present = {path.name for path in directory.iterdir()} - {FILE}
         wrong = present ^ self.files.keys()
         for name, file in sorted(self.files.items(), key=lambda item: -item[1].size):  # the long work starts first
             path = directory / name
-            if name in present and (path.stat().st_size != file.size or (content and sha256(path) != file.sha256)):
+            if name not in present:
+                continue
+            if path.stat().st_size != file.size or (content and sha256(path, block=block) != file.sha256):
                 wrong.add(name)
         return sorted(wrong)
 
