@@ -72,7 +72,8 @@ def linearize(
     precision: the dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see there.
     bos: for text, True puts a beginning token in front, False none, a string names the token; None does what the
         tokenizer does. If the tokenizer appends an end token, it is removed, and `warnings` says so.
-    memory: the memory budget of sweeps, without their results: bytes, `"2GB"`, or a fraction of the free memory.
+    memory: what the prompt and its analyses may use beside the weights and their results: bytes, `"2GB"`, or a fraction
+        of the free memory. BudgetError for less than the least that works, before anything is run.
     strict: refuse a model that is not exact. Otherwise the certificate says what is not exact, and by how much.
 
     Raises
@@ -85,9 +86,8 @@ def linearize(
     -----
     Cost: two forward passes, and the certificate if some layers have no explicit products. Memory: the result keeps 2 L
     T d numbers (3 L T d if the map has another dtype than the model), and coefficients up to a quarter of the budget.
-    While it runs, it needs a few attention matrices `[H, T, T]` of one layer; for a model with SDPA attention only if
-    one is smaller than a 32nd of the budget: longer prompts have them in blocks. None of these count towards the
-    budget.
+    While it runs, it needs one layer's graph, and a few attention matrices `[H, T, T]` of it; for a model with SDPA
+    attention only if these are within an eighth of the budget: longer prompts have them in blocks.
     """
     mask = attention_mask
     return Linearization.at(

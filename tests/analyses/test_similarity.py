@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import loclin
 import oracle
 import tiny
+from least import within
 from loclin.errors import PromptError
 from loclin.network.chain import Chain
 
@@ -76,7 +77,7 @@ def test_tokens_behind_the_position_have_zero_rows():
 def test_a_map_beyond_the_budget_is_not_held(monkeypatch):
     monkeypatch.setattr(Chain, "column_bytes", lambda *_: 1000)  # a real column of a tiny model is as large as its map
     ids = tiny.prompt(5)
-    lin = loclin.linearize(tiny.llama(), ids, memory=20_000)
+    lin = within(tiny.llama(), ids, 20_000)
     found, expected = lin.similarity(), loclin.linearize(tiny.llama(), ids).similarity()
     assert lin.jacobian().cached_dense is None
     assert torch.allclose(found.cosines, expected.cosines, rtol=0, atol=1e-13)

@@ -166,7 +166,7 @@ def test_scipy_operator():
     )
 
 
-@pytest.mark.parametrize("budget", [50_000, 200_000, "1MB"])
+@pytest.mark.parametrize("budget", [80_000, 200_000, "1MB"])
 def test_a_budget_changes_nothing_but_the_chunks(budget):
     model, ids = tiny.llama(), tiny.prompt(5)
     free = linearize(model, ids, precision="double").jacobian()
@@ -175,8 +175,8 @@ def test_a_budget_changes_nothing_but_the_chunks(budget):
 
 
 def test_budgets_that_cannot_work_are_refused():
-    with pytest.raises(BudgetError, match="the least that works is"):
-        linearize(tiny.llama(), tiny.prompt(5), memory=10).jacobian().dense()
+    with pytest.raises(BudgetError, match="memory=10 is too small"):
+        linearize(tiny.llama(), tiny.prompt(5), memory=10)
     with pytest.raises(OptionError, match="2GB"):
         linearize(tiny.llama(), tiny.prompt(5), memory="lots").jacobian().dense()
 

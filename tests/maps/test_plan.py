@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
+from least import within
 from loclin.errors import OptionError
 from loclin.linearization import linearize
 from loclin.maps.linear_map import LinearMap
@@ -71,12 +72,17 @@ def test_wide_maps_go_without_the_dense_map(monkeypatch):
 
 
 def test_beyond_the_budget_there_is_no_dense_map():
-    lin = linearize(tiny.llama(), tiny.prompt(), memory=24 * 7 * 24 * 8 - 1)
-    J = lin.jacobian()
+    J = within(tiny.llama(), tiny.prompt(12), 14 * 24 * 24 * 8).jacobian()
+    free = linearize(tiny.llama(), tiny.prompt(12)).jacobian()
     assert not J.fits_in_budget
-    assert J.plan(3).chosen == "matrix_free"
-    assert J.svd(3).method == "matrix_free"
-    assert J.norms().columns > 0
+    assert free.fits_in_budget
+    for joint in (False, True):
+        found, expected = J.svd(3, joint=joint), free.svd(3, joint=joint, method="lapack")
+        assert torch.allclose(found.S, expected.S, rtol=1e-3)
+        assert bool((found.lower <= expected.S * (1 + 1e-12)).all())
+        assert bool((found.upper >= expected.S * (1 - 1e-12)).all())
+    assert torch.allclose(J.norms().largest, free.norms().largest, rtol=0.02)
+    assert torch.allclose(J.singular_values(), free.singular_values(), rtol=1e-9, atol=1e-12)
     assert J.cached_dense is None
 
 

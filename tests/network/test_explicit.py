@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tiny
+from least import within
 from loclin.freeze import FreezeOptions
 from loclin.linearization import linearize
 from loclin.maps.linear_map import LinearMap
@@ -89,7 +90,7 @@ def test_groups_and_chunks_change_nothing(monkeypatch, formed, rows):
 
 def test_coefficients_that_are_not_kept_are_read_again():
     kept = linearize(tiny.gemma3(), tiny.prompt(7))
-    lin = linearize(tiny.gemma3(), tiny.prompt(7), memory=60_000)
+    lin = within(tiny.gemma3(), tiny.prompt(7), 1000)
     assert None not in kept.trace.coefficients
     assert None in lin.trace.coefficients
     assert all(lin.trace.explicit)

@@ -13,10 +13,12 @@ from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForC
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import tiny
+from least import least
 from loclin.freeze.pattern import BlockPattern, Pattern, WholePattern, mix, probabilities
 from loclin.linearization import Linearization, linearize
 from loclin.models import tiny as families
 from loclin.network.autograd import batched_jvp, batched_vjp
+from loclin.network.memory import Allowance
 from loclin.network.reader import CoefficientReader, proved_positions
 
 T = 11
@@ -56,7 +58,7 @@ def blocks(monkeypatch):
     """Hold patterns of more than so many bytes as blocks."""
 
     def lower(most: int) -> None:
-        monkeypatch.setattr("loclin.maps.linearized.attention_bytes", lambda _size: most)
+        monkeypatch.setattr(Allowance, "pattern", most)
 
     return lower
 
@@ -232,9 +234,10 @@ def test_coefficients_without_whole_patterns_are_linear_in_the_prompt(blocks):
 
 
 def test_small_budgets_hold_blocks():
-    lin = linearize(MODELS["grouped"](torch.float64), tiny.prompt(T), memory=60_000)
+    memory = least(MODELS["grouped"](torch.float64), tiny.prompt(T))
+    lin = linearize(MODELS["grouped"](torch.float64), tiny.prompt(T), memory=memory)
     whole = linearize(MODELS["grouped"](torch.float64), tiny.prompt(T))
-    assert lin.trace.attention_bytes == 60_000 // 32
+    assert all(isinstance(pattern, BlockPattern) for pattern in patterns(lin))
     assert all(isinstance(pattern, WholePattern) for pattern in patterns(whole))
     found, expected = lin.jacobian().dense(), whole.jacobian().dense()
     assert (found - expected).norm() <= 1e-9 * expected.norm()

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
+from least import least
 from loclin.analyses.logit_lens import compute_layer_logits
 from loclin.linearization import linearize
 
@@ -31,9 +32,10 @@ def held() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def held_by_a_linearization(layers: int, dtype: torch.dtype, memory: int) -> tuple[int, int, int]:
+def held_by_a_linearization(layers: int, dtype: torch.dtype, spare: int) -> tuple[int, int, int]:
     """The bytes at the end of the frozen pass and afterwards, and those of the coefficients."""
     model, during = llama(layers, dtype), [0]
+    memory = least(model, torch.arange(T)[None]) + 2 * spare
     before = held()
     handle = model.model.layers[-1].register_forward_hook(lambda *_: during.append(held() - before))
     lin = linearize(model, torch.arange(T)[None], memory=memory)
@@ -46,7 +48,7 @@ def held_by_a_linearization(layers: int, dtype: torch.dtype, memory: int) -> tup
 @pytest.mark.parametrize(("dtype", "numbers"), [(torch.float32, 2 * 4), (torch.bfloat16, 2 + 2 * 4)])
 def test_a_layer_is_remembered_by_two_numbers_for_each_feature(dtype, numbers):
     """Its input, which a narrower model has twice, and what attention adds; nothing that only a sweep needs."""
-    few, many = (held_by_a_linearization(layers, dtype, memory=1000) for layers in (3, 11))
+    few, many = (held_by_a_linearization(layers, dtype, spare=0) for layers in (3, 11))
     assert few[2] == many[2] == 0
     for less, more in zip(few[:2], many[:2], strict=True):
         assert (more - less) / 8 <= 1.1 * numbers * T * D
@@ -54,8 +56,8 @@ def test_a_layer_is_remembered_by_two_numbers_for_each_feature(dtype, numbers):
 
 @pytest.mark.slow
 def test_coefficients_are_kept_within_a_quarter_of_the_budget():
-    every = held_by_a_linearization(6, torch.float32, memory=10**9)
-    some = held_by_a_linearization(6, torch.float32, memory=2 * every[2])
+    every = held_by_a_linearization(6, torch.float32, spare=10**9)
+    some = held_by_a_linearization(6, torch.float32, spare=every[2])
     assert every[2] // 6 <= some[2] <= every[2] // 2
     assert every[1] - some[1] == pytest.approx(every[2] - some[2], rel=0.2)
 

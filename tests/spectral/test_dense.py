@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import tiny
 from loclin.errors import OptionError
 from loclin.linearization import linearize
-from loclin.spectral import block_krylov_svd, lapack_svd, singular_values
-from spectra import DESIGNS, maps, power_law, true_values
+from loclin.spectral import block_krylov_svd, gram_svd, lapack_svd, singular_values
+from spectra import DESIGNS, DenseMaps, maps, power_law, true_values
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,16 @@ def test_norms_and_bounds_hold_at_a_model_s_size(design, joint):
         assert ((below <= true[:, :3]) & (true[:, :3] <= above)).all()
         assert torch.allclose(found.frobenius.double().reshape(-1), norm, rtol=2 * torch.finfo(torch.float32).eps)
         assert ((S - true[:, :3]).abs() <= 1e-3 * true[:, :1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_values_from_the_gram_matrix_are_within_their_bounds(design, dtype):
+    dense = maps(60, 70, DESIGNS[design], dtype=dtype)
+    matrix = dense.flatten(1).double()
+    found = gram_svd(DenseMaps(dense), matrix @ matrix.T, 4, align_to=torch.ones(60, dtype=dtype))
+    true = true_values(dense, True)[:4]
+    assert ((found.lower <= true) & (true <= found.upper)).all()
+    assert torch.allclose(found.S.double(), true, rtol=1e-5)
+    left = (matrix @ found.Vh.double().flatten(1).T - found.U.double() * found.S.double()).norm(dim=0)
+    assert (left <= found.residuals + 1e-5 * found.S[0]).all()

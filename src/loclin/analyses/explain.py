@@ -14,12 +14,13 @@ from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, put_i
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
+from loclin.common.sums import norms
 from loclin.maps.certificate import Certificate
 from loclin.maps.linearized import Linearized, question
 from loclin.results.provenance import Provenance
 from loclin.results.result import AtPrompt
 from loclin.results.table import make_columns
-from loclin.spectral import check_rank
+from loclin.spectral import block_krylov_svd, check_rank, singular_values, stable_rank
 
 _WORDS = 8
 _UNITS = 5
@@ -103,7 +104,8 @@ class Explanation(AtPrompt):
 def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progress = True) -> Explanation:
     """Explain a linearized prompt at one position (paper, Figures 3, 4 and 5).
 
-    Cost: the dense map (d columns), T dense SVDs, and about 15 more columns. Memory: the map, T d^2 numbers.
+    Cost: the dense map (d columns), T dense SVDs, and about 15 more columns. Memory: the map, T d^2 numbers; where that
+    is beyond the budget, the maps of as many tokens as fit, from a temporary file.
 
     Raises PromptError for a position outside the prompt; OptionError for a k larger than the number of singular values.
 
@@ -117,28 +119,23 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
     tell, at, k = steps(progress), lin.trace.position(position), whole("k", k)
     J = lin.jacobian(position=at)
     check_rank(k, J.shape[0], J.shape[2])
-    tell("exact map")
-    dense = J.dense()
     tell("certificate")
     certificate = lin.certify(position=at)
     tell("ordinary Jacobian")
     ordinary = lin.ordinary_reconstruction(position=at)
-    tell("singular vectors")
-    svd = J.svd(k, tolerance=1e-5)
-    spectra, norms, ranks = J.singular_values().tolist(), J.frobenius_norm().tolist(), J.stable_rank().tolist()
-    tell("words of singular vectors")
-    decoder = Decoder(lin.model)
-    maps = [Triples(svd.U[t], svd.S[t], svd.Vh[t], J.input[t], svd.blocks(t)) for t in range(len(svd.S))]
-    blocks = put_into_words(maps, decoder, _WORDS)
-    tell("words of rows and columns")
-    rows = _describe_units(dense.transpose(0, 1), decoder.reads)
-    columns = _describe_units(dense.permute(1, 2, 0), decoder.writes)
+    tell("exact map, its singular vectors and their words")
+    decoder, described = Decoder(lin.model), list[tuple[Any, ...]]()
+    for where, maps in J.by_token():
+        described += _describe_maps(maps, J.input[where], k, J.value, decoder)
     tell("shares")
     found = attribute(lin, by="token", position=at, in_words=0)
     shares, bias_share = found.by_token()
     ids, is_sink = lin.input_ids[0].tolist(), [i in lin.sinks for i in range(len(lin.tokens))]
-    described = (lin.tokens, ids, is_sink, norms, ranks, shares, spectra, blocks, rows, columns)
-    tokens = [TokenExplanation(*token) for token in zip(*described, strict=True)]
+    about_tokens = zip(lin.tokens, ids, is_sink, shares, described, strict=True)
+    tokens = [
+        TokenExplanation(text, id_, sink, norm, rank, share, *rest)
+        for text, id_, sink, share, (norm, rank, *rest) in about_tokens
+    ]
     about = found.target
     (id_,), (text,) = about["ids"], about["tokens"]
     shared = {name: about[name] for name in ("kind", "value", "size", "probability")}
@@ -156,6 +153,20 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
         ordinary=ordinary.tolist(),
         warnings=found.warnings,
     )
+
+
+def _describe_maps(
+    maps: Float[Tensor, "d_out g d_in"], x: Float[Tensor, "g d_in"], k: int, y: Tensor, decoder: Decoder
+) -> list[tuple[Any, ...]]:
+    """Norm, stable rank, singular values, blocks of singular vectors, rows and columns of some tokens' maps."""
+    svd = block_krylov_svd(maps, k, align_to=y, tolerance=1e-5)
+    spectra, norm = singular_values(maps), norms(maps.transpose(0, 1), 1).to(svd.S)
+    triples = [Triples(svd.U[t], svd.S[t], svd.Vh[t], x[t], svd.blocks(t)) for t in range(len(svd.S))]
+    blocks = put_into_words(triples, decoder, _WORDS)
+    rows = _describe_units(maps.transpose(0, 1), decoder.reads)
+    columns = _describe_units(maps.permute(1, 2, 0), decoder.writes)
+    ranks = stable_rank(norm, spectra[:, 0])
+    return list(zip(norm.tolist(), ranks.tolist(), spectra.tolist(), blocks, rows, columns, strict=True))
 
 
 def _describe_units(vectors: Float[Tensor, "T n d"], decode: Callable[[Tensor, int], list[Words]]) -> list[list[Unit]]:

@@ -48,13 +48,15 @@ class Nearby:
 
     def __init__(self, lin: Linearized, position: int = -1) -> None:
         self._trace, self._position = lin.trace, position
+        # a frozen pass takes more than one as the model runs it
+        self._rows = 1 + lin.allowance.spare // max(1, lin.allowance.work)
         self._hf = lin.trace.model.hf
         self._keeps = keeps_logits(self._hf)
 
     @in_plain_torch
     def tokens(self, ids: Int[Tensor, "n T"]) -> Outputs:
         """Run other prompts of equal length, which may differ from the prompt's. Cost: n forward passes."""
-        return _join(self._run(part, None) for part in ids.split(_fit_rows(ids.shape[1])))
+        return _join(self._run(part, None) for part in ids.split(self._fit_rows(ids.shape[1])))
 
     def embeddings(self, X: Float[Tensor, "n T d"]) -> Outputs:
         """Run the prompt with other vectors X at the input of layer 0; differentiable if X requires grad.
@@ -62,8 +64,11 @@ class Nearby:
         At the prompt's own vectors, one input at a time, the outputs are the model's bit for bit. Positions, masks and
         whatever else a model derives from token ids are those of the prompt. Cost: n forward passes.
         """
-        parts = X.to(self._trace.layers[0].hidden.dtype).split(_fit_rows(X.shape[1]))
+        parts = X.to(self._trace.layers[0].hidden.dtype).split(self._fit_rows(X.shape[1]))
         return _join(self._run(self._trace.input_ids.expand(len(part), -1), part) for part in parts)
+
+    def _fit_rows(self, length: int) -> int:
+        return max(1, min(self._rows, _TOKENS // length))
 
     def _run(self, ids: Tensor, entering: Tensor | None) -> Outputs:
         keep: dict[str, Any] = {}
@@ -109,10 +114,6 @@ class Nearby:
             handle = self._hf.get_input_embeddings().register_forward_hook(replace_embeddings)
         with hooked([route.exit.register_forward_hook(note_final), handle]):
             yield seen
-
-
-def _fit_rows(length: int) -> int:
-    return max(1, _TOKENS // length)
 
 
 def _join(parts: Iterator[Outputs]) -> Outputs:

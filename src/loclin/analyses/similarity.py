@@ -64,8 +64,9 @@ def similarity(lin: Linearized, *, position: int = -1, progress: Progress = True
         J.dense()
     products = torch.zeros(J.shape[1], J.shape[1], dtype=torch.float64, device=J.device)
     for _, part in J.rows():
-        maps = part.transpose(0, 1).flatten(1).double()
-        products += maps @ maps.T
+        for rows in part.split(max(1, len(part) // 8)):  # the budget is for the rows, not for a float64 copy of all
+            maps = rows.transpose(0, 1).flatten(1).double()
+            products += maps @ maps.T
     products = (products + products.T) / 2  # no product of matrices is bound to be symmetric in its last bits
     norms = products.diagonal().sqrt()
     inverse = torch.where(norms == 0, 0.0, 1 / norms)

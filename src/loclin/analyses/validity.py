@@ -28,6 +28,8 @@ SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Lengths of random moves, relative to the norm of each token's embedding."""
 FRACTIONS = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 """Points on the line from one token's embedding to another's, as fractions."""
+_RAYS = 64  # that are done at a time: each has logits
+_MOVES = 6  # copies of a move in sweeps
 PREDICTORS = ("frozen", "ordinary", "constant")
 
 
@@ -157,26 +159,31 @@ def validity(
     at = lin.trace.position(position)
     nearby, x = Nearby(lin, at), lin.embeddings
     generator = torch.Generator().manual_seed(seed)
-    moves: list[Tensor] = []
+    states = []
     for _ in range(draws):
-        noise = torch.nn.functional.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
-        moves.append(noise * x.norm(dim=-1, keepdim=True))
+        states.append(generator.get_state())
+        torch.randn(x.shape, generator=generator)
     ids, swapped = _swap_tokens(lin, at, swaps, generator)
     if not draws and not swapped:
         raise OptionError(
             "every token up to that position is an attention sink: give a random direction, or another position"
         )
-    for part in ids.split(64) if swapped else ():  # in parts, since each row also has logits
-        moves += list(nearby.tokens(part).embeddings.to(x) - x)
     names = lin.model.decode_each([int(row[i]) for row, (_, i) in zip(ids, swapped, strict=True)])
     rays = [Ray("noise", None, None, [])] * draws
     rays += [Ray(kind, i, name, []) for (kind, i), name in zip(swapped, names, strict=True)]
-    tell("what the maps predict")
-    predictor = _Predictor(lin, at, torch.stack(moves))
-    tell("what the model gives")
-    for number, ray in enumerate(bar(rays, desc="moved inputs", unit="ray")):
-        places = sizes if ray.kind == "noise" else FRACTIONS
-        rays[number] = replace(ray, steps=_measure_ray(nearby, predictor, x, number, places))
+    tell("what the maps predict, and what the model gives")
+    most = max(1, min(_RAYS, lin.allowance.spare // (_MOVES * x.nbytes)))
+    with bar(total=len(rays), desc="moved inputs", unit="ray") as progress_bar:
+        for start in range(0, len(rays), most):
+            some = rays[start : start + most]
+            noise = [_random_move(x, state) for state in states[start : start + most]]
+            rows = ids[max(0, start - draws) : max(0, start + len(some) - draws)]
+            swapped_moves = list(nearby.tokens(rows).embeddings.to(x) - x) if len(rows) else []
+            predictor = _Predictor(lin, at, torch.stack(noise + swapped_moves))
+            for number, ray in enumerate(some):
+                places = sizes if ray.kind == "noise" else FRACTIONS
+                rays[start + number] = replace(ray, steps=_measure_ray(nearby, predictor, x, number, places))
+                progress_bar.update()
     return Validity(
         provenance=lin.jacobian(position=at).provenance(),
         settings={"draws": draws, "swaps": swaps, "seed": seed},
@@ -184,6 +191,14 @@ def validity(
         rays=rays,
         warnings=lin.warnings,
     )
+
+
+def _random_move(x: Float[Tensor, "T d"], state: Tensor) -> Float[Tensor, "T d"]:
+    """A random direction for every token at once, in proportion to its norm."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    noise = torch.nn.functional.normalize(torch.randn(x.shape, generator=generator).to(x), dim=-1)
+    return noise * x.norm(dim=-1, keepdim=True)
 
 
 class _Predictor:

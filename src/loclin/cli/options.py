@@ -135,7 +135,7 @@ class Loading:
         "activation"
     )
     memory: Annotated[
-        str | None, text("Memory for sweeps beside the map, such as 2GB. Default: a quarter of what is free.")
+        str | None, text("Memory beside weights and results, such as 2GB. Default: a quarter of what is free.")
     ] = None
 
     def load(self) -> Model:

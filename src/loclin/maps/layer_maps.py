@@ -24,12 +24,14 @@ from loclin.network.autograd import batched_jvp, push_constants
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
 from loclin.network.ends import NormLink
+from loclin.network.memory import Allowance
 from loclin.network.points import Point, Span
 from loclin.network.prefix import CountColumns, prefix_maps
 
 Mode = Literal["cumulative", "layerwise", "suffix"]
 """`cumulative`: embed -> the point; `layerwise`: the layer's input -> the point; `suffix`: the point -> final."""
 Direction = Literal["forward", "backward"]
+_COPIES = 3  # of one layer's maps: side by side, and the bases of their decompositions
 COMPONENTS = ("attn_out", "mlp_out", "resid_post")
 
 
@@ -64,7 +66,9 @@ def check_components(chain: Chain, components: Sequence[str] | None) -> tuple[st
     return tuple(name for name in COMPONENTS if name in components)
 
 
-def plan_direction(chain: Chain, position: int, components: Sequence[str], budget: memory.Budget = None) -> Direction:
+def plan_direction(
+    chain: Chain, position: int, components: Sequence[str], budget: Allowance | memory.Budget = None
+) -> Direction:
     """By counted flops: one forward sweep, if it fits the budget, or a backward one for each component and layer."""
     trace = chain.trace
     forward = cost.prefix_sweep_cost(chain, position, range(trace.length))
@@ -74,8 +78,20 @@ def plan_direction(chain: Chain, position: int, components: Sequence[str], budge
         for name in components
         for layer in range(trace.n_layers)
     )
-    fits = forward.nbytes <= memory.budget(budget, trace.layers[0].hidden.device)
+    spare = memory.as_allowance(budget, trace.layers[0].hidden.device).spare
+    fits = layer_bytes(chain, position, components, "forward") <= spare
     return "forward" if fits and forward.flops <= backward else "backward"
+
+
+def layer_bytes(chain: Chain, position: int, components: Sequence[str], direction: str) -> int:
+    """The memory of all layers' maps and their decompositions, one layer at a time, and of what biases add to each."""
+    trace, size = chain.trace, chain.trace.dtype.itemsize
+    one = trace.length * trace.width**2 * size
+    biases = 5 * trace.n_layers * trace.length * trace.width * size
+    if direction == "forward":
+        forward = cost.prefix_sweep_cost(chain, position, range(trace.length))
+        return forward.nbytes + (len(components) + _COPIES) * one + biases
+    return (1 + _COPIES) * one + biases
 
 
 @in_plain_torch
@@ -87,7 +103,7 @@ def layer_maps(
     *,
     normed: bool = True,
     direction: str | None = None,
-    budget: memory.Budget = None,
+    budget: Allowance | memory.Budget = None,
     progress: CountColumns = lambda _columns: None,
 ) -> Iterator[LayerMap]:
     """The maps of every layer, component by component (paper, section 3.4 and Figure 6).
@@ -101,6 +117,7 @@ def layer_maps(
     component; `layerwise` up to one dense map for each component; `suffix` one dense map. All: one column
     for the biases.
     """
+    budget = memory.as_allowance(budget, chain.trace.layers[0].hidden.device)
     for name, given, known in (("mode", mode, get_args(Mode)), ("direction", direction, get_args(Direction))):
         if given not in known and given is not None:
             raise OptionError(f"{name}={given!r}: choose one of {', '.join(known)}")
@@ -109,7 +126,7 @@ def layer_maps(
         yield from _suffix(chain, position, components, biases, progress)
         return
     if mode == "layerwise":
-        found = _one_by_one(chain, "resid_pre", position, components, None, progress)
+        found = _one_by_one(chain, "resid_pre", position, components, budget, progress)
     elif (direction or plan_direction(chain, position, components, budget)) == "forward":
         found = _forward(chain, position, components, progress)
     else:
@@ -158,7 +175,12 @@ def _forward(
 
 
 def _one_by_one(
-    chain: Chain, source: str, position: int, components: Sequence[str], budget: memory.Budget, progress: CountColumns
+    chain: Chain,
+    source: str,
+    position: int,
+    components: Sequence[str],
+    budget: Allowance,
+    progress: CountColumns,
 ) -> Iterator[tuple[Point, Tensor]]:
     """Each map by a backward sweep of its own, from the embeddings or from its layer's input."""
     for layer in range(chain.trace.n_layers):

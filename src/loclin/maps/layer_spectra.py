@@ -14,7 +14,7 @@ from loclin.common.progress import bar
 from loclin.common.sums import relative_error
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import OptionError
-from loclin.maps.layer_maps import check_components, layer_maps, plan_direction
+from loclin.maps.layer_maps import check_components, layer_bytes, layer_maps, plan_direction
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.linearized import Linearized, question
 from loclin.network.chain import Chain
@@ -172,12 +172,13 @@ def layer_spectra(
     and the triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's
     maps; and the triples of all of them.
     """
-    chain, trace, at, budget = lin.chain, lin.trace, lin.trace.position(position), lin.memory
+    chain, trace, at, budget = lin.chain, lin.trace, lin.trace.position(position), lin.allowance
     names, k, tolerance = check_components(chain, components), whole("k", k), real("tolerance", tolerance)
     if normed and mode == "suffix":
         raise OptionError("normed=True: maps to `final` include the final norm already; leave it out")
     on_top = mode != "suffix" and normed is not False
     taken = (direction or plan_direction(chain, at, names, budget)) if mode == "cumulative" else "backward"
+    budget.require("the maps of every layer", layer_bytes(chain, at, names, taken))
     found: dict[tuple[int, int], RitzTriples] = {}
     together: dict[tuple[int, int], RitzTriples] = {}
     errors, shares = torch.zeros(2, len(names), trace.n_layers, dtype=torch.float64)

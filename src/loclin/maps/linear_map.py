@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -89,13 +89,27 @@ class LinearMap(Products):
         found = None
         if choice.chosen == "matrix_free":
             found = self._matrix_free_svd(k, joint, tolerance, seed, choice.max_columns if method == "auto" else None)
-        if found is None and choice.chosen == "lapack":
-            found = spectral.lapack_svd(self.dense(), k, align_to=self.value, joint=joint)
+        if found is None and joint and not self.fits_in_budget:
+            found = spectral.gram_svd(self, self._gram(), k, align_to=self.value)
+        elif found is None and choice.chosen == "lapack":
+            parts = (spectral.lapack_svd(part, k, align_to=self.value, joint=joint) for _, part in self.by_token())
+            found = spectral.join(parts)
             if not joint:
                 self._spectrum = found.spectrum
         elif found is None:
-            found = block_krylov_svd(self.dense(), k, align_to=self.value, tolerance=tolerance, joint=joint, seed=seed)
+            options: dict[str, Any] = {"align_to": self.value, "tolerance": tolerance, "joint": joint, "seed": seed}
+            found = spectral.join(block_krylov_svd(part, k, **options) for _, part in self.by_token())
         return replace(found, provenance=self.provenance(), warnings=self.warnings)
+
+    def _gram(self) -> Float[Tensor, "d_out d_out"]:
+        """J J^T, all tokens together, in float64."""
+        d_out = self.shape[0]
+        gram = torch.zeros(d_out, d_out, dtype=torch.float64, device=self.device)
+        for _, part in self.by_token():
+            for i in range(part.shape[1]):
+                own = part[:, i].double()
+                gram.addmm_(own, own.T)
+        return gram
 
     def _matrix_free_svd(self, k: int, joint: bool, tolerance: float, seed: int, most: int | None) -> SVD | None:
         """The triples, matrix-free; None where the columns that are allowed do not reach the tolerance."""
@@ -115,7 +129,7 @@ class LinearMap(Products):
     def singular_values(self) -> Float[Tensor, "T r"]:
         """All singular values of each token's map, descending. Cost: the dense map, and T SVDs without vectors."""
         if self._spectrum is None:
-            self._spectrum = spectral.singular_values(self.dense())
+            self._spectrum = torch.cat([spectral.singular_values(part) for _, part in self.by_token()])
         return self._spectrum
 
     @in_plain_torch
@@ -140,7 +154,7 @@ class LinearMap(Products):
     @property
     def _exact(self) -> Norms:
         """All norms from the dense map."""
-        largest, norm = self._largest, self.frobenius_norm()  # in this order: the dense map first
+        largest, norm = self._largest, self.frobenius_norm()  # in this order: the largest need the maps themselves
         zero = torch.zeros_like(norm)
         return Norms(largest, norm, spectral.stable_rank(norm, largest), zero, zero, 0.0, self.shape[0])
 
@@ -151,7 +165,10 @@ class LinearMap(Products):
             return self._spectrum[:, 0]
         if self._largest_values is None:
             exact = max(1e-7, spectral.least_tolerance(wide_dtype(self.dtype)))
-            self._largest_values = block_krylov_svd(self.dense(), 1, align_to=self.value, tolerance=exact).S[:, 0]
+            options: dict[str, Any] = {"align_to": self.value, "tolerance": exact}
+            self._largest_values = torch.cat(
+                [block_krylov_svd(part, 1, **options).S[:, 0] for _, part in self.by_token()]
+            )
         return self._largest_values
 
     @in_plain_torch

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from loclin.common.arguments import whole
 from loclin.common.surroundings import in_plain_torch
 from loclin.common.unpicklable import Unpicklable
-from loclin.errors import BudgetError, NotExactError, OptionError
+from loclin.errors import NotExactError, OptionError
 from loclin.freeze import FreezeOptions, Gate, Precision
 from loclin.maps.certificate import Certificate, certify, random_operations
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.plan import Plan
 from loclin.models import Model, wrap
-from loclin.models.lease import largest_layer_bytes
 from loclin.models.prompts import Numbers, Prompt, prompt_warnings, read_prompt
 from loclin.network.chain import Chain
-from loclin.network.memory import Budget, attention_bytes, budget
+from loclin.network.memory import Budget
+from loclin.network.need import allow
 from loclin.network.points import Point, parse_point
 from loclin.network.record import trace_prompt
 from loclin.network.trace import Trace
@@ -45,7 +45,7 @@ class Linearized(Unpicklable):
     input_ids: the prompt's token ids `[1, T]`.
     gate, precision: what is frozen, and the linear path's precision (see `loclin.freeze.FreezeOptions`).
     trace, chain: the traced prompt, and the links of its layers.
-    memory: the budget of sweeps beside their results, as given.
+    memory, allowance: the budget beside the weights and results, as given, and how it is spent.
     prompt_warnings: warnings about the prompt's tokens; see `warnings`.
     padded_error: |y_padded - y| / |y| of the model's logits at the last token, in the padded batch and alone; None when
         no batch was run (see `loclin.linearize_batch`).
@@ -55,10 +55,9 @@ class Linearized(Unpicklable):
 
     def __init__(self, model: Model, input_ids: Int[Tensor, "1 T"], options: FreezeOptions, memory: Budget) -> None:
         self.model = model
-        size = budget(memory, model.device)
-        if memory is not None:
-            _refuse_small(model, size)
-        self.trace = trace_prompt(model, input_ids, options, size // 4, attention_bytes(size))
+        self.allowance = allow(model, input_ids.shape[1], options, memory)
+        allowed = self.allowance
+        self.trace = trace_prompt(model, input_ids, options, allowed.coefficients, allowed.pattern)
         self.input_ids = self.trace.input_ids
         self.gate, self.precision = options.gate, options.resolved(self.trace.sequence.dtype)
         self.padded_error: float | None = None
@@ -192,7 +191,7 @@ class Linearized(Unpicklable):
         start, end, at = parse_point(source, n), parse_point(target, n), self.trace.position(position)
         key = (start, end, at, normed)
         if key not in self._maps:
-            self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self.memory)
+            self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self.allowance)
             self._maps[key].warnings = self.warnings
         return self._maps[key]
 
@@ -212,7 +211,7 @@ class Linearized(Unpicklable):
     def ordinary_jacobian(self, *, position: int = -1) -> LinearMap:
         """The ordinary Jacobian embed -> final, nothing frozen: the derivative, which does not reconstruct y."""
         chain, at = Chain(self.trace, FreezeOptions(ordinary=True)), self.trace.position(position)
-        return LinearMap(chain, Point("embed"), Point("final"), at, budget=self.memory)
+        return LinearMap(chain, Point("embed"), Point("final"), at, budget=self.allowance)
 
     @in_plain_torch
     def ordinary_reconstruction(self, *, position: int = -1) -> Float[Tensor, " d"]:
@@ -249,15 +248,6 @@ def question(function: F) -> F:
         return plain(*args, **kwargs)
 
     return ask  # type: ignore[return-value]
-
-
-def _refuse_small(model: Model, allowed: int) -> None:
-    """Refuse a budget in which there is no room for two layers of a model whose layers are on disk."""
-    least = 2 * largest_layer_bytes(model.hf)
-    if allowed < least:
-        raise BudgetError(
-            f"memory={allowed} bytes, and two layers of {model.info.name} take {least}: give at least {least}"
-        )
 
 
 def _random(trace: Trace) -> NotExactError:

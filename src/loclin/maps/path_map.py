@@ -19,7 +19,7 @@ from loclin.errors import OptionError
 from loclin.maps.linear_map import LinearMap
 from loclin.network.chain import Chain
 from loclin.network.components import Component, ComponentLink
-from loclin.network.memory import Budget
+from loclin.network.memory import Allowance
 from loclin.network.points import KINDS, Point, Span
 from loclin.results.provenance import Provenance
 
@@ -109,7 +109,7 @@ def _apply_in_chunks(product: Callable[[Tensor], Tensor], block: Tensor, chunk: 
     return torch.cat(parts) if parts else block
 
 
-def component_map(chain: Chain, component: Component, position: int, budget: Budget) -> PathMap:
+def component_map(chain: Chain, component: Component, position: int, budget: Allowance | None) -> PathMap:
     """One component's map, from what enters it to what it writes at a position."""
     path = PathChain(chain, [component])
     source = "resid_mid" if path.links[0].behind_attention else "resid_pre"
@@ -117,7 +117,9 @@ def component_map(chain: Chain, component: Component, position: int, budget: Bud
     return PathMap(path, Point(source, component.layer), target, position, budget=budget)
 
 
-def path_map(chain: Chain, components: Sequence[Component], target: Point, position: int, budget: Budget) -> PathMap:
+def path_map(
+    chain: Chain, components: Sequence[Component], target: Point, position: int, budget: Allowance | None
+) -> PathMap:
     """A path's map, from the embeddings to a target; OptionError if it is empty, or goes down."""
     if not components:
         raise OptionError("a path has no component: give at least one, such as ['L3H5', 'L10H2']")

@@ -99,8 +99,10 @@ def plan(J: Products, k: int, *, joint: bool, tolerance: float, method: str = "a
     costs: dict[Method, Cost] = {**_dense_costs(J, maps, columns, k, joint), "matrix_free": matrix_free}
     routes = sorted((MethodCost(name, cost) for name, cost in costs.items()), key=lambda each: each.cost.seconds)
     chosen, most = cast("Method", method), int(_REACH * expected)
-    if method == "auto" and not J.fits_in_budget:
-        chosen, most = "matrix_free", 4 * d_out
+    room = _most_vectors(J, maps, columns)
+    if method == "auto" and (not J.fits_in_budget or room < min(most, d_out)):
+        # the dense map takes over, some tokens at a time
+        chosen, most = "matrix_free" if 2 * room >= expected else "block_krylov", room
     elif method == "auto":
         best = next(each for each in routes if each.name != "matrix_free")
         is_wide = wide_dtype(J.dtype) == J.dtype
@@ -128,6 +130,23 @@ def _dense_costs(J: Products, maps: int, columns: int, k: int, joint: bool) -> d
     return {"lapack": dense + lapack, "block_krylov": dense + krylov}
 
 
+def _most_vectors(J: Products, maps: int, width: int) -> int:
+    """How many vectors a matrix-free basis may have within the budget; no bound on the columns if it may be whole."""
+    d_out = J.shape[0]
+    if J.fits(sketch_bytes(d_out, maps, width, J.dtype.itemsize)):
+        return 4 * d_out
+    low, high = 0, d_out
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if J.fits(sketch_bytes(middle, maps, width, J.dtype.itemsize)) else (low, middle)
+    return low
+
+
+def sketch_bytes(vectors: int, maps: int, width: int, itemsize: int) -> float:
+    """The memory of a matrix-free basis: its rows of every map, with copies, and small float64 matrices of each map."""
+    return maps * (4.0 * vectors * width * itemsize + 64.0 * vectors**2)
+
+
 def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     """How many columns the matrix-free method takes on a language model's map, the certificate's 48 included.
 
@@ -144,11 +163,11 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
 
 def matrix_free_is_cheaper(J: Products) -> bool:
     """Whether norms to a few percent cost less matrix-free than by the dense map and its singular values."""
-    if wide_dtype(J.dtype) != J.dtype and J.fits_in_budget:
-        return False
-    if J.cached_dense is not None or not J.fits_in_budget:
-        return J.cached_dense is None
     d_out, length, d_in = J.shape
+    if wide_dtype(J.dtype) != J.dtype or J.cached_dense is not None or not J.fits_in_budget:
+        return False
+    if not J.fits(sketch_bytes(d_out, length, d_in, J.dtype.itemsize)):
+        return False
     dense = sweep_cost(J.chain, J.source, J.target, d_out)
     dense += algebra_cost(4.0 * length * d_out * d_in**2, J.chain, _LAPACK)
     expected = min(_NORM_COLUMNS, 2 * min(d_out, d_in))

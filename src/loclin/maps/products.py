@@ -22,11 +22,15 @@ from loclin.models.hashing import weights_hash
 from loclin.network import memory
 from loclin.network.chain import Chain
 from loclin.network.ends import OutputHeadLink
+from loclin.network.memory import Allowance
 from loclin.network.points import Point, Span
 from loclin.results.dense_file import DenseFile
 from loclin.results.provenance import Provenance
+from loclin.results.spill import SpilledMap
 
 M = TypeVar("M", bound="Products")
+
+_DECOMPOSED = 10  # one token's map in LAPACK, in two threads, or in the widest dtype
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,19 @@ class Products(Unpicklable):
         position: int,
         *,
         normed: bool = False,
-        budget: int | float | str | None = None,
+        budget: Allowance | memory.Budget = None,
         parent: Products | None = None,
         token: int | None = None,
     ) -> None:
         chain.check(source, target)
         if normed and target.kind in ("final", "logits"):
             raise OptionError(f"normed=True adds the final norm, which {target} includes already: leave it out")
-        self.chain, self._budget, self._parent = chain, budget, parent
+        self.chain, self._parent = chain, parent
+        self._budget = memory.as_allowance(budget, chain.trace.layers[0].hidden.device)
         self.source, self.target, self.position, self.normed = self._span = Span(source, target, position, normed)
         self.positions = list(range(chain.trace.length)) if token is None else [token]
         self._dense: Tensor | None = None
+        self._spilled: SpilledMap | None = None
         self._dense_bytes = self.shape[0] * chain.trace.length * self.shape[2] * self.dtype.itemsize
         self.certificate: dict[str, Any] | None = None
         self.warnings: list[str] = [] if parent is None else parent.warnings
@@ -177,11 +183,10 @@ class Products(Unpicklable):
     def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
         """J in chunks of rows, from row `start` on, for sums over J that need not hold it: (which rows, these rows).
 
-        A `chunk` is as many rows as the budget allows by default. BudgetError where it is too small for one row,
-        OptionError for a `chunk` below 1.
+        A `chunk` is as many rows as the budget allows by default. OptionError for a `chunk` below 1.
 
         Cost: d columns in all, and one sweep's fixed cost for each chunk. Memory: two chunks and a sweep, within the
-        budget; for the logits also the dense map to `final` and the head's matrix. Free once J is dense.
+        budget. Free once J is dense.
         """
         if chunk is not None and chunk < 1:
             raise OptionError(f"chunk={chunk}: give at least one row, or None for what the budget allows")
@@ -199,7 +204,7 @@ class Products(Unpicklable):
         dense = self.cached_dense
         if dense is not None:
             return lambda where: dense[where]
-        if self.target.kind == "logits":
+        if self.target.kind == "logits" and self._to_final().fits_in_budget:
             final = self._to_final().dense()[:, self.positions].flatten(1)
             basis = torch.eye(len(final), dtype=self.dtype, device=self.device)
             head = OutputHeadLink(self.chain.trace, self.position).jvp(basis).T.to(self.device)
@@ -217,18 +222,35 @@ class Products(Unpicklable):
 
         return sweep_rows
 
+    @in_plain_torch
+    def by_token(self) -> Iterator[tuple[slice, Float[Tensor, "d_out g d_in"]]]:
+        """The dense map in groups of tokens, for what is done with each token's map: (which tokens, their maps).
+
+        All at once, and kept, where J fits the budget; else as many tokens as do, from a temporary file. Cost: d
+        columns once. BudgetError where one token's map does not fit; OutputError where the disk has no room.
+        """
+        if self.fits_in_budget:
+            yield slice(0, len(self.positions)), self.dense()
+            return
+        d_out, length, d_in = self.shape
+        one, spare = d_out * d_in * self.dtype.itemsize, self._budget.spare
+        least = min((_DECOMPOSED + 2) * one, self._decomposed_bytes)
+        self._budget.require(f"the map {self.source} -> {self.target} of each token", least)
+        if self._spilled is None:
+            self._spilled = SpilledMap(self.shape, self.dtype, (rows for _, rows in self.rows()))
+        size = (spare - _DECOMPOSED * one) // (2 * one)
+        for start in range(0, length, size):
+            tokens = slice(start, min(start + size, length))
+            yield tokens, self._spilled.read(tokens).to(self.device)
+
     def _chunking(self) -> tuple[int, int]:
-        """(rows at a time, bytes for the sweep inside), so that two chunks and the sweep fit the budget."""
-        total = memory.budget(self._budget, self.device)
-        per_column = self.chain.column_bytes(self.target)
+        """(rows at a time, bytes for the sweep inside), so that two chunks and the sweep fit `total`; one at least."""
+        total, per_column = self._budget.spare, self.chain.column_bytes(self.target)
         per_row = 2 * (self.chain.trace.length * self.shape[2] + self.shape[0]) * self.dtype.itemsize
         if self.cached_dense is not None:
             return max(total // per_row, 1), 0
         sweep = min(self.chain.chunk(self.shape[0], self.shape[0]) * per_column, total // 2)
-        if min(sweep // per_column, (total - sweep) // per_row) < 1:
-            least = 2 * max(per_column, per_row)
-            raise BudgetError(f"the memory budget is too small: the least that works is {least:,} bytes")
-        return (total - sweep) // per_row, sweep
+        return max(1, (total - sweep) // per_row), sweep
 
     def _to_final(self) -> Products:
         """The map from all tokens to `final`; the head times it is the map to the logits."""
@@ -275,8 +297,18 @@ class Products(Unpicklable):
 
     @property
     def fits_in_budget(self) -> bool:
-        """Whether the dense map is within the budget, or has been made already."""
-        return self.cached_dense is not None or self._dense_bytes <= memory.budget(self._budget, self.device)
+        """Whether the dense map and what is made of it are within the budget, or it has been made already."""
+        return self.cached_dense is not None or self._decomposed_bytes <= self._budget.spare
+
+    @property
+    def _decomposed_bytes(self) -> int:
+        """The dense map, and what a decomposition of it makes."""
+        d_out, _, d_in = self.shape
+        return self._dense_bytes * 3 // 2 + _DECOMPOSED * d_out * d_in * self.dtype.itemsize
+
+    def fits(self, nbytes: float) -> bool:
+        """Whether so many bytes are within the budget, beside a sweep."""
+        return nbytes <= self._budget.spare
 
     def provenance(self) -> Provenance:
         """Which map this is, for what is computed from it."""
@@ -313,10 +345,8 @@ class Products(Unpicklable):
     ) -> Tensor:
         """Push or pull a block of columns in chunks that fit the budget (the map's own by default)."""
         per_column = self.chain.column_bytes(self.target)
-        room = memory.budget(self._budget if budget is None else budget, self.device) // per_column
-        if room < 1:
-            raise BudgetError(f"the memory budget is too small: the least that works is {per_column:,} bytes")
-        chunk = self.chain.chunk(len(block), room)
+        room = (self._budget.spare if budget is None else budget) // per_column
+        chunk = self.chain.chunk(len(block), max(1, room))
         total = len(block) * (1 + len(self.chain.steps(self.source, self.target)))
         with bar(total=total, desc="exact map", unit="col", unit_scale=True, shown=progress) as progress_bar:
             for swept in sweep(block, self._span, chunk):

@@ -1,22 +1,24 @@
-"""The memory budget: how many bytes a sweep may use beside its result."""
+"""The memory budget: how many bytes a prompt and its analyses may use beside the weights and their results."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 
 from loclin.common.free_memory import available
-from loclin.errors import OptionError
+from loclin.errors import BudgetError, OptionError
 
 Budget = int | float | str | None
-"""How much memory a sweep may use, as `budget` reads it."""
+"""How much memory a prompt may use, as `budget` reads it."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _DIGITS = 30
 _DEFAULT_FRACTION = 0.25
 _DEFAULT_MOST = 4 * 2**30
-_ATTENTION_PART = 32
+PATTERNS = 11
+"""How often a layer's graph has attention probabilities and scores, at most."""
 
 
 def parse_memory(memory: int | float | str) -> int | float:
@@ -45,9 +47,70 @@ def budget(memory: Budget, device: torch.device) -> int:
     return size if isinstance(size, int) else int(available(device) * size)
 
 
-def attention_bytes(size: int) -> int:
-    """The bytes up to which a layer's attention probabilities are held whole, of a budget of so many.
+@dataclass(frozen=True)
+class Allowance:
+    """How the budget of one prompt is spent.
 
-    A part of it: while they are used, there are about four of them, and the sweep needs most of the budget.
+    Beside what the prompt cannot do without, a quarter is for coefficients, an eighth for attention patterns that are
+    held whole, and the rest, to spare, for more columns at a time, for dense maps and for their decompositions.
     """
-    return size // _ATTENTION_PART
+
+    total: int
+    kept: int  # by the prompt's values at every layer, for as long as it lives
+    work: int  # in the widest moment of one layer, with one column
+
+    @property
+    def _more(self) -> int:
+        return max(0, self.total - self.kept - self.work)
+
+    @property
+    def coefficients(self) -> int:
+        """The bytes of coefficients that are kept; others are computed again."""
+        return self._more // 4
+
+    @property
+    def pattern(self) -> int:
+        """The bytes up to which a layer's attention probabilities are held whole."""
+        return self._more // 8 // PATTERNS
+
+    @property
+    def spare(self) -> int:
+        """The bytes to spare."""
+        return _spare(self._more)
+
+    def least(self, extra: int = 0) -> int:
+        """The least total with so many bytes to spare."""
+        more = max(0, 8 * extra // 5 - 4)
+        while _spare(more) < extra:
+            more += 1
+        return self.kept + self.work + more
+
+    def require(self, what: str, extra: int = 0) -> None:
+        """Refuse what needs more, by a BudgetError that names the least budget that works."""
+        least = self.least(extra)
+        if self.total < least:
+            parts = f"{self.kept / 1e6:.1f} MB for its values at every layer, {self.work / 1e6:.1f} MB for one layer"
+            more = f", {extra / 1e6:.1f} MB to spare" if extra else ""
+            raise BudgetError(
+                f"memory={self.total} is too small: {what} needs at least {least / 1e6:.1f} MB ({parts}{more}); give "
+                f"memory={least}, or fewer tokens"
+            )
+
+
+def _spare(more: int) -> int:
+    return more - more // 4 - more // 8
+
+
+def as_allowance(given: Allowance | Budget, device: torch.device) -> Allowance:
+    """An allowance as it is; any other budget is for columns and maps alone."""
+    return given if isinstance(given, Allowance) else Allowance(budget(given, device), 0, 0)
+
+
+def allowance(given: Budget, device: torch.device, kept: int, work: int) -> Allowance:
+    """The allowance of a prompt; a default budget grows to the least that works, as long as that is free."""
+    total = budget(given, device)
+    if given is None and total < kept + work <= available(device):
+        total = kept + work
+    found = Allowance(total, kept, work)
+    found.require("this prompt")
+    return found

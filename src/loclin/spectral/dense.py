@@ -6,7 +6,9 @@ the upper bounds are those of `loclin.spectral.bounds`, with eta >= ||J - Q Q^T 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,9 +19,45 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.spectral.bounds import left_svd, norm_from_below, outside, rounding, schatten, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance, to_wide, wide_dtype
 from loclin.spectral.result import SVD, align_signs
+from loclin.spectral.sketch import TokenMaps
 from loclin.spectral.threads import map_matrices
 
 _OVERSAMPLING = 8
+
+
+def join(parts: Iterable[SVD]) -> SVD:
+    """The triples of groups of maps as one result."""
+    found = list(parts)
+    if len(found) == 1:
+        return found[0]
+    names = ("U", "S", "Vh", "residuals", "lower", "upper", "frobenius", "spectrum")
+    groups = {name: [getattr(one, name) for one in found] for name in names}
+    joined: dict[str, Any] = {name: torch.cat(some) for name, some in groups.items() if isinstance(some[0], Tensor)}
+    return replace(found[0], **joined)
+
+
+@in_plain_torch
+def gram_svd(op: TokenMaps, gram: Float[Tensor, "d_out d_out"], k: int, *, align_to: Float[Tensor, " d_out"]) -> SVD:
+    """The k largest joint triples from J J^T in float64, for maps that are never held whole.
+
+    Values are those of U^T J, by one backward sweep of k columns, and so below the true ones; upper bounds are the
+    eigenvalues of J J^T and their rounding. Cost: k columns backward and k forward.
+    """
+    d_out, length, d_in = op.shape
+    check_rank(k, d_out, length * d_in)
+    squares, vectors = torch.linalg.eigh(gram)
+    U = vectors.flip(1)[:, :k].to(op.dtype)
+    turn, S, Vh = torch.linalg.svd(op.rmatmat(U.T.contiguous()).flatten(1), full_matrices=False)
+    U = U @ turn
+    residuals = (op.matmat(Vh.unflatten(1, (length, d_in))) - (U * S).T).norm(dim=1)
+    slack = rounding(d_out, length * d_in, op.dtype) * S[:1]
+    # the sums of J J^T are off by up to n eps |J|_F^2 (n numbers each), its eigenvalues by d_out eps sigma_1^2
+    off = (length * d_in + d_out) * torch.finfo(torch.float64).eps * gram.trace()
+    above = (squares.flip(0)[:k] + off).clamp(min=0).sqrt().to(S)
+    U, Vh = (part[0] for part in align_signs(U[None], Vh[None], align_to))
+    lower, upper = (S - slack).clamp(min=0), torch.maximum(above, S) + slack
+    frobenius = gram.diagonal().sum().sqrt().to(S)
+    return SVD(U, S, Vh.unflatten(1, (length, d_in)), residuals, lower, upper, 0.0, frobenius, "gram")
 
 
 @in_plain_torch

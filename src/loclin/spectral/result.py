@@ -33,8 +33,8 @@ class SVD(Result):
     failure: the probability with which some upper bound (or bound on a residual) may not hold; 0 when all are rigorous,
         1 when the upper ones are estimates.
     frobenius: `[T]`, the Frobenius norms; where `failure` is positive, estimates.
-    method: how they were found: "lapack", "block_krylov" (on the dense map), "matrix_free", or "ritz" (block Krylov on
-        the dense map, with estimated upper bounds).
+    method: how they were found: "lapack", "block_krylov" (on the dense map), "matrix_free", "gram" (J J^T, for
+        dense maps beyond the budget), or "ritz" (block Krylov on the dense map, with estimated upper bounds).
     columns: the columns of matrix-free products; 0 for methods on the dense map.
     spectrum: `[T, r]`, all singular values, from LAPACK; else None.
     provenance, warnings: the map, and warnings about the prompt.

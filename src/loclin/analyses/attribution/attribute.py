@@ -28,7 +28,6 @@ from loclin.common.arguments import whole
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized, question
-from loclin.network import memory
 from loclin.network.autograd import batched_jvp
 from loclin.network.chain import Chain
 from loclin.network.points import Point
@@ -88,7 +87,7 @@ def attribute(
     if chosen not in ("token", "bias") and why is not None:
         raise OptionError(f"{lin.model.info.name} has no layers to tell apart: {why}; use by='token' or by='bias'")
     tell(f"shares by {chosen}")
-    shares = compute_shares(lin.chain, readout, lambda chain: _share(lin, chain, readout, chosen))
+    shares = compute_shares(lin, readout, lambda chain: _share(lin, chain, readout, chosen))
     rows = shares.sort_rows()
     kinds, layers, indices, positions = (torch.tensor([row[i] for row in rows]) for i in range(4))
     given, passing = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (4, 5))
@@ -115,7 +114,7 @@ def _share(lin: Linearized, chain: Chain, readout: Readout, level: By) -> Shares
     if level in ("token", "bias"):
         return share_by_source(chain, readout, together=level == "bias")
     if level == "token×layer":
-        return share_by_token_and_layer(chain, readout, memory.budget(lin.memory, lin.model.device))
+        return share_by_token_and_layer(chain, readout, lin.allowance.spare)
     return share_by_component(chain, readout, _SPLITS.get(level))
 
 

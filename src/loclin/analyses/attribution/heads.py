@@ -132,7 +132,7 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
     readout = _require_end(lin, read_target(lin, target, position))
     layer, head, k = whole("layer", layer), whole("head", head), whole("k", k)
     parse_point(f"attn_out.{layer}", lin.trace.n_layers)
-    J = component_map(lin.chain, parse_component(f"L{layer}H{head}", lin.trace), readout.position, lin.memory)
+    J = component_map(lin.chain, parse_component(f"L{layer}H{head}", lin.trace), readout.position, lin.allowance)
     (link,) = J.chain.links
     g = readout.cotangent[readout.position]
     pulled = J.rmatvec(g)
@@ -181,7 +181,7 @@ def path(
     readout = _require_end(lin, read_target(lin, target, position))
     start = None if token is None else lin.trace.position(token)
     chosen = [parse_component(name, lin.trace) for name in strings("parts", parts)]
-    J = path_map(lin.chain, chosen, Point("final"), readout.position, lin.memory)
+    J = path_map(lin.chain, chosen, Point("final"), readout.position, lin.allowance)
     *_, pulled = J.chain.pull_stream(readout.cotangent[None])
     shares = (pulled[0].double() * lin.embeddings.double()).sum(-1)
     warnings = [*lin.warnings, *readout.warnings]

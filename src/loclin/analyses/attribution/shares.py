@@ -21,6 +21,7 @@ from loclin.analyses.attribution.target import Readout
 from loclin.common.brief import brief
 from loclin.common.progress import bar
 from loclin.errors import OptionError
+from loclin.maps.linearized import Linearized
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
 from loclin.network.explicit import ExplicitLayer
@@ -80,11 +81,20 @@ class Shares:
         return sorted(self.rows, key=lambda row: (row[0] == bias and row[1] == NONE, row[1]))
 
 
-def compute_shares(chain: Chain, readout: Readout, sweep: Callable[[Chain], Shares]) -> Shares:
-    """Compute shares with a sweep; again in float64 if float32 rounds their sum too much."""
-    shares = sweep(chain)
-    if chain.trace.dtype == torch.float32 and shares.relative_error(readout) > _ROUNDING:
-        shares = sweep(Chain(chain.trace.double()))
+def compute_shares(lin: Linearized, readout: Readout, sweep: Callable[[Chain], Shares]) -> Shares:
+    """Compute shares with a sweep; again in float64 if float32 rounds their sum too much, where the budget allows."""
+    shares, trace = sweep(lin.chain), lin.trace
+    error = shares.relative_error(readout) if trace.dtype == torch.float32 else 0.0
+    if error <= _ROUNDING:
+        return shares
+    allowed = lin.allowance
+    # twice the values, the coefficients and a layer's work
+    if 2 * (allowed.kept + allowed.coefficients) + allowed.work <= allowed.spare:
+        return sweep(Chain(trace.double()))
+    shares.notes.append(
+        f"float32 rounds the sum of the shares by {error:.1e} of their size, and the memory budget has no room to "
+        "compute them in float64: give more memory."
+    )
     return shares
 
 
