@@ -6,11 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import tiny
 from least import least
@@ -19,7 +22,8 @@ from loclin.linearization import Linearization, linearize
 from loclin.models import tiny as families
 from loclin.network.autograd import batched_jvp, batched_vjp
 from loclin.network.memory import Allowance
-from loclin.network.reader import CoefficientReader, proved_positions
+from loclin.network.proof import proved_positions
+from loclin.network.reader import CoefficientReader
 
 T = 11
 
@@ -246,7 +250,7 @@ def test_small_budgets_hold_blocks():
 @pytest.fixture
 def stretches(monkeypatch):
     """Prompts of more than 16 tokens are long."""
-    monkeypatch.setattr("loclin.network.reader._STRETCH", 2)
+    monkeypatch.setattr("loclin.network.proof._STRETCH", 2)
 
 
 def spread(length: int) -> Tensor:
@@ -294,8 +298,8 @@ def test_long_prompts_are_proved_in_stretches(build, most, blocks):
 
 
 @pytest.mark.usefixtures("stretches")
-@pytest.mark.parametrize("at", [0, 9, 28])
-def test_a_fault_at_a_stretch_is_found(at, blocks, monkeypatch):
+@pytest.mark.parametrize("at", [0, 4, 9, 28])
+def test_wrong_coefficients_at_one_position_are_found(at, blocks, monkeypatch):
     """Coefficients that do not rebuild the layer are not used, and the map is right without them."""
     model, ids, read = MODELS["grouped"](torch.float64), tiny.prompt(29), CoefficientReader.coefficients
     expected = linearize(model, ids).jacobian().dense()
@@ -313,22 +317,59 @@ def test_a_fault_at_a_stretch_is_found(at, blocks, monkeypatch):
     assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
+def bend(values: Tensor, axis: int = 1) -> Tensor:
+    """What a broken module makes of values: position 4, which is in no stretch, is one percent larger."""
+    factors = torch.ones([values.shape[axis], *[1] * (values.dim() - axis - 1)], dtype=values.dtype)
+    factors[4] = 1.01
+    return values * factors
+
+
+def faulty_mlp(kind: str, self: LlamaMLP, x: Tensor) -> Tensor:
+    down = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(bend(x) if kind == "given" else x))
+    if kind == "added":
+        down[:, 4] += 0.1  # in place
+    return down
+
+
+def faulty_attention(kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    mixed, weights = sdpa_attention_forward(
+        module, query, key, bend(value, 2) if kind == "v" else value, *args, **kwargs
+    )
+    if kind == "mixed in place":
+        mixed[:, 4] *= 1.01
+    return bend(mixed) if kind == "mixed" else mixed, weights
+
+
+def faulty_linear(self: nn.Linear, x: Tensor) -> Tensor:
+    out = F.linear(x, self.weight)
+    return bend(out) if x.shape[1] > 4 else out
+
+
+FAULTS = {
+    **{f"mlp: {kind}": (LlamaMLP, partial(faulty_mlp, kind)) for kind in ("given", "added")},
+    **{f"attention: {kind}": (None, partial(faulty_attention, kind)) for kind in ("v", "mixed", "mixed in place")},
+    "W x": (nn.Linear, faulty_linear),
+}
+
+
 @pytest.mark.usefixtures("stretches")
-def test_a_fault_between_stretches_is_found_by_the_certificate(blocks, monkeypatch):
-    model, ids, read = MODELS["grouped"](torch.float64), tiny.prompt(29), CoefficientReader.coefficients
-
-    def read_wrongly(self, pattern):
-        found = read(self, pattern)
-        found.up[4] *= 1.01
-        return found
-
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_one_position_is_found(fault, dtype, blocks, monkeypatch):
+    """A layer that misbehaves at one position, between the stretches, has no explicit products; the map is right."""
+    model, ids, (owner, forward) = MODELS["grouped"](dtype), tiny.prompt(29), FAULTS[fault]
     blocks(0)
-    monkeypatch.setattr(CoefficientReader, "coefficients", read_wrongly)
+    right = linearize(model, ids)
+    assert all(right.trace.explicit)
+    if owner is None:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", forward)
+    else:
+        monkeypatch.setattr(owner, "forward", lambda self, *args: forward(self, *args))
     lin = linearize(model, ids)
-    assert all(lin.trace.explicit)
-    certificate = lin.certify()
-    assert not certificate.passed
-    assert certificate.row_error > 1e-6
+    assert not any(lin.trace.explicit)
+    assert lin.certify().passed
+    wrong, dense = right.jacobian(position=4).dense(), lin.jacobian(position=4).dense()
+    assert (dense - wrong).norm() > 1e-4 * dense.norm()
 
 
 @pytest.mark.usefixtures("stretches")

@@ -49,6 +49,8 @@ def attention(op: Operation) -> Result:
         live = _live(op, value)
         probs = probs.to(op.context.dtype)
         mixed = (grouped(probs, live.shape[-3]) @ live).view(*probs.shape[:-1], live.shape[-1])
+    if pattern is not None and op.context.see_mixing is not None:
+        op.context.see_mixing(_live(op, value), mixed)
     return status.then(mixed) if isinstance(status, Live) else Live(mixed)
 
 

@@ -57,6 +57,7 @@ class Frozen(TorchFunctionMode):
     graph, collect, soft_caps: build the linear path's graph; make constants leaves; treat tanh as a soft cap.
     takes_values: where no graph is built, the linearised value is the model's own, and is not computed again. It is the
         same up to rounding, if the linear path has the model's dtype.
+    see_mixing: None, or shown the values V and P V of every attention whose pattern is in blocks.
     opaque: True while a module runs whose rule replaces its operations.
     audit: a relative error; operations whose linearised value is further from the model's own are nonlinear uses.
     noise: None, or a list to which operations are added that draw random numbers.
@@ -81,6 +82,7 @@ class Frozen(TorchFunctionMode):
         self.graph, self.collect, self.soft_caps = True, collect, False
         self.audit: float | None = None
         self.noise: list[Origin] | None = None
+        self.see_mixing: Callable[[Tensor, Tensor], None] | None = None
         self.opaque = self.takes_values = False
         self._wide = options.precision == "double" and not options.ordinary
         self._keep, self._paused, self._entered = keep, False, False

@@ -42,11 +42,7 @@ class ExplicitLayer:
     def __init__(
         self, layer: nn.Module, weights: Weights, coefficients: LayerCoefficients, dtype: torch.dtype, shared: Workspace
     ) -> None:
-        def matrix(name: str, path: str, rows: slice = slice(None)) -> Matrix:
-            weight, bias = dense_weight(module := layer.get_submodule(path)), module.bias
-            assert weight is not None
-            return Matrix(name, weight[rows], bias[rows] if isinstance(bias, Tensor) else None, dtype, shared)
-
+        self._layer, self._dtype, self._workspace, matrix = layer, dtype, shared, self.matrix
         with weights_of(layer, _used(weights, coefficients)):
             o, down = matrix("o", weights.o), matrix("down", weights.down)
             v_rows = gate_rows = up_rows = slice(None)
@@ -63,6 +59,14 @@ class ExplicitLayer:
         self._mlp = ExplicitMLP(up, gate, down, coefficients, shared)
         self._before_attention = coefficients.attn_in
         self.biased = self._attention.biased or self._mlp.biased
+
+    def matrix(self, name: str, path: str, rows: slice = slice(None)) -> Matrix:
+        """A linear module's matrix, or some rows of it."""
+        weight, bias = dense_weight(module := self._layer.get_submodule(path)), module.bias
+        assert weight is not None
+        return Matrix(
+            name, weight[rows], bias[rows] if isinstance(bias, Tensor) else None, self._dtype, self._workspace
+        )
 
     def vjp(
         self,

@@ -19,7 +19,8 @@ from loclin.models.forward import hidden_input, hidden_output, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
-from loclin.network.reader import ExplicitLayers, proved_positions
+from loclin.network.proof import proved_positions
+from loclin.network.reader import ExplicitLayers
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
 from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits, takes_values
 
@@ -38,8 +39,8 @@ def trace_prompt(
 ) -> Trace:
     """Run the model twice, as it is and frozen, and remember the frozen pass.
 
-    Cost: two forward passes, and a third where blocks have to be taken as one; one column of explicit products, at 512
-    positions of a prompt of more than 1 024 (see `proved_positions`). Memory: 2 L T d numbers and the masks,
+    Cost: two forward passes, and a third where blocks have to be taken as one; one column of explicit products, of a
+    prompt of more than 1 024 tokens at 512 of them (see `loclin.network.proof`). Memory: 2 L T d numbers and the masks,
     L T d more where the linear path has another dtype, and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T)
     numbers are all of them, or L T (4 d + 2 f + H d_head) without whole attention probabilities. While it runs, one
     layer's activations twice, and about four times `[H, T, T]`, or `attention_bytes` where that is less.
@@ -254,6 +255,7 @@ def _record(
     with frozen(model.hf, options, dtype, keep=attention.keep, attention_bytes=attention_bytes) as mode:
         mode.takes_values = takes_values(options, sequence)
         explicit = ExplicitLayers(mode, sequence, anatomy, keep)
+        mode.see_mixing = explicit.see_mixing
         recorder = _Recorder(mode, model, sequence, explicit, attention)
         with hooked(recorder.hooks()):
             head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
