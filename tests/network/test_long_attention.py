@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 import tiny
 from least import least
@@ -394,3 +394,38 @@ def test_a_query_that_looks_ahead_between_stretches(blocks):
         found, expected = (each.jacobian(position=5).dense() for each in (lin, whole))
     assert (found - expected).norm() <= 1e-9 * expected.norm()
     assert found[:, 6].norm() > 0
+
+
+def added_in_place(self: LlamaDecoderLayer, hidden_states: Tensor, **kwargs) -> Tensor:
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    attended += hidden_states
+    return attended + self.mlp(self.post_attention_layernorm(attended))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("most", [0, 10**9])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_coefficients_that_are_read_again(build, most, in_place, blocks, monkeypatch):
+    """They are those of the trace; the attention of a float32 layer is not computed for them."""
+    model, ids = build(torch.float32), tiny.prompt(T)
+    if in_place:
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", added_in_place)
+    blocks(most)
+    monkeypatch.setattr(Allowance, "coefficients", 10**9)
+    kept, called = linearize(model, ids), []
+    monkeypatch.setattr(Allowance, "coefficients", 0)
+    lin = linearize(model, ids)
+    assert lin.trace.explicit == kept.trace.explicit
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.extend([func] if "scaled_dot_product" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    u = torch.randn(2, kept.jacobian().shape[0], generator=torch.Generator().manual_seed(0))
+    with Watch():
+        found = lin.jacobian().rmatmat(u)
+    expected = kept.jacobian().rmatmat(u)
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    if all(lin.trace.explicit) and lin.trace.anatomy.weights.attn_post is None:
+        assert not called

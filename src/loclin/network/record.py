@@ -230,7 +230,7 @@ class _Recorder:
         self._entered = self.calls[-1].value if self._mode.takes_values else self._mode.live(hidden).detach()
 
     def _leave_attention(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.attn_out[-1] = self._value(hidden_output(output))
+        self.attn_out[-1] = self._value(hidden_output(output)).clone()  # a layer may add to it in place
 
     def _leave_block(self, _module: nn.Module, _args: Any, output: Any) -> None:
         hidden = hidden_output(output)
