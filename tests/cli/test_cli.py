@@ -160,7 +160,7 @@ def test_double_precision(directory, tmp_path, capsys):
         (["w3", "--device", "cuda:7"], "cuda:7"),
         (["w3", "--precision", "quadruple"], "quadruple"),
         (["w3", "--memory", "plenty"], "memory='plenty'"),
-        (["w3", "--memory", "10"], "the least that works is"),
+        (["w3", "--memory", "10"], "it takes at least"),
         (["w3 " * 65], "at most 64"),
         (["w3", "--json", "/nowhere/out.json"], "no directory /nowhere"),
         (["w3", "--html", "/"], "is a directory"),

@@ -90,10 +90,11 @@ class Allowance:
         least = self.least(extra)
         if self.total < least:
             parts = f"{self.kept / 1e6:.1f} MB for its values at every layer, {self.work / 1e6:.1f} MB for one layer"
-            more = f", {extra / 1e6:.1f} MB to spare" if extra else ""
+            more = least - self.kept - self.work
+            maps = f", {more / 1e6:.1f} MB for maps and coefficients" if more else ""
             raise BudgetError(
-                f"memory={self.total} is too small: {what} needs at least {least / 1e6:.1f} MB ({parts}{more}); give "
-                f"memory={least}, or fewer tokens"
+                f"memory={self.total} is too small for {what}: it takes at least {least / 1e6:.1f} MB ({parts}{maps}); "
+                f"give memory={least}, or fewer tokens"
             )
 
 
