@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -93,7 +94,8 @@ def measure_more(model: Model, length: int) -> list[Row]:
     """What takes longer: shares by head, and the certificate."""
     ids = prompt(model, length)
     forward, lin = measure_forward(model, ids), loclin.linearize(model, ids, memory=MEMORY)
-    rows = measure_works(length, forward, {"certify": lin.certify, "shares by head": lambda: lin.attribute(by="head")})
+    heads = partial(lin.attribute, by="head", progress=False)
+    rows = measure_works(length, forward, {"certify": lin.certify, "shares by head": heads})
     wrong = float(not lin.certify().passed)
     return [*rows, Row(f"{length} tokens: errors within the tolerance", wrong, "0 = yes", demand=0)]
 
