@@ -1,4 +1,4 @@
-"""SmolLM2 at 4 096 tokens: CPU seconds beside the model's own forward pass, and all that is resident, with the model.
+"""SmolLM2 at 4 096 tokens: seconds beside the model's own forward pass, and all that is resident, with the model.
 
 The dense map, in a file, is that of 1 024 tokens; its seconds are set against the matmul limit of its columns.
 """
@@ -6,7 +6,6 @@ The dense map, in a file, is that of 1 024 tokens; its seconds are set against t
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,33 +44,26 @@ def prompt(model: Model, length: int) -> Tensor:
     return model.encode(PARAGRAPH * math.ceil(length / 128), bos=True)[:, :length]
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """What one call takes of all cores: it lasts long, and what else the machine does meanwhile is not counted."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def measure(work: Callable[[], object], clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
+def measure(work: Callable[[], object]) -> tuple[float, float]:
     """(seconds, GB that are resident at most) of a call."""
     forget_peak()
-    return clock(work), resident_peak_bytes() / 1e9
+    return timed(work), resident_peak_bytes() / 1e9
 
 
 def measure_forward(model: Model, ids: Tensor) -> float:
-    """CPU seconds of one forward pass of the model, with one row of logits."""
+    """Seconds of one forward pass of the model, with one row of logits."""
     with torch.no_grad():
-        return cpu_seconds(lambda: model.hf(ids, use_cache=False, logits_to_keep=1))
+        return timed(lambda: model.hf(ids, use_cache=False, logits_to_keep=1))
 
 
 def measure_works(length: int, forward: float, works: dict[str, Callable[[], object]]) -> list[Row]:
-    """Calls, in forward passes of so many CPU seconds, and their memory."""
+    """Calls, in forward passes of so many seconds, and their memory."""
     rows = []
     for name, work in works.items():
         seconds, peak = measure(work, cpu_seconds)
         label, against = f"{length} tokens: {name}", "the model's forward pass"
-        say(f"{label}: {seconds:.1f} CPU s, {seconds / forward:.2f} passes, {peak:.2f} GB resident")
-        rows.append(Row(label, seconds, "CPU s", against, seconds / forward, MOST_PASSES.get(name)))
+        say(f"{label}: {seconds:.1f} s, {seconds / forward:.2f} passes, {peak:.2f} GB resident")
+        rows.append(Row(label, seconds, "s", against, seconds / forward, MOST_PASSES.get(name)))
         rows.append(Row(f"{label}: resident peak", peak, "GB", demand=MOST_GB))
     return rows
 
@@ -87,7 +79,7 @@ def measure_passes(model: Model, length: int) -> list[Row]:
         "shares by layer": lambda: made[0].attribute(by="layer", in_words=0, progress=False),
         "logit lens": lambda: made[0].logit_lens(),
     }
-    return [Row(f"{length} tokens: forward pass", forward, "CPU s"), *measure_works(length, forward, works)]
+    return [Row(f"{length} tokens: forward pass", forward, "s"), *measure_works(length, forward, works)]
 
 
 def measure_more(model: Model, length: int) -> list[Row]:
@@ -105,7 +97,7 @@ def measure_dense(model: Model, length: int) -> list[Row]:
     rates, lin = [matmul_rate()], loclin.linearize(model, prompt(model, length), memory=MEMORY)
     with TemporaryDirectory() as folder:
         J = fresh(lin, lin.memory)
-        seconds, peak = measure(lambda: J.dense(path=Path(folder) / "J.npy"), timed)
+        seconds, peak = measure(lambda: J.dense(path=Path(folder) / "J.npy"))
     rates.append(matmul_rate())
     limit = 2 * J.shape[0] * length * linear_weights(model.hf) / max(rates)
     say(f"{length} tokens: dense map: {seconds:.1f} s, limit {limit:.1f} s, {peak:.2f} GB resident")
