@@ -87,6 +87,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/wide.py
+	$(BIN)/python bench/long_prompt.py
 	$(BIN)/python bench/streaming.py
 	$(BIN)/python bench/steering.py --parts cost
 

@@ -98,16 +98,14 @@ def in_new_process(script: str, *arguments: str) -> str:
 
 
 def resident_peak_bytes() -> int:
-    """The most memory this process has held since it started, or since `extra_peak_bytes`."""
+    """The most memory this process has held since it started, or since `forget_peak`."""
     return _resident("VmHWM")
 
 
 def extra_peak_bytes(work: Callable[[], object]) -> float:
     """How far resident memory rises above its start during one call; NaN where the system cannot say (not Linux)."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free but still resident would hide the rise
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = forget_peak()
     except (OSError, AttributeError):
         work()
         return float("nan")
@@ -115,6 +113,14 @@ def extra_peak_bytes(work: Callable[[], object]) -> float:
     peak = _resident("VmHWM")
     del kept
     return float(max(0, peak - before))
+
+
+def forget_peak() -> int:
+    """Forget the peak so far; returns the bytes that are resident now."""
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but still resident would hide a rise
+    now = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return now
 
 
 def _resident(field: str) -> int:

@@ -1,84 +1,111 @@
-"""SmolLM2 at 512 tokens: the top singular vector and the stable rank of every token, in a process of its own.
+"""SmolLM2 at 4 096 tokens: seconds beside the model's own forward pass, and all that is resident, with the model.
 
-With `--tokens 4096`, instead: what a long prompt costs beside the model's own forward pass, with its demands.
-
-The columns are those that `J.plan` counts for the vectors, and those that the stable ranks then spend on the same map.
-Prints what it found as JSON, for `bench/spectra.py`, which sets the seconds against the matmul limit of the columns.
+The dense map, in a file, is that of 1 024 tokens; its seconds are set against the matmul limit of its columns.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 import loclin
-from harness import Row, matmul_rate, report, resident_peak_bytes, say, timed
+from harness import Row, arguments, forget_peak, matmul_rate, report, resident_peak_bytes, say, timed
+from loclin.linearization import Linearization
+from loclin.models import Model
 from models import PARAGRAPH, fresh, linear_weights
 
-LENGTH = 512
-
-
-def measure_beside_forward(length: int) -> list[Row]:
-    """`linearize` and two attributions of a long prompt, in forward passes of the model, and the memory of it all."""
-    model = loclin.load("smollm2-135m")
-    ids = model.encode(PARAGRAPH * math.ceil(length / 128), bos=True)[:, :length]
-    made: list[loclin.Linearization] = []
-    works = {
-        "linearize": (3.0, lambda: made.append(loclin.linearize(model, ids))),
-        "shares by token": (2.0, lambda: made[0].attribute(by="token", progress=False)),
-        "shares by layer": (2.0, lambda: made[0].attribute(by="layer", in_words=0, progress=False)),
-    }
-    with torch.no_grad():
-        forward = min(timed(lambda: model.hf(ids, use_cache=False, logits_to_keep=1)) for _ in range(2))
-    label, rows = f"smollm2-135m, {length} tokens", [Row(f"{length} tokens: forward pass", forward, "s")]
-    for name, (demand, work) in works.items():
-        seconds = timed(work)
-        say(f"{label}: {name}: {seconds:.1f} s, {seconds / forward:.2f} forward passes")
-        rows.append(Row(f"{label}: {name}", seconds, "s", "the model's forward pass", seconds / forward, demand))
-    return [*rows, Row(f"{label}: resident peak", resident_peak_bytes() / 1e9, "GB", demand=4.0)]
+PARTS = ("passes", "more", "dense")
+MEMORY = "2GB"
+LENGTH, DENSE_LENGTH, QUICK_LENGTH = 4096, 1024, 256
+MOST_GB, MOST_GB_DENSE, MOST_OF_LIMIT = 4.0, 6.0, 1.2
+MOST_PASSES = {"linearize": 3.0, "shares by token": 2.0, "shares by layer": 2.0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, help="measure a prompt of so many tokens beside the forward pass")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a demand is not met")
-    options = parser.parse_args()
-    if options.tokens is not None:
-        report("long_prompt", measure_beside_forward(options.tokens), options.check)
-        return
+    options = arguments(__doc__ or "", PARTS)
     model = loclin.load("smollm2-135m")
-    ids = model.encode(PARAGRAPH * 8, bos=True)[:, :LENGTH]
-    lin = loclin.linearize(model, ids)
-    J = fresh(lin, budget=None)
-    plan = J.plan(k=1)
-    chosen = next(route for route in plan.methods if route.name == plan.chosen)
-    say(f"{LENGTH} tokens; the plan:\n{plan}")
-    rates = [matmul_rate()]
-    seconds = timed(lambda: J.svd(k=1))
-    say(f"{LENGTH} tokens: svd(k=1) of every token: {seconds:.0f} s, {J.columns} columns")
-    spent = J.columns
-    seconds += timed(lambda: J.stable_rank(tolerance=0.02))
-    peak = resident_peak_bytes()
-    rates.append(matmul_rate())
-    columns = chosen.cost.columns + J.columns - spent
-    flops = 2 * columns * LENGTH * linear_weights(model.hf)
-    say(f"{LENGTH} tokens: and the stable ranks: {seconds:.0f} s, {J.columns} columns; now the certificate")
-    certificate = lin.certify()
-    found = {
-        "seconds": seconds,
-        "limit": flops / max(rates),
-        "rate": max(rates),
-        "route": chosen.name,
-        "planned": columns,
-        "columns": J.columns,
-        "peak": peak,
-        "passed": float(certificate.passed),
-        "reconstruction_error": certificate.reconstruction_error,
+    rows: list[Row] = []
+    for part, measured in (("passes", measure_passes), ("more", measure_more)):
+        if part in options.parts:
+            rows += measured(model, QUICK_LENGTH if options.quick else LENGTH)
+    if "dense" in options.parts:
+        rows += measure_dense(model, QUICK_LENGTH if options.quick else DENSE_LENGTH)
+    report("long_prompt", rows, options.check, partly=len(options.parts) < len(PARTS))
+
+
+def prompt(model: Model, length: int) -> Tensor:
+    """So many token ids of ordinary text `[1, T]`."""
+    return model.encode(PARAGRAPH * math.ceil(length / 128), bos=True)[:, :length]
+
+
+def measure(work: Callable[[], object]) -> tuple[float, float]:
+    """(seconds, GB that are resident at most) of a call."""
+    forget_peak()
+    return timed(work), resident_peak_bytes() / 1e9
+
+
+def measure_forward(model: Model, ids: Tensor) -> float:
+    """Seconds of one forward pass of the model, with one row of logits."""
+    with torch.no_grad():
+        return timed(lambda: model.hf(ids, use_cache=False, logits_to_keep=1))
+
+
+def measure_works(length: int, forward: float, works: dict[str, Callable[[], object]]) -> list[Row]:
+    """Calls, in forward passes of so many seconds, and their memory."""
+    rows = []
+    for name, work in works.items():
+        seconds, peak = measure(work, cpu_seconds)
+        label, against = f"{length} tokens: {name}", "the model's forward pass"
+        say(f"{label}: {seconds:.1f} s, {seconds / forward:.2f} passes, {peak:.2f} GB resident")
+        rows.append(Row(label, seconds, "s", against, seconds / forward, MOST_PASSES.get(name)))
+        rows.append(Row(f"{label}: resident peak", peak, "GB", demand=MOST_GB))
+    return rows
+
+
+def measure_passes(model: Model, length: int) -> list[Row]:
+    """`linearize`, shares by token and by layer."""
+    ids = prompt(model, length)
+    made: list[Linearization] = []
+    forward = min(measure_forward(model, ids) for _ in range(2))
+    works: dict[str, Callable[[], object]] = {
+        "linearize": lambda: made.append(loclin.linearize(model, ids, memory=MEMORY)),
+        "shares by token": lambda: made[0].attribute(by="token", progress=False),
+        "shares by layer": lambda: made[0].attribute(by="layer", in_words=0, progress=False),
+        "logit lens": lambda: made[0].logit_lens(),
     }
-    print(json.dumps(found))
+    return [Row(f"{length} tokens: forward pass", forward, "s"), *measure_works(length, forward, works)]
+
+
+def measure_more(model: Model, length: int) -> list[Row]:
+    """What takes longer: shares by head, and the certificate."""
+    ids = prompt(model, length)
+    forward, lin = measure_forward(model, ids), loclin.linearize(model, ids, memory=MEMORY)
+    heads = partial(lin.attribute, by="head", progress=False)
+    rows = measure_works(length, forward, {"certify": lin.certify, "shares by head": heads})
+    wrong = float(not lin.certify().passed)
+    return [*rows, Row(f"{length} tokens: errors within the tolerance", wrong, "0 = yes", demand=0)]
+
+
+def measure_dense(model: Model, length: int) -> list[Row]:
+    """The dense map, written to a file within the budget, against the matmul limit, and its memory."""
+    rates, lin = [matmul_rate()], loclin.linearize(model, prompt(model, length), memory=MEMORY)
+    with TemporaryDirectory() as folder:
+        J = fresh(lin, lin.memory)
+        seconds, peak = measure(lambda: J.dense(path=Path(folder) / "J.npy"))
+    rates.append(matmul_rate())
+    limit = 2 * J.shape[0] * length * linear_weights(model.hf) / max(rates)
+    say(f"{length} tokens: dense map: {seconds:.1f} s, limit {limit:.1f} s, {peak:.2f} GB resident")
+    label = f"{length} tokens: dense map in a file"
+    return [
+        Row(label, seconds, "s", "matmul limit", seconds / limit, MOST_OF_LIMIT),
+        Row(f"{label}: resident peak", peak, "GB", demand=MOST_GB_DENSE),
+    ]
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def _show_spectra(label: str, token: Tensor, joint: Tensor) -> None:
 def long_prompt() -> list[Row]:
     """512 tokens, in a process of its own."""
     say("512 tokens: a few minutes")
-    found = json.loads(in_new_process(str(Path(__file__).parent / "long_prompt.py")))
+    found = json.loads(in_new_process(str(Path(__file__).parent / "spectra_long.py")))
     label = "smollm2-135m, 512 tokens, top vector and stable rank of every token"
     seconds, limit = found["seconds"], found["limit"]
     against = f"matmul limit of {found['planned']} columns at {found['rate'] / 1e9:.0f} Gflop/s"

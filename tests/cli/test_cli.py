@@ -45,6 +45,17 @@ def here(capsys, *arguments):
     return stopped.value.code, captured.out, captured.err
 
 
+def test_a_hundred_thousand_tokens(directory, tmp_path, capsys):
+    """The model's most is named before anything runs, and nothing is written."""
+    written = tmp_path / "out.json"
+    code, out, err = here(capsys, "explain", "w3 " * 100_000, "--model", directory, "--json", written)
+    assert (code, out) == (2, "")
+    assert "100000 tokens" in err
+    assert "at most 64" in err
+    assert len(err.splitlines()) == 1
+    assert not written.exists()
+
+
 def test_explain(directory, tmp_path):
     written, page = tmp_path / "out.json", tmp_path / "out.html"
     code, out, err = run(

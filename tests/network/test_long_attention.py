@@ -6,10 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 import tiny
 from least import least
@@ -18,6 +22,8 @@ from loclin.linearization import Linearization, linearize
 from loclin.models import tiny as families
 from loclin.network.autograd import batched_jvp, batched_vjp
 from loclin.network.memory import Allowance
+from loclin.network.proof import proved_positions
+from loclin.network.reader import CoefficientReader
 
 T = 11
 
@@ -28,6 +34,12 @@ def llama(n_kv: int, dtype: torch.dtype) -> LlamaForCausalLM:
     return tiny._shaken(LlamaForCausalLM(LlamaConfig(**sizes)), 0, dtype)
 
 
+def falcon(dtype: torch.dtype) -> FalconForCausalLM:
+    """Its mask has numbers: ALiBi, for each head another, with the least number of the dtype for masked keys."""
+    sizes = {"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tiny._shaken(FalconForCausalLM(FalconConfig(**sizes, alibi=True, attn_implementation="sdpa")), 0, dtype)
+
+
 MODELS = {
     "all heads": partial(llama, 4),
     "grouped": partial(llama, 2),
@@ -35,6 +47,9 @@ MODELS = {
     "sliding window": lambda dtype: tiny.gemma3(dtype=dtype),
     "looks ahead": lambda dtype: tiny.gemma3(dtype=dtype, bidirectional=True),
     "no explicit products": lambda dtype: families.build("granite", dtype=dtype),
+    "alibi": falcon,
+    "norms of queries": lambda dtype: families.build("qwen3", dtype=dtype),
+    "fused": lambda dtype: families.build("phi3", dtype=dtype),
 }
 
 
@@ -230,3 +245,187 @@ def test_small_budgets_hold_blocks():
     assert all(isinstance(pattern, WholePattern) for pattern in patterns(whole))
     found, expected = lin.jacobian().dense(), whole.jacobian().dense()
     assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.fixture
+def stretches(monkeypatch):
+    """Prompts of more than 16 tokens are long."""
+    monkeypatch.setattr("loclin.network.proof._STRETCH", 2)
+
+
+def spread(length: int) -> Tensor:
+    """The queries at which a layer of a long prompt is proved."""
+    return torch.cat([torch.arange(length)[some] for some in proved_positions(length)])
+
+
+@pytest.mark.parametrize("length", [1, 7, 1024, 1025, 1027, 4096, 100_000])
+def test_where_a_layer_is_proved(length):
+    at = spread(length)
+    assert at[0] == 0
+    assert at[-1] == length - 1
+    assert (at.diff() > 0).all()
+    assert len(at) == (length if length <= 1024 else 512)
+
+
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("most", [0, 4000, None])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_long_prompts_are_proved_in_stretches(build, most, blocks):
+    """The map is the same, and what tokens receive is the mean of the queries at which it is proved."""
+    length = 29
+    model, ids = build(torch.float64), tiny.prompt(length)
+    blocks(10**9)
+    expected = linearize(model, ids)
+    blocks(10**9 if most is None else most)
+    lin = linearize(model, ids)
+    assert lin.trace.explicit == expected.trace.explicit
+    assert lin.trace.causal == expected.trace.causal
+    found, dense = lin.jacobian().dense(), expected.jacobian().dense()
+    assert (found - dense).norm() <= 1e-9 * dense.norm()
+    assert lin.certify().passed
+    held = patterns(lin)
+    if not held or not isinstance(held[0], BlockPattern):
+        return
+    queries = spread(length)
+    received = torch.zeros(len(held), length, dtype=torch.float64)
+    for layer, pattern in enumerate(held):
+        whole = torch.zeros(pattern.shape, dtype=torch.float64)
+        for rows, keys, probs in pattern.everything():
+            whole[:, rows, keys] = probs
+        later = whole[:, queries].mean(0) * (queries[:, None] > torch.arange(length))
+        received[layer] = later.sum(0) / (queries[:, None] > torch.arange(length)).sum(0).clamp_min(1)
+    assert torch.allclose(lin.trace.attention_received.double(), received.mean(0), atol=1e-6)
+
+
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("at", [0, 4, 9, 28])
+def test_wrong_coefficients_at_one_position_are_found(at, blocks, monkeypatch):
+    """Coefficients that do not rebuild the layer are not used, and the map is right without them."""
+    model, ids, read = MODELS["grouped"](torch.float64), tiny.prompt(29), CoefficientReader.coefficients
+    expected = linearize(model, ids).jacobian().dense()
+
+    def read_wrongly(self, pattern):
+        found = read(self, pattern)
+        found.up[at] *= 1.01
+        return found
+
+    blocks(0)
+    monkeypatch.setattr(CoefficientReader, "coefficients", read_wrongly)
+    lin = linearize(model, ids)
+    assert not any(lin.trace.explicit)
+    found = lin.jacobian().dense()
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+def bend(values: Tensor, axis: int = 1) -> Tensor:
+    """What a broken module makes of values: position 4, which is in no stretch, is one percent larger."""
+    factors = torch.ones([values.shape[axis], *[1] * (values.dim() - axis - 1)], dtype=values.dtype)
+    factors[4] = 1.01
+    return values * factors
+
+
+def faulty_mlp(kind: str, self: LlamaMLP, x: Tensor) -> Tensor:
+    down = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(bend(x) if kind == "given" else x))
+    if kind == "added":
+        down[:, 4] += 0.1  # in place
+    return down
+
+
+def faulty_attention(kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+    mixed, weights = sdpa_attention_forward(
+        module, query, key, bend(value, 2) if kind == "v" else value, *args, **kwargs
+    )
+    if kind == "mixed in place":
+        mixed[:, 4] *= 1.01
+    return bend(mixed) if kind == "mixed" else mixed, weights
+
+
+def faulty_linear(self: nn.Linear, x: Tensor) -> Tensor:
+    out = F.linear(x, self.weight)
+    return bend(out) if x.shape[1] > 4 else out
+
+
+FAULTS = {
+    **{f"mlp: {kind}": (LlamaMLP, partial(faulty_mlp, kind)) for kind in ("given", "added")},
+    **{f"attention: {kind}": (None, partial(faulty_attention, kind)) for kind in ("v", "mixed", "mixed in place")},
+    "W x": (nn.Linear, faulty_linear),
+}
+
+
+@pytest.mark.usefixtures("stretches")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_one_position_is_found(fault, dtype, blocks, monkeypatch):
+    """A layer that misbehaves at one position, between the stretches, has no explicit products; the map is right."""
+    model, ids, (owner, forward) = MODELS["grouped"](dtype), tiny.prompt(29), FAULTS[fault]
+    blocks(0)
+    right = linearize(model, ids)
+    assert all(right.trace.explicit)
+    if owner is None:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", forward)
+    else:
+        monkeypatch.setattr(owner, "forward", lambda self, *args: forward(self, *args))
+    lin = linearize(model, ids)
+    assert not any(lin.trace.explicit)
+    assert lin.certify().passed
+    wrong, dense = right.jacobian(position=4).dense(), lin.jacobian(position=4).dense()
+    assert (dense - wrong).norm() > 1e-4 * dense.norm()
+
+
+@pytest.mark.usefixtures("stretches")
+def test_a_query_that_looks_ahead_between_stretches(blocks):
+    """Positions are skipped only where no query at all attends to a later token."""
+    ids = tiny.prompt(29)
+    mask = torch.ones(29, 29, dtype=torch.bool).tril()
+    mask[4, 6] = True
+    model = MODELS["grouped"](torch.float64)
+    forward = LlamaAttention.forward
+
+    def ahead(self, *args, **kwargs):
+        return forward(self, *args, **kwargs | {"attention_mask": mask[None, None]})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaAttention, "forward", ahead)
+        whole = linearize(model, ids)
+        blocks(0)
+        lin = linearize(model, ids)
+        assert not lin.trace.causal
+        assert not whole.trace.causal
+        found, expected = (each.jacobian(position=5).dense() for each in (lin, whole))
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+    assert found[:, 6].norm() > 0
+
+
+def added_in_place(self: LlamaDecoderLayer, hidden_states: Tensor, **kwargs) -> Tensor:
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    attended += hidden_states
+    return attended + self.mlp(self.post_attention_layernorm(attended))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("most", [0, 10**9])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_coefficients_that_are_read_again(build, most, in_place, blocks, monkeypatch):
+    """They are those of the trace; the attention of a float32 layer is not computed for them."""
+    model, ids = build(torch.float32), tiny.prompt(T)
+    if in_place:
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", added_in_place)
+    blocks(most)
+    monkeypatch.setattr(Allowance, "coefficients", 10**9)
+    kept, called = linearize(model, ids), []
+    monkeypatch.setattr(Allowance, "coefficients", 0)
+    lin = linearize(model, ids)
+    assert lin.trace.explicit == kept.trace.explicit
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.extend([func] if "scaled_dot_product" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    u = torch.randn(2, kept.jacobian().shape[0], generator=torch.Generator().manual_seed(0))
+    with Watch():
+        found = lin.jacobian().rmatmat(u)
+    expected = kept.jacobian().rmatmat(u)
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    if all(lin.trace.explicit) and lin.trace.anatomy.weights.attn_post is None:
+        assert not called

@@ -5,6 +5,8 @@ Attention that a model computes step by step (eager) needs no rule: its softmax 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,14 @@ def attention(op: Operation) -> Result:
         live = _live(op, value)
         probs = probs.to(op.context.dtype)
         mixed = (grouped(probs, live.shape[-3]) @ live).view(*probs.shape[:-1], live.shape[-1])
+    if pattern is not None and op.context.see_mixing is not None:
+        op.context.see_mixing(_live(op, value), mixed)
     return status.then(mixed) if isinstance(status, Live) else Live(mixed)
+
+
+def unmixed(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: ARG001
+    """Zeros in the place of what `F.scaled_dot_product_attention` gives."""
+    return query.new_zeros(*query.shape[:-1], value.shape[-1])
 
 
 def _is_larger(query: Tensor, key: Tensor, most: int) -> bool:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from loclin.common.sums import relative_error
+from loclin.freeze.attention import unmixed
 from loclin.freeze.linear import CASTS
 from loclin.freeze.operation import Operation, Result, everywhere, nowhere
 from loclin.freeze.options import FreezeOptions
@@ -57,6 +58,8 @@ class Frozen(TorchFunctionMode):
     graph, collect, soft_caps: build the linear path's graph; make constants leaves; treat tanh as a soft cap.
     takes_values: where no graph is built, the linearised value is the model's own, and is not computed again. It is the
         same up to rounding, if the linear path has the model's dtype.
+    skips_mixing: attention gives zeros: what it gives is known, and only its pattern is wanted.
+    see_mixing: None, or shown the values V and P V of every attention whose pattern is in blocks.
     opaque: True while a module runs whose rule replaces its operations.
     audit: a relative error; operations whose linearised value is further from the model's own are nonlinear uses.
     noise: None, or a list to which operations are added that draw random numbers.
@@ -81,7 +84,8 @@ class Frozen(TorchFunctionMode):
         self.graph, self.collect, self.soft_caps = True, collect, False
         self.audit: float | None = None
         self.noise: list[Origin] | None = None
-        self.opaque = self.takes_values = False
+        self.see_mixing: Callable[[Tensor, Tensor], None] | None = None
+        self.opaque = self.takes_values = self.skips_mixing = False
         self._wide = options.precision == "double" and not options.ordinary
         self._keep, self._paused, self._entered = keep, False, False
         self._frozen_parts: dict[str, FrozenParts] = {}
@@ -118,7 +122,8 @@ class Frozen(TorchFunctionMode):
         in_place = is_in_place(func, args, kwargs)
         before = args[0].detach().clone() if in_place else None
         with torch.no_grad():
-            out = func(*args, **kwargs)
+            skipped = self.skips_mixing and plain_name(func) == "scaled_dot_product_attention"
+            out = (unmixed if skipped else func)(*args, **kwargs)
         result = args[0] if in_place else out
         if _has_floats(result):
             op = Operation(self, plain_name(func), func, args, kwargs, in_place, before, result)

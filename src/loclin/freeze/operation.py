@@ -35,6 +35,7 @@ class _Context(Protocol):
     dtype: torch.dtype
     soft_caps: bool
     attention_bytes: int | None
+    see_mixing: Callable[[Tensor, Tensor], None] | None
 
     def status(self, value: Any) -> Status: ...
     def origin(self, operation: str) -> Origin: ...

@@ -19,6 +19,7 @@ from loclin.common.brief import brief
 
 _BLOCK_BYTES = 2**22  # of P that are made at a time on a CPU: they stay in its cache
 _BLOCK_BYTES_ACCELERATOR = 2**28
+_MASK_ROWS = 256  # of a mask that are looked at together
 
 
 class PatternBlock(NamedTuple):
@@ -54,6 +55,10 @@ class Pattern(ABC):
     @abstractmethod
     def blocks(self, queries: slice) -> Iterator[PatternBlock]:
         """The probabilities of some queries, in blocks; every query is in one of them."""
+
+    def looks_ahead(self) -> bool | None:
+        """Whether a query may attend to a later key; None where only the probabilities say."""
+        return None
 
     def unwatched(self) -> Pattern:
         """The same pattern, whose blocks are shown to nobody."""
@@ -158,6 +163,15 @@ class BlockPattern(Pattern):
     def to(self, dtype: torch.dtype) -> BlockPattern:
         """The same pattern, computed in another dtype."""
         return replace(self, dtype=dtype)
+
+    def looks_ahead(self) -> bool | None:
+        """Whether the mask, if it is not one of numbers, lets a query attend to a later key."""
+        if self.is_causal or self.mask is None:
+            return not self.is_causal
+        if self.mask.dtype != torch.bool:
+            return None
+        every = self.mask.expand(*self.mask.shape[:-2], *self.shape[1:])
+        return any(bool(rows.triu(1 + i * _MASK_ROWS).any()) for i, rows in enumerate(every.split(_MASK_ROWS, dim=-2)))
 
     def unwatched(self) -> BlockPattern:
         """The same pattern, without `see`."""

@@ -67,12 +67,13 @@ def secant(
         at_zero = f(origin.clone())  # a copy, for functions that work in place
     if at_zero.shape != origin.shape or not bool(at_zero.isfinite().all()):
         return None
-    zero = z == 0
-    start = at_zero.detach().to(dtype)
-    ratio = (out.detach().to(dtype) - start) / torch.where(zero, 1, z).to(dtype)
-    if bool(zero.any()):
+    start, zero = at_zero.detach().to(dtype), z == 0
+    shifted, some_zero = bool(start.any()), bool(zero.any())  # as a rule neither: two passes over all numbers less
+    rise = out.detach().to(dtype) - start if shifted else out.detach().to(dtype)
+    ratio = rise / (torch.where(zero, 1, z) if some_zero else z).to(dtype)
+    if some_zero:
         slope = torch.zeros_like(start)
         if at_zero.requires_grad:
             slope = torch.autograd.grad(at_zero, origin, torch.ones_like(at_zero))[0].to(dtype)
         ratio = torch.where(zero, slope, ratio)
-    return Secant(ratio, start.expand_as(ratio) if bool(start.any()) else None)
+    return Secant(ratio, start.expand_as(ratio) if shifted else None)

@@ -42,11 +42,7 @@ class ExplicitLayer:
     def __init__(
         self, layer: nn.Module, weights: Weights, coefficients: LayerCoefficients, dtype: torch.dtype, shared: Workspace
     ) -> None:
-        def matrix(name: str, path: str, rows: slice = slice(None)) -> Matrix:
-            weight, bias = dense_weight(module := layer.get_submodule(path)), module.bias
-            assert weight is not None
-            return Matrix(name, weight[rows], bias[rows] if isinstance(bias, Tensor) else None, dtype, shared)
-
+        self._layer, self._dtype, self._workspace, matrix = layer, dtype, shared, self.matrix
         with weights_of(layer, _used(weights, coefficients)):
             o, down = matrix("o", weights.o), matrix("down", weights.down)
             v_rows = gate_rows = up_rows = slice(None)
@@ -63,6 +59,14 @@ class ExplicitLayer:
         self._mlp = ExplicitMLP(up, gate, down, coefficients, shared)
         self._before_attention = coefficients.attn_in
         self.biased = self._attention.biased or self._mlp.biased
+
+    def matrix(self, name: str, path: str, rows: slice = slice(None)) -> Matrix:
+        """A linear module's matrix, or some rows of it."""
+        weight, bias = dense_weight(module := self._layer.get_submodule(path)), module.bias
+        assert weight is not None
+        return Matrix(
+            name, weight[rows], bias[rows] if isinstance(bias, Tensor) else None, self._dtype, self._workspace
+        )
 
     def vjp(
         self,
@@ -129,17 +133,19 @@ class ExplicitLayer:
                 add_or_write(part[rows.start - start : rows.stop - start], pushed, add)
                 done = columns.stop
 
-    def affine(self, x: Float[Tensor, "T d"]) -> tuple[Float[Tensor, "T d"], Float[Tensor, "T d"]]:
-        """What attention and MLP add to an input, biases included. Cost: one column."""
-        block, everywhere = x.to(self._mlp.device)[:, None], slice(0, len(x))
-        attended = self._attention.jvp(block, 0, everywhere, affine=True)
-        moved = self._mlp.push_through_factors(block + attended, everywhere, affine=True)
+    def affine(
+        self, x: Float[Tensor, "T d"], wanted: slice = slice(None)
+    ) -> tuple[Float[Tensor, "W d"], Float[Tensor, "W d"]]:
+        """What attention and MLP add to an input at the wanted positions, biases included. Cost: one column."""
+        block, wanted = x.to(self._mlp.device)[:, None], slice(*wanted.indices(len(x))[:2])
+        attended = self._attention.jvp(block, 0, wanted, affine=True)
+        moved = self._mlp.push_through_factors(block[wanted] + attended, wanted, affine=True)
         return attended[:, 0], moved[:, 0]
 
-    def value(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
-        """The layer's value at an input, biases included. Cost: one column."""
-        attended, moved = self.affine(x)
-        return x.to(self._mlp.device) + attended + moved
+    def value(self, x: Float[Tensor, "T d"], wanted: slice = slice(None)) -> Float[Tensor, "W d"]:
+        """The layer's value at an input and the wanted positions, biases included. Cost: one column."""
+        attended, moved = self.affine(x, wanted)
+        return x[wanted].to(self._mlp.device) + attended + moved
 
 
 def _used(weights: Weights, coefficients: LayerCoefficients) -> list[str]:

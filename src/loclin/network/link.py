@@ -8,10 +8,11 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from loclin.freeze import FreezeOptions
+from loclin.freeze import FreezeOptions, Frozen
 from loclin.freeze.pattern import Pattern
-from loclin.models.forward import hidden_output, hooked
+from loclin.models.forward import hidden_output, hooked, with_hidden_output
 from loclin.network.anatomy import Weights
 from loclin.network.autograd import batched_jvp, batched_vjp, push_constants
 from loclin.network.blocks import LayerCoefficients, Workspace
@@ -43,7 +44,10 @@ class LayerLink:
         return self.graph().parallel
 
     def explicit(self, workspace: Workspace) -> ExplicitLayer | None:
-        """The layer's explicit products, where it has them. Cost: a forward pass, if its coefficients are not kept."""
+        """The layer's explicit products, where it has them.
+
+        Cost: a forward pass, if its coefficients are not kept; in float32 without attention, which the trace has.
+        """
         weights, trace = self.trace.anatomy.weights, self.trace
         if weights is None or not trace.explicit[self.index] or self.options != trace.options:
             return None
@@ -57,13 +61,30 @@ class LayerLink:
         with freeze as mode, torch.no_grad():
             mode.graph, mode.takes_values = False, takes_values(self.options, self.trace.sequence)
             reader = CoefficientReader(mode, self.module, weights)
-            with hooked(reader.hooks()):
+            with hooked((*reader.hooks(), *self._hook_known_attention(mode, weights))):
                 hidden = self.call.hidden.clone()
                 mode.enter(hidden, self.call.value)
                 self.call(hidden)
         coefficients = reader.coefficients(patterns[-1])
         assert coefficients is not None  # they were read when the prompt was traced
         return coefficients
+
+    def _hook_known_attention(self, mode: Frozen, weights: Weights) -> list[RemovableHandle]:
+        """Let the attention give what it gave in the trace, if these are the model's own bits, and not compute it."""
+        path, known = self.call.block.sublayers.attn, self.trace.attn_out[self.index]
+        if not mode.takes_values or path is None or known is None or not weights.o.startswith(f"{path}."):
+            return []
+
+        def enter(_module: nn.Module, _args: object) -> None:
+            mode.skips_mixing = True
+
+        def leave(_module: nn.Module, _args: object, output: object) -> object:
+            mode.skips_mixing, again = False, known.clone()  # a layer may add to it in place
+            mode.enter(again)
+            return with_hidden_output(output, again)
+
+        attention = self.module.get_submodule(path)
+        return [attention.register_forward_pre_hook(enter), attention.register_forward_hook(leave)]
 
     def graph(self, collect: bool = False, finder: UnitFinder | None = None) -> Graph:
         """Its graph, with leaves for constants if `collect`; `finder` looks for units. Cost: two forward passes."""

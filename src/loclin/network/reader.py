@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from loclin.common.sums import relative_error
 from loclin.freeze import Frozen
 from loclin.freeze.pattern import Pattern
 from loclin.freeze.status import Live
 from loclin.network import explicit
 from loclin.network.anatomy import Anatomy, Weights
 from loclin.network.blocks import LayerCoefficients, Workspace
+from loclin.network.proof import LayerRecord, Passed
 from loclin.network.sequence import BlockSequence
 
 
@@ -42,7 +42,9 @@ class CoefficientReader:
             if path is not None:
                 yield from self._hook_norm(field, self.layer.get_submodule(path))
         for path in dict.fromkeys((weights.gate, weights.up)):
-            yield self.layer.get_submodule(path).register_forward_hook(self._start_branch(path))
+            branch = self.layer.get_submodule(path)
+            yield branch.register_forward_pre_hook(self._pause_graph)
+            yield branch.register_forward_hook(self._start_branch(path))
         yield self.layer.get_submodule(weights.down).register_forward_pre_hook(self._end_branches)
 
     def coefficients(self, pattern: Pattern) -> LayerCoefficients | None:
@@ -82,6 +84,9 @@ class CoefficientReader:
 
         yield norm.register_forward_pre_hook(enter)
         yield norm.register_forward_hook(leave)
+
+    def _pause_graph(self, _module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+        self._mode.graph = False  # the branch before has begun one, and what this matrix gives becomes a leaf
 
     def _start_branch(self, path: str) -> Any:
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -124,7 +129,12 @@ class ExplicitLayers:
         generic = mode.options.ordinary or sequence.fallback_reason is not None
         self._weights = None if generic else anatomy.weights
         self._readers: list[CoefficientReader | None] = [self._reader(block.module) for block in sequence.blocks]
+        self._records = [
+            LayerRecord(mode, reader.layer, self._weights) if reader is not None and self._weights is not None else None
+            for reader in self._readers
+        ]
         self._workspace = Workspace()
+        self._mixed: Passed | None = None
         n = max(1, len(sequence.blocks))
         self.exact, self.biased = [False] * n, [True] * n
         self.kept: list[LayerCoefficients | None] = [None] * n
@@ -136,21 +146,28 @@ class ExplicitLayers:
 
     def hooks(self) -> Iterator[RemovableHandle]:
         """Hook every layer's parts."""
-        return chain.from_iterable(reader.hooks() for reader in self._readers if reader is not None)
+        records = (record.hooks() for record in self._records if record is not None)
+        readers = (reader.hooks() for reader in self._readers if reader is not None)
+        return chain.from_iterable((*records, *readers))  # records what a matrix gave before a reader puts a leaf there
+
+    def see_mixing(self, values: Tensor, mixed: Tensor) -> None:
+        """Remember what an attention in blocks was given and gave `[1, H, T, d_head]`, until a layer is collected."""
+        self._mixed = values.detach()[0], mixed.detach()[0].clone()
 
     def collect(self, index: int, x: Tensor, y: Tensor, pattern: Pattern | None) -> None:
         """Take a layer's coefficients after it ran from x to y `[1, T, d]`, if they rebuild y."""
-        reader = self._readers[index]
-        if reader is None or self._weights is None:
+        reader, record, mixed, self._mixed = self._readers[index], self._records[index], self._mixed, None
+        if reader is None or record is None or self._weights is None:
             return
         coefficients = None if pattern is None else reader.coefficients(pattern)
         reader.forget()
-        if coefficients is None:
-            return
-        layer = explicit.ExplicitLayer(reader.layer, self._weights, coefficients, self._mode.dtype, self._workspace)
-        error = relative_error(layer.value(x[0]).to(y.device) - y[0], y)
-        self.exact[index] = error <= explicit.AGREEMENT[self._mode.dtype]
-        self.biased[index] = layer.biased or not self.exact[index]
-        if self.exact[index] and coefficients.nbytes <= self._free_bytes:
+        if coefficients is not None:
+            parts = self._weights, coefficients, self._mode.dtype, self._workspace
+            layer = explicit.ExplicitLayer(reader.layer, *parts)
+            error = record.error(layer, coefficients, mixed, self._workspace, x[0], y[0])
+            self.exact[index] = bool(error <= explicit.AGREEMENT[self._mode.dtype])
+            self.biased[index] = layer.biased or not self.exact[index]
+        record.forget()
+        if coefficients is not None and self.exact[index] and coefficients.nbytes <= self._free_bytes:
             self._free_bytes -= coefficients.nbytes
             self.kept[index] = replace(coefficients, pattern=coefficients.pattern.unwatched())

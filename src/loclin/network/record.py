@@ -19,6 +19,7 @@ from loclin.models.forward import hidden_input, hidden_output, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
+from loclin.network.proof import proved_positions
 from loclin.network.reader import ExplicitLayers
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
 from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits, takes_values
@@ -38,7 +39,8 @@ def trace_prompt(
 ) -> Trace:
     """Run the model twice, as it is and frozen, and remember the frozen pass.
 
-    Cost: two forward passes, and a third where blocks have to be taken as one. Memory: 2 L T d numbers and the masks,
+    Cost: two forward passes, and a third where blocks have to be taken as one; one column of explicit products, of a
+    prompt of more than 1 024 tokens at 512 of them (see `loclin.network.proof`). Memory: 2 L T d numbers and the masks,
     L T d more where the linear path has another dtype, and up to `keep` bytes of coefficients: L T (4 d + 2 f + H T)
     numbers are all of them, or L T (4 d + 2 f + H d_head) without whole attention probabilities. While it runs, one
     layer's activations twice, and about four times `[H, T, T]`, or `attention_bytes` where that is less.
@@ -79,29 +81,37 @@ def _refuse_hooks(model: Model) -> None:
 
 
 class _Received:
-    """How much attention each token receives in one pattern, from its blocks in their order."""
+    """How much attention each token receives in one pattern, from blocks of its queries in their order.
+
+    The queries of a long prompt that are looked at are those at which a layer is proved, if the mask says by itself
+    whether any other attends to a later token.
+    """
 
     def __init__(self, pattern: Pattern) -> None:
-        heads, _, length = pattern.shape
-        self._total, self._seen = torch.zeros(heads, length), 0
-        self._ahead = torch.zeros((), dtype=torch.bool)
+        heads, queries, length = pattern.shape
+        ahead, proved = pattern.looks_ahead(), proved_positions(queries)
+        self._rows = proved if ahead is not None else [slice(0, queries)]
+        self._in_proof = self._rows == proved
+        self._total, self._asked, self._seen = torch.zeros(heads, length), torch.zeros(length), 0
+        self._ahead = torch.tensor(bool(ahead))
         self._pattern: Pattern | None = pattern
 
     def watch(self) -> Pattern:
         """The pattern; its blocks are looked at when they are made: the product that proves a layer makes each."""
         assert self._pattern is not None
-        if isinstance(self._pattern, BlockPattern):
-            return replace(self._pattern, see=self._see)
         pattern = self._pattern
+        if isinstance(pattern, BlockPattern) and self._in_proof:
+            return replace(pattern, see=self._see)
         self.finish()
         return pattern
 
     def _see(self, block: PatternBlock) -> None:
         rows, keys, probs = block
-        if rows.start != self._seen:
+        if rows.start < self._seen:
             return
         self._seen, device = rows.stop, probs.device
         self._total, self._ahead = self._total.to(device), self._ahead.to(device)
+        self._asked[rows] = 1
         diagonal = rows.start - keys.start
         earlier = min(max(0, diagonal), probs.shape[2])  # keys before all of the queries
         some, rest = probs[:, :, :earlier].float(), probs[:, :, earlier:].float()
@@ -111,15 +121,16 @@ class _Received:
 
     def finish(self) -> None:
         """Look at the blocks that have not been seen, and forget the pattern."""
-        if self._pattern is not None:
-            for block in self._pattern.blocks(slice(self._seen, self._pattern.shape[1])):
+        for rows in self._rows if self._pattern is not None else ():
+            assert self._pattern is not None
+            for block in self._pattern.blocks(slice(max(rows.start, self._seen), rows.stop)):
                 self._see(block)
         self._pattern = None
 
     def mean(self) -> Tensor:
         """The mean attention `[T]` that later queries give to each token; 0 for the last, which has none."""
-        later = torch.arange(self._total.shape[1] - 1, -1, -1, device=self._total.device).clamp_min(1)
-        return (self._total / later).mean(0).cpu()
+        later = self._asked.flip(0).cumsum(0).flip(0) - self._asked
+        return (self._total / later.clamp_min(1).to(self._total.device)).mean(0).cpu()
 
     @property
     def looks_ahead(self) -> bool:
@@ -219,7 +230,7 @@ class _Recorder:
         self._entered = self.calls[-1].value if self._mode.takes_values else self._mode.live(hidden).detach()
 
     def _leave_attention(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.attn_out[-1] = self._value(hidden_output(output))
+        self.attn_out[-1] = self._value(hidden_output(output)).clone()  # a layer may add to it in place
 
     def _leave_block(self, _module: nn.Module, _args: Any, output: Any) -> None:
         hidden = hidden_output(output)
@@ -244,6 +255,7 @@ def _record(
     with frozen(model.hf, options, dtype, keep=attention.keep, attention_bytes=attention_bytes) as mode:
         mode.takes_values = takes_values(options, sequence)
         explicit = ExplicitLayers(mode, sequence, anatomy, keep)
+        mode.see_mixing = explicit.see_mixing
         recorder = _Recorder(mode, model, sequence, explicit, attention)
         with hooked(recorder.hooks()):
             head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)

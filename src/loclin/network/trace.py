@@ -80,7 +80,9 @@ class Trace:
     stock_logits: Float[Tensor, " V"]  # the untouched model's own, at the last position
     bit_identical: bool  # whether the model gave the same inside the freeze, in every bit
     random: bool  # whether it gave something else
-    attention_received: Float[Tensor, " T"]  # by each token from later ones, the mean of all heads; 0 without attention
+    attention_received: Float[Tensor, " T"]
+    """By each token from later ones, the mean of all heads; 0 without attention. In a long prompt, whose patterns are
+    in blocks, from those later ones that are among `proved_positions`."""
     nonlinear_uses: tuple[NonlinearUse, ...]  # coefficients used as if linear in the input: with any, no map is exact
     explicit: tuple[bool, ...]  # whether a layer has explicit products that rebuild its value
     coefficients: tuple[LayerCoefficients | None, ...]  # of explicit products, where they are kept
