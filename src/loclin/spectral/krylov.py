@@ -20,7 +20,7 @@ from loclin.spectral.bounds import bound_matrix, chi2_quantile, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.dense import as_joint
 from loclin.spectral.result import SVD, align_signs
-from loclin.spectral.sketch import BasisSVD, Sketch, TokenMaps
+from loclin.spectral.sketch import TESTS, BasisSVD, Sketch, TokenMaps
 from loclin.spectral.threads import single_thread
 
 FAILURE = 1e-3
@@ -30,7 +30,8 @@ _SHARED_STEPS = 2  # shared steps before single tokens' vectors are pushed
 PROBES = 8
 """Gaussian vectors that measure the Frobenius norm of what the basis misses."""
 CERTIFICATE = (4, 5)
-"""Gaussian vectors and polynomial degree of the certificate of ||E||: 40 columns, within 1.3 of the truth."""
+"""Gaussian vectors and polynomial degree of the certificate of several maps' ||E||: 40 columns, within 1.3 of the
+truth."""
 _LEVEL = 0.35  # the ||E||^2 / s_k^2 that is assumed before it has been measured
 _NEAR_K = 0.95  # a value beyond the k-th is pushed too if its bound is above this fraction of s_k^2
 _TOO_LARGE = 0.8  # above this ||E||^2 / s_k^2 a larger basis gains more than vectors of single maps
@@ -66,13 +67,12 @@ def matrix_free_svd(
     d_out, length, d_in = op.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
     check_tolerance(tolerance, op.dtype)
-    sketch = Sketch(op, min(block or k + 8, d_out), joint=joint, seed=seed)
-    probes = sketch.random(PROBES)
-    images = sketch.pull(probes)
+    block = max(2, block or (k + TESTS + 2 if joint or length == 1 else k + 8))
+    sketch = Sketch(op, min(block, d_out), joint=joint, seed=seed, probes=PROBES)
     basis, upper, eta = search(sketch, k, tolerance, max_columns, callback or (lambda _: None))
 
     # The basis is independent of these probes, so they measure what it misses, with or without a certificate.
-    return conclude(sketch, basis, upper, eta, sketch.missing(probes, images), k, align_to)
+    return conclude(sketch, basis, upper, eta, sketch.missing, k, align_to)
 
 
 def conclude(
@@ -138,18 +138,23 @@ class _Search:
         return self.is_settled(assumed) or is_stuck
 
     def certify(self) -> bool:
-        """Compute a certificate of ||E||, if it pays and there are columns for it."""
+        """Compute a certificate of ||E||, if it pays and there are columns for it; for one map it takes none."""
         sketch = self._sketch
-        price = 2 * math.prod(CERTIFICATE)
-        is_large = self.size >= max(self._k, self._next_size)
+        price = 0 if sketch.maps == 1 else 2 * math.prod(CERTIFICATE)
+        is_large = self.size >= max(self._k, self._next_size) and self._steps > 0
         if not is_large or price >= sketch.Q.shape[0] - self.size or sketch.columns + price > self._most:
             return False
         self._certificates += 1
-        self._next_size = self.size + self.size // 4
         # All certificates together fail with probability FAILURE / 2.
         failure = FAILURE / 2 ** (self._certificates + 1)
-        self.level = sketch.bound_missing(self.scale, _LEVEL, *CERTIFICATE, failure)
-        self.eta = torch.minimum(self.eta, self.level**0.5 * self.scale)
+        if sketch.maps == 1:
+            self._next_size = self.size + 1
+            bound = torch.full_like(self.eta, sketch.bound_tested(failure) ** 0.5)
+        else:
+            self._next_size = self.size + self.size // 4
+            self.level = sketch.bound_missing(self.scale, _LEVEL, *CERTIFICATE, failure)
+            bound = self.level**0.5 * self.scale
+        self.eta = torch.minimum(self.eta, bound)
         return True
 
     def grow(self, wanted: list[Tensor]) -> bool:
@@ -238,7 +243,7 @@ def frobenius_bound(missing: Float[Tensor, "M s"], failure: float) -> Float[Tens
 def frobenius_estimate(sketch: Sketch, missing: Float[Tensor, "M s"]) -> tuple[Tensor, Tensor]:
     """||J_i||_F and its relative standard error, from |B|^2 + mean |E^T g|^2 (Hutchinson 1990; Hutch++, 2021)."""
     if sketch.complete:
-        missing = torch.zeros_like(missing)
+        missing = missing.new_zeros(len(missing), 2)
     square = square_sums(sketch.B, 1) + missing.mean(dim=1)
     deviation = missing.std(dim=1) / missing.shape[1] ** 0.5
     return square.sqrt(), torch.where(square > 0, deviation / (2 * square), 0.0)

@@ -55,10 +55,10 @@ class Norms(Result):
         return 2 * (self.largest_error + self.frobenius_error)
 
 
-def _refine_frobenius(sketch: Sketch, probes: Tensor, images: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+def _refine_frobenius(sketch: Sketch, tolerance: float) -> tuple[Tensor, Tensor]:
     """Grow the sketch until ||J_i||_F has a relative standard error within the tolerance; returns both, `[T]`."""
     while True:
-        value, error = frobenius_estimate(sketch, sketch.missing(probes, images))
+        value, error = frobenius_estimate(sketch, sketch.missing)
         if sketch.complete or (error <= tolerance).all():
             return value, error
         sketch.krylov_step()
@@ -74,11 +74,9 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: boo
     the map's dtype does not hold.
     """
     check_tolerance(tolerance / 4, op.dtype)
-    sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed)
-    probes = sketch.random(PROBES)
-    images = sketch.pull(probes)
+    sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed, probes=PROBES)
     basis, upper, _ = search(sketch, 1, tolerance / 4, None, lambda _: None, certify)
-    norm, norm_error = _refine_frobenius(sketch, probes, images, tolerance / 4)
+    norm, norm_error = _refine_frobenius(sketch, tolerance / 4)
     largest = basis.values[:, 0]
     slack = sketch.floor * largest
     above = torch.where(largest > 0, (upper[:, 0] + slack - largest) / largest, 0.0)
