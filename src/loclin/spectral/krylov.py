@@ -26,7 +26,7 @@ from loclin.spectral.threads import single_thread
 FAILURE = 1e-3
 """The probability with which the bounds of one result may not hold."""
 
-_SHARED_STEPS = 2  # shared steps before single tokens' vectors are pushed
+_SHARED_STEPS = 2  # shared steps before single tokens' vectors are pushed, by default
 PROBES = 8
 """Gaussian vectors that measure the Frobenius norm of what the basis misses."""
 CERTIFICATE = (4, 5)
@@ -104,8 +104,8 @@ def conclude(
 class _Search:
     """A search between its steps: bounds `upper` on values and `eta` on ||E||; `level` is ||E||^2 / scale^2."""
 
-    def __init__(self, sketch: Sketch, k: int, tolerance: float, most: int | float) -> None:
-        self._sketch, self._k, self._tolerance, self._most = sketch, k, tolerance, most
+    def __init__(self, sketch: Sketch, k: int, tolerance: float, most: int | float, shared: int) -> None:
+        self._sketch, self._k, self._tolerance, self._most, self._shared = sketch, k, tolerance, most, shared
         self._certificates, self._next_size, self._steps = 0, 0, 0
         self.level = _LEVEL
         self.upper = torch.full((sketch.maps, k), torch.inf, dtype=torch.float64, device=sketch.Q.device)
@@ -134,7 +134,7 @@ class _Search:
 
     def is_ready(self, assumed: Tensor, wanted: list[Tensor]) -> bool:
         """Whether the bounds would be within the tolerance at the present level, or no vector of single maps helps."""
-        is_stuck = self._sketch.maps > 1 and self._steps >= _SHARED_STEPS and not any(part.numel() for part in wanted)
+        is_stuck = self._sketch.maps > 1 and self._steps >= self._shared and not any(part.numel() for part in wanted)
         return self.is_settled(assumed) or is_stuck
 
     def certify(self) -> bool:
@@ -164,7 +164,7 @@ class _Search:
         vectors of single maps that are `wanted`.
         """
         sketch, pushes = self._sketch, sum(part.shape[1] for part in wanted)
-        is_shared = sketch.maps == 1 or self._steps < _SHARED_STEPS or self.level > _TOO_LARGE or not pushes
+        is_shared = sketch.maps == 1 or self._steps < self._shared or self.level > _TOO_LARGE or not pushes
         to_complete = sketch.Q.shape[0] - self.size
         cost = min(2 * (sketch.newest if is_shared else pushes), to_complete)
         if sketch.columns + cost > self._most:
@@ -182,15 +182,21 @@ class _Search:
 
 
 def search(
-    sketch: Sketch, k: int, tolerance: float, most: int | None, callback: Callable[[int], None], certify: bool = True
+    sketch: Sketch,
+    k: int,
+    tolerance: float,
+    most: int | None,
+    callback: Callable[[int], None],
+    certify: bool = True,
+    shared: int = _SHARED_STEPS,
 ) -> tuple[BasisSVD, Float[Tensor, "M k"], Float[Tensor, " M"]]:
     """Grow a sketch until the k largest values of all its maps are certified, or the columns are spent.
 
     Without `certify` it ends when the bounds would be within the tolerance if ||E||^2 were at most 0.35 s_k^2, which is
-    not proved. Returns the last decomposition, upper bounds on the maps' values (infinite without a certificate), and
+    not proved. Single tokens' vectors are pushed after so many `shared` steps. Returns the last decomposition, upper bounds on the maps' values (infinite without a certificate), and
     on ||E||.
     """
-    state = _Search(sketch, k, tolerance, math.inf if most is None else most)
+    state = _Search(sketch, k, tolerance, math.inf if most is None else most, shared)
     while True:
         callback(sketch.columns)
         state.look()

@@ -149,6 +149,12 @@ class Sketch:
         missed = [outside(W[i], values[i], self._padded(i), 10 * self.floor) for i in range(self.maps)]
         return BasisSVD(W, values, torch.stack(missed))
 
+    def add_probes(self, count: int) -> None:
+        """Pull so many more probes. Cost: a column for each."""
+        probes = self.random(count)
+        self._images = torch.cat([self._images, self.pull(probes)], dim=1)
+        self._probes = torch.cat([self._probes, probes], dim=1)
+
     @property
     def missing(self) -> Float[Tensor, "M s"]:
         """|E_i^T g|^2 for the probes g. Cost: no columns."""
