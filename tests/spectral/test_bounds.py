@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loclin.spectral.bounds import chi2_quantile, left_svd, outside, schatten, upper_values
+from loclin.spectral.bounds import bound_outside, chi2_quantile, left_svd, outside, schatten, upper_values
 from spectra import maps, power_law
 
 
@@ -33,6 +33,36 @@ def test_schatten_norms_close_in_on_the_largest_value():
     assert norms == sorted(norms, reverse=True)
     assert 1 <= norms[-1] <= 1.1
     assert norms[1] == pytest.approx(power_law(20, 0.5).pow(4).sum().item() ** 0.25)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("spectrum", [power_law(60, 1), power_law(60, 0.2), torch.ones(60), torch.eye(60)[0] + 1e-3])
+def test_what_a_krylov_space_misses_is_bounded_by_a_part_of_it(spectrum, steps):
+    """Also where the other part misses the largest eigenvalue, which it cannot know."""
+    torch.manual_seed(steps)
+    U = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64)).Q
+    A = U * spectrum.double().square() @ U.T
+    for is_blind in (False, True):
+        start, tests = torch.randn(60, 5, dtype=A.dtype), torch.randn(60, 4, dtype=A.dtype)
+        if is_blind:
+            start -= U[:, :1] @ (U[:, :1].T @ start)
+        powers, own = [torch.cat([start, tests], dim=1)], [start]
+        for _ in range(steps):
+            powers.append(torch.linalg.qr(A @ powers[-1]).Q)
+            own.append(A @ own[-1])
+        Q = torch.linalg.svd(torch.cat(powers, dim=1), full_matrices=False)
+        Q = Q.U[:, Q.S > 1e-9 * Q.S[0]]
+        bound = bound_outside(Q.T @ A @ Q, Q.T @ start, Q.T @ tests, steps, 1e-3, 1e-9)
+        S = torch.cat([torch.linalg.qr(part).Q for part in own[:steps]], dim=1)
+        left = torch.linalg.svd(S, full_matrices=False)
+        left = left.U[:, left.S > 1e-9]
+        outside_S = torch.eye(60, dtype=A.dtype) - left @ left.T
+        true = torch.linalg.eigvalsh(outside_S @ A @ outside_S)[-1].item()
+        assert true <= bound * (1 + 1e-9) + 1e-12
+        if steps == 4:
+            assert bound < 2.5 * true
+        if is_blind and spectrum[0] > 2 * spectrum[1]:
+            assert bound >= spectrum[0].item() ** 2 * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("pushed", [0, 3, 8])

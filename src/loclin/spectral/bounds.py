@@ -131,7 +131,7 @@ def chi2_quantile(probability: float, degrees: int) -> float:
     return low
 
 
-def chebyshev_bound(squares: float, degree: float, level: float, probes: int, failure: float) -> float:
+def chebyshev_bound(squares: float, degree: int | float, level: float, probes: int, failure: float) -> float:
     """Bound lambda_1(A) from above, except with probability `failure`, from a Chebyshev polynomial of A.
 
     `squares` is the sum of |C(A) g|^2 over Gaussian probes g; C(x) = cos(degree arccos(2 x / level - 1)) is at most 1

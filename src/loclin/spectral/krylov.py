@@ -37,6 +37,11 @@ _NEAR_K = 0.95  # a value beyond the k-th is pushed too if its bound is above th
 _TOO_LARGE = 0.8  # above this ||E||^2 / s_k^2 a larger basis gains more than vectors of single maps
 
 
+def krylov_block(k: int, maps: int = 1) -> int:
+    """How many vectors a search for k values begins with; of one map's, `TESTS` are for its certificate."""
+    return k + 8 if maps > 1 else k + TESTS + 2
+
+
 @in_plain_torch
 def matrix_free_svd(
     op: TokenMaps,
@@ -55,11 +60,12 @@ def matrix_free_svd(
     A block Krylov method (Musco & Musco 2015; Tropp & Webber 2023) with one output basis for all tokens, which keeps
     every block. For tokens that converge slowly, right vectors of their own are pushed through the map. When the upper
     bounds would be within the tolerance for the assumed ||E||, a probabilistic certificate of ||E|| is computed; it
-    ends the search, or says how large ||E|| is. Lower bounds are rigorous, upper ones hold with probability 1 -
-    `failure`. Where the basis spans the output space, both are rigorous and the result is exact.
+    ends the search, or says how large ||E|| is. For one map, some of the vectors that it began with are the
+    certificate's, and it takes no columns. Lower bounds are rigorous, upper ones hold with probability 1 - `failure`.
+    Where the basis spans the output space, both are rigorous and the result is exact.
 
     Left vectors have a non-negative product with `align_to`. A value may be from its upper bound `tolerance` times the
-    value, or twice the rounding. A `block` is k + 8 wide by default. Columns end before `max_columns` are exceeded,
+    value, or twice the rounding. A `block` is `krylov_block` wide by default, and at least 2. Columns end before `max_columns` are exceeded,
     with valid bounds; the first block and the probes are always used. `callback` is called with the number of columns
     so far, after each step. OptionError for a k that the map does not have, a tolerance that its dtype does not hold,
     or products in half precision.
@@ -67,7 +73,7 @@ def matrix_free_svd(
     d_out, length, d_in = op.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
     check_tolerance(tolerance, op.dtype)
-    block = max(2, block or (k + TESTS + 2 if joint or length == 1 else k + 8))
+    block = max(2, block or krylov_block(k, 1 if joint else length))
     sketch = Sketch(op, min(block, d_out), joint=joint, seed=seed, probes=PROBES)
     basis, upper, eta = search(sketch, k, tolerance, max_columns, callback or (lambda _: None))
 
@@ -193,8 +199,8 @@ def search(
     """Grow a sketch until the k largest values of all its maps are certified, or the columns are spent.
 
     Without `certify` it ends when the bounds would be within the tolerance if ||E||^2 were at most 0.35 s_k^2, which is
-    not proved. Single tokens' vectors are pushed after so many `shared` steps. Returns the last decomposition, upper bounds on the maps' values (infinite without a certificate), and
-    on ||E||.
+    not proved. Single tokens' vectors are pushed after so many `shared` steps. Returns the last decomposition, upper
+    bounds on the maps' values (infinite without a certificate), and on ||E||.
     """
     state = _Search(sketch, k, tolerance, math.inf if most is None else most, shared)
     while True:

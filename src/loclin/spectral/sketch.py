@@ -151,8 +151,8 @@ class Sketch:
 
     def add_probes(self, count: int) -> None:
         """Pull so many more probes. Cost: a column for each."""
-        probes = self.random(count)
-        self._images = torch.cat([self._images, self.pull(probes)], dim=1)
+        probes = self.project_out(self.random(count))
+        self.probed = torch.cat([self.probed, self.pull(probes)], dim=1)
         self._probes = torch.cat([self._probes, probes], dim=1)
 
     @property
@@ -168,9 +168,7 @@ class Sketch:
         rows, block = self.B[0].double(), self._start.shape[1]
         kept = block - min(TESTS, block // 2)
         start = torch.nn.functional.pad(self._start, (0, 0, 0, len(rows) - len(self._start)))
-        return bound_outside(
-            rows @ rows.T, start[:, :kept], start[:, kept:], self._steps, failure, 10 * self.floor
-        )
+        return bound_outside(rows @ rows.T, start[:, :kept], start[:, kept:], self._steps, failure, 10 * self.floor)
 
     def bound_missing(
         self, scale: Float[Tensor, " M"], level: float, probes: int, degree: int, failure: float
