@@ -26,7 +26,7 @@ from loclin.spectral.threads import single_thread
 
 def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:
     """What rounding may add to any singular value, relative to the largest: sqrt(n) eps (Higham & Mary 2019)."""
-    return max(4.0, math.sqrt(max(d_out, d_in))) * torch.finfo(dtype).eps
+    return max(6.0, math.sqrt(max(d_out, d_in))) * torch.finfo(dtype).eps
 
 
 @single_thread()

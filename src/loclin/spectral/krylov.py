@@ -65,10 +65,10 @@ def matrix_free_svd(
     Where the basis spans the output space, both are rigorous and the result is exact.
 
     Left vectors have a non-negative product with `align_to`. A value may be from its upper bound `tolerance` times the
-    value, or twice the rounding. A `block` is `krylov_block` wide by default, and at least 2. Columns end before `max_columns` are exceeded,
-    with valid bounds; the first block and the probes are always used. `callback` is called with the number of columns
-    so far, after each step. OptionError for a k that the map does not have, a tolerance that its dtype does not hold,
-    or products in half precision.
+    value, or twice the rounding. A `block` is `krylov_block` wide by default, and at least 2. Columns end before
+    `max_columns` are exceeded, with valid bounds; the first block and the probes are always used. `callback` is called
+    with the number of columns so far, after each step. OptionError for a k that the map does not have, a tolerance that
+    its dtype does not hold, or products in half precision.
     """
     d_out, length, d_in = op.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
