@@ -155,7 +155,7 @@ class _Search:
         failure = FAILURE / 2 ** (self._certificates + 1)
         if sketch.maps == 1:
             self._next_size = self.size + 1
-            bound = torch.full_like(self.eta, sketch.bound_tested(failure) ** 0.5)
+            bound = torch.full_like(self.eta, sketch.bound_tested(self.basis, failure) ** 0.5)
         else:
             self._next_size = self.size + self.size // 4
             self.level = sketch.bound_missing(self.scale, _LEVEL, *CERTIFICATE, failure)

@@ -128,7 +128,8 @@ class Sketch:
         rows = self.B[:, self.B.shape[1] - self.newest :]  # J_i^T q, pulled already
         if self.maps == 1:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
-        self._extend(self.push(rows, self._weights), probes)
+        weighs = self.maps > 1  # one map's weight changes no span
+        self._extend(self.push(rows, self._weights) if weighs else self._push(self._as_tangents(rows)), probes)
         self._steps += 1
 
     def push_chosen(self, wanted: list[Tensor]) -> None:
@@ -160,15 +161,16 @@ class Sketch:
         """|E_i^T g|^2 for the probes g. Cost: no columns."""
         return (self.probed - (self._probes.T @ self.Q) @ self.B).double().square().sum(dim=-1)
 
-    def bound_tested(self, failure: float) -> float:
+    def bound_tested(self, basis: BasisSVD, failure: float) -> float:
         """Bound ||E||_2^2 of the one map there is, by `TESTS` of the vectors that it began with (see `bound_outside`).
 
         Wrong with probability `failure`. Cost: no columns.
         """
-        rows, block = self.B[0].double(), self._start.shape[1]
+        W, block = basis.W[0], self._start.shape[1]
         kept = block - min(TESTS, block // 2)
-        start = torch.nn.functional.pad(self._start, (0, 0, 0, len(rows) - len(self._start)))
-        return bound_outside(rows @ rows.T, start[:, :kept], start[:, kept:], self._steps, failure, 10 * self.floor)
+        start = torch.nn.functional.pad(self._start, (0, 0, 0, len(W) - len(self._start)))
+        T = W * basis.values[0].square() @ W.T  # B B^T
+        return bound_outside(T, start[:, :kept], start[:, kept:], self._steps, failure, 10 * self.floor)
 
     def bound_missing(
         self, scale: Float[Tensor, " M"], level: float, probes: int, degree: int, failure: float
