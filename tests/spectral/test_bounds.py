@@ -35,35 +35,48 @@ def test_schatten_norms_close_in_on_the_largest_value():
     assert norms[1] == pytest.approx(power_law(20, 0.5).pow(4).sum().item() ** 0.25)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("spectrum", [power_law(60, 1), power_law(60, 0.2), torch.ones(60), torch.eye(60)[0] + 1e-3])
-def test_what_a_krylov_space_misses_is_bounded_by_a_part_of_it(spectrum, steps):
-    """Also where the other part misses the largest eigenvalue, which it cannot know."""
-    torch.manual_seed(steps)
-    U = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64)).Q
-    A = U * spectrum.double().square() @ U.T
-    for is_blind in (False, True):
-        start, tests = torch.randn(60, 5, dtype=A.dtype), torch.randn(60, 4, dtype=A.dtype)
-        if is_blind:
-            start -= U[:, :1] @ (U[:, :1].T @ start)
-        seen = A - spectrum[0].item() ** 2 * U[:, :1] @ U[:, :1].T if is_blind else A
-        powers, own = [torch.cat([start, tests], dim=1)], [start]
+SPECTRA = {
+    "flat": torch.ones(40),
+    "a cluster beyond k": torch.cat([torch.full((3,), 9.0), torch.full((20,), 3.0), torch.full((17,), 0.1)]),
+    "a spike": torch.eye(40)[0] + 1e-2,
+    "rank 1": torch.eye(40)[0],
+    "steps": 10.0 ** -(torch.arange(40) // 6),
+    "two clusters": torch.cat([torch.ones(20), torch.full((20,), 0.9)]),
+    "heavy tail": power_law(40, 0.4),
+    "steep": power_law(40, 2),
+}
+
+
+@pytest.mark.parametrize("blind", [0, 1, 3])
+@pytest.mark.parametrize(("steps", "count"), [(1, 2), (2, 4), (3, 4)])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_krylov_space_is_bounded_as_often_as_is_stated(name, steps, count, blind):
+    """The start is blind to the largest values: what it misses is known by the tests alone."""
+    squares, generator = SPECTRA[name].double().square(), torch.Generator().manual_seed(steps)
+
+    def krylov(first):
+        blocks = [torch.linalg.qr(first).Q]
         for _ in range(steps):
-            powers.append(torch.linalg.qr(A @ powers[-1]).Q)
-            own.append(seen @ own[-1])
-        Q = torch.linalg.svd(torch.cat(powers, dim=1), full_matrices=False)
-        Q = Q.U[:, Q.S / Q.S[0] > 1e-9]
-        bound = bound_outside(Q.T @ A @ Q, Q.T @ start, Q.T @ tests, steps, 1e-3, 1e-9)
-        S = torch.cat([torch.linalg.qr(part).Q for part in own[:steps]], dim=1)
-        left = torch.linalg.svd(S, full_matrices=False)
-        left = left.U[:, left.S > 1e-9]
-        outside_S = torch.eye(60, dtype=A.dtype) - left @ left.T
-        true = torch.linalg.eigvalsh(outside_S @ A @ outside_S)[-1].item()
-        assert true <= bound * (1 + 1e-9) + 1e-12
-        if steps == 4:
-            assert bound < 2.5 * true
-        if is_blind and spectrum[0] > 2 * spectrum[1]:
-            assert bound >= spectrum[0].item() ** 2 * (1 - 1e-9)
+            blocks.append(torch.linalg.qr(squares[:, None] * blocks[-1]).Q)
+        left = torch.linalg.svd(torch.cat(blocks, dim=1), full_matrices=False)
+        return left.U[:, left.S > 1e-9]
+
+    def gaussian(columns):
+        return torch.randn(40, columns, dtype=torch.float64, generator=generator)
+
+    runs, failure, wrong = 100, 0.2, 0
+    start = gaussian(4)
+    start[:blind] = 0
+    left = torch.eye(40, dtype=torch.float64) - (S := krylov(start)) @ S.T
+    true = torch.linalg.eigvalsh(left * squares @ left)[-1].item()
+    for _ in range(runs):
+        tests = gaussian(count)
+        Q = krylov(torch.cat([start, tests], dim=1))
+        bound = bound_outside(Q.T * squares @ Q, Q.T @ start, Q.T @ tests, steps, failure, 1e-9)
+        wrong += bound < true * (1 - 1e-9) - 1e-12
+    assert wrong <= failure * runs
+    if name in ("a cluster beyond k", "steep") and (steps, blind) == (2, 1):
+        assert wrong > 0  # a single value is missed: the bound is as sharp as it says
 
 
 @pytest.mark.parametrize("pushed", [0, 3, 8])

@@ -23,6 +23,9 @@ from torch import Tensor
 from loclin.common.sums import norms
 from loclin.spectral.threads import single_thread
 
+_LEVELS = 0.25, 0.5  # of the largest value that the start alone sees: what is missed is less
+_MOST_POWERS, _MAGNITUDE = 7, 1e-280  # more powers, or a larger range of what they give, would overflow
+
 
 def rounding(d_out: int, d_in: int, dtype: torch.dtype) -> float:
     """What rounding may add to any singular value, relative to the largest: sqrt(n) eps (Higham & Mary 2019)."""
@@ -153,32 +156,43 @@ def bound_outside(
     failure: float,
     floor: float,
 ) -> float:
-    """Bound lambda_1 of P A P, P = I - S S^T, from the block Krylov space that finds A's largest values.
+    """Bound eta^2 = lambda_1(P A P), A = J J^T, where P projects out what the start alone finds of A.
 
-    S is span(start, A start, ..., A^(steps-1) start). Everything is in coordinates of an orthonormal basis of the same
-    with A^steps and with the tests in it, where A is `T`; start and tests are Gaussian, and S does not depend on the
-    tests. The basis holds every (P A P)^j P g of a test g up to j = steps, so the moments of T up to 2 steps + 1 are
-    A's own, and `chebyshev_bound` holds for polynomials of that degree. It rests on the same event at any level, so the
-    best of many is taken. Wrong with probability `failure`. What a power adds below `floor`, relative, is rounding.
+    start and tests are Gaussian and independent. With j = `steps`, K is the Krylov space of both up to A^j, and S, D
+    within it are the start's own up to A^j and up to A^(j - i), i = j - 1 at most; P and R project out S and D. All is
+    in coordinates of an orthonormal basis of K, where A is `T`. (R A R)^i R g of a test g is a combination of A^l g, l
+    <= i, and of S: it lies in K, so T gives it exactly, and of F = J^T P p(R A R) R every |F g|^2, for polynomials p of
+    degree i. The tests are independent of F as long as p is chosen by the start.
+
+    Let v be the first eigenvector of P A P. It lies in the range of R, and v R A R v = eta^2. Where p has real roots
+    only, p^2 lies above its tangents beyond the last root, so |F^T J^T v|^2 / eta^2 = eta^2 |p(R A R) v|^2 is at least
+    eta^2 p(eta^2)^2 (Jensen). This bounds ||F||_2^2 from below, and |F g|^2 it from above, as in `chebyshev_bound`. p
+    is the odd Chebyshev polynomial of degree 2 i + 1 in x = sqrt(A / level), over x. Wrong with probability `failure`,
+    which the levels share. What a power adds below `floor`, relative, is rounding.
 
     Cost: about 10 m^3 flops, no columns.
     """
-    S = block = orthonormal_part(start, T.new_zeros(len(T), 0), floor)
-    for _ in range(steps - 1):
-        block = orthonormal_part(T @ block, S, floor)
-        S = torch.cat([S, block], dim=1)
-    outside_S = torch.eye(len(T), dtype=T.dtype, device=T.device) - S @ S.T
-    values, vectors = torch.linalg.eigh(outside_S @ T @ outside_S)
-    masses = (vectors.T @ (outside_S @ tests)).square().sum(dim=1)
-    if not values[-1] > 0:
-        return 0.0
-    levels = values[-1] * torch.logspace(-1.5, 0, 60, dtype=T.dtype, device=T.device)
-    y = (values.clamp(min=0) / levels[:, None]).sqrt()
-    degree = 2 * steps + 1
-    polynomial = torch.where(y <= 1, (degree * y.clamp(max=1).acos()).cos(), (degree * y.clamp(min=1).acosh()).cosh())
-    sums = (polynomial.square() * masses).sum(dim=1)
-    pairs = zip(sums.tolist(), levels.tolist(), strict=True)
-    return min(chebyshev_bound(some, degree / 2, level, tests.shape[1], failure) for some, level in pairs)
+    blocks = [orthonormal_part(start, T.new_zeros(len(T), 0), floor)]
+    for _ in range(steps):
+        blocks.append(orthonormal_part(T @ blocks[-1], torch.cat(blocks, dim=1), floor))
+    power = min(steps - 1, _MOST_POWERS)
+    S, D = torch.cat(blocks, dim=1), torch.cat(blocks[: steps + 1 - power], dim=1)
+    eye = torch.eye(len(T), dtype=T.dtype, device=T.device)
+    R = eye - D @ D.T
+    seen, left = (torch.linalg.eigvalsh(S.T @ part @ S)[-1].item() for part in (T, R @ T @ R))
+    if not seen > 0:
+        return 0.0  # a Gaussian start misses no other A
+    bounds, least = [], seen * max((floor / 10) ** 2, _MAGNITUDE ** (1 / (2 * power + 1)))
+    for share in _LEVELS:
+        level = share * max(left, least)
+        before = images = R @ tests
+        for _ in range(power):
+            before, images = images, 2 * (R @ (T @ images) * (2 / level) - images) - before
+        images -= S @ (S.T @ images)
+        squares = (images * (T @ images)).sum().item() / level
+        squares = squares if squares < math.inf else math.inf  # nan is inf - inf
+        bounds.append(chebyshev_bound(squares, power + 0.5, level, tests.shape[1], failure / len(_LEVELS)))
+    return min(bounds)
 
 
 @single_thread()

@@ -152,12 +152,14 @@ class _Search:
             return False
         self._certificates += 1
         # All certificates together fail with probability FAILURE / 2.
-        failure = FAILURE / 2 ** (self._certificates + 1)
         if sketch.maps == 1:
+            # One for each step that there might be: which are taken depends on the tests, too.
             self._next_size = self.size + 1
+            failure = FAILURE / (2 * self._steps * (self._steps + 1))
             bound = torch.full_like(self.eta, sketch.bound_tested(self.basis, failure) ** 0.5)
         else:
             self._next_size = self.size + self.size // 4
+            failure = FAILURE / 2 ** (self._certificates + 1)
             self.level = sketch.bound_missing(self.scale, _LEVEL, *CERTIFICATE, failure)
             bound = self.level**0.5 * self.scale
         self.eta = torch.minimum(self.eta, bound)
