@@ -15,7 +15,7 @@ from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.spectral import check_rank, wide_dtype
 from loclin.spectral.few_sweeps import SWEEPS, wide_columns
-from loclin.spectral.krylov import CERTIFICATE, PROBES, krylov_block
+from loclin.spectral.krylov import CERTIFICATE, PROBES, TESTS, krylov_block
 
 Method = Literal["auto", "lapack", "block_krylov", "matrix_free"]
 """`lapack`: the dense map and LAPACK; `block_krylov`: the dense map and block Krylov; `matrix_free`: no dense map."""
@@ -138,7 +138,8 @@ def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
     values twice, and for the largest four times. The tokens share one output basis, which grows with them.
     """
     if joint or length == 1:
-        return min(PROBES + krylov_block(k) * (5 if k == 1 else 9), 2 * short)
+        start, steps = krylov_block(k), 2 if k == 1 else 4
+        return min(PROBES + 2 * start + (2 * steps - 1) * (start + TESTS), 2 * short)
     return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 

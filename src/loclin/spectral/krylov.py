@@ -20,7 +20,7 @@ from loclin.spectral.bounds import bound_matrix, chi2_quantile, upper_values
 from loclin.spectral.checks import check_rank, check_tolerance
 from loclin.spectral.dense import as_joint
 from loclin.spectral.result import SVD, align_signs
-from loclin.spectral.sketch import TESTS, BasisSVD, Sketch, TokenMaps
+from loclin.spectral.sketch import BasisSVD, Sketch, TokenMaps
 from loclin.spectral.threads import single_thread
 
 FAILURE = 1e-3
@@ -29,6 +29,8 @@ FAILURE = 1e-3
 _SHARED_STEPS = 2  # shared steps before single tokens' vectors are pushed, by default
 PROBES = 8
 """Gaussian vectors that measure the Frobenius norm of what the basis misses."""
+TESTS = 5
+"""Gaussian vectors that one map's first step adds to the basis, to test what the first block's powers miss."""
 CERTIFICATE = (4, 5)
 """Gaussian vectors and polynomial degree of the certificate of several maps' ||E||: 40 columns, within 1.3 of the
 truth."""
@@ -38,8 +40,8 @@ _TOO_LARGE = 0.8  # above this ||E||^2 / s_k^2 a larger basis gains more than ve
 
 
 def krylov_block(k: int, maps: int = 1) -> int:
-    """How many vectors a search for k values begins with; of one map's, `TESTS` are for its certificate."""
-    return k + 8 if maps > 1 else k + TESTS + 2
+    """How many vectors a search for k values begins with; one map's first step adds `TESTS`."""
+    return k + 8 if maps > 1 else k + 3
 
 
 @in_plain_torch
@@ -60,12 +62,12 @@ def matrix_free_svd(
     A block Krylov method (Musco & Musco 2015; Tropp & Webber 2023) with one output basis for all tokens, which keeps
     every block. For tokens that converge slowly, right vectors of their own are pushed through the map. When the upper
     bounds would be within the tolerance for the assumed ||E||, a probabilistic certificate of ||E|| is computed; it
-    ends the search, or says how large ||E|| is. For one map, some of the vectors that it began with are the
-    certificate's, and it takes no columns. Lower bounds are rigorous, upper ones hold with probability 1 - `failure`.
+    ends the search, or says how large ||E|| is. For one map, some of the basis vectors are the certificate's, and it
+    takes no columns. Lower bounds are rigorous, upper ones hold with probability 1 - `failure`.
     Where the basis spans the output space, both are rigorous and the result is exact.
 
     Left vectors have a non-negative product with `align_to`. A value may be from its upper bound `tolerance` times the
-    value, or twice the rounding. A `block` is `krylov_block` wide by default, and at least 2. Columns end before
+    value, or twice the rounding. A `block` is `krylov_block` wide by default. Columns end before
     `max_columns` are exceeded, with valid bounds; the first block and the probes are always used. `callback` is called
     with the number of columns so far, after each step. OptionError for a k that the map does not have, a tolerance that
     its dtype does not hold, or products in half precision.
@@ -73,8 +75,8 @@ def matrix_free_svd(
     d_out, length, d_in = op.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
     check_tolerance(tolerance, op.dtype)
-    block = max(2, block or krylov_block(k, 1 if joint else length))
-    sketch = Sketch(op, min(block, d_out), joint=joint, seed=seed, probes=PROBES)
+    block = block or krylov_block(k, 1 if joint else length)
+    sketch = Sketch(op, min(block, d_out), joint=joint, seed=seed, probes=PROBES, tests=TESTS)
     basis, upper, eta = search(sketch, k, tolerance, max_columns, callback or (lambda _: None))
 
     # The basis is independent of these probes, so they measure what it misses, with or without a certificate.
@@ -155,8 +157,8 @@ class _Search:
         if sketch.maps == 1:
             # One for each step that there might be: which are taken depends on the tests, too.
             self._next_size = self.size + 1
-            failure = FAILURE / (2 * self._steps * (self._steps + 1))
-            bound = torch.full_like(self.eta, sketch.bound_tested(self.basis, failure) ** 0.5)
+            failure = FAILURE / (4 * self._steps * (self._steps + 1))
+            bound = frobenius_bound(sketch.missing, failure).clamp(max=sketch.bound_tested(self.basis, failure) ** 0.5)
         else:
             self._next_size = self.size + self.size // 4
             failure = FAILURE / 2 ** (self._certificates + 1)
@@ -174,7 +176,7 @@ class _Search:
         sketch, pushes = self._sketch, sum(part.shape[1] for part in wanted)
         is_shared = sketch.maps == 1 or self._steps < self._shared or self.level > _TOO_LARGE or not pushes
         to_complete = sketch.Q.shape[0] - self.size
-        cost = min(2 * (sketch.newest if is_shared else pushes), to_complete)
+        cost = min(sketch.step_columns if is_shared else 2 * pushes, to_complete)
         if sketch.columns + cost > self._most:
             return False
         if cost == to_complete:

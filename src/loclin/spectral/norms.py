@@ -14,7 +14,7 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.spectral.checks import check_tolerance
-from loclin.spectral.krylov import FAILURE, frobenius_estimate, search
+from loclin.spectral.krylov import FAILURE, TESTS, frobenius_estimate, search
 from loclin.spectral.sketch import Sketch, TokenMaps
 
 _BLOCK, _PROBES = 24, 64  # what all tokens share, in one wide sweep; each column is cheap there
@@ -66,7 +66,7 @@ def _refine_frobenius(sketch: Sketch, tolerance: float) -> tuple[Tensor, Tensor]
         if sketch.complete or (error <= tolerance).all():
             return value, error
         wanted = sketch.missing.shape[1] * (1.05 * (error.max().item() / tolerance) ** 2 - 1)
-        if wanted <= 2 * sketch.newest:
+        if wanted <= sketch.step_columns:
             sketch.add_probes(math.ceil(wanted))
         else:
             sketch.krylov_step()
@@ -82,7 +82,7 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: boo
     the map's dtype does not hold.
     """
     check_tolerance(tolerance / 4, op.dtype)
-    sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed, probes=_PROBES)
+    sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed, probes=_PROBES, tests=TESTS)
     basis, upper, _ = search(sketch, 1, tolerance / 4, None, lambda _: None, certify, shared=1)
     norm, norm_error = _refine_frobenius(sketch, tolerance / 4)
     largest = basis.values[:, 0]

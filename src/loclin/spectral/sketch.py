@@ -21,9 +21,6 @@ from loclin.spectral.bounds import bound_outside, chebyshev_bound, left_svd, ort
 from loclin.spectral.checks import refuse_half
 from loclin.spectral.threads import single_thread
 
-TESTS = 4
-"""How many of one map's first vectors test what the others miss, which bounds ||E|| and takes no columns."""
-
 
 @runtime_checkable
 class TokenMaps(Protocol):
@@ -70,12 +67,15 @@ class Sketch:
     `Q` is the basis `[d_out, m]`, `B` its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint; the next
     shared step pushes the `newest` of its vectors. `columns` were taken by products so far; `probed` `[M, s, n]` are
     E_i^T g of the last step's probes, which are `probes` Gaussian vectors to begin with, on which the basis does not
-    depend. Rounding may add `floor` to any singular value, relative to the map's largest.
+    depend. One map's first step adds so many Gaussian `tests` to the basis, of what the first block's powers miss.
+    Rounding may add `floor` to any singular value, relative to the map's largest.
 
     Cost: `block + probes` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
     """
 
-    def __init__(self, op: TokenMaps, block: int, *, joint: bool = False, seed: int = 0, probes: int = 0) -> None:
+    def __init__(
+        self, op: TokenMaps, block: int, *, joint: bool = False, seed: int = 0, probes: int = 0, tests: int = 0
+    ) -> None:
         refuse_half(op.dtype)
         d_out, length, d_in = op.shape
         self.op, self.joint, self.columns = op, joint, 0
@@ -85,11 +85,10 @@ class Sketch:
         self.Q = torch.zeros(d_out, 0, dtype=op.dtype, device=op.device)
         self.B = torch.zeros(self.maps, 0, width, dtype=op.dtype, device=op.device)
         self._pushed = [self.Q.new_zeros(0, 0, dtype=torch.float64) for _ in range(self.maps)]
-        self._block, self._steps = block, 0
-        start = self.random(block)
+        self._block, self._steps, self._lost = block, 0, 0.0
+        self._start, self._tests = self.random(block), self.random(tests if self.maps == 1 else 0)
         self._probes, self.probed = self.Q, self.B
-        self.newest = self.grow(start, self.random(probes if block < d_out else 0))
-        self._start = (self.Q.T @ start).double()  # in the basis
+        self.newest = self.grow(self._start, self.random(probes if block < d_out else 0))
         squares = square_sums(self.B, 1)
         # Scaled to equal norm, so that tokens with small maps are not lost in the shared basis; zero maps have weight
         # 0.
@@ -120,8 +119,13 @@ class Sketch:
             self.probed = self.probed if probes is None else rows[:, new.shape[1] :]
         return new.shape[1]
 
+    @property
+    def step_columns(self) -> int:
+        """The columns that a Krylov step takes at most: two for each of the newest vectors, and the tests' first."""
+        return 2 * self.newest + (self._tests.shape[1] if self._steps == 0 else 0)
+
     def krylov_step(self, probes: Float[Tensor, "d_out s"] | None = None) -> None:
-        """Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q. Cost: at most two columns for each of them.
+        """Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q. Cost: `step_columns`.
 
         `probes` are those of `grow`.
         """
@@ -129,7 +133,8 @@ class Sketch:
         if self.maps == 1:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
         weighs = self.maps > 1  # one map's weight changes no span
-        self._extend(self.push(rows, self._weights) if weighs else self._push(self._as_tangents(rows)), probes)
+        images = self.push(rows, self._weights) if weighs else self._push(self._as_tangents(rows))
+        self._extend(torch.cat([images, self._tests], dim=1) if self._steps == 0 else images, probes)
         self._steps += 1
 
     def push_chosen(self, wanted: list[Tensor]) -> None:
@@ -162,15 +167,14 @@ class Sketch:
         return (self.probed - (self._probes.T @ self.Q) @ self.B).double().square().sum(dim=-1)
 
     def bound_tested(self, basis: BasisSVD, failure: float) -> float:
-        """Bound ||E||_2^2 of the one map there is, by `TESTS` of the vectors that it began with (see `bound_outside`).
+        """Bound ||E||_2^2 of the one map there is, by the tests (see `bound_outside`). Needs a step.
 
         Wrong with probability `failure`. Cost: no columns.
         """
-        W, block = basis.W[0], self._start.shape[1]
-        kept = block - min(TESTS, block // 2)
-        start = torch.nn.functional.pad(self._start, (0, 0, 0, len(W) - len(self._start)))
-        T = W * basis.values[0].square() @ W.T  # B B^T
-        return bound_outside(T, start[:, :kept], start[:, kept:], self._steps, failure, 10 * self.floor)
+        T = basis.W[0] * basis.values[0].square() @ basis.W[0].T  # B B^T
+        start, tests = ((self.Q.T @ part).double() for part in (self._start, self._tests))
+        # What steps have lost to rounding hides as much.
+        return max(bound_outside(T, start, tests, self._steps, failure, 10 * self.floor), 10 * self._lost)
 
     def bound_missing(
         self, scale: Float[Tensor, " M"], level: float, probes: int, degree: int, failure: float
@@ -217,7 +221,10 @@ class Sketch:
 
     def _extend(self, images: Tensor, probes: Tensor | None = None) -> None:
         """Extend the basis by a step's images; by random vectors if they bring nothing new."""
-        new = self.grow(images, probes) or self.grow(self.random(self._block), probes)
+        new = self.grow(images, probes)
+        if new < images.shape[1]:
+            self._lost = max(self._lost, self.project_out(images).norm().item())
+        new = new or self.grow(self.random(self._block), probes)
         # Where several maps share the basis, the next step pushes a whole block even if this one brought less.
         self.newest = new if self.maps == 1 else max(new, self._block)
 
