@@ -16,8 +16,6 @@ from loclin.freeze.narrow import is_narrow, multiply, multiply_transposed
 from loclin.network.blocks import Workspace
 
 _FEW_ROWS = 256
-_THIN = range(100, 257)
-"""Rows for which a processor is a tenth faster with the weight as the left factor (measured at d = 576 to 1536)."""
 
 
 class Matrix:
@@ -45,25 +43,15 @@ class Matrix:
         if self._goes_by_rows(x):
             pushed = multiply(x, self._weight)
             return pushed if bias is None else pushed.add_(bias)
-        if out is not None:
-            return torch.mm(x, self.whole.T, out=out)
-        return _multiply(x, self.whole.T) if bias is None else nn.functional.linear(x, self.whole, bias)
+        return nn.functional.linear(x, self.whole, bias) if out is None else torch.mm(x, self.whole.T, out=out)
 
     def pull(self, y: Float[Tensor, "*n out"], out: Tensor | None = None) -> Tensor:
         """`y W` `[*n, in]`; where it is made whole, in `out`, for rows `[n, out]`."""
         if self._goes_by_rows(y):
             return multiply_transposed(y, self._weight)
-        return _multiply(y, self.whole) if out is None else torch.mm(y, self.whole, out=out)
+        return y @ self.whole if out is None else torch.mm(y, self.whole, out=out)
 
     def _goes_by_rows(self, block: Tensor) -> bool:
         """Whether to widen some rows at a time: for the first product of this layer, if it has few rows."""
         first, self._used = not self._used, True
         return self._narrow and first and "whole" not in vars(self) and block.numel() <= _FEW_ROWS * block.shape[-1]
-
-
-def _multiply(x: Float[Tensor, "*n a"], W: Float[Tensor, "a b"]) -> Float[Tensor, "*n b"]:
-    """`x W`; for few rows as (W^T x^T)^T, laid out by columns."""
-    rows = x.flatten(0, -2)
-    if x.device.type != "cpu" or len(rows) not in _THIN:
-        return x @ W
-    return (W.T @ rows.T).T.unflatten(0, x.shape[:-1])
