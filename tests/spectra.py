@@ -32,6 +32,7 @@ DESIGNS = {
     "near-equal": [torch.cat([torch.tensor([3.0, 2.999999, 2.0, 2.0]), power_law(44, 1)]), torch.ones(48)],
     "deficient": [power_law(3, 1), power_law(48, 0.8)],
     "zero": [torch.zeros(48), power_law(48, 0.8)],
+    "rank 1": [torch.eye(48)[0]],
     "one token": [power_law(48, 0.8)],
 }
 

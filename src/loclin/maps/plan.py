@@ -15,7 +15,7 @@ from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.spectral import check_rank, wide_dtype
 from loclin.spectral.few_sweeps import SWEEPS, wide_columns
-from loclin.spectral.krylov import CERTIFICATE, PROBES
+from loclin.spectral.krylov import CERTIFICATE, PROBES, TESTS, krylov_block
 
 Method = Literal["auto", "lapack", "block_krylov", "matrix_free"]
 """`lapack`: the dense map and LAPACK; `block_krylov`: the dense map and block Krylov; `matrix_free`: no dense map."""
@@ -28,14 +28,14 @@ _MAP_SECONDS = 1.3e-3  # its fixed time for each map: a hundred small operations
 _BOUNDS = 4.0, 2.0
 """Its bounds' flops over d_out^2 n, where k is more than `_FEW`: for each of several maps, and for one."""
 _FEW = 2  # up to so many values are certified by the Frobenius norm of what the basis misses
-_NARROW = CERTIFICATE[0]  # how many columns of probes and certificate go through the model at a time
-_FIXED = PROBES + 2 * math.prod(CERTIFICATE)  # the columns of the probes and of one certificate
+_FIXED = PROBES + 2 * math.prod(CERTIFICATE)  # the columns of the probes and of one certificate of several maps
 _STEP_SECONDS = 1e-3  # the fixed time of each matrix-free step: small decompositions
 _MARGIN = 0.65, 1.0
 """Expected columns are an estimate: matrix-free is chosen if it promises at most this fraction of the dense map's time.
 For each token's map, where models differ most, and for all tokens' maps side by side."""
-_NORM_COLUMNS = 250  # the columns that norms to 2 % take on SmolLM2; Gemma 3 270M takes up to twice as many
-_REACH = 1.6  # the dense map takes over when so many times the expected columns are spent
+_NORM_COLUMNS, _NORM_BLOCK = 170, 32
+"""The columns that norms to 2 % take on SmolLM2 (Gemma 3 270M: 250), and how many go through the model at a time."""
+_REACH = 2.0  # the dense map takes over when so many times the expected columns are spent
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def plan(J: Products, k: int, *, joint: bool, tolerance: float, method: str = "a
     if joint and reads_layers(J.chain):
         matrix_free = _few_sweeps_cost(J, k, columns)
     else:
-        matrix_free = _matrix_free_cost(J, expected, maps, columns, k)
+        block = krylov_block(k, maps) + (TESTS if maps == 1 else 0)
+        matrix_free = _matrix_free_cost(J, expected, maps, columns, block, maps > 1)
     costs: dict[Method, Cost] = {**_dense_costs(J, maps, columns, k, joint), "matrix_free": matrix_free}
     routes = sorted((MethodCost(name, cost) for name, cost in costs.items()), key=lambda each: each.cost.seconds)
     chosen, most = cast("Method", method), int(_REACH * expected)
@@ -148,16 +149,17 @@ def sketch_bytes(vectors: int, maps: int, width: int, itemsize: int) -> float:
 
 
 def expected_columns(k: int, length: int, joint: bool, short: int) -> int:
-    """How many columns the matrix-free method takes on a language model's map, the certificate's 48 included.
+    """How many columns the matrix-free method takes on a language model's map, the probes' 8 included.
 
-    Measured at 1e-2 and 1e-3 on SmolLM2, and on models of random weights whose spectra decay like its own, d = 512 to
-    2048: for k = 1 and 8, 93 and 160 (2 tokens) to 190 for all tokens together; 97 and 220 for each of 2, 110 to 150
-    and 430 to 550 for each of 8, 220 for k = 1 and each of 64. Gemma 3 270M, whose spectra decay slowly, takes up to
-    twice as many for k = 8, and for each token's largest value four times. The tokens share one output basis, which
-    grows with them.
+    Measured at 1e-2 and 1e-3 on SmolLM2, and on maps whose spectra decay like its own, d = 512 to 2048. For all tokens
+    together, or a single one: 43 for k = 1, and four Krylov steps for k = 2 to 32 (142 for k = 8). For k = 1 and 8: 97
+    and 220 for each of 2 tokens, 110 to 150 and 430 to 550 for each of 8, 220 for k = 1 and each of 64. Gemma 3 270M,
+    whose spectra decay slowly, takes up to 1.9 times as many for all tokens together, for each token's 8 largest values
+    twice, and for the largest four times. The tokens share one output basis, which grows with them.
     """
-    if joint:
-        return min(_FIXED + 30 + (8 + min(length, 6)) * k, 2 * short)
+    if joint or length == 1:
+        start, steps = krylov_block(k), 2 if k == 1 else 4
+        return min(PROBES + 2 * start + (2 * steps - 1) * (start + TESTS), 2 * short)
     return int(min(_FIXED + (18 + 56 * k) * (length / 8) ** 0.5, 2 * short))
 
 
@@ -171,7 +173,7 @@ def matrix_free_is_cheaper(J: Products) -> bool:
     dense = sweep_cost(J.chain, J.source, J.target, d_out)
     dense += algebra_cost(4.0 * length * d_out * d_in**2, J.chain, _LAPACK)
     expected = min(_NORM_COLUMNS, 2 * min(d_out, d_in))
-    return _matrix_free_cost(J, expected, length, d_in, 8).seconds < _MARGIN[False] * dense.seconds
+    return _matrix_free_cost(J, expected, length, d_in, _NORM_BLOCK).seconds < _MARGIN[False] * dense.seconds
 
 
 def _few_sweeps_cost(J: Products, k: int, width: int) -> Cost:
@@ -183,11 +185,14 @@ def _few_sweeps_cost(J: Products, k: int, width: int) -> Cost:
     return Cost(columns, SWEEPS * sweep.flops, SWEEPS * sweep.seconds, nbytes) + algebra
 
 
-def _matrix_free_cost(J: Products, columns: int, maps: int, width: int, k: int) -> Cost:
-    """Products in blocks of k + 8, half of them forward, and linear algebra on a basis of vectors of this width."""
-    block, basis = k + 8, columns // 2
-    narrow, full = (sweep_cost(J.chain, J.source, J.target, n) for n in (_NARROW, block))
-    n_narrow, n_full = _FIXED / _NARROW, (columns - _FIXED) / block
+def _matrix_free_cost(J: Products, columns: int, maps: int, width: int, block: int, certifies: bool = False) -> Cost:
+    """Products in blocks, half of them forward, and linear algebra on a basis of vectors of this width.
+
+    Where it `certifies` by products, these are narrow.
+    """
+    narrow_columns, basis = 2 * math.prod(CERTIFICATE) if certifies else 0, columns // 2
+    narrow, full = (sweep_cost(J.chain, J.source, J.target, n) for n in (CERTIFICATE[0], block))
+    n_narrow, n_full = narrow_columns / CERTIFICATE[0], (columns - narrow_columns) / block
     flops = n_narrow * narrow.flops + n_full * full.flops
     seconds = n_narrow * narrow.seconds + n_full * full.seconds + (n_narrow + n_full) * _STEP_SECONDS
     algebra = algebra_cost(maps * (2.0 * basis * basis * width + 12.0 * basis**3), J.chain, _THIN, torch.float64)

@@ -26,14 +26,22 @@ from loclin.spectral.threads import single_thread
 FAILURE = 1e-3
 """The probability with which the bounds of one result may not hold."""
 
-_SHARED_STEPS = 2  # shared steps before single tokens' vectors are pushed
+_SHARED_STEPS = 2  # shared steps before single tokens' vectors are pushed, by default
 PROBES = 8
 """Gaussian vectors that measure the Frobenius norm of what the basis misses."""
+TESTS = 5
+"""Gaussian vectors that one map's first step adds to the basis, to test what the first block's powers miss."""
 CERTIFICATE = (4, 5)
-"""Gaussian vectors and polynomial degree of the certificate of ||E||: 40 columns, within 1.3 of the truth."""
+"""Gaussian vectors and polynomial degree of the certificate of several maps' ||E||: 40 columns, within 1.3 of the
+truth."""
 _LEVEL = 0.35  # the ||E||^2 / s_k^2 that is assumed before it has been measured
 _NEAR_K = 0.95  # a value beyond the k-th is pushed too if its bound is above this fraction of s_k^2
 _TOO_LARGE = 0.8  # above this ||E||^2 / s_k^2 a larger basis gains more than vectors of single maps
+
+
+def krylov_block(k: int, maps: int = 1) -> int:
+    """How many vectors a search for k values begins with; one map's first step adds `TESTS`."""
+    return k + 8 if maps > 1 else k + 3
 
 
 @in_plain_torch
@@ -54,25 +62,25 @@ def matrix_free_svd(
     A block Krylov method (Musco & Musco 2015; Tropp & Webber 2023) with one output basis for all tokens, which keeps
     every block. For tokens that converge slowly, right vectors of their own are pushed through the map. When the upper
     bounds would be within the tolerance for the assumed ||E||, a probabilistic certificate of ||E|| is computed; it
-    ends the search, or says how large ||E|| is. Lower bounds are rigorous, upper ones hold with probability 1 -
-    `failure`. Where the basis spans the output space, both are rigorous and the result is exact.
+    ends the search, or says how large ||E|| is. For one map, some of the basis vectors are the certificate's, and it
+    takes no columns. Lower bounds are rigorous, upper ones hold with probability 1 - `failure`.
+    Where the basis spans the output space, both are rigorous and the result is exact.
 
     Left vectors have a non-negative product with `align_to`. A value may be from its upper bound `tolerance` times the
-    value, or twice the rounding. A `block` is k + 8 wide by default. Columns end before `max_columns` are exceeded,
-    with valid bounds; the first block and the probes are always used. `callback` is called with the number of columns
-    so far, after each step. OptionError for a k that the map does not have, a tolerance that its dtype does not hold,
-    or products in half precision.
+    value, or twice the rounding. A `block` is `krylov_block` wide by default. Columns end before
+    `max_columns` are exceeded, with valid bounds; the first block and the probes are always used. `callback` is called
+    with the number of columns so far, after each step. OptionError for a k that the map does not have, a tolerance that
+    its dtype does not hold, or products in half precision.
     """
     d_out, length, d_in = op.shape
     check_rank(k, d_out, length * d_in if joint else d_in)
     check_tolerance(tolerance, op.dtype)
-    sketch = Sketch(op, min(block or k + 8, d_out), joint=joint, seed=seed)
-    probes = sketch.random(PROBES)
-    images = sketch.pull(probes)
+    block = block or krylov_block(k, 1 if joint else length)
+    sketch = Sketch(op, min(block, d_out), joint=joint, seed=seed, probes=PROBES, tests=TESTS)
     basis, upper, eta = search(sketch, k, tolerance, max_columns, callback or (lambda _: None))
 
     # The basis is independent of these probes, so they measure what it misses, with or without a certificate.
-    return conclude(sketch, basis, upper, eta, sketch.missing(probes, images), k, align_to)
+    return conclude(sketch, basis, upper, eta, sketch.missing, k, align_to)
 
 
 def conclude(
@@ -104,8 +112,8 @@ def conclude(
 class _Search:
     """A search between its steps: bounds `upper` on values and `eta` on ||E||; `level` is ||E||^2 / scale^2."""
 
-    def __init__(self, sketch: Sketch, k: int, tolerance: float, most: int | float) -> None:
-        self._sketch, self._k, self._tolerance, self._most = sketch, k, tolerance, most
+    def __init__(self, sketch: Sketch, k: int, tolerance: float, most: int | float, shared: int) -> None:
+        self._sketch, self._k, self._tolerance, self._most, self._shared = sketch, k, tolerance, most, shared
         self._certificates, self._next_size, self._steps = 0, 0, 0
         self.level = _LEVEL
         self.upper = torch.full((sketch.maps, k), torch.inf, dtype=torch.float64, device=sketch.Q.device)
@@ -134,22 +142,29 @@ class _Search:
 
     def is_ready(self, assumed: Tensor, wanted: list[Tensor]) -> bool:
         """Whether the bounds would be within the tolerance at the present level, or no vector of single maps helps."""
-        is_stuck = self._sketch.maps > 1 and self._steps >= _SHARED_STEPS and not any(part.numel() for part in wanted)
+        is_stuck = self._sketch.maps > 1 and self._steps >= self._shared and not any(part.numel() for part in wanted)
         return self.is_settled(assumed) or is_stuck
 
     def certify(self) -> bool:
-        """Compute a certificate of ||E||, if it pays and there are columns for it."""
+        """Compute a certificate of ||E||, if it pays and there are columns for it; for one map it takes none."""
         sketch = self._sketch
-        price = 2 * math.prod(CERTIFICATE)
-        is_large = self.size >= max(self._k, self._next_size)
+        price = 0 if sketch.maps == 1 else 2 * math.prod(CERTIFICATE)
+        is_large = self.size >= max(self._k, self._next_size) and self._steps > 0
         if not is_large or price >= sketch.Q.shape[0] - self.size or sketch.columns + price > self._most:
             return False
         self._certificates += 1
-        self._next_size = self.size + self.size // 4
         # All certificates together fail with probability FAILURE / 2.
-        failure = FAILURE / 2 ** (self._certificates + 1)
-        self.level = sketch.bound_missing(self.scale, _LEVEL, *CERTIFICATE, failure)
-        self.eta = torch.minimum(self.eta, self.level**0.5 * self.scale)
+        if sketch.maps == 1:
+            # One for each step that there might be: which are taken depends on the tests, too.
+            self._next_size = self.size + 1
+            failure = FAILURE / (4 * self._steps * (self._steps + 1))
+            bound = frobenius_bound(sketch.missing, failure).clamp(max=sketch.bound_tested(self.basis, failure) ** 0.5)
+        else:
+            self._next_size = self.size + self.size // 4
+            failure = FAILURE / 2 ** (self._certificates + 1)
+            self.level = sketch.bound_missing(self.scale, _LEVEL, *CERTIFICATE, failure)
+            bound = self.level**0.5 * self.scale
+        self.eta = torch.minimum(self.eta, bound)
         return True
 
     def grow(self, wanted: list[Tensor]) -> bool:
@@ -159,9 +174,9 @@ class _Search:
         vectors of single maps that are `wanted`.
         """
         sketch, pushes = self._sketch, sum(part.shape[1] for part in wanted)
-        is_shared = sketch.maps == 1 or self._steps < _SHARED_STEPS or self.level > _TOO_LARGE or not pushes
+        is_shared = sketch.maps == 1 or self._steps < self._shared or self.level > _TOO_LARGE or not pushes
         to_complete = sketch.Q.shape[0] - self.size
-        cost = min(2 * (sketch.newest if is_shared else pushes), to_complete)
+        cost = min(sketch.step_columns if is_shared else 2 * pushes, to_complete)
         if sketch.columns + cost > self._most:
             return False
         if cost == to_complete:
@@ -177,15 +192,21 @@ class _Search:
 
 
 def search(
-    sketch: Sketch, k: int, tolerance: float, most: int | None, callback: Callable[[int], None], certify: bool = True
+    sketch: Sketch,
+    k: int,
+    tolerance: float,
+    most: int | None,
+    callback: Callable[[int], None],
+    certify: bool = True,
+    shared: int = _SHARED_STEPS,
 ) -> tuple[BasisSVD, Float[Tensor, "M k"], Float[Tensor, " M"]]:
     """Grow a sketch until the k largest values of all its maps are certified, or the columns are spent.
 
     Without `certify` it ends when the bounds would be within the tolerance if ||E||^2 were at most 0.35 s_k^2, which is
-    not proved. Returns the last decomposition, upper bounds on the maps' values (infinite without a certificate), and
-    on ||E||.
+    not proved. Single tokens' vectors are pushed after so many `shared` steps. Returns the last decomposition, upper
+    bounds on the maps' values (infinite without a certificate), and on ||E||.
     """
-    state = _Search(sketch, k, tolerance, math.inf if most is None else most)
+    state = _Search(sketch, k, tolerance, math.inf if most is None else most, shared)
     while True:
         callback(sketch.columns)
         state.look()
@@ -238,7 +259,7 @@ def frobenius_bound(missing: Float[Tensor, "M s"], failure: float) -> Float[Tens
 def frobenius_estimate(sketch: Sketch, missing: Float[Tensor, "M s"]) -> tuple[Tensor, Tensor]:
     """||J_i||_F and its relative standard error, from |B|^2 + mean |E^T g|^2 (Hutchinson 1990; Hutch++, 2021)."""
     if sketch.complete:
-        missing = torch.zeros_like(missing)
+        missing = missing.new_zeros(len(missing), 2)
     square = square_sums(sketch.B, 1) + missing.mean(dim=1)
     deviation = missing.std(dim=1) / missing.shape[1] ** 0.5
     return square.sqrt(), torch.where(square > 0, deviation / (2 * square), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,10 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.spectral.checks import check_tolerance
-from loclin.spectral.krylov import FAILURE, PROBES, frobenius_estimate, search
+from loclin.spectral.krylov import FAILURE, TESTS, frobenius_estimate, search
 from loclin.spectral.sketch import Sketch, TokenMaps
 
-_BLOCK = 16
+_BLOCK, _PROBES = 24, 64  # what all tokens share, in one wide sweep; each column is cheap there
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,20 @@ class Norms(Result):
         return 2 * (self.largest_error + self.frobenius_error)
 
 
-def _refine_frobenius(sketch: Sketch, probes: Tensor, images: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Grow the sketch until ||J_i||_F has a relative standard error within the tolerance; returns both, `[T]`."""
+def _refine_frobenius(sketch: Sketch, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Take probes or Krylov steps until ||J_i||_F has a relative standard error within the tolerance; both are `[T]`.
+
+    The error falls with the square root of the number of probes: they are added where that takes fewer columns.
+    """
     while True:
-        value, error = frobenius_estimate(sketch, sketch.missing(probes, images))
+        value, error = frobenius_estimate(sketch, sketch.missing)
         if sketch.complete or (error <= tolerance).all():
             return value, error
-        sketch.krylov_step()
+        wanted = sketch.missing.shape[1] * (1.05 * (error.max().item() / tolerance) ** 2 - 1)
+        if wanted <= sketch.step_columns:
+            sketch.add_probes(math.ceil(wanted))
+        else:
+            sketch.krylov_step()
 
 
 @in_plain_torch
@@ -74,11 +82,9 @@ def stable_rank_and_norm(op: TokenMaps, *, tolerance: float = 0.02, certify: boo
     the map's dtype does not hold.
     """
     check_tolerance(tolerance / 4, op.dtype)
-    sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed)
-    probes = sketch.random(PROBES)
-    images = sketch.pull(probes)
-    basis, upper, _ = search(sketch, 1, tolerance / 4, None, lambda _: None, certify)
-    norm, norm_error = _refine_frobenius(sketch, probes, images, tolerance / 4)
+    sketch = Sketch(op, min(_BLOCK, op.shape[0]), seed=seed, probes=_PROBES, tests=TESTS)
+    basis, upper, _ = search(sketch, 1, tolerance / 4, None, lambda _: None, certify, shared=1)
+    norm, norm_error = _refine_frobenius(sketch, tolerance / 4)
     largest = basis.values[:, 0]
     slack = sketch.floor * largest
     above = torch.where(largest > 0, (upper[:, 0] + slack - largest) / largest, 0.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loclin.common.brief import brief
 from loclin.common.sums import square_sums
-from loclin.spectral.bounds import chebyshev_bound, left_svd, outside, rounding
+from loclin.spectral.bounds import bound_outside, chebyshev_bound, left_svd, orthonormal_part, outside, rounding
 from loclin.spectral.checks import refuse_half
 from loclin.spectral.threads import single_thread
 
@@ -66,12 +66,16 @@ class Sketch:
 
     `Q` is the basis `[d_out, m]`, `B` its rows of each map `[M, m, n]`, with n = d_in, or T d_in when joint; the next
     shared step pushes the `newest` of its vectors. `columns` were taken by products so far; `probed` `[M, s, n]` are
-    E_i^T g of the last step's probes. Rounding may add `floor` to any singular value, relative to the map's largest.
+    E_i^T g of the last step's probes, which are `probes` Gaussian vectors to begin with, on which the basis does not
+    depend. One map's first step adds so many Gaussian `tests` to the basis, of what the first block's powers miss.
+    Rounding may add `floor` to any singular value, relative to the map's largest.
 
-    Cost: `block` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
+    Cost: `block + probes` columns to begin with. Memory: m (T d_in + d_out) numbers for m basis vectors.
     """
 
-    def __init__(self, op: TokenMaps, block: int, *, joint: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, op: TokenMaps, block: int, *, joint: bool = False, seed: int = 0, probes: int = 0, tests: int = 0
+    ) -> None:
         refuse_half(op.dtype)
         d_out, length, d_in = op.shape
         self.op, self.joint, self.columns = op, joint, 0
@@ -81,8 +85,10 @@ class Sketch:
         self.Q = torch.zeros(d_out, 0, dtype=op.dtype, device=op.device)
         self.B = torch.zeros(self.maps, 0, width, dtype=op.dtype, device=op.device)
         self._pushed = [self.Q.new_zeros(0, 0, dtype=torch.float64) for _ in range(self.maps)]
-        self._block = block
-        self.newest = self.grow(self.random(block))
+        self._block, self._steps, self._lost = block, 0, 0.0
+        self._start, self._tests = self.random(block), self.random(tests if self.maps == 1 else 0)
+        self._probes, self.probed = self.Q, self.B
+        self.newest = self.grow(self._start, self.random(probes if block < d_out else 0))
         squares = square_sums(self.B, 1)
         # Scaled to equal norm, so that tokens with small maps are not lost in the shared basis; zero maps have weight
         # 0.
@@ -103,33 +109,33 @@ class Sketch:
 
         In the same sweep `probes` are pulled through E = J - Q B with the extended basis Q: see `probed`.
         """
-        images = self._orthonormalise(images)
-        if images.shape[1]:
-            self.Q = torch.cat([self.Q, images], dim=1)
-            pulled = self.pull(images if probes is None else torch.cat([images, self.project_out(probes)], dim=1))
-            self.B, self.probed = torch.cat([self.B, pulled[:, : images.shape[1]]], dim=1), pulled[:, images.shape[1] :]
-        return images.shape[1]
+        new = orthonormal_part(images, self.Q, 10 * self.floor)[:, : self.Q.shape[0] - self.Q.shape[1]]
+        if new.shape[1]:
+            self.Q = torch.cat([self.Q, new], dim=1)
+            if probes is not None:
+                self._probes = self.project_out(probes)
+            rows = self.pull(new if probes is None else torch.cat([new, self._probes], dim=1))
+            self.B = torch.cat([self.B, rows[:, : new.shape[1]]], dim=1)
+            self.probed = self.probed if probes is None else rows[:, new.shape[1] :]
+        return new.shape[1]
 
-    @single_thread()
-    def _orthonormalise(self, images: Tensor) -> Tensor:
-        """An orthonormal basis of the part of images that is outside the span of Q."""
-        images = images / images.norm(dim=0).clamp(min=torch.finfo(images.dtype).tiny)
-        for _ in range(2):  # twice is enough
-            images = images - self.Q @ (self.Q.T @ images)
-            # Small singular values belong to what the basis has already, or the images have twice: rounding.
-            images, sizes, _ = torch.linalg.svd(images, full_matrices=False)
-            images = images[:, sizes > 10 * self.floor]
-        return images[:, : self.Q.shape[0] - self.Q.shape[1]]
+    @property
+    def step_columns(self) -> int:
+        """The columns that a Krylov step takes at most: two for each of the newest vectors, and the tests' first."""
+        return 2 * self.newest + (self._tests.shape[1] if self._steps == 0 else 0)
 
     def krylov_step(self, probes: Float[Tensor, "d_out s"] | None = None) -> None:
-        """Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q. Cost: at most two columns for each of them.
+        """Q += sum_i w_i J_i J_i^T q, for the newest basis vectors q. Cost: `step_columns`.
 
         `probes` are those of `grow`.
         """
         rows = self.B[:, self.B.shape[1] - self.newest :]  # J_i^T q, pulled already
         if self.maps == 1:
             self._remember(0, torch.eye(self.B.shape[1], dtype=torch.float64)[:, -self.newest :])
-        self._extend(self.push(rows, self._weights), probes)
+        weighs = self.maps > 1  # one map's weight changes no span
+        images = self.push(rows, self._weights) if weighs else self._push(self._as_tangents(rows))
+        self._extend(torch.cat([images, self._tests], dim=1) if self._steps == 0 else images, probes)
+        self._steps += 1
 
     def push_chosen(self, wanted: list[Tensor]) -> None:
         """Extend the basis by vectors of each map's own, B_i^T `wanted[i]`. Cost: at most two columns for each."""
@@ -149,9 +155,26 @@ class Sketch:
         missed = [outside(W[i], values[i], self._padded(i), 10 * self.floor) for i in range(self.maps)]
         return BasisSVD(W, values, torch.stack(missed))
 
-    def missing(self, probes: Float[Tensor, "d_out s"], images: Float[Tensor, "M s n"]) -> Float[Tensor, "M s"]:
-        """|E_i^T g|^2 for probes g with images J_i^T g. Cost: no columns."""
-        return (images - (probes.T @ self.Q) @ self.B).double().square().sum(dim=-1)
+    def add_probes(self, count: int) -> None:
+        """Pull so many more probes. Cost: a column for each."""
+        probes = self.project_out(self.random(count))
+        self.probed = torch.cat([self.probed, self.pull(probes)], dim=1)
+        self._probes = torch.cat([self._probes, probes], dim=1)
+
+    @property
+    def missing(self) -> Float[Tensor, "M s"]:
+        """|E_i^T g|^2 for the probes g. Cost: no columns."""
+        return (self.probed - (self._probes.T @ self.Q) @ self.B).double().square().sum(dim=-1)
+
+    def bound_tested(self, basis: BasisSVD, failure: float) -> float:
+        """Bound ||E||_2^2 of the one map there is, by the tests (see `bound_outside`). Needs a step.
+
+        Wrong with probability `failure`. Cost: no columns.
+        """
+        T = basis.W[0] * basis.values[0].square() @ basis.W[0].T  # B B^T
+        start, tests = ((self.Q.T @ part).double() for part in (self._start, self._tests))
+        # What steps have lost to rounding hides as much.
+        return max(bound_outside(T, start, tests, self._steps, failure, 10 * self.floor), 10 * self._lost)
 
     def bound_missing(
         self, scale: Float[Tensor, " M"], level: float, probes: int, degree: int, failure: float
@@ -198,7 +221,10 @@ class Sketch:
 
     def _extend(self, images: Tensor, probes: Tensor | None = None) -> None:
         """Extend the basis by a step's images; by random vectors if they bring nothing new."""
-        new = self.grow(images, probes) or self.grow(self.random(self._block), probes)
+        new = self.grow(images, probes)
+        if new < images.shape[1]:
+            self._lost = max(self._lost, self.project_out(images).norm().item())
+        new = new or self.grow(self.random(self._block), probes)
         # Where several maps share the basis, the next step pushes a whole block even if this one brought less.
         self.newest = new if self.maps == 1 else max(new, self._block)
 
