@@ -109,7 +109,7 @@ def as_allowance(given: Allowance | Budget, device: torch.device) -> Allowance:
 
 
 def allowance(given: Budget, device: torch.device, kept: int, work: int) -> Allowance:
-    """The allowance of a prompt; a default budget is beside what the prompt cannot do without, as long as it is free."""
+    """The allowance of a prompt; a default budget is beside what the prompt cannot do without, if that is free."""
     total = budget(given, device)
     if given is None:
         total = min(total + kept + work, max(total, available(device)))
