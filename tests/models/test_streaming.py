@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import os
 import re
 import struct
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from loclin.analyses.attribution.attribute import LEVELS
 from loclin.common import free_memory
 from loclin.errors import BudgetError, ModelError, OptionError
 from loclin.models.lease import OnDisk, layers_on_disk, on_disk, weights_of
-from loclin.models.streaming import build, checkpoint
+from loclin.models.streaming import build, checkpoint, page_cache
 from loclin.steering import Operator
 from loclin.steering.match import fingerprint
 
@@ -238,6 +241,61 @@ def test_weights_that_neither_fit_nor_stream_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"its weights take .*cannot stay on disk either .*stream=False tries"):
         loclin.load(tmp_path)
     assert loclin.load(tmp_path, stream=False).info.family == "mixtral"
+
+
+def read_layers(monkeypatch):
+    """The layers that are read from now on, in this order."""
+    layers, read = [], checkpoint.Checkpoint.read
+
+    def noted(self, wanted):
+        layers.extend({int(n) for tensor, _ in wanted for n in re.findall(r"layers\.(\d+)\.", tensor.name)})
+        read(self, wanted)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "read", noted)
+    return layers
+
+
+def test_every_sweep_turns_where_the_last_one_ended(tmp_path, monkeypatch):
+    model = loclin.load(saved(tmp_path, "qwen2"), stream=True)
+    J = loclin.linearize(model, IDS).jacobian()
+    J.bias, J.value  # noqa: B018 (computed once)
+    layers = read_layers(monkeypatch)
+    for _ in range(3):  # as the products of an SVD
+        J.rmatmat(torch.randn(3, 24))
+        J.matmat(torch.randn(3, 7, 24))
+    assert layers == [2, 1, 0, 1, 2, 3] * 3  # layer 3 was used last before, and layer 0 is in use at the turn
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes advice")
+@pytest.mark.parametrize("free", [10**9, 40_000, 0])
+def test_the_page_cache_keeps_what_fits(free, tmp_path, monkeypatch):
+    folder = saved(tmp_path, shards=True)
+    sizes = {path: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    monkeypatch.setattr(free_memory, "available", lambda _: free)
+    monkeypatch.setattr(page_cache, "available", lambda _: free)
+    advice = []
+
+    def advise(file, start, size, kind):
+        advice.append((Path(f"/proc/self/fd/{file}").readlink(), start, size, kind))
+
+    monkeypatch.setattr(page_cache.os, "posix_fadvise", advise)
+    loclin.load(folder, stream=True)
+    wanted, dropped = (
+        {(path, at) for path, start, size, kind in advice if kind == of for at in range(start, start + size)}
+        for of in (os.POSIX_FADV_WILLNEED, os.POSIX_FADV_DONTNEED)
+    )
+    before = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    kept = free if sum(sizes.values()) <= free else free // 2
+    assert dropped == {(path, at) for path, at in wanted if before[path] + at >= kept}
+    assert wanted
+
+
+def test_files_that_take_no_advice_are_read_without(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(page_cache.os, "posix_fadvise", refuse, raising=False)
+    assert loclin.linearize(loclin.load(folder, stream=True), IDS).certify().passed
 
 
 def test_two_threads_get_what_one_gets(folder):
