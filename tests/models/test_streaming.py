@@ -8,7 +8,9 @@ import itertools
 import json
 import os
 import re
+import signal
 import struct
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -25,6 +27,7 @@ from loclin.errors import BudgetError, ModelError, OptionError
 from loclin.models import tiny as families
 from loclin.models.lease import OnDisk, layers_on_disk, on_disk, weights_of
 from loclin.models.streaming import build, checkpoint, page_cache
+from loclin.network.chain import Chain
 from loclin.steering import Operator
 from loclin.steering.match import fingerprint
 
@@ -307,6 +310,52 @@ def test_files_that_take_no_advice_are_read_without(folder, monkeypatch):
 
     monkeypatch.setattr(page_cache.os, "posix_fadvise", refuse, raising=False)
     assert loclin.linearize(loclin.load(folder, stream=True), IDS).certify().passed
+
+
+KILLED = """
+import os, signal, sys
+import loclin, tiny
+from loclin.network.chain import Chain
+from loclin.results import sweep_file
+
+sweep_file.SECONDS = 0
+pull, layers = Chain.pull, []
+
+def killed(self, *args):
+    layers.append(1)
+    if len(layers) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pull(self, *args)
+
+Chain.pull = killed
+loclin.linearize(loclin.load(sys.argv[1], stream=True), tiny.prompt(20), memory=50_000).jacobian().dense(sys.argv[2])
+"""
+
+
+def test_a_run_that_was_killed_in_a_sweep_reads_the_other_layers_only(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model", "qwen2")
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "J.npy")]
+    rooms = [str(Path(loclin.__file__).parents[1]), str(Path(tiny.__file__).parent)]
+    died = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(rooms)}, timeout=120, check=False)
+    assert died.returncode == -signal.SIGKILL
+    model = loclin.load(folder, stream=True)
+    passed, layers = [], read_layers(monkeypatch)
+    pull = Chain.pull
+    monkeypatch.setattr(Chain, "pull", lambda self, block, i, *args: passed.append(i) or pull(self, block, i, *args))
+    lin = loclin.linearize(model, tiny.prompt(20), memory=50_000)
+    rows = lin.jacobian()._chunking()[0]
+    reader(model).forget()
+    layers.clear()
+    found = lin.jacobian().dense(tmp_path / "J.npy")
+    sweeps = -(-24 // rows)
+    assert passed == [1, 0] + [3, 2, 1, 0] * (sweeps - 2)  # one sweep was complete, and two layers of the next
+    assert layers.count(3) == 1 + sweeps - 2  # the weights' hash reads it, too
+    assert sweeps > 2
+    whole = (
+        loclin.linearize(loclin.load(folder), tiny.prompt(20), memory=50_000).jacobian().dense(tmp_path / "whole.npy")
+    )
+    assert torch.equal(found, whole)
+    assert (tmp_path / "J.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_two_threads_get_what_one_gets(folder):
