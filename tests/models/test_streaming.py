@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import os
 import re
+import signal
 import struct
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import loclin
 import tiny
@@ -20,8 +25,10 @@ from least import least
 from loclin.analyses.attribution.attribute import LEVELS
 from loclin.common import free_memory
 from loclin.errors import BudgetError, ModelError, OptionError
+from loclin.models import tiny as families
 from loclin.models.lease import OnDisk, layers_on_disk, on_disk, weights_of
-from loclin.models.streaming import build, checkpoint
+from loclin.models.streaming import build, checkpoint, page_cache
+from loclin.network.chain import Chain
 from loclin.steering import Operator
 from loclin.steering.match import fingerprint
 
@@ -40,6 +47,13 @@ def qwen2(**_):
     return tiny._shaken(Qwen2ForCausalLM(Qwen2Config(**sizes)), 0, torch.float32)
 
 
+def moe(family, **more):
+    """A mixture of experts whose checkpoint stores each expert's matrices by themselves."""
+    sizes = {**tiny._SIZES, "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, **more}
+    config = AutoConfig.for_model(family, num_experts_per_tok=2, **sizes)
+    return tiny._shaken(AutoModelForCausalLM.from_config(config), 0, torch.float32)
+
+
 MODELS = {
     "llama": lambda: tiny.llama(dtype=torch.float32),
     "tied": lambda: tiny.llama(dtype=torch.float32, tied=True, biases=True),
@@ -47,6 +61,10 @@ MODELS = {
     "gemma3": lambda: tiny.gemma3(dtype=torch.float32),
     "qwen2": qwen2,
     "gpt2": gpt2,
+    "mixtral": lambda: moe("mixtral"),
+    "qwen2_moe": lambda: moe("qwen2_moe", shared_expert_intermediate_size=24),
+    "qwen3_moe": lambda: moe("qwen3_moe", mlp_only_layers=[0]),
+    "olmoe": lambda: moe("olmoe"),
 }
 
 
@@ -60,7 +78,7 @@ def reader(model):
 
 
 def file_of(model, layer=1, name="mlp.up_proj.weight"):
-    return reader(model).layers[layer][name].stored
+    return reader(model).layers[layer][name].pieces[0].stored
 
 
 @pytest.fixture
@@ -88,7 +106,10 @@ def results(model, folder):
         yield f"svd {joint}", [svd.U, svd.S, svd.Vh]
     yield "layers", text(lin.explain_layers(progress=False))
     for level in LEVELS:
-        yield level, text(lin.attribute(by=level, progress=False))
+        try:
+            yield level, text(lin.attribute(by=level, progress=False))
+        except OptionError as refusal:  # a mixture of experts has no neurons
+            yield level, str(refusal)
     yield "lens", text(lin.logit_lens())
     yield "validity", text(lin.validity(draws=1, swaps=1, progress=False))
     yield "generate", text(lin.generate(2, progress=False))
@@ -109,7 +130,7 @@ def same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", sorted(MODELS.keys() - {"qwen2_moe", "olmoe"}))
 def test_every_analysis_gives_the_same_bits_as_in_memory(kind, tmp_path):
     folder = saved(tmp_path / "model", kind)
     ours = results(loclin.load(folder, stream=True), tmp_path)
@@ -189,9 +210,7 @@ def test_a_sweep_reads_what_explicit_products_need_once(folder):
     J, source = lin.jacobian(), reader(model)
     J.bias  # noqa: B018 (computed once)
     names = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-    needed = sum(
-        plan.stored.nbytes for layer in source.layers for name, plan in layer.items() if name.startswith(names)
-    )
+    needed = sum(plan.stored_bytes for layer in source.layers for name, plan in layer.items() if name.startswith(names))
     source.forget()
     before = source.bytes_read
     J.dense()
@@ -232,13 +251,112 @@ def test_weights_that_do_not_fit_stay_on_disk_and_every_result_says_so(folder, m
 
 
 def test_weights_that_neither_fit_nor_stream_are_refused(tmp_path, monkeypatch):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    MixtralForCausalLM(MixtralConfig(**tiny._SIZES, num_local_experts=2)).save_pretrained(tmp_path)
+    families.build("hrm_text", dtype=torch.float32).save_pretrained(tmp_path)
     monkeypatch.setattr(free_memory, "available", lambda _: 50_000)
     with pytest.raises(ModelError, match=r"its weights take .*cannot stay on disk either .*stream=False tries"):
         loclin.load(tmp_path)
-    assert loclin.load(tmp_path, stream=False).info.family == "mixtral"
+    assert loclin.load(tmp_path, stream=False).info.family == "hrm_text"
+
+
+def read_layers(monkeypatch):
+    """The layers that are read from now on, in this order."""
+    layers, read = [], checkpoint.Checkpoint.read
+
+    def noted(self, wanted):
+        layers.extend({int(n) for tensor, _ in wanted for n in re.findall(r"layers\.(\d+)\.", tensor.name)})
+        read(self, wanted)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "read", noted)
+    return layers
+
+
+def test_every_sweep_turns_where_the_last_one_ended(tmp_path, monkeypatch):
+    model = loclin.load(saved(tmp_path, "qwen2"), stream=True)
+    J = loclin.linearize(model, IDS).jacobian()
+    J.bias, J.value  # noqa: B018 (computed once)
+    layers = read_layers(monkeypatch)
+    for _ in range(3):  # as the products of an SVD
+        J.rmatmat(torch.randn(3, 24))
+        J.matmat(torch.randn(3, 7, 24))
+    assert layers == [2, 1, 0, 1, 2, 3] * 3  # layer 3 was used last before, and layer 0 is in use at the turn
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes advice")
+@pytest.mark.parametrize("free", [10**9, 40_000, 0])
+def test_the_page_cache_keeps_what_fits(free, tmp_path, monkeypatch):
+    folder = saved(tmp_path, shards=True)
+    sizes = {path: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    monkeypatch.setattr(free_memory, "available", lambda _: free)
+    monkeypatch.setattr(page_cache, "available", lambda _: free)
+    advice = []
+
+    def advise(file, start, size, kind):
+        advice.append((Path(f"/proc/self/fd/{file}").readlink(), start, size, kind))
+
+    monkeypatch.setattr(page_cache.os, "posix_fadvise", advise)
+    loclin.load(folder, stream=True)
+    wanted, dropped = (
+        {(path, at) for path, start, size, kind in advice if kind == of for at in range(start, start + size)}
+        for of in (os.POSIX_FADV_WILLNEED, os.POSIX_FADV_DONTNEED)
+    )
+    before = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    kept = free if sum(sizes.values()) <= free else free // 2
+    assert dropped == {(path, at) for path, at in wanted if before[path] + at >= kept}
+    assert wanted
+
+
+def test_files_that_take_no_advice_are_read_without(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(page_cache.os, "posix_fadvise", refuse, raising=False)
+    assert loclin.linearize(loclin.load(folder, stream=True), IDS).certify().passed
+
+
+KILLED = """
+import os, signal, sys
+import loclin, tiny
+from loclin.network.chain import Chain
+from loclin.results import sweep_file
+
+sweep_file.SECONDS = 0
+pull, layers = Chain.pull, []
+
+def killed(self, *args):
+    layers.append(1)
+    if len(layers) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pull(self, *args)
+
+Chain.pull = killed
+loclin.linearize(loclin.load(sys.argv[1], stream=True), tiny.prompt(20), memory=50_000).jacobian().dense(sys.argv[2])
+"""
+
+
+def test_a_run_that_was_killed_in_a_sweep_reads_the_other_layers_only(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model", "qwen2")
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "J.npy")]
+    rooms = [str(Path(loclin.__file__).parents[1]), str(Path(tiny.__file__).parent)]
+    died = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(rooms)}, timeout=120, check=False)
+    assert died.returncode == -signal.SIGKILL
+    model = loclin.load(folder, stream=True)
+    passed, layers = [], read_layers(monkeypatch)
+    pull = Chain.pull
+    monkeypatch.setattr(Chain, "pull", lambda self, block, i, *args: passed.append(i) or pull(self, block, i, *args))
+    lin = loclin.linearize(model, tiny.prompt(20), memory=50_000)
+    rows = lin.jacobian()._chunking()[0]
+    reader(model).forget()
+    layers.clear()
+    found = lin.jacobian().dense(tmp_path / "J.npy")
+    sweeps = -(-24 // rows)
+    assert passed == [1, 0] + [3, 2, 1, 0] * (sweeps - 2)  # one sweep was complete, and two layers of the next
+    assert layers.count(3) == 1 + sweeps - 2  # the weights' hash reads it, too
+    assert sweeps > 2
+    whole = (
+        loclin.linearize(loclin.load(folder), tiny.prompt(20), memory=50_000).jacobian().dense(tmp_path / "whole.npy")
+    )
+    assert torch.equal(found, whole)
+    assert (tmp_path / "J.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_two_threads_get_what_one_gets(folder):
@@ -450,6 +568,52 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         loclin.load(tmp_path, stream=True)
 
 
+EXPERT = "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize("fault", ["NaN", "lacks", "shape", "altered", "shard", "cut"])
+def test_a_fault_in_one_expert_is_named(fault, tmp_path):
+    model = MODELS["qwen3_moe"]()
+    if fault == "NaN":
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.gate_up_proj[2, 3, 4] = float("nan")
+    model.save_pretrained(tmp_path, max_shard_size="8KB" if fault == "shard" else "1GB")
+    path, own = tmp_path / "model.safetensors", f"{EXPERT}.2.up_proj.weight"
+    if fault == "NaN":
+        said = rf"NaN or infinite: {EXPERT}.gate_up_proj"
+    elif fault == "lacks":
+        _rewrite(path, _name(own, f"{own}.other"))
+        said = rf"{EXPERT}.gate_up_proj"
+    elif fault == "shape":
+        _rewrite(path, lambda h: h[own].update(shape=[24, 16]))
+        said = rf"{EXPERT}.gate_up_proj"
+    elif fault == "shard":
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+        (tmp_path / index[own]).unlink()
+        said = rf"lacks {index[own]}, which holds"
+    elif fault == "cut":
+        os.truncate(path, path.stat().st_size - 4)
+        said = "ends before "
+    else:
+        lin = loclin.linearize(loclin.load(tmp_path, stream=True), IDS)
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(ModelError, match=r"was altered or replaced .*model\.layers\.\d"):
+            lin.jacobian().dense()
+        return
+    with pytest.raises(ModelError, match=said) as refusal:
+        loclin.load(tmp_path, stream=True)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_experts_are_converted_to_the_dtype_that_was_asked_for(dtype, tmp_path):
+    folder = saved(tmp_path, "mixtral")
+    ours, theirs = (loclin.linearize(loclin.load(folder, dtype=dtype, stream=on), IDS) for on in (True, False))
+    assert torch.equal(ours.jacobian().dense(), theirs.jacobian().dense())
+    assert torch.equal(ours.jacobian().bias, theirs.jacobian().bias)
+
+
 def test_tied_weights_that_differ_are_refused(tmp_path):
     folder = saved(tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -459,17 +623,19 @@ def test_tied_weights_that_differ_are_refused(tmp_path):
 
 
 def test_families_that_are_converted_or_quantised_are_refused(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    MixtralForCausalLM(MixtralConfig(**tiny._SIZES, num_local_experts=2)).save_pretrained(tmp_path / "a")
-    with pytest.raises(ModelError, match="transformers converts it"):
+    families.build("hrm_text").save_pretrained(tmp_path / "a")
+    with pytest.raises(ModelError, match=r"gqkv_proj.* cannot convert it \(Chunk: "):
         loclin.load(tmp_path / "a", stream=True)
     folder = saved(tmp_path / "b")
     config = json.loads((folder / "config.json").read_text())
-    quantised = {"quant_method": "gptq", "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    with pytest.raises(ModelError, match=r"quantised \(gptq\)"):
-        loclin.load(folder, stream=True)
+    for method, own in {
+        "gptq": {"bits": 4},
+        "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    }.items():
+        quantised = {"quant_method": method, **own}
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+        with pytest.raises(ModelError, match=rf"quantised \({method}\).* without stream"):
+            loclin.load(folder, stream=True)
 
 
 def test_a_tensor_that_nothing_gives_values_is_named():

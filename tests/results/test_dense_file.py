@@ -19,6 +19,7 @@ from least import within
 from loclin.errors import OptionError, OutputError, ResultError
 from loclin.linearization import linearize
 from loclin.network.chain import Chain
+from loclin.results import sweep_file
 from loclin.results.dense_file import DenseFile
 
 BUDGET = 30_000
@@ -217,15 +218,17 @@ import tiny
 from least import within
 from loclin.network.chain import Chain
 from loclin.linearization import linearize
+from loclin.results import sweep_file
 
 real, rows = Chain.backward, []
 
-def slow(self, cotangents, *args):
+def slow(self, cotangents, *args, **kwargs):
     rows.append(len(cotangents))
     time.sleep(0.5)
-    return real(self, cotangents, *args)
+    return real(self, cotangents, *args, **kwargs)
 
 Chain.backward = slow
+sweep_file.SECONDS = 0
 J = within(tiny.llama(), tiny.prompt(5), 30_000, precision="double").jacobian()
 print("ready", flush=True)
 sys.stdin.readline()
@@ -249,6 +252,93 @@ def test_two_processes_write_once_and_agree(tmp_path):
     shown = [process.communicate(timeout=120)[0].split() for process in both]
     assert sorted(int(words[2]) for words in shown) == [0, 24]
     assert shown[0][1] == shown[1][1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".J.npy.lock", "J.npy", "J.npy.json"]
+
+
+@pytest.fixture
+def pulls(monkeypatch):
+    """The layers that are passed; after `stop` of them the user presses Ctrl-C. Every step keeps its state."""
+    real, layers, stop = Chain.pull, [], {"stop": -1}
+
+    def counted(self, block, index, *args):
+        if len(layers) == stop["stop"]:
+            raise KeyboardInterrupt
+        layers.append(index)
+        return real(self, block, index, *args)
+
+    monkeypatch.setattr(Chain, "pull", counted)
+    monkeypatch.setattr(sweep_file, "SECONDS", 0)
+    return layers, stop
+
+
+def stopped_in_a_sweep(path, pulls):
+    """A run that ends after one chunk of rows and two of three layers; returns the layers of the whole run."""
+    layers, stop = pulls
+    jacobian().dense(path=path.with_name("whole.npy"))
+    whole = layers.copy()
+    assert whole[:6] == [2, 1, 0] * 2
+    layers.clear()
+    stop["stop"] = 5
+    with pytest.raises(KeyboardInterrupt):
+        jacobian().dense(path=path)
+    stop["stop"] = -1
+    assert path.with_name(f".{path.name}.sweep").stat().st_size < 30_000
+    return whole
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path, pulls):
+    whole = stopped_in_a_sweep(tmp_path / "J.npy", pulls)
+    jacobian().dense(path=tmp_path / "J.npy")
+    assert pulls[0] == whole
+    assert (tmp_path / "J.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert not list(tmp_path.glob(".*.sweep*"))
+
+
+@pytest.mark.parametrize("fault", ["bits", "cut", "longer", "empty", "other rows", "versions"])
+def test_a_state_that_is_not_this_sweep_s_counts_as_none(fault, tmp_path, pulls, monkeypatch):
+    whole = stopped_in_a_sweep(tmp_path / "J.npy", pulls)
+    path = tmp_path / ".J.npy.sweep"
+    content = bytearray(path.read_bytes())
+    memory = BUDGET
+    if fault == "bits":
+        content[-3] ^= 1
+    elif fault == "cut":
+        content = content[:-1]
+    elif fault == "longer":
+        content += b"x"
+    elif fault == "empty":
+        content = b""
+    elif fault == "other rows":
+        memory = 2 * BUDGET
+    else:
+        monkeypatch.setattr(sweep_file, "versions", lambda: {"loclin": "0"})
+    path.write_bytes(content)
+    found = jacobian(memory=memory).dense(path=tmp_path / "J.npy")
+    assert pulls[0][5:8] == [2, 1, 0]  # from the last layer on
+    assert len(pulls[0]) == 5 + len(whole) - 3 or memory != BUDGET
+    assert torch.allclose(found, jacobian(memory=None).dense(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("full", ["no room", "write"])
+def test_a_state_that_cannot_be_kept_costs_a_warning(full, tmp_path, pulls, monkeypatch):
+    if full == "no room":
+        usage = namedtuple("usage", "total used free")
+        needed = 24 * 5 * 24 * 8
+        monkeypatch.setattr(sweep_file.shutil, "disk_usage", lambda _: usage(10**6, 10**6, needed + 100))
+    else:
+        real = Path.replace
+
+        def refuse(self, target):
+            if ".sweep" in self.name:
+                raise OSError(28, "No space left on device")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.warns(UserWarning, match=r"not kept in .*\.J\.npy\.sweep .*No space left.*computed again") as said:
+        found = jacobian().dense(path=tmp_path / "J.npy")
+    assert len(said) <= len(pulls[0]) / 3  # one for each sweep
+    assert torch.allclose(found, jacobian(memory=None).dense(), rtol=0, atol=1e-12)
+    assert not list(tmp_path.glob(".*.sweep*"))
 
 
 def test_rows_are_the_dense_map_s(sweeps):

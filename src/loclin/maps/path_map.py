@@ -22,6 +22,7 @@ from loclin.network.components import Component, ComponentLink
 from loclin.network.memory import Allowance
 from loclin.network.points import KINDS, Point, Span
 from loclin.results.provenance import Provenance
+from loclin.results.sweep_file import SweepFile
 
 
 class PathChain(Chain):
@@ -46,9 +47,14 @@ class PathChain(Chain):
         return [(link.component.layer, "resid_pre", "resid_post") for link in self.links]
 
     def backward(
-        self, cotangents: Float[Tensor, "n d_out"], span: Span, chunk: int | None = None, halves: bool = False
+        self,
+        cotangents: Float[Tensor, "n d_out"],
+        span: Span,
+        chunk: int | None = None,
+        halves: bool = False,
+        kept: SweepFile | None = None,
     ) -> Iterator[Float[Tensor, "n T d"]]:
-        """As for `Chain`. Cost: n columns of each component."""
+        """As for `Chain`, but no state is `kept`. Cost: n columns of each component."""
         at_position = self.readout(span.target, span.position, span.normed).vjp(cotangents)
         block = at_position.new_zeros(len(at_position), self.trace.length, self.trace.width)
         block[:, span.position] = at_position

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from loclin.network.points import Point, Span
 from loclin.results.dense_file import DenseFile
 from loclin.results.provenance import Provenance
 from loclin.results.spill import SpilledMap
+from loclin.results.sweep_file import SweepFile
 
 M = TypeVar("M", bound="Products")
 
@@ -152,14 +153,16 @@ class Products(Unpicklable):
 
         With a `path`, a `.npy` file holds J instead of the memory, which then needs the budget only; BudgetError where
         that is too small for one row. The file is written in chunks of rows (see `rows`). Rows that are in it already
-        are not computed again: an interrupted run is resumed, and a finished file is only opened. `PATH.json` says
+        are not computed again: an interrupted run is resumed, and a finished file is only opened. A sweep that takes
+        minutes keeps its state in a hidden file beside it, and goes on from there. `PATH.json` says
         which map it is. The returned tensor is on the CPU and reads the file; writing to it does not change the file.
         Cost, also to open: one read of the model's weights, by which the file identifies its map. OutputError where
         the file cannot be written, or the disk has no room; ResultError where it is of another map, or was altered.
         """
         if path is not None:
             key = self.provenance().key() | {"weights": weights_hash(self.chain.trace.model.hf)}
-            in_file = DenseFile(path, self.shape, self.dtype, key).obtain(lambda start: self.rows(start=start))
+            file = DenseFile(path, self.shape, self.dtype, key)
+            in_file = file.obtain(lambda start: self._rows(None, start, file.sweep))
             if self._parent is None and self.device.type == "cpu":
                 self._dense = in_file
             return in_file
@@ -179,7 +182,6 @@ class Products(Unpicklable):
                 self._dense = self.rmatmat(torch.eye(d_out, dtype=self.dtype, device=self.device))
         return self._dense
 
-    @in_plain_torch
     def rows(self, chunk: int | None = None, start: int = 0) -> Iterator[tuple[slice, Float[Tensor, "n T d_in"]]]:
         """J in chunks of rows, from row `start` on, for sums over J that need not hold it: (which rows, these rows).
 
@@ -188,17 +190,24 @@ class Products(Unpicklable):
         Cost: d columns in all, and one sweep's fixed cost for each chunk. Memory: two chunks and a sweep, within the
         budget. Free once J is dense.
         """
+        return self._rows(chunk, start)
+
+    @in_plain_torch
+    def _rows(
+        self, chunk: int | None, start: int, keep: Callable[[slice], SweepFile] | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """`rows`, whose sweeps keep their state where `keep` says."""
         if chunk is not None and chunk < 1:
             raise OptionError(f"chunk={chunk}: give at least one row, or None for what the budget allows")
         most, sweep = self._chunking()
         chunk = chunk or most
-        rows = self._row_source(sweep)
+        rows = self._row_source(sweep, keep)
         for first in range(start, self.shape[0], chunk):
             where = slice(first, min(first + chunk, self.shape[0]))
             yield where, rows(where)
 
     @in_plain_torch
-    def _row_source(self, budget: int) -> Callable[[slice], Tensor]:
+    def _row_source(self, budget: int, keep: Callable[[slice], SweepFile] | None = None) -> Callable[[slice], Tensor]:
         """A function that makes rows: from the dense map, from the head times that of `final`, or by a sweep."""
         d_out, length, d_in = self.shape
         dense = self.cached_dense
@@ -218,7 +227,7 @@ class Products(Unpicklable):
         def sweep_rows(where: slice) -> Tensor:
             unit = torch.zeros(where.stop - where.start, d_out, dtype=self.dtype, device=self.device)
             unit[:, where].fill_diagonal_(1)
-            return self._pull(unit, budget, progress=False)
+            return self._pull(unit, budget, progress=False, kept=None if keep is None else keep(where))
 
         return sweep_rows
 
@@ -335,8 +344,11 @@ class Products(Unpicklable):
             Xs = all_tokens
         return self._sweep(self.chain.forward, Xs)
 
-    def _pull(self, Us: Tensor, budget: int | None = None, progress: bool = True) -> Tensor:
-        pulled = self._sweep(self.chain.backward, Us.to(self.device, self.dtype), budget, progress)
+    def _pull(
+        self, Us: Tensor, budget: int | None = None, progress: bool = True, kept: SweepFile | None = None
+    ) -> Tensor:
+        sweep = partial(self.chain.backward, kept=kept)
+        pulled = self._sweep(sweep, Us.to(self.device, self.dtype), budget, progress)
         return pulled if self._parent is None else pulled[:, self.positions]
 
     @in_plain_torch

@@ -22,6 +22,7 @@ from loclin.network.explicit import ExplicitLayer
 from loclin.network.link import LayerLink
 from loclin.network.points import Point, Span
 from loclin.network.trace import Trace
+from loclin.results.sweep_file import SweepFile
 
 _CHUNK_ROWS = 1600
 """Rows (columns times positions) of one matrix product on a CPU: enough for its full speed; more only takes more
@@ -77,12 +78,18 @@ class Chain:
         return (inside + 2 * self.width(target)) * self.trace.dtype.itemsize
 
     def backward(
-        self, cotangents: Float[Tensor, "n d_out"], span: Span, chunk: int | None = None, halves: bool = False
+        self,
+        cotangents: Float[Tensor, "n d_out"],
+        span: Span,
+        chunk: int | None = None,
+        halves: bool = False,
+        kept: SweepFile | None = None,
     ) -> Iterator[Float[Tensor, "n T d"]]:
         """Pull a block of cotangents at a target, one position, back to all positions of the source.
 
         `chunk` columns go through a layer at a time. Yields the cotangents before every link on the way, with `halves`
-        at `resid_mid` too, in one tensor that is overwritten by the next; the last are those at `source`.
+        at `resid_mid` too, in one tensor that is overwritten by the next; the last are those at `source`. Where `kept`
+        has the state of this sweep, it goes on from there.
 
         Cost: n columns. Memory: `[n, T, d]`, and what a chunk needs inside a layer.
         """
@@ -90,17 +97,22 @@ class Chain:
         # R^T u, at the target's position; all other positions have no cotangent yet.
         at_position = self.readout(span.target, position, span.normed).vjp(cotangents)
         # Laid out as [T, n, d], and seen as [n, T, d]: what belongs to one position is then one matrix.
-        pulled = at_position.new_zeros((trace.length, len(at_position), trace.width)).transpose(0, 1)
-        pulled[:, position] = at_position
-        active, workspace = slice(position, position + 1), Workspace()
+        pulled = at_position.new_empty((trace.length, len(at_position), trace.width)).transpose(0, 1)
+        state = None if kept is None else kept.read(pulled)
+        done, active, workspace = *(state or (0, slice(position, position + 1))), Workspace()
+        if state is None:
+            pulled.zero_()[:, position] = at_position
         yield pulled
         # L_l^T, from the last layer to the first. Each attention spreads the cotangents over more positions.
-        for index, below, above in reversed(self.steps(span.source, span.target, halves)):
+        steps = self.steps(span.source, span.target, halves)[::-1]
+        for number, (index, below, above) in enumerate(steps[done:], done + 1):
             if halves and self.is_parallel(index):
                 # A parallel MLP reads the layer's input: it is passed in one step with the attention.
                 below, above = ("resid_post" if below == "resid_mid" else below), "resid_post"
             if below != above:
                 active = self.pull(pulled, index, below, above, active, workspace, chunk)
+            if kept is not None:
+                kept.note(number, active, pulled)
             yield pulled
 
     def pull(

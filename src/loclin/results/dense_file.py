@@ -24,6 +24,7 @@ from loclin.common.progress import bar
 from loclin.errors import OptionError, OutputError, ResultError
 from loclin.models.quiet import status
 from loclin.results.files import check_writable, write_text
+from loclin.results.sweep_file import SweepFile
 
 FORMAT = "loclin dense map 1"
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -33,9 +34,10 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" e
 class DenseFile:
     """A dense map `[d_out, T, d_in]` in the file `path`, with a description in `PATH.json`.
 
-    Until all rows are written, they are in `PATH.partial`, and the `.json` counts the rows that are on the disk. The
-    hidden `.lock` file may be deleted while no process writes. The `key`, of JSON values, identifies the map: a file
-    with another key is refused. Raises OptionError for a dtype that NumPy does not have.
+    Until all rows are written, they are in `PATH.partial`, and the `.json` counts the rows that are on the disk; the
+    hidden `.sweep` file has the state of the sweep for the next ones. The hidden `.lock` file may be deleted while no
+    process writes. The `key`, of JSON values, identifies the map: a file with another key is refused. Raises
+    OptionError for a dtype that NumPy does not have.
     """
 
     def __init__(
@@ -71,6 +73,12 @@ class DenseFile:
                     found = self._read()
         assert found is not None
         return found
+
+    def sweep(self, where: slice) -> SweepFile:
+        """Where the sweep for some rows keeps its state, for as long as they are not written."""
+        left = (self._shape[0] - where.start) * self._row_bytes
+        key = self._key | {"rows": [where.start, where.stop]}
+        return SweepFile(self.path.with_name(f".{self.path.name}.sweep"), key, left)
 
     def _read(self) -> Tensor | None:
         """Open the file; errors of the operating system become errors of loclin."""
@@ -138,6 +146,7 @@ class DenseFile:
                     file.flush()
                     os.fsync(file.fileno())
                     self._note(where.stop)
+                    self.sweep(where).remove()
                     progress_bar.update(len(part))
         self._partial.replace(self.path)
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from loclin.errors import ModelError
 from loclin.models.blocks import find_blocks
 from loclin.models.checks import list_some, non_finite, refuse_non_finite
 from loclin.models.lease import LayerOnDisk, OnDisk, attach, weights_of
 from loclin.models.replica import CHANGE_THEIR_WEIGHTS
-from loclin.models.streaming.checkpoint import Checkpoint, StoredTensor
-from loclin.models.streaming.reader import LayerReader, Plan
+from loclin.models.streaming.checkpoint import Checkpoint
+from loclin.models.streaming.conversion import find_places
+from loclin.models.streaming.plan import Places, Plan, read
+from loclin.models.streaming.reader import LayerReader
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -35,12 +37,13 @@ def build(
         hf: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
     _refuse_family(hf, name, dtype)
     checkpoint = Checkpoint(directory)
-    plans = _fit(hf, checkpoint, name)
-    _fill_buffers(hf, checkpoint, name)
+    places = find_places(hf, checkpoint, name)
+    plans = _fit(hf, places, checkpoint, name, dtype)
+    _fill_buffers(hf, places, checkpoint, name)
     layers = find_blocks(hf.get_decoder() or hf) or find_blocks(hf)
     paths = {module: path for path, module in hf.named_modules()}
-    reader = _attach_layers(layers, [paths[layer] for layer in layers], plans, checkpoint, dtype, name)
-    _load_rest(hf, plans, checkpoint, dtype)
+    reader = _attach_layers(layers, [paths[layer] for layer in layers], plans, checkpoint, name)
+    _load_rest(hf, plans, checkpoint)
     _refuse_empty(hf, name)
     _refuse_non_finite(layers, [paths[layer] for layer in layers], name)
     reader.bytes_read = 0
@@ -64,39 +67,30 @@ def _refuse_family(hf: Any, name: str, dtype: torch.dtype) -> None:
         )
 
 
-def _fit(hf: Any, checkpoint: Checkpoint, name: str) -> dict[str, StoredTensor]:
-    """Find each parameter's stored tensor; those that share a parameter share one tensor."""
-    for transform in get_model_conversion_mapping(hf):
-        for key in checkpoint.tensors:
-            renamed, matched = transform.rename_source_key(key)
-            if matched is not None and (renamed != key or hasattr(transform, "operations")):
-                raise ModelError(
-                    f"{name} ({hf.config.model_type}) stores {key} in another form than the model has it, and "
-                    "transformers converts it while it loads: load it without stream"
-                )
-    prefix = f"{hf.base_model_prefix}."
-    found: dict[str, StoredTensor] = {}
+def _fit(
+    hf: Any, places: Mapping[str, list[Places]], checkpoint: Checkpoint, name: str, dtype: torch.dtype
+) -> dict[str, Plan]:
+    """Plan what each parameter is read from; those that share a parameter share one plan."""
+    found: dict[str, Plan] = {}
     for names in _same(hf):
-        stored = [
-            checkpoint.tensors[key]
-            for own in names
-            for key in dict.fromkeys((own, own.removeprefix(prefix)))
-            if key in checkpoint.tensors
-        ]
+        stored = [place for own in names for place in places.get(own, [])]
         if not stored:
             raise ModelError(
                 f"{name} lacks weights that its config asks for, by their name in the model: {names[0]}; give a "
                 "complete checkpoint, or load it without stream, in case transformers knows it by another name"
             )
-        shape = tuple(hf.get_parameter(names[0]).shape)
-        for tensor in stored:
-            if tensor.shape != shape:
+        shape = hf.get_parameter(names[0]).shape
+        for place in stored:
+            if place.shape != shape:
+                (first, _), *more = place.pieces
+                what = f"{first.name} and {len(more)} more, {names[0]} together, have" if more else f"{first.name} has"
                 raise ModelError(
-                    f"{name}: {tensor.name} has the shape {list(tensor.shape)} in {tensor.path.name}, and "
-                    f"{list(shape)} by its config: give the config and the weights of one model"
+                    f"{name}: {what} the shape {list(place.shape)} in {first.path.name}, and {list(shape)} by its "
+                    "config: give the config and the weights of one model, and all of these"
                 )
-        _refuse_different(stored, checkpoint, name)
-        found |= dict.fromkeys(names, stored[0])
+        plans = [place.plan(dtype) for place in stored]
+        _refuse_different(plans, checkpoint, name)
+        found |= dict.fromkeys(names, plans[0])
     return found
 
 
@@ -108,9 +102,9 @@ def _same(hf: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _refuse_different(stored: list[StoredTensor], checkpoint: Checkpoint, name: str) -> None:
+def _refuse_different(plans: list[Plan], checkpoint: Checkpoint, name: str) -> None:
     """Refuse tied weights that are stored twice and differ: transformers would not tie them."""
-    first, *others = stored
+    first, *others = plans
     for other in others:
         if not torch.equal(_read(first, checkpoint), _read(other, checkpoint)):
             raise ModelError(
@@ -119,14 +113,18 @@ def _refuse_different(stored: list[StoredTensor], checkpoint: Checkpoint, name: 
             )
 
 
-def _read(tensor: StoredTensor, checkpoint: Checkpoint) -> Tensor:
-    start = tensor.place(0)
-    raw = torch.empty(start + tensor.nbytes, dtype=torch.uint8, device="cpu")[start:]
-    checkpoint.read([(tensor, raw.numpy())])
-    return raw.view(tensor.dtype).view(tensor.shape)
+def _read(plan: Plan, checkpoint: Checkpoint) -> Tensor:
+    start = plan.place(0)
+    tensor = _memory(start + plan.nbytes)[start:].view(plan.dtype).view(plan.shape)
+    read(checkpoint, [(plan, tensor)], lambda size: _memory(size).numpy())
+    return tensor
 
 
-def _fill_buffers(hf: Any, checkpoint: Checkpoint, name: str) -> None:
+def _memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
+def _fill_buffers(hf: Any, stored: Mapping[str, list[Places]], checkpoint: Checkpoint, name: str) -> None:
     """Give every buffer its values: stored ones, or those that its module computes, as when transformers loads.
 
     They are computed twice, from different memory; one that then differs is not computed at all.
@@ -149,9 +147,8 @@ def _fill_buffers(hf: Any, checkpoint: Checkpoint, name: str) -> None:
     kept = hf.state_dict().keys()
     for (module, path, own), first, second in zip(places, *runs, strict=True):
         key = f"{path}.{own}".strip(".")
-        stored = checkpoint.tensors.get(key) or checkpoint.tensors.get(key.removeprefix(f"{hf.base_model_prefix}."))
-        if key in kept and stored is not None and stored.shape == tuple(second.shape):
-            module._buffers[own] = _read(stored, checkpoint).to(second.dtype)
+        if key in kept and key in stored and stored[key][0].shape == second.shape:
+            module._buffers[own] = _read(stored[key][0].plan(second.dtype), checkpoint)
         elif key in kept or not torch.equal(first.nan_to_num(), second.nan_to_num()):
             raise ModelError(f"{name}: nothing gives the buffer {key} its values: load it without stream")
 
@@ -159,9 +156,8 @@ def _fill_buffers(hf: Any, checkpoint: Checkpoint, name: str) -> None:
 def _attach_layers(
     layers: tuple[nn.Module, ...],
     paths: list[str],
-    stored: dict[str, StoredTensor],
+    plans: Mapping[str, Plan],
     checkpoint: Checkpoint,
-    dtype: torch.dtype,
     name: str,
 ) -> LayerReader:
     """Let the layers read their weights when they run."""
@@ -174,23 +170,23 @@ def _attach_layers(
     shared = next((sorted(names) for names in owners.values() if len(names) > 1), None)
     if shared is not None:
         raise ModelError(f"{name}: its layers share the weight {shared[0]}: load it without stream")
-    plans = [
-        {own: Plan(stored[f"{path}.{own}"], dtype) for own, _ in layer.named_parameters()}
+    own_plans = [
+        {own: plans[f"{path}.{own}"] for own, _ in layer.named_parameters()}
         for path, layer in zip(paths, layers, strict=True)
     ]
-    reader = LayerReader(checkpoint, plans)
+    reader = LayerReader(checkpoint, own_plans)
     for index, layer in enumerate(layers):
         empty = {own: OnDisk(place.detach(), requires_grad=False) for own, place in layer.named_parameters()}
         attach(layer, LayerOnDisk(reader, index, empty))
     return reader
 
 
-def _load_rest(hf: nn.Module, stored: dict[str, StoredTensor], checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def _load_rest(hf: nn.Module, plans: Mapping[str, Plan], checkpoint: Checkpoint) -> None:
     """Read the weights outside the layers."""
     for names in _same(hf):
         if isinstance(hf.get_parameter(names[0]), OnDisk):
             continue
-        weight = nn.Parameter(_read(stored[names[0]], checkpoint).to(dtype))
+        weight = nn.Parameter(_read(plans[names[0]], checkpoint))
         for name in names:
             path, _, own = name.rpartition(".")
             hf.get_submodule(path)._parameters[own] = weight

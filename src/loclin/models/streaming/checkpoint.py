@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from loclin.common.brief import brief
 from loclin.errors import ModelError
+from loclin.models.streaming.page_cache import PageCache
 
 Bytes = NDArray[np.uint8]
 ALIGNMENT = 64
@@ -74,6 +75,7 @@ class Checkpoint:
             if lost:
                 raise ModelError(f"{path} lacks {lost[0]}, which the index says it holds: get the file again")
             self.tensors |= {name: tensor for name, tensor in found.items() if not names or name in names}
+        self._cache = PageCache({path: size for path, (_, _, size, _) in self._states.items()})
 
     def read(self, wanted: Sequence[tuple[StoredTensor, Bytes]]) -> None:
         """Read tensors, each into its own bytes. Cost: one system call for up to 512 neighbours in a file.
@@ -96,8 +98,13 @@ class Checkpoint:
                     f"cannot read {first} in {path}: {fault.strerror}; it was there when the model loaded"
                 ) from fault
             try:
-                for run in _neighbours(pieces):
+                runs = list(_neighbours(pieces))
+                spans = [(run[0][0].start, sum(tensor.nbytes for tensor, _ in run)) for run in runs]
+                for start, size in spans:
+                    self._cache.announce(file, start, size)
+                for run, (start, size) in zip(runs, spans, strict=True):
                     _read_run(file, run)
+                    self._cache.release(file, path, start, size)
             finally:
                 os.close(file)
             self._check(path, first)  # a change while it was read

@@ -5,42 +5,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loclin.common.brief import brief
 from loclin.errors import BudgetError
-from loclin.models.streaming.checkpoint import ALIGNMENT, Bytes, Checkpoint, StoredTensor
+from loclin.models.streaming.checkpoint import Bytes, Checkpoint
+from loclin.models.streaming.plan import Plan, read, size_together
 
 _SPARE = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a layer's parameter is read from, and what it becomes."""
-
-    stored: StoredTensor
-    dtype: torch.dtype
-
-    __repr__ = brief
-
-    @property
-    def converted(self) -> bool:
-        """Whether it is stored in another dtype."""
-        return self.dtype != self.stored.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes it takes in memory."""
-        return self.stored.nbytes // self.stored.dtype.itemsize * self.dtype.itemsize
-
-    def place(self, start: int) -> int:
-        """The first place from `start` on where it can lie."""
-        return _aligned(start) if self.converted else self.stored.place(start)
 
 
 class Blocks:
@@ -94,7 +70,7 @@ class LayerReader:
         self.layers = layers
         self.bytes_read = 0
         self._checkpoint = checkpoint
-        self._blocks = Blocks(max((_size(layer.values()) for layer in layers), default=0))
+        self._blocks = Blocks(max((size_together(layer.values()) for layer in layers), default=0))
         self._staging: Bytes | None = None
         self._lock = threading.Lock()
         self._reads: list[_Read] = []  # the one in use, and the one ahead
@@ -161,41 +137,18 @@ class LayerReader:
             ) from fault
 
     def _fill(self, plans: Mapping[str, Plan]) -> dict[str, Tensor]:
-        block, wanted, converted, found = self._blocks.take(), [], [], {}
-        whole = torch.from_numpy(block)
-        end = raw = 0
+        whole, found, end = torch.from_numpy(self._blocks.take()), dict[str, Tensor](), 0
         for name, plan in plans.items():
             start = plan.place(end)
             end = start + plan.nbytes
-            found[name] = whole[start:end].view(plan.dtype).view(plan.stored.shape)
-            if plan.converted:
-                into = self._stage(raw, plan.stored.nbytes)
-                converted.append((found[name], into, plan.stored))
-                raw += _aligned(plan.stored.nbytes)
-            else:
-                into = block[start:end]
-            wanted.append((plan.stored, into))
-        self._checkpoint.read(wanted)
-        for tensor, into, stored in converted:
-            tensor.copy_(torch.from_numpy(into).view(stored.dtype).view(stored.shape))
-        self.bytes_read += sum(plan.stored.nbytes for plan in plans.values())
+            found[name] = whole[start:end].view(plan.dtype).view(plan.shape)
+        read(self._checkpoint, [(plan, found[name]) for name, plan in plans.items()], self._stage)
+        self.bytes_read += sum(plan.stored_bytes for plan in plans.values())
         return found
 
-    def _stage(self, start: int, size: int) -> Bytes:
-        """Memory for a tensor that is stored in another dtype; only the reading thread uses it."""
+    def _stage(self, size: int) -> Bytes:
+        """Memory for what is not stored as it is used; only the reading thread uses it."""
         if self._staging is None:
-            most = max(sum(_aligned(p.stored.nbytes) for p in layer.values()) for layer in self.layers)
+            most = max(sum(plan.staged_bytes for plan in layer.values()) for layer in self.layers)
             self._staging = torch.empty(most, dtype=torch.uint8, device="cpu").numpy()
-        return self._staging[start : start + size]
-
-
-def _size(plans: Iterable[Plan]) -> int:
-    """The memory that some parameters take together."""
-    end = 0
-    for plan in plans:
-        end = plan.place(end) + plan.nbytes
-    return end
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+        return self._staging[:size]
