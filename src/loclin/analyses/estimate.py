@@ -49,6 +49,7 @@ _COPIED, _STEPS = 2**27, 8
 _LEAST_FREE = 2**32
 """Bytes that are taken as free where not even the weights fit, to say what the analyses need beside them."""
 _ASIDE = "Memory is that of tensors: the interpreter and its libraries take about 0.4 GB more."
+_AGAIN = "Shares whose sum float32 rounds too much are computed again in float64: this is not planned."
 
 
 _TRIPLES, _BLOCK = 8, 16
@@ -244,7 +245,7 @@ def estimate(
         budget=allowed,
         rates=machine,
         analyses=advised,
-        warnings=[_ASIDE],
+        warnings=[_ASIDE, *([_AGAIN] if any(one.name.startswith("attribute") for one in advised) else [])],
     )
 
 

@@ -1,8 +1,8 @@
 """Runs code on tensors that have shapes and no numbers, and counts what it would cost: flops, memory, seconds.
 
 Every operation runs on the meta device, while each tensor says of itself that it is on the processor: so code takes the
-way that it takes there. Where it asks for a number, it gets one so small that no sum of such numbers counts, and
-different each time, so that the largest of several may be anywhere. Nothing is NaN, comparisons of all numbers hold.
+way that it takes there. Where it asks for a number, it gets one so small that no sum of such numbers counts. Nothing is
+NaN, comparisons of all numbers hold.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -162,9 +163,13 @@ class Rehearsal(TorchDispatchMode):
             self._truths.pop(out, None)
 
     def numbers(self, tensor: Tensor) -> Any:
-        """The numbers of a tensor for code that asks for them: tiny and random, zeros where they are whole."""
+        """The numbers of a tensor for code that asks for them: tiny and descending, zeros where they are whole.
+
+        So singular values, and the bounds on them, are well apart. A little is random: no two numbers are equal.
+        """
         if tensor.is_floating_point():
-            return self._random.random(tuple(tensor.shape)) * _TINY
+            steps = np.arange(tensor.shape[-1] if tensor.dim() else 1, 0, -1)
+            return (steps + 0.1 * self._random.random(tuple(tensor.shape))) / len(steps) * _TINY
         if tensor.dtype == torch.bool:
             return np.full(tuple(tensor.shape), self._truths.get(tensor, False))
         return np.zeros(tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
@@ -195,6 +200,14 @@ class Rehearsal(TorchDispatchMode):
             )
         self._counted = counted
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention as one operation, which holds no probabilities."""
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        flops = 2 * query.numel() // query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        moved = sum(tensor.numel() * tensor.itemsize for tensor in (query, key, value, out))
+        self._counted = replace(self._counted, flops=self._counted.flops + flops, moved=self._counted.moved + moved)
+        return out
+
     def _free(self, nbytes: int) -> None:
         self._held -= nbytes
 
@@ -219,6 +232,8 @@ class _Disguise(TorchFunctionMode):
         if func is torch.Tensor.data_ptr:
             tensor = args[0]
             return (tensor.untyped_storage()._cdata << 48) + tensor.storage_offset() * tensor.element_size()
+        if func is scaled_dot_product_attention and not any(tensor.requires_grad for tensor in args[:3]):
+            return self._rehearsal.attend(*args[:3])  # on the meta device it would be made of products
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and args[0].is_meta:
             numbers = self._rehearsal.numbers(args[0])
             return numbers.tolist() if func is torch.Tensor.tolist else numbers
