@@ -23,7 +23,7 @@ MACHINES = {
 """Memory; and in a second float32 flops, bytes of memory, bytes of disk. Layers run one after the other: eight cards
 have the memory of eight and the speed of one."""
 ANALYSES = ("attribute", "certify", "joint-svd", "dense")
-TOKENS, BUDGET = 8, "1GB"
+TOKENS = 8
 
 
 def main() -> None:
@@ -40,14 +40,13 @@ def main() -> None:
 
 
 def plan(path: Path, stream: bool) -> Estimate:
-    """The plan of a model; which method finds triples is chosen as on a laptop."""
+    """The plan of a model, with the budget and the methods of a laptop."""
     return loclin.estimate(
         path.stem,
         tokens=TOKENS,
         analyses=ANALYSES,
         config_file=path,
         dtype="bfloat16",
-        memory=BUDGET,
         available="16GB",
         stream=stream,
         rate_flops=2e11,

@@ -45,7 +45,7 @@ from loclin.results.result import Result
 
 _READ = 2e9
 """Bytes per second from disk, if none are given: a usual SSD."""
-_COPIED, _STEPS = 2**27, 8
+_COPIED, _STEPS, _ENOUGH = 2**27, 8, 2**26
 _LEAST_FREE = 2**32
 """Bytes that are taken as free where not even the weights fit, to say what the analyses need beside them."""
 _ASIDE = "Memory is that of tensors: the interpreter and its libraries take about 0.4 GB more."
@@ -282,7 +282,7 @@ class _Prompt:
 
     def estimate(self, name: str, rehearsal: Rehearsal, rates: Rates) -> list[AnalysisEstimate]:
         """Rehearse `linearize` and an analysis, with fewer layers if what they cost is linear in them."""
-        layers, why = list(find_anatomy(self.model.hf).layers), ""
+        layers, why, least = list(find_anatomy(self.model.hf).layers), "", None
         is_uniform = len({tuple(w.shape for w in layer.parameters()) for layer in layers}) == 1
         try:
             if not is_uniform or len(layers) <= _DEPTHS[1] or name in _WHOLE:
@@ -297,13 +297,23 @@ class _Prompt:
                 if runs[0][0].kept > allowed.coefficients:  # not all of them may be kept: that is not linear
                     runs = self._run(name, rehearsal)
         except BudgetError as fault:  # it would be refused in the same way when it runs
-            if fault.least is not None:
-                enough = replace(self, budget=fault.least).estimate(name, rehearsal, rates)
-                return [*enough[:-1], replace(enough[-1], fits=False, advice=f"memory={fault.least}")]
-            runs, why = [(Cost(), 0.0)] * 2, str(fault)
+            runs, why, least = [(Cost(), 0.0)] * 2, str(fault), fault.least
+        if least is not None:
+            return self._with_more(name, rehearsal, rates, least)
         (traced, first), (found, second) = runs
         made = [self._describe("linearize", traced, Cost(), first, rates, why)]
         return made if name == "linearize" else [*made, self._describe(name, traced, found, first + second, rates, why)]
+
+    def _with_more(self, name: str, rehearsal: Rehearsal, rates: Rates, least: int) -> list[AnalysisEstimate]:
+        """The estimate with a budget in which there is room: in the least that works, columns go one by one."""
+        enough = max(2 * least, _ENOUGH)
+        made = replace(self, budget=enough).estimate(name, rehearsal, rates)
+        advice = f"memory={enough}, or {least} at least"
+        try:
+            allow(self.model, self.length, self.options, self.budget)
+        except BudgetError:  # `linearize` is refused, too
+            return [replace(one, fits=False, advice=advice) for one in made]
+        return [*made[:-1], replace(made[-1], fits=False, advice=advice)]
 
     def _describe(self, name: str, traced: Cost, found: Cost, read: float, rates: Rates, why: str) -> AnalysisEstimate:
         both = traced.then(found)

@@ -7,6 +7,7 @@ NaN, comparisons of all numbers hold.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -110,6 +111,7 @@ class Rehearsal(TorchDispatchMode):
 
     def cost(self, work: Callable[[], object]) -> Cost:
         """What a call costs; what it returns is held until its memory has been counted."""
+        gc.collect()  # or else what earlier code left would be freed meanwhile
         before, self._counted = self._held, Cost(peak=self._held)
         result = work()
         counted, kept = self._counted, self._held - before
