@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 import loclin
 import tiny
-from least import least
+from least import least, within
 from loclin.analyses.attribution.attribute import LEVELS
 from loclin.common import free_memory
 from loclin.errors import BudgetError, ModelError, OptionError
@@ -316,6 +316,7 @@ def test_files_that_take_no_advice_are_read_without(folder, monkeypatch):
 KILLED = """
 import os, signal, sys
 import loclin, tiny
+from least import within
 from loclin.network.chain import Chain
 from loclin.results import sweep_file
 
@@ -329,7 +330,7 @@ def killed(self, *args):
     return pull(self, *args)
 
 Chain.pull = killed
-loclin.linearize(loclin.load(sys.argv[1], stream=True), tiny.prompt(20), memory=50_000).jacobian().dense(sys.argv[2])
+within(loclin.load(sys.argv[1], stream=True), tiny.prompt(20), 50_000).jacobian().dense(sys.argv[2])
 """
 
 
@@ -343,7 +344,7 @@ def test_a_run_that_was_killed_in_a_sweep_reads_the_other_layers_only(tmp_path, 
     passed, layers = [], read_layers(monkeypatch)
     pull = Chain.pull
     monkeypatch.setattr(Chain, "pull", lambda self, block, i, *args: passed.append(i) or pull(self, block, i, *args))
-    lin = loclin.linearize(model, tiny.prompt(20), memory=50_000)
+    lin = within(model, tiny.prompt(20), 50_000)
     rows = lin.jacobian()._chunking()[0]
     reader(model).forget()
     layers.clear()
@@ -352,9 +353,7 @@ def test_a_run_that_was_killed_in_a_sweep_reads_the_other_layers_only(tmp_path, 
     assert passed == [1, 0] + [3, 2, 1, 0] * (sweeps - 2)  # one sweep was complete, and two layers of the next
     assert layers.count(3) == 1 + sweeps - 2  # the weights' hash reads it, too
     assert sweeps > 2
-    whole = (
-        loclin.linearize(loclin.load(folder), tiny.prompt(20), memory=50_000).jacobian().dense(tmp_path / "whole.npy")
-    )
+    whole = within(loclin.load(folder), tiny.prompt(20), 50_000).jacobian().dense(tmp_path / "whole.npy")
     assert torch.equal(found, whole)
     assert (tmp_path / "J.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
