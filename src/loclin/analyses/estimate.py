@@ -85,7 +85,7 @@ ANALYSES: dict[str, Callable[[Linearized], object]] = {
     "attribute-tokenxlayer": lambda lin: attribute(lin, by="token×layer"),
 }
 """What can be planned; each begins with `linearize`."""
-_WHOLE = ("attribute-tokenxlayer", "joint-svd", "layers", "svd")
+_WHOLE = ("joint-svd", "layers", "svd")
 """Whose cost is not linear in the number of layers, or whose method depends on it: rehearsed with all layers."""
 DEFAULT = ("attribute", "certify", "dense", "explain")
 

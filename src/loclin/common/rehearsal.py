@@ -94,8 +94,12 @@ class Cost:
         return replace(Cost(*added), peak=peak)
 
     def towards(self, other: Cost, ratio: float) -> Cost:
-        """The point on the straight line through two costs: itself at 0, the other at 1."""
-        return Cost(*(x + ratio * (y - x) for x, y in zip(astuple(self), astuple(other), strict=True)))
+        """The point on the straight line through two costs: itself at 0, the other at 1.
+
+        What is held for a while, beside what is kept, is that of the larger one.
+        """
+        point = Cost(*(x + ratio * (y - x) for x, y in zip(astuple(self), astuple(other), strict=True)))
+        return replace(point, peak=point.kept + max(self.peak - self.kept, other.peak - other.kept))
 
 
 class Rehearsal(TorchDispatchMode):
