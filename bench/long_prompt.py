@@ -60,7 +60,7 @@ def measure_works(length: int, forward: float, works: dict[str, Callable[[], obj
     """Calls, in forward passes of so many seconds, and their memory."""
     rows = []
     for name, work in works.items():
-        seconds, peak = measure(work, cpu_seconds)
+        seconds, peak = measure(work)
         label, against = f"{length} tokens: {name}", "the model's forward pass"
         say(f"{label}: {seconds:.1f} s, {seconds / forward:.2f} passes, {peak:.2f} GB resident")
         rows.append(Row(label, seconds, "s", against, seconds / forward, MOST_PASSES.get(name)))
