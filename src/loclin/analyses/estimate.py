@@ -6,7 +6,6 @@ is what runs, in every family, and no formula can differ from it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,14 +37,12 @@ from loclin.models.lease import LayerOnDisk, OnDisk, attach
 from loclin.models.model import Model
 from loclin.network import memory as budgets
 from loclin.network.anatomy import find_anatomy
-from loclin.network.cost import given_rate, rate
+from loclin.network.cost import DISK_BYTES_PER_SECOND, given_rate, memory_rate, rate
 from loclin.network.need import allow
 from loclin.network.sequence import Sublayers, find_sequence, known_sublayers
 from loclin.results.result import Result
 
-_READ = 2e9
-"""Bytes per second from disk, if none are given: a usual SSD."""
-_COPIED, _STEPS, _ENOUGH = 2**27, 8, 2**26
+_STEPS, _ENOUGH = 8, 2**26
 _LEAST_FREE = 2**32
 """Bytes that are taken as free where not even the weights fit, to say what the analyses need beside them."""
 _ASIDE = "Memory is that of tensors: the interpreter and its libraries take about 0.4 GB more."
@@ -65,9 +62,9 @@ def _find_triples(lin: Linearized, joint: bool) -> object:
     d_out, length, d_in = J.shape
     columns = expected_columns(_TRIPLES, length, joint, min(d_out, length * d_in if joint else d_in))
     basis = torch.zeros(columns // 2, length, d_in, dtype=J.dtype)
-    for start in range(0, columns // 2, _BLOCK):
-        basis[start : start + _BLOCK] = J.rmatmat(torch.zeros(len(basis[start : start + _BLOCK]), d_out))
-        J.matmat(basis[start : start + _BLOCK])
+    for rows in basis.split(_BLOCK):
+        rows[:] = J.rmatmat(torch.zeros(len(rows), d_out))
+        J.matmat(rows)
     return basis
 
 
@@ -216,11 +213,10 @@ def estimate(
     machine = _rates(hf.dtype, rate_flops, rate_memory, rate_read)
     room = free_memory(torch.device("cpu")) if available is None else int(budgets.parse_memory(available))
     sublayers, weights = _find_sublayers(hf), [*hf.parameters(), *hf.buffers()]
-    stored, reader = sum(weight.nbytes for weight in weights), None
-    held = stored
-    if stream:
-        reader = _LayerReader(hf)
-        held -= reader.sweep_bytes - 2 * reader.layer_bytes
+    stored = sum(weight.nbytes for weight in weights)
+    layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in find_anatomy(hf).layers]
+    streamed = stored - sum(layers) + 2 * max(layers)
+    held, reader = (streamed, _LayerReader(hf, max(layers))) if stream else (stored, None)
     with _on(machine, max(room - held, _LEAST_FREE), sublayers), rehearse(weights) as rehearsal:
         empty = wrap(hf, None, name=label)
         if empty.context_length is not None and length > empty.context_length:
@@ -231,8 +227,7 @@ def estimate(
         for name in dict.fromkeys(analyses or ("linearize",)):
             tell(f"rehearsing {name}")
             planned += prompt.estimate(name, rehearsal, machine)[bool(planned) :]
-    advised = [_advise(one, hf, held, stored, room, allowed, length, stream) for one in planned]
-    return Estimate(
+    found = Estimate(
         model=label,
         family=empty.info.family,
         dtype=empty.info.dtype,
@@ -244,19 +239,19 @@ def estimate(
         available=room,
         budget=allowed,
         rates=machine,
-        analyses=advised,
-        warnings=[_ASIDE, *([_AGAIN] if any(one.name.startswith("attribute") for one in advised) else [])],
+        analyses=planned,
+        warnings=[_ASIDE, *([_AGAIN] if any(one.name.startswith("attribute") for one in planned) else [])],
     )
+    return replace(found, analyses=[_advise(one, found, hf.dtype, streamed) for one in planned])
 
 
 class _LayerReader:
     """Leaves the weights of a model's layers on a disk that there is not, and counts what is read of them."""
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: PreTrainedModel, layer_bytes: int) -> None:
         layers = find_anatomy(hf).layers
         self._weights = [dict(layer.named_parameters()) for layer in layers]
-        sizes = [sum(weight.nbytes for weight in own.values()) for own in self._weights]
-        self.layer_bytes, self.sweep_bytes, self.read = max(sizes), sum(sizes), 0
+        self.layer_bytes, self.read = layer_bytes, 0
         for index, layer in enumerate(layers):
             places = {name: OnDisk(weight.detach(), False) for name, weight in self._weights[index].items()}
             attach(layer, LayerOnDisk(self, index, places))
@@ -350,11 +345,9 @@ class _Prompt:
 
     def _with_layers(self, depth: int, name: str, rehearsal: Rehearsal) -> list[tuple[Cost, float]]:
         """The same for the model's first layers alone."""
-        holder = next(
-            module
-            for module in self.model.hf.modules()
-            if isinstance(module, nn.ModuleList) and list(module) == list(find_anatomy(self.model.hf).layers)
-        )
+        hf = self.model.hf
+        layers = list(find_anatomy(hf).layers)
+        holder = next(one for one in hf.modules() if isinstance(one, nn.ModuleList) and list(one) == layers)
         whole_list = holder._modules
         try:
             holder._modules = dict(list(whole_list.items())[:depth])
@@ -391,43 +384,27 @@ def _on(machine: Rates, free: int, sublayers: Sublayers) -> Iterator[None]:
 
 def _rates(dtype: torch.dtype, flops: float | None, memory: float | None, read: float | None) -> Rates:
     """The rates that are given; what is not is measured here, for the dtype of the sweeps."""
-    if memory is None:
-        source = torch.ones(_COPIED // 4)
-        target = torch.empty_like(source)
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            target.copy_(source)
-            seconds.append(time.perf_counter() - start)
-        memory = 2 * source.nbytes / min(seconds)
-    measured = rate(torch.device("cpu"), FreezeOptions().dtype(dtype)) if flops is None else flops
-    return Rates(measured, memory, _READ if read is None else read)
+    return Rates(
+        flops=rate(torch.device("cpu"), FreezeOptions().dtype(dtype)) if flops is None else flops,
+        memory=memory_rate() if memory is None else memory,
+        read=DISK_BYTES_PER_SECOND if read is None else read,
+    )
 
 
-def _advise(
-    one: AnalysisEstimate,
-    hf: PreTrainedModel,
-    held: int,
-    stored: int,
-    room: int,
-    allowed: int,
-    length: int,
-    stream: bool,
-) -> AnalysisEstimate:
-    """What to change for an analysis that does not fit."""
+def _advise(one: AnalysisEstimate, found: Estimate, dtype: torch.dtype, streamed: int) -> AnalysisEstimate:
+    """What to change for an analysis that does not fit; `streamed` bytes of weights are in memory with `stream`."""
     if one.fits or one.advice:
         return one
+    held, room = found.weights, found.available
     beside, advice = one.peak - held, []
-    if hf.dtype.itemsize > 2 and held // 2 + beside <= room:
+    if dtype.itemsize > 2 and held // 2 + beside <= room:
         advice.append("dtype=bfloat16")
-    layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in find_anatomy(hf).layers]
-    resident = stored - sum(layers) + 2 * max(layers)
-    if not stream and resident + beside <= room:
-        advice.append(f"stream=True ({resident / 1e9:.1f} GB of weights in memory)")
-    if one.sweeps > allowed // 2 and held + one.trace + one.result < room:
+    if not found.stream and streamed + beside <= room:
+        advice.append(f"stream=True ({streamed / 1e9:.1f} GB of weights in memory)")
+    if one.sweeps > found.budget // 2 and held + one.trace + one.result < room:
         advice.append("a smaller memory=")
     if one.result > room // 4:
         advice.append("svd(joint=True) or products instead of the dense map, or the map in a file: dense(path=)")
-    if held + one.trace // length < room and one.trace > room // 4:
+    if held + one.trace // found.tokens < room and one.trace > room // 4:
         advice.append("fewer tokens")
     return replace(one, advice="; ".join(advice) or "a machine with more memory")

@@ -102,6 +102,11 @@ Gate = Literal["activation", "up", "half"]
 Prompt = Annotated[str, typer.Argument(help="The text to explain; '-' reads it from standard input.", callback=plain)]
 ModelName = Annotated[str, path("Packaged name (see 'loclin models'), hub id, local directory, or .gguf file.")]
 Position = Annotated[int, typer.Option(help="Explain the prediction after this token; -1 is the last.")]
+Dtype = Annotated[str, text("float32, float64, bfloat16, float16, or auto (as stored).")]
+Revision = Annotated[str | None, text("A hub model's branch, tag or commit.")]
+Memory = Annotated[
+    str | None, text("Memory beside weights and results, such as 2GB. Default: a quarter of what is free.")
+]
 Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Put a beginning token in front, or none; by default the tokenizer's way."),
@@ -119,10 +124,10 @@ class Loading:
     """The options of every command that loads a model."""
 
     model: ModelName = DEFAULT_MODEL
-    dtype: Annotated[str, text("float32, float64, bfloat16, float16, or auto (as stored).")] = "float32"
+    dtype: Dtype = "float32"
     device: Annotated[str | None, text("Such as cpu or cuda:0.")] = None
     device_map: Annotated[str | None, text("Spread the layers, such as auto.")] = None
-    revision: Annotated[str | None, text("A hub model's branch, tag or commit.")] = None
+    revision: Revision = None
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -134,9 +139,7 @@ class Loading:
     gate: Annotated[Gate, typer.Option(help="Freeze act(gate) (the paper), freeze up, or the mean of both.")] = (
         "activation"
     )
-    memory: Annotated[
-        str | None, text("Memory beside weights and results, such as 2GB. Default: a quarter of what is free.")
-    ] = None
+    memory: Memory = None
 
     def load(self) -> Model:
         """Load the model."""

@@ -28,13 +28,11 @@ def plan(
         ),
     ] = None,
     config_file: Annotated[Path | None, options.path("The model's config.json, so that no hub is asked.")] = None,
-    dtype: Annotated[str, options.text("float32, float64, bfloat16, float16, or auto (as stored).")] = "float32",
-    revision: Annotated[str | None, options.text("A hub model's branch, tag or commit.")] = None,
+    dtype: options.Dtype = "float32",
+    revision: options.Revision = None,
     stream: Annotated[bool, typer.Option("--stream", help="Plan for layers that stay on disk.")] = False,
     gate: Annotated[options.Gate, typer.Option(help="What is frozen, as in the other commands.")] = "activation",
-    memory: Annotated[
-        str | None, options.text("Memory beside weights and results, such as 2GB. Default: a quarter of what is free.")
-    ] = None,
+    memory: options.Memory = None,
     available: Annotated[
         str | None, options.text("Memory of the machine, such as 24GB. Default: what is free on this one.")
     ] = None,

@@ -257,16 +257,12 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _without_numbers(value: Any) -> Any:
     """An argument of an operation for the meta device."""
-    if isinstance(value, Tensor):
-        return (
-            value
-            if value.is_meta
-            else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
-        )
-    if isinstance(value, list | tuple):
-        return (
-            [_without_numbers(one) for one in value] if isinstance(value, list) else tuple(map(_without_numbers, value))
-        )
+    if isinstance(value, Tensor) and not value.is_meta:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+    if isinstance(value, list):
+        return [_without_numbers(one) for one in value]
+    if isinstance(value, tuple):
+        return tuple(map(_without_numbers, value))
     return _META if isinstance(value, torch.device) else None if isinstance(value, torch.Generator) else value
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from loclin.common.brief import brief
 
-_BLOCK_BYTES = 2**22  # of P that are made at a time on a CPU: they stay in its cache
+BLOCK_BYTES = 2**22
+"""Of P that are made at a time on a CPU: they stay in its cache."""
 _BLOCK_BYTES_ACCELERATOR = 2**28
 _MASK_ROWS = 256  # of a mask that are looked at together
 
@@ -209,7 +210,7 @@ class BlockPattern(Pattern):
     def _rows(self) -> int:
         """How many queries go into a block."""
         heads, _, keys = self.shape
-        most = _BLOCK_BYTES if self.query.device.type == "cpu" else _BLOCK_BYTES_ACCELERATOR
+        most = BLOCK_BYTES if self.query.device.type == "cpu" else _BLOCK_BYTES_ACCELERATOR
         return max(1, min(self.most, most) // (heads * keys * self.dtype.itemsize))
 
     def _allowed(self, rows: slice) -> tuple[slice, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -136,11 +137,7 @@ def _most_vectors(J: Products, maps: int, width: int) -> int:
     d_out = J.shape[0]
     if J.fits(sketch_bytes(d_out, maps, width, J.dtype.itemsize)):
         return 4 * d_out
-    low, high = 0, d_out
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if J.fits(sketch_bytes(middle, maps, width, J.dtype.itemsize)) else (low, middle)
-    return low
+    return bisect_left(range(1, d_out), True, key=lambda n: not J.fits(sketch_bytes(n, maps, width, J.dtype.itemsize)))
 
 
 def sketch_bytes(vectors: int, maps: int, width: int, itemsize: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -15,10 +16,11 @@ from loclin.models.lease import largest_layer_bytes
 from loclin.network.chain import Chain
 from loclin.network.points import Point
 
-_SIDE = 1024
+_SIDE, _COPIED = 1024, 2**25
 _GENERIC = 1.3  # flops of autograd's products, relative to those of the linear path
 _BYTES_PER_SECOND = 1.5e10
-_DISK_BYTES_PER_SECOND = 2e9  # of layers on disk: between a fast disk and the page cache
+DISK_BYTES_PER_SECOND = 2e9
+"""Of layers on disk: a usual SSD."""
 _SECONDS_PER_LAYER = 5e-4  # the time of a layer beside its flops: the calls
 
 
@@ -59,14 +61,30 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = torch.ones(2, _SIDE, _SIDE, dtype=dtype, device=device)
     out = torch.empty_like(a)
-    fastest = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
+
+    def multiply() -> None:
         torch.mm(a, b, out=out)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * _SIDE**3 / fastest
+
+    return 2 * _SIDE**3 / _fastest(multiply)
+
+
+def memory_rate() -> float:
+    """Bytes per second that a large copy reads and writes on this processor. Cost: about a tenth of a second."""
+    source = torch.ones(_COPIED)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """The seconds of the fastest of three runs."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def algebra_cost(flops: float, chain: Chain, efficiency: float = 1.0, dtype: torch.dtype | None = None) -> Cost:
@@ -120,7 +138,7 @@ def _sum_layers(chain: Chain, layers: list[tuple[float, int]], columns: int, hel
     flops, nbytes = sum((own for own, _ in layers), 0.0), sum(weights for _, weights in layers)
     seconds = algebra_cost(flops, chain).seconds + nbytes / _BYTES_PER_SECOND + len(layers) * _SECONDS_PER_LAYER
     if reads_layers(chain):
-        seconds += nbytes / _DISK_BYTES_PER_SECOND
+        seconds += nbytes / DISK_BYTES_PER_SECOND
     return Cost(columns, flops, seconds if columns else 0.0, held * chain.trace.dtype.itemsize)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loclin.freeze import FreezeOptions
+from loclin.freeze.pattern import BLOCK_BYTES
 from loclin.models.forward import keeps_logits
 from loclin.models.lease import largest_layer_bytes
 from loclin.models.model import Model
@@ -20,7 +21,6 @@ from loclin.network.memory import PATTERNS, Allowance, Budget, allowance
 
 _OUTPUTS = 4  # how often a graph has what leaves a matrix: the model's, the linearised, those of a second backward pass
 _STREAMS = 24  # residual streams: a certificate's columns, and copies around norms
-_BLOCK = 2**22  # bytes of a block of probabilities
 _EXPERTS = 5  # copies of a stack of experts' weights, of which autograd takes slices
 _HEAD = 12  # rows of logits
 
@@ -38,11 +38,8 @@ def allow(model: Model, length: int, options: FreezeOptions, memory: Budget) -> 
     values = 2 * size + (stock if stock != size else 0)  # an input, also as the model has it; what attention adds
     chosen, wide = getattr(config, "num_experts_per_tok", None), max(size, 4)
     work = max(_layer_bytes(layer, length, size, chosen) for layer in layers) + length * d * _STREAMS * size
-    work += (
-        PATTERNS
-        * _pattern_bytes(config, length, wide)
-        * (1 if anatomy.layers else getattr(config, "num_hidden_layers", 1))
-    )
+    at_once = 1 if anatomy.layers else getattr(config, "num_hidden_layers", 1)
+    work += PATTERNS * at_once * _pattern_bytes(config, length, wide)
     work += vocabulary * (_HEAD + (0 if keeps_logits(hf) else 2 * length)) * wide
     kept = len(layers) * length * d * values + 4 * length * d * size + 2 * length**2 * size
     return allowance(memory, model.device, kept, work + 2 * largest_layer_bytes(hf))
@@ -53,7 +50,7 @@ def _pattern_bytes(config: Any, length: int, size: int) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     whole = heads * length**2 * size
     is_one_operation = getattr(config, "_attn_implementation", None) == "sdpa"
-    return min(whole, max(_BLOCK, heads * length * size)) if is_one_operation else whole
+    return min(whole, max(BLOCK_BYTES, heads * length * size)) if is_one_operation else whole
 
 
 def _layer_bytes(layer: nn.Module, length: int, size: int, chosen: int | None) -> int:

@@ -52,12 +52,12 @@ def gram_svd(op: TokenMaps, gram: Float[Tensor, "d_out d_out"], k: int, *, align
     residuals = (op.matmat(Vh.unflatten(1, (length, d_in))) - (U * S).T).norm(dim=1)
     slack = rounding(d_out, length * d_in, op.dtype) * S[:1]
     # the sums of J J^T are off by up to n eps |J|_F^2 (n numbers each), its eigenvalues by d_out eps sigma_1^2
-    off = (length * d_in + d_out) * torch.finfo(torch.float64).eps * gram.trace()
+    total = gram.trace()
+    off = (length * d_in + d_out) * torch.finfo(torch.float64).eps * total
     above = (squares.flip(0)[:k] + off).clamp(min=0).sqrt().to(S)
     U, Vh = (part[0] for part in align_signs(U[None], Vh[None], align_to))
     lower, upper = (S - slack).clamp(min=0), torch.maximum(above, S) + slack
-    frobenius = gram.diagonal().sum().sqrt().to(S)
-    return SVD(U, S, Vh.unflatten(1, (length, d_in)), residuals, lower, upper, 0.0, frobenius, "gram")
+    return SVD(U, S, Vh.unflatten(1, (length, d_in)), residuals, lower, upper, 0.0, total.sqrt().to(S), "gram")
 
 
 @in_plain_torch
