@@ -46,7 +46,7 @@ def installed(module: str) -> bool:
     """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # a module that was taken out on purpose
+    except (ValueError, ModuleNotFoundError):  # a module that was taken out on purpose; one whose package is missing
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 
 from loclin.common import free_memory
 from loclin.errors import LoclinError, ModelError, OptionError, first_line
+from loclin.models import quantisation
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
 from loclin.models.four_bit import keep_from_packing
 from loclin.models.hub import describe_gated
@@ -54,10 +56,49 @@ def _load(
     place: str, name: str, source: Source, arguments: dict[str, Any], stored: str | None = None, tokenized: bool = True
 ) -> Model:
     config = read_config(place, name, arguments)
-    stored = quantized(config) or stored or config_dtype(config)
+    settings = quantisation.settings_of(config)
+    stored = settings.get("quant_method") or stored or config_dtype(config)
     tokenizer = read_tokenizer(place, name, arguments) if tokenized else None
-    hf = read_weights(place, name, arguments)
+    hf: Any = _read_quantised(place, name, config, arguments) if settings else read_weights(place, name, arguments)
     return describe(hf, tokenizer, name=name, source=source, revision=arguments.get("revision"), stored_dtype=stored)
+
+
+def _read_quantised(place: str, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Read a checkpoint whose weights are quantised; those that loclin unpacks are plain ones then."""
+    settings = quantisation.settings_of(config)
+    if "quantization_config" not in arguments:
+        quantisation.refuse_quantised(settings, name)
+        if settings["quant_method"] in quantisation.PACKED and not arguments.get("stream"):
+            return _read_packed(place, name, config, arguments)
+    hf: Any = read_weights(place, name, quantisation.with_options(settings, arguments))
+    hf._loclin_note = quantisation.note_dequantised(settings, name)
+    return hf
+
+
+def _read_packed(place: str, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Read a GPTQ or AWQ checkpoint into a plain model."""
+    from transformers import GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from loclin.models.packed import read_packed
+
+    if arguments.get("trust_remote_code") and hasattr(config, "auto_map"):
+        raise ModelError(f"{name} brings its own code and packed weights: give a checkpoint with plain weights")
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    given = {key: value for key, value in arguments.items() if key not in {*_WHERE.split(), "stream"}}
+    with _reading(name, "model"):
+        directory = _obtain(place, arguments)
+        state = read_packed(directory, quantisation.settings_of(config), name)
+        if given["dtype"] == "auto":
+            given["dtype"] = getattr(torch, config_dtype(config) or "float32")
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(plain)]
+        hf, report = kind.from_pretrained(None, config=plain, state_dict=state, output_loading_info=True, **given)
+        if (directory / "generation_config.json").is_file():
+            hf.generation_config = GenerationConfig.from_pretrained(directory)
+    refuse_missing(report, name)
+    hf.name_or_path = config.name_or_path
+    return hf.eval()
 
 
 def read_config(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedConfig:
@@ -108,7 +149,7 @@ def read_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrained
 def _too_large(directory: Path, arguments: dict[str, Any]) -> str | None:
     """Why a directory's weights do not fit into the free memory; None where they do, or are not in safetensors."""
     inside = directory / arguments.get("subfolder", "")
-    if not inside.is_dir() or quantized(read_config(str(directory), str(directory), arguments)) is not None:
+    if not inside.is_dir() or quantisation.settings_of(read_config(str(directory), str(directory), arguments)):
         return None
     dtype = arguments["dtype"]
     needed = sum(
@@ -123,30 +164,34 @@ def _too_large(directory: Path, arguments: dict[str, Any]) -> str | None:
 
 def _stream_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
     """Build a model whose layers read their weights when they run."""
-    from huggingface_hub import snapshot_download
-
     from loclin.models.streaming.build import build
 
     known = {*_WHERE.split(), "dtype", "attn_implementation"}
     config = read_config(place, name, arguments)
-    if (method := quantized(config)) is not None:
+    if method := quantisation.settings_of(config).get("quant_method"):
         raise ModelError(f"{name} is quantised ({method}), and stream takes plain weights: load it without stream")
     if arguments.get("trust_remote_code") and hasattr(config, "auto_map"):
         raise ModelError(f"{name} brings its own code, and stream takes transformers' families: load it without stream")
     for option in arguments.keys() - known:
         raise OptionError(f"{option} and stream are both given: leave one out")
-    directory = Path(place)
     with _reading(name, "model"):
-        if not directory.is_dir():
-            where = {key: arguments[key] for key in _DOWNLOAD.split() if key in arguments}
-            inside = arguments.get("subfolder", "")
-            wanted = [f"{inside}/{file}".strip("/") for file in _STREAMED.split()]
-            directory = Path(snapshot_download(place, allow_patterns=wanted, **where))
-        directory /= arguments.get("subfolder", "")
+        directory = _obtain(place, arguments)
         dtype = arguments["dtype"]
         if dtype == "auto":
             dtype = getattr(torch, config_dtype(config) or stored_dtype(directory) or "float32")
         return build(config, directory, name, dtype, arguments.get("attn_implementation"))
+
+
+def _obtain(place: str, arguments: dict[str, Any]) -> Path:
+    """The directory with a model's safetensors files, downloaded if it is on the hub."""
+    from huggingface_hub import snapshot_download
+
+    directory, inside = Path(place), arguments.get("subfolder", "")
+    if not directory.is_dir():
+        where = {key: arguments[key] for key in _DOWNLOAD.split() if key in arguments}
+        wanted = [f"{inside}/{file}".strip("/") for file in _STREAMED.split()]
+        directory = Path(snapshot_download(place, allow_patterns=wanted, **where))
+    return directory / inside
 
 
 @contextmanager
@@ -196,13 +241,6 @@ def stored_elements(directory: Path) -> Counter[str]:
         except SafetensorError as fault:
             raise ModelError(f"{path} is cut off or damaged ({first_line(fault)}){lost(path)}: get it again") from fault
     return elements
-
-
-def quantized(config: PreTrainedConfig) -> str | None:
-    """Name the quantization a checkpoint is stored in; None for plain weights."""
-    found = getattr(config, "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return None if found is None else str(getattr(method, "value", method))
 
 
 def config_dtype(config: PreTrainedConfig) -> str | None:

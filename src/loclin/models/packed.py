@@ -1,0 +1,117 @@
+"""Weights of GPTQ and AWQ checkpoints, dequantised one by one while a model takes them.
+
+Both store small integers q, packed into int32, with a scale s and a zero z for each group of inputs:
+
+    W[o, i] = s[g(i), o] (q[i, o] - z[g(i), o])
+
+In float32 that is exact: the difference has at most 9 bits, and a float16 scale 11. GPTQ (Frantar et al. 2022) packs
+q along the inputs, AWQ (Lin et al. 2023) along the outputs; both pack z along the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loclin.errors import ModelError, first_line
+
+_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+"""Which of the eight numbers in an int32 is each of eight neighbours, in AWQ."""
+_LAYOUTS = {
+    "gptq": ("checkpoint_format", ("gptq", "gptq_v2"), (2, 4, 8)),
+    "awq": ("version", ("gemm",), (4,)),
+}
+"""The option that names a method's layout, the layouts that are read (the first by default), and the bits."""
+_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """A tensor that is made when the loader slices it, as it does with those of a file."""
+
+    make: Callable[[], Tensor]
+
+    def __getitem__(self, _all: object) -> Tensor:
+        return self.make()
+
+
+def read_packed(directory: Path, settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """The state dict of a GPTQ or AWQ checkpoint with plain weights, each of them made when it is sliced.
+
+    `settings` is its `quantization_config`. ModelError for a layout that is not known, or a part that is missing.
+    """
+    method, bits = settings["quant_method"], settings.get("bits", 4)
+    option, layouts, widths = _LAYOUTS[method]
+    layout = str(settings.get(option, layouts[0])).lower()
+    if layout not in layouts or bits not in widths:
+        raise ModelError(
+            f"{name}: {method} with {bits} bits in the layout {layout!r} is not read; known are the layouts "
+            f"{', '.join(layouts)} with {', '.join(map(str, widths))} bits"
+        )
+    places = _find_tensors(directory)
+    state: dict[str, Any] = {
+        key: _Lazy(partial(_read, path, key)) for key, path in places.items() if not key.endswith(_PARTS)
+    }
+    for key in places:
+        if key.endswith(".qweight"):
+            path = key.removesuffix(".qweight")
+            for part in _PARTS[1:3]:
+                if path + part not in places:
+                    raise ModelError(f"{name} lacks {path}{part}, without which {key} has no meaning; get it again")
+            state[f"{path}.weight"] = _Lazy(partial(_dequantise, places, path, method, bits, layout))
+    return state
+
+
+def _find_tensors(directory: Path) -> dict[str, Path]:
+    """In which file of a directory each tensor is."""
+    places: dict[str, Path] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with _open(path) as file:
+            places |= dict.fromkeys(file.keys(), path)
+    if not places:
+        raise ModelError(f"{directory} has no safetensors files; give a checkpoint in that format")
+    return places
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as fault:
+        raise ModelError(f"{path} is cut off or damaged ({first_line(fault)}): get it again") from fault
+
+
+def _read(path: Path, key: str) -> Tensor:
+    with _open(path) as file:
+        tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+
+def _dequantise(places: dict[str, Path], path: str, method: str, bits: int, layout: str) -> Float[Tensor, "out in"]:
+    """One weight in float32."""
+    q, z, s = (_read(places[path + part], path + part) for part in _PARTS[:3])
+    if method == "gptq":
+        q, z = _unpack(q.T, bits), _unpack(z, bits)  # [out, in], [groups, out]
+        if layout == "gptq":  # it stores one less, and lets -1 wrap around
+            z = (z + 1) & (2**bits - 1)
+    else:
+        q, z = (_unpack(part, bits).unflatten(1, (-1, 8))[..., _PLACES].flatten(1) for part in (q, z))
+        q = q.T
+    index = places.get(f"{path}.g_idx")
+    width = q.shape[1]
+    groups = torch.arange(width) // (width // len(s)) if index is None else _read(index, f"{path}.g_idx").long()
+    weight = (q - z[groups].T).to(torch.float32)
+    return weight.mul_(s.to(torch.float32)[groups].T)
+
+
+def _unpack(packed: Int[Tensor, "rows words"], bits: int) -> Int[Tensor, "rows numbers"]:
+    """The unsigned numbers of so many bits in each int32, lowest bits first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(1).to(torch.int16)

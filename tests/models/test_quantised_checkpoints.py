@@ -1,0 +1,287 @@
+"""Checkpoints with quantised weights: exact for the dequantised weights, or refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from typer.testing import CliRunner
+
+import loclin
+import tiny
+from loclin.cli import app
+from loclin.errors import ModelError
+from loclin.linearization import linearize
+from loclin.models import quantisation
+from loclin.models import tiny as families
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GROUP = 8
+
+
+def pack(numbers, bits):
+    """Rows of integers as int32, number by number in Python: the first is in the lowest bits."""
+    words = []
+    for row in numbers.tolist():
+        per = 32 // bits
+        chunks = [row[i : i + per] for i in range(0, len(row), per)]
+        words.append([sum(number << (bits * place) for place, number in enumerate(chunk)) for chunk in chunks])
+    return (torch.tensor(words, dtype=torch.int64) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+
+
+def gptq(path, weight, bits, layout="gptq", acts=False):
+    """(the stored tensors of a weight, the weight that they stand for), one number at a time."""
+    outputs, inputs = weight.shape
+    groups = torch.arange(inputs) // GROUP
+    if acts:
+        groups = groups[torch.randperm(inputs)]
+    most = 2**bits - 1
+    q = torch.randint(0, most + 1, (inputs, outputs))
+    zeros = torch.randint(0, most + 1, (inputs // GROUP, outputs))
+    scales = (0.02 * torch.rand(inputs // GROUP, outputs) + 0.001).half()
+    stored = (zeros - 1) & most if layout == "gptq" else zeros
+    parts = {"qweight": pack(q.T, bits).T, "qzeros": pack(stored, bits), "scales": scales, "g_idx": groups.int()}
+    value = torch.tensor(
+        [
+            [float(scales[groups[i], o]) * int(q[i, o] - zeros[groups[i], o]) for i in range(inputs)]
+            for o in range(outputs)
+        ]
+    )
+    return {f"{path}.{name}": part.contiguous() for name, part in parts.items()}, value
+
+
+def awq(path, weight, bits):
+    """The same for AWQ, whose words hold eight outputs in the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    outputs, inputs = weight.shape
+    q, zeros = torch.randint(0, 16, (inputs, outputs)), torch.randint(0, 16, (inputs // GROUP, outputs))
+    scales = (0.02 * torch.rand(inputs // GROUP, outputs) + 0.001).half()
+    order = [block * 8 + place for block in range(outputs // 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
+    parts = {"qweight": pack(q[:, order], bits), "qzeros": pack(zeros[:, order], bits), "scales": scales}
+    value = torch.tensor(
+        [
+            [float(scales[i // GROUP, o]) * int(q[i, o] - zeros[i // GROUP, o]) for i in range(inputs)]
+            for o in range(outputs)
+        ]
+    )
+    return {f"{path}.{name}": part for name, part in parts.items()}, value
+
+
+def fp8(path, weight, block=(8, 16)):
+    """Fine-grained FP8: blocks of e4m3 numbers, each with a scale."""
+    rows, columns = weight.shape
+    scales = 0.5 + torch.rand(rows // block[0], columns // block[1])
+    spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    stored = (weight / spread).to(torch.float8_e4m3fn)
+    return {f"{path}.weight": stored, f"{path}.weight_scale_inv": scales}, stored.float() * spread
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """All sizes are multiples of 16; Qwen2 has biases, on Q, K and V."""
+    config = Qwen2Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return tiny._shaken(Qwen2ForCausalLM(config), 0, torch.float32)
+
+
+def write(folder, plain, settings, store):
+    """Write a model's checkpoint with its linear layers quantised by `store`; returns the weights they stand for."""
+    plain.save_pretrained(folder)
+    torch.manual_seed(1)
+    tensors, values = {}, {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        path = key.removesuffix(".weight")
+        if path.endswith(LINEAR) and key.endswith(".weight"):
+            parts, values[key] = store(path, tensor)
+            tensors |= parts
+        else:
+            tensors[key] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    configure(folder, settings)
+    return values
+
+
+def configure(folder, settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "checkpoint_format": "gptq"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 16]}
+STORED = {
+    "gptq, 4 bits": (GPTQ, lambda path, weight: gptq(path, weight, 4)),
+    "gptq, 2 bits": (GPTQ | {"bits": 2}, lambda path, weight: gptq(path, weight, 2)),
+    "gptq, 8 bits, inputs in another order": (
+        GPTQ | {"bits": 8},
+        lambda path, weight: gptq(path, weight, 8, acts=True),
+    ),
+    "gptq_v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, lambda path, weight: gptq(path, weight, 4, "gptq_v2")),
+    "awq": (AWQ, lambda path, weight: awq(path, weight, 4)),
+    "fp8": (FP8, fp8),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_the_map_is_that_of_the_dequantised_weights(kind, plain, tmp_path):
+    settings, store = STORED[kind]
+    values = write(tmp_path, plain, settings, store)
+    model = loclin.load(tmp_path, dtype="float32")
+    for key, value in values.items():
+        torch.testing.assert_close(model.hf.get_parameter(key).detach(), value, rtol=0, atol=0)
+    lin = linearize(model, tiny.prompt(6))
+    assert lin.certify().passed
+    assert model.info.stored_dtype == settings["quant_method"]
+    assert any("also round the inputs" in warning for warning in lin.warnings) == (kind == "fp8")
+
+
+def test_mxfp4(tmp_path):
+    """gpt-oss: two e2m1 numbers in a byte, and a power of two for each 32 of them."""
+    model = families.build("gpt_oss", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table += [-number for number in table]
+    torch.manual_seed(2)
+    tensors, values = {}, {}
+    for key, tensor in load_file(tmp_path / "model.safetensors").items():
+        if not key.endswith(("gate_up_proj", "down_proj")):
+            tensors[key] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        codes = torch.randint(0, 16, (experts, outputs, inputs // 32, 32))
+        exponents = torch.randint(118, 124, (experts, outputs, inputs // 32))
+        tensors[f"{key}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        tensors[f"{key}_scales"] = exponents.to(torch.uint8)
+        numbers = torch.tensor(table)[codes] * 2.0 ** (exponents[..., None] - 127)
+        values[key] = numbers.flatten(2).transpose(1, 2)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    configure(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]})
+    loaded = loclin.load(tmp_path, dtype="float32")
+    for key, value in values.items():
+        torch.testing.assert_close(loaded.hf.get_parameter(key).detach(), value, rtol=0, atol=0)
+    assert linearize(loaded, tiny.prompt(6)).certify().passed
+
+
+def test_compressed_tensors(plain, tmp_path):
+    """Eight bits by compressed-tensors' own compressor."""
+    compressed = pytest.importorskip("compressed_tensors")
+    del compressed
+    scheme = {
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+        "targets": ["Linear"],
+    }
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+    }
+
+    def store(path, weight):
+        scales = 0.01 + 0.01 * torch.rand(len(weight), 1)
+        q = torch.randint(-128, 128, weight.shape, dtype=torch.int8)
+        return {f"{path}.weight": q, f"{path}.weight_scale": scales}, q.float() * scales
+
+    values = write(tmp_path, plain, settings, store)
+    model = loclin.load(tmp_path, dtype="float32")
+    for key, value in values.items():
+        torch.testing.assert_close(model.hf.get_parameter(key).detach(), value, rtol=1e-6, atol=0)
+    assert linearize(model, tiny.prompt(6)).certify().passed
+
+
+def refusal(folder, plain, settings):
+    """What `load` says of a checkpoint whose config has these settings."""
+    plain.save_pretrained(folder)
+    configure(folder, settings)
+    with pytest.raises(ModelError) as caught:
+        loclin.load(folder)
+    return str(caught.value)
+
+
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"quant_method": "bitnet"}, {"quant_method": "fbgemm_fp8"}, FP8 | {"activation_scheme": "static"}, W8A8],
+)
+def test_rounded_inputs_are_refused(settings, plain, tmp_path):
+    message = refusal(tmp_path, plain, settings)
+    assert f"is quantised by {settings['quant_method']} and rounds the inputs of its layers" in message
+    assert ("dequantize=True" in message) == (settings["quant_method"] in ("fp8", "compressed-tensors"))
+
+
+@pytest.mark.parametrize("method", sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+def test_every_method_is_read_or_refused_by_name(method, monkeypatch, plain, tmp_path):
+    """Of those that need a library, the one without it; where a checkpoint lacks what it needs, that is named."""
+    monkeypatch.setattr(quantisation, "installed", lambda _module: False)
+    name = method.removesuffix("_4bit").removesuffix("_8bit")
+    settings = {"quant_method": name, "bits": 4, "load_in_4bit": name == "bitsandbytes"}
+    if name in ("gptq", "awq", "fp8", "mxfp4", "mxfp8"):  # nothing is packed: plain weights are taken as they are
+        return
+    message = refusal(tmp_path, plain, settings)
+    assert f"quantised by {name}" in message
+    assert "pip install" in message or "which loclin does not read" in message or "rounds the inputs" in message
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.scales", "model.layers.0.self_attn.q_proj.qzeros"])
+def test_a_missing_part_is_named(lost, plain, tmp_path):
+    write(tmp_path, plain, *STORED["awq"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=lost.replace(".", r"\.")):
+        loclin.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (GPTQ | {"bits": 3}, "gptq with 3 bits"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "layout 'marlin'"),
+        (AWQ | {"version": "gemv"}, "layout 'gemv'"),
+    ],
+)
+def test_another_layout_is_refused(settings, named, plain, tmp_path):
+    assert named in refusal(tmp_path, plain, settings)
+
+
+def test_a_file_that_is_cut_off(plain, tmp_path):
+    write(tmp_path, plain, *STORED["gptq_v2"])
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cut off or damaged"):
+        loclin.load(tmp_path)
+
+
+def test_the_command_line_names_the_library(monkeypatch, plain, tmp_path):
+    monkeypatch.setattr(quantisation, "installed", lambda _module: False)
+    plain.save_pretrained(tmp_path)
+    configure(tmp_path, {"quant_method": "torchao", "quant_type": "int8_weight_only"})
+    result = CliRunner().invoke(app, ["explain", "a", "--model", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "pip install torchao" in result.output.replace("\n", " ")
+
+
+def test_a_packed_checkpoint_does_not_stay_on_disk(plain, tmp_path):
+    write(tmp_path, plain, *STORED["awq"])
+    with pytest.raises(ModelError, match=r"is quantised \(awq\), and stream takes plain weights"):
+        loclin.load(tmp_path, stream=True)
