@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from itertools import product
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import GptOssForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from typer.testing import CliRunner
 
@@ -47,12 +49,9 @@ def gptq(path, weight, bits, layout="gptq", acts=False):
     scales = (0.02 * torch.rand(inputs // GROUP, outputs) + 0.001).half()
     stored = (zeros - 1) & most if layout == "gptq" else zeros
     parts = {"qweight": pack(q.T, bits).T, "qzeros": pack(stored, bits), "scales": scales, "g_idx": groups.int()}
-    value = torch.tensor(
-        [
-            [float(scales[groups[i], o]) * int(q[i, o] - zeros[groups[i], o]) for i in range(inputs)]
-            for o in range(outputs)
-        ]
-    )
+    value = torch.empty(outputs, inputs)
+    for o, i in product(range(outputs), range(inputs)):
+        value[o, i] = float(scales[groups[i], o]) * int(q[i, o] - zeros[groups[i], o])
     return {f"{path}.{name}": part.contiguous() for name, part in parts.items()}, value
 
 
@@ -63,12 +62,9 @@ def awq(path, weight, bits):
     scales = (0.02 * torch.rand(inputs // GROUP, outputs) + 0.001).half()
     order = [block * 8 + place for block in range(outputs // 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
     parts = {"qweight": pack(q[:, order], bits), "qzeros": pack(zeros[:, order], bits), "scales": scales}
-    value = torch.tensor(
-        [
-            [float(scales[i // GROUP, o]) * int(q[i, o] - zeros[i // GROUP, o]) for i in range(inputs)]
-            for o in range(outputs)
-        ]
-    )
+    value = torch.empty(outputs, inputs)
+    for o, i in product(range(outputs), range(inputs)):
+        value[o, i] = float(scales[i // GROUP, o]) * int(q[i, o] - zeros[i // GROUP, o])
     return {f"{path}.{name}": part for name, part in parts.items()}, value
 
 
@@ -85,7 +81,7 @@ def fp8(path, weight, block=(8, 16)):
 def plain():
     """All sizes are multiples of 16; Qwen2 has biases, on Q, K and V."""
     config = Qwen2Config(
-        vocab_size=40,
+        vocab_size=tiny.VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -124,10 +120,7 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size
 STORED = {
     "gptq, 4 bits": (GPTQ, lambda path, weight: gptq(path, weight, 4)),
     "gptq, 2 bits": (GPTQ | {"bits": 2}, lambda path, weight: gptq(path, weight, 2)),
-    "gptq, 8 bits, inputs in another order": (
-        GPTQ | {"bits": 8},
-        lambda path, weight: gptq(path, weight, 8, acts=True),
-    ),
+    "gptq, any order": (GPTQ | {"bits": 8}, lambda path, weight: gptq(path, weight, 8, acts=True)),
     "gptq_v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, lambda path, weight: gptq(path, weight, 4, "gptq_v2")),
     "awq": (AWQ, lambda path, weight: awq(path, weight, 4)),
     "fp8": (FP8, fp8),
@@ -149,8 +142,9 @@ def test_the_map_is_that_of_the_dequantised_weights(kind, plain, tmp_path):
 
 def test_mxfp4(tmp_path):
     """gpt-oss: two e2m1 numbers in a byte, and a power of two for each 32 of them."""
-    model = families.build("gpt_oss", dtype=torch.float32)
-    model.save_pretrained(tmp_path)
+    config = copy.deepcopy(families.build("gpt_oss").config)
+    config.hidden_size = config.intermediate_size = 32
+    tiny._shaken(GptOssForCausalLM(config), 0, torch.float32).save_pretrained(tmp_path)
     table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     table += [-number for number in table]
     torch.manual_seed(2)
@@ -176,17 +170,13 @@ def test_mxfp4(tmp_path):
 
 def test_compressed_tensors(plain, tmp_path):
     """Eight bits by compressed-tensors' own compressor."""
-    compressed = pytest.importorskip("compressed_tensors")
-    del compressed
-    scheme = {
-        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
-        "targets": ["Linear"],
-    }
+    pytest.importorskip("compressed_tensors")
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     settings = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
     }
 
@@ -213,16 +203,12 @@ def refusal(folder, plain, settings):
 
 W8A8 = {
     "quant_method": "compressed-tensors",
-    "config_groups": {
-        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
-    },
+    "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}},
 }
+ROUNDING = [{"quant_method": "bitnet"}, {"quant_method": "fbgemm_fp8"}, FP8 | {"activation_scheme": "static"}, W8A8]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"quant_method": "bitnet"}, {"quant_method": "fbgemm_fp8"}, FP8 | {"activation_scheme": "static"}, W8A8],
-)
+@pytest.mark.parametrize("settings", ROUNDING)
 def test_rounded_inputs_are_refused(settings, plain, tmp_path):
     message = refusal(tmp_path, plain, settings)
     assert f"is quantised by {settings['quant_method']} and rounds the inputs of its layers" in message
