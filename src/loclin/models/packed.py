@@ -66,7 +66,7 @@ def read_packed(directory: Path, settings: dict[str, Any], name: str) -> dict[st
             for part in _PARTS[1:3]:
                 if path + part not in places:
                     raise ModelError(f"{name} lacks {path}{part}, without which {key} has no meaning; get it again")
-            state[f"{path}.weight"] = _Lazy(partial(_dequantise, places, path, method, bits, layout))
+            state[f"{path}.weight"] = _Lazy(partial(_dequantise, places, path, settings, layout))
     return state
 
 
@@ -94,21 +94,25 @@ def _read(path: Path, key: str) -> Tensor:
         return tensor
 
 
-def _dequantise(places: dict[str, Path], path: str, method: str, bits: int, layout: str) -> Float[Tensor, "out in"]:
+def _dequantise(places: dict[str, Path], path: str, settings: dict[str, Any], layout: str) -> Float[Tensor, "out in"]:
     """One weight in float32."""
     q, z, s = (_read(places[path + part], path + part) for part in _PARTS[:3])
-    if method == "gptq":
+    bits, most = settings.get("bits", 4), settings.get("group_size", -1)
+    if settings["quant_method"] == "gptq":
         q, z = _unpack(q.T, bits), _unpack(z, bits)  # [out, in], [groups, out]
         if layout == "gptq":  # it stores one less, and lets -1 wrap around
             z = (z + 1) & (2**bits - 1)
     else:
         q, z = (_unpack(part, bits).unflatten(1, (-1, 8))[..., _PLACES].flatten(1) for part in (q, z))
         q = q.T
-    index = places.get(f"{path}.g_idx")
-    width = q.shape[1]
-    groups = torch.arange(width) // (width // len(s)) if index is None else _read(index, f"{path}.g_idx").long()
-    weight = (q - z[groups].T).to(torch.float32)
-    return weight.mul_(s.to(torch.float32)[groups].T)
+    index, width = places.get(f"{path}.g_idx"), q.shape[1]
+    group = torch.arange(width) // (most if most > 0 else width)
+    if index is not None:
+        group = _read(index, f"{path}.g_idx").long()
+    if len(group) != width or group.max() >= len(s) or group.min() < 0:
+        raise ModelError(f"{path} has {len(s)} groups of {width} inputs, and its config says {most} for each")
+    weight = (q - z[group].T).to(torch.float32)
+    return weight.mul_(s.to(torch.float32)[group].T)
 
 
 def _unpack(packed: Int[Tensor, "rows words"], bits: int) -> Int[Tensor, "rows numbers"]:
