@@ -18,7 +18,7 @@ from loclin.network.matrix import Matrix
 from loclin.network.split import Split, is_alone, is_held, multiply_both
 from loclin.network.trace import Trace
 
-_ROWS, _ROWS_ACCELERATOR = 1600, 8192
+_ROWS, _ROWS_ACCELERATOR = 1600, 4096
 _FLOPS = 4e9  # of a product on a CPU that is timed
 _WORTH = 0.9
 _AGREEMENT = 2e-6
