@@ -23,7 +23,8 @@ from loclin.network.split import Split
 from loclin.network.split_choice import Shares, given_shares
 
 FLOAT32, BF16 = torch.finfo(torch.float32), torch.finfo(torch.bfloat16)
-MATMUL = pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch has no such switch")
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch has no such switch")
 
 
 @contextmanager
@@ -36,7 +37,14 @@ def given(weights=0.5, formed=0.5):
 
 
 @pytest.fixture
-def forced():
+def alone(monkeypatch):
+    """As if no other thread ran; those of pytest multiply nothing."""
+    monkeypatch.setattr(split, "is_alone", lambda: True)
+    monkeypatch.setattr(split_choice, "is_alone", lambda: True)
+
+
+@pytest.fixture
+def forced(alone):  # noqa: ARG001
     """Products are split whatever this processor does."""
     with given():
         yield
@@ -95,7 +103,7 @@ def test_which_weights_are_held():
 
 
 @pytest.fixture(params=["cpu", "gpu"])
-def units(request, monkeypatch):
+def units(request, monkeypatch, alone):  # noqa: ARG001
     """A processor that multiplies bfloat16 numbers and sums in float32, and fails for any others."""
 
     def multiply(a, b, out, add):
@@ -169,6 +177,7 @@ def test_analyses():
     assert longer.jacobian().provenance().precision == longer.precision == "split"
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_choice_by_times():
     model, ids = rounded(tiny.llama(dtype=torch.float32)), tiny.prompt(4)
     with given(0.63, 1.2):
@@ -186,20 +195,19 @@ def test_the_choice_by_times():
     assert expected.provenance().split is None
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_trial_is_timed_and_checked(monkeypatch):
     model, ids = rounded(tiny.llama(dtype=torch.float32)), tiny.prompt(4)
-    monkeypatch.setattr(split_choice, "is_alone", lambda: True)
     times = iter([1.0, 2.0, 1.0, 4.0])
 
     def timed(work, _device):
         work()
         return next(times)
 
-    monkeypatch.setattr(split_choice, "fastest", timed)
-    note = linearize(model, ids, precision="split").trace.split.note
+    with monkeypatch.context() as patch:
+        patch.setattr(split_choice, "fastest", timed)
+        note = linearize(model, ids, precision="split").trace.split.note
     assert note == "3 bf16 products, 0.5 x float32's time; 6 for formed matrices, 0.25 x"
-    monkeypatch.undo()
-    monkeypatch.setattr(split_choice, "is_alone", lambda: True)
     lin = linearize(model, ids, precision="split")  # whatever this processor does
     used = bool(lin.trace.split.layers)
     assert lin.trace.split.note.startswith("3 bf16" if used else "left off: bf16 products are not faster")
@@ -292,27 +300,26 @@ def test_beside_other_threads_it_is_left_off(monkeypatch):
             thread.join()
 
 
-@MATMUL
 def test_the_switch_is_on_during_a_product_alone(monkeypatch):
     matmul, seen, multiply = torch.backends.mkldnn.matmul, [], split._multiply
     before = matmul.fp32_precision
-    alone = [True]
+    is_alone = [True]
 
     def watch(*arguments):
         seen.append(matmul.fp32_precision)
         multiply(*arguments)
 
-    monkeypatch.setattr(split, "is_alone", lambda: alone[0])
+    monkeypatch.setattr(split, "is_alone", lambda: is_alone[0])
     monkeypatch.setattr(split, "_multiply", watch)
     x, out = draw(3, 4), torch.empty(3, 4)
     split.multiply(x, torch.eye(4), Workspace(), out)
     assert torch.equal(out, x)
     assert seen == ["bf16"] * 3
     assert matmul.fp32_precision == before
-    alone[0] = False
+    is_alone[0] = False
     split.multiply_both(x, torch.eye(4), Workspace(), out)
-    assert seen[3:] == [before] * 6
-    alone[0] = True
+    assert seen[3:] == [before], "one float32 product"
+    is_alone[0] = True
 
     def fails(*_):
         assert matmul.fp32_precision == "bf16"

@@ -7,7 +7,7 @@ below a unit in the last place.
 
 CUDA multiplies bfloat16 tensors into float32. A CPU rounds such a product to bfloat16; there pieces are held as float32
 numbers, and a switch of torch lets its products read them as bfloat16 ones. That switch belongs to the whole process:
-it is on during a product, and only while no other thread can multiply.
+it is on during a product, and only while no other thread can multiply. Beside other threads products are float32 ones.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def multiply(
     x: Float[Tensor, "n k"], held: Float[Tensor, "k m"], workspace: Workspace, out: Tensor, add: bool = False
 ) -> Float[Tensor, "n m"]:
     """`x W` in `out`, or added to it, for a weight in the dtype of pieces. Cost: three bfloat16 products."""
-    with _read_as_bfloat16(x.device):
-        for number, piece in enumerate(pieces(x, workspace, "split rows")):
+    with _bfloat16_units(x.device) as usable:
+        for number, piece in enumerate(pieces(x, workspace, "split rows") if usable else [x]):
             _multiply(piece, held, out, add or number > 0)
     return out
 
@@ -93,9 +93,9 @@ def multiply_both(
     x: Float[Tensor, "*g n k"], y: Float[Tensor, "*g k m"], workspace: Workspace, out: Tensor
 ) -> Float[Tensor, "*g n m"]:
     """`x y` in `out` for any two float32 matrices, or batches of them. Cost: six bfloat16 products."""
-    of_y = list(pieces(y, workspace, "split matrix"))
-    with _read_as_bfloat16(x.device):
-        for number, piece in enumerate(pieces(x, workspace, "split rows")):
+    with _bfloat16_units(x.device) as usable:
+        of_y = list(pieces(y, workspace, "split matrix")) if usable else [y]
+        for number, piece in enumerate(pieces(x, workspace, "split rows") if usable else [x]):
             for other in of_y[: len(of_y) - number]:
                 _multiply(piece, other, out, other is not of_y[0] or number > 0)
     return out
@@ -125,15 +125,18 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 
 @contextmanager
-def _read_as_bfloat16(device: torch.device) -> Iterator[None]:
-    """Let a CPU's products read float32 numbers as bfloat16 ones; beside other threads this does nothing."""
+def _bfloat16_units(device: torch.device) -> Iterator[bool]:
+    """Let a CPU's products read float32 numbers as bfloat16 ones; whether pieces may be multiplied so."""
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if device.type != "cpu" or not hasattr(matmul, "fp32_precision") or not is_alone():
-        yield
+    if device.type != "cpu":
+        yield True
+        return
+    if not hasattr(matmul, "fp32_precision") or not is_alone():
+        yield False
         return
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
-        yield
+        yield True
     finally:
         matmul.fp32_precision = before
