@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from loclin.linearization import linearize
+from loclin.network.split_choice import Shares, given_shares
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -21,6 +22,21 @@ def test_the_map_is_the_cpu_s(build, gate):
     assert dense.is_cuda
     assert lin.certify().passed
     assert (dense.cpu() - expected).norm() < 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formed", [0.5, 2.0])
+def test_split_products_are_as_accurate_as_those_of_float32(stored, formed):
+    model, ids = tiny.gemma3(dtype=torch.bfloat16).to("cuda", stored), tiny.prompt(8)
+    given = given_shares.set(Shares(0.5, formed))
+    try:
+        lin = linearize(model, ids, precision="split")
+    finally:
+        given_shares.reset(given)
+    assert all(lin.trace.split.layers)
+    expected = linearize(model, ids, precision="single").jacobian().dense()
+    assert (lin.jacobian().dense() - expected).norm() < tiny.rounding() * expected.norm()
+    assert "bf16 products" in linearize(model, ids, precision="split").trace.split.note  # as this GPU has it
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

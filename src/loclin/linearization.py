@@ -69,7 +69,10 @@ def linearize(
     prompt: text; token ids `[1, T]` or `[T]` as a tensor, an array or a list; or a tokenizer's output for one text.
     attention_mask: for token ids `[1, T]`, zero at padding. Padding is removed; the map is that of the other tokens.
     gate: how gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.FreezeOptions`.
-    precision: the dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see there.
+    precision: the dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see there. `"split"`:
+        float32, whose products with weights that bfloat16 holds are made of three bfloat16 ones, if a timed trial finds
+        that faster here; the certificate, which is then computed at once, decides. The provenance of results says what
+        was decided, and why.
     bos: for text, True puts a beginning token in front, False none, a string names the token; None does what the
         tokenizer does. If the tokenizer appends an end token, it is removed, and `warnings` says so.
     memory: what the prompt and its analyses may use beside the weights and their results: bytes, `"2GB"`, or a fraction

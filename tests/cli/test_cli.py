@@ -163,6 +163,18 @@ def test_double_precision(directory, tmp_path, capsys):
     assert json.loads(written.read_text())["certificate"]["reconstruction_error"] < 1e-13
 
 
+def test_split_says_what_was_decided(directory, tmp_path, capsys):
+    written = tmp_path / "out.json"
+    code, out, err = here(
+        capsys, "explain", "w3 w4", "--model", directory, "--precision", "split", "--json", written, "--top", 1
+    )
+    assert code == 0, err
+    known = json.loads(written.read_text())["provenance"]
+    assert known["precision"] == "single"
+    assert known["split"] == "left off: weights are not bf16-exact (float32 checkpoint)"
+    assert f"split: {known['split']}" in " ".join((out + err).split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

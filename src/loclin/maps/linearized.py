@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -26,6 +27,8 @@ from loclin.network.memory import Budget
 from loclin.network.need import allow
 from loclin.network.points import Point, parse_point
 from loclin.network.record import trace_prompt
+from loclin.network.split import Split
+from loclin.network.split_choice import choose
 from loclin.network.trace import Trace
 from loclin.results import display
 
@@ -59,6 +62,8 @@ class Linearized(Unpicklable):
         allowed = self.allowance
         self.trace = trace_prompt(model, input_ids, options, allowed.coefficients, allowed.pattern)
         self.input_ids = self.trace.input_ids
+        if options.precision == "split":
+            self.trace.split = choose(self.trace)
         self.gate, self.precision = options.gate, options.resolved(self.trace.sequence.dtype)
         self.padded_error: float | None = None
         self.prompt_warnings: list[str] = []
@@ -88,9 +93,10 @@ class Linearized(Unpicklable):
         result.prompt_warnings = prompt_warnings(model, ids, appends=isinstance(prompt, str) and bos is None)
         if strict and result.trace.random:
             raise _random(result.trace)
-        if strict and (result.trace.nonlinear_uses or not all(result.trace.explicit)):
+        unproved = result.trace.nonlinear_uses or not all(result.trace.explicit)
+        if result.trace.split.layers or (strict and unproved):
             certificate = result.certify()
-            if not certificate.passed:
+            if strict and unproved and not certificate.passed:
                 blamed = certificate.culprits[0].module if certificate.culprits else ""
                 raise NotExactError(_refusal(model, certificate), blamed)
         return result
@@ -229,8 +235,19 @@ class Linearized(Unpicklable):
         """How exact the map embed -> final is at a position. Cost: see `loclin.maps.certificate.certify`."""
         J = self.jacobian(position=position)
         if J.position not in self._certificates:
-            self._certificates[J.position] = certify(J)
+            certificate = certify(J)
+            if self.trace.split.layers and not certificate.passed:
+                self._stop_splitting(f"left off: the certificate at position {J.position} failed with bf16 products")
+                certificate = certify(self.jacobian(position=J.position))
+            self._certificates[J.position] = certificate
         return self._certificates[J.position]
+
+    def _stop_splitting(self, note: str) -> None:
+        """Use float32 products from now on; maps that were made before stay as they are."""
+        self.trace = replace(self.trace, split=Split(note=note))
+        self.chain = Chain(self.trace)
+        self._maps.clear()
+        self._certificates.clear()
 
 
 def question(function: F) -> F:

@@ -326,7 +326,7 @@ class Products(Unpicklable):
             trace.model,
             trace.input_ids[0].tolist(),
             gate="ordinary" if options.ordinary else options.gate,
-            precision=trace.options.resolved(trace.sequence.dtype),
+            precision=self.chain.precision,
             dtype=trace.dtype,
             source=str(self.source),
             target=str(self.target),
@@ -334,6 +334,7 @@ class Products(Unpicklable):
             normed=self.normed,
             positions=self.positions,
             certificate=(self._parent or self).certificate,
+            split=trace.split.note,
         )
 
     def _push(self, Xs: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.errors import OptionError
-from loclin.freeze import FreezeOptions
+from loclin.freeze import FreezeOptions, Precision
 from loclin.network.blocks import CausalBlock, Workspace
 from loclin.network.ends import NormLink, Readout
 from loclin.network.explicit import ExplicitLayer
@@ -39,6 +39,14 @@ class Chain:
     def __init__(self, trace: Trace, options: FreezeOptions | None = None, explicit: bool = True) -> None:
         self.trace, self.options, self.explicit = trace, options or trace.options, explicit
         self.layers = [LayerLink(trace, index, self.options) for index in range(trace.n_layers)]
+
+    @property
+    def precision(self) -> Precision:
+        """That of the sweeps: `"single"` where products were to be split, and are not."""
+        trace = self.trace
+        asked = trace.options.resolved(trace.sequence.dtype)
+        splits = self.explicit and self.options == trace.options and any(trace.split.layers)
+        return "single" if asked == "split" and not splits else asked
 
     def width(self, target: Point, normed: bool = False) -> int:
         """d_out of a target: d, that of `final`, or the size of the vocabulary."""
@@ -68,13 +76,14 @@ class Chain:
         """An upper estimate of the memory of one column inside a sweep, in bytes.
 
         The widest moment is inside an MLP: its inner width four times over (the cotangent, its two branches and the
-        copy that the matrix product makes), and six residual streams.
+        copy that the matrix product makes), and six residual streams. Where products are split, three times more: the
+        pieces of a factor.
         """
         widest = max(
             (part.out_features for part in self.trace.layers[0].block.module.modules() if isinstance(part, nn.Linear)),
             default=4 * self.trace.width,
         )
-        inside = self.trace.length * (4 * widest + 6 * self.trace.width)
+        inside = self.trace.length * ((7 if self.trace.split.layers else 4) * widest + 6 * self.trace.width)
         return (inside + 2 * self.width(target)) * self.trace.dtype.itemsize
 
     def backward(

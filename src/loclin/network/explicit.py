@@ -19,6 +19,7 @@ from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspa
 from loclin.network.explicit_attention import ExplicitAttention
 from loclin.network.explicit_mlp import ExplicitMLP
 from loclin.network.matrix import Matrix
+from loclin.network.split import Split
 
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far an explicit layer's value may be from the frozen layer's own."""
@@ -40,9 +41,16 @@ class ExplicitLayer:
     """
 
     def __init__(
-        self, layer: nn.Module, weights: Weights, coefficients: LayerCoefficients, dtype: torch.dtype, shared: Workspace
+        self,
+        layer: nn.Module,
+        weights: Weights,
+        coefficients: LayerCoefficients,
+        dtype: torch.dtype,
+        shared: Workspace,
+        split: Split | None = None,
     ) -> None:
         self._layer, self._dtype, self._workspace, matrix = layer, dtype, shared, self.matrix
+        self._is_split = split is not None
         with weights_of(layer, _used(weights, coefficients)):
             o, down = matrix("o", weights.o), matrix("down", weights.down)
             v_rows = gate_rows = up_rows = slice(None)
@@ -56,7 +64,7 @@ class ExplicitLayer:
             up = None if coefficients.up is None else matrix("up", weights.up, up_rows)
             gate = None if coefficients.gate is None else matrix("gate", weights.gate, gate_rows)
         self._attention = ExplicitAttention(v, o, coefficients, shared)
-        self._mlp = ExplicitMLP(up, gate, down, coefficients, shared)
+        self._mlp = ExplicitMLP(up, gate, down, coefficients, shared, split is not None and split.formed)
         self._before_attention = coefficients.attn_in
         self.biased = self._attention.biased or self._mlp.biased
 
@@ -64,9 +72,8 @@ class ExplicitLayer:
         """A linear module's matrix, or some rows of it."""
         weight, bias = dense_weight(module := self._layer.get_submodule(path)), module.bias
         assert weight is not None
-        return Matrix(
-            name, weight[rows], bias[rows] if isinstance(bias, Tensor) else None, self._dtype, self._workspace
-        )
+        some = bias[rows] if isinstance(bias, Tensor) else None
+        return Matrix(name, weight[rows], some, self._dtype, self._workspace, self._is_split)
 
     def vjp(
         self,

@@ -82,7 +82,7 @@ class ExplicitAttention:
     def folding_pays(self, blocks: Sequence[CausalBlock], wanted: slice) -> bool:
         """Whether folding the pattern into O (see `push_folded`) is cheaper, and not larger than the blocks."""
         probs = self._pattern.whole()
-        if probs is None:
+        if probs is None or self._o.is_split:  # a fold is no weight that bfloat16 holds
             return False
         spans = [t - start + 1 for start, _ in blocks for t in range(max(start, wanted.start), wanted.stop)]
         causal = not probs[:, wanted].triu(1 + wanted.start).any()

@@ -26,6 +26,7 @@ from loclin.network.blocks import (
     contiguous_view,
 )
 from loclin.network.matrix import Matrix
+from loclin.network.split import multiply_both
 
 _FORMED_NUMBERS = 5_000_000  # numbers of the matrices that are formed at once: they stay in the processor's cache
 _FORMED_NUMBERS_ACCELERATOR = 2**28
@@ -42,8 +43,9 @@ class ExplicitMLP:
         down: Matrix,
         coefficients: LayerCoefficients,
         workspace: Workspace,
+        split_formed: bool = False,
     ) -> None:
-        self._down, self.device = down, down.device
+        self._down, self.device, self._split_formed = down, down.device, split_formed
         self._before, self._behind = coefficients.mlp_in, coefficients.mlp_out
         self._branches = [
             (factors, matrix)
@@ -66,8 +68,7 @@ class ExplicitMLP:
         for group in self._groups(positions, columns, formed):
             source = block[group]
             if formed:
-                out = self._buffer("moved", *source.shape)
-                moved = torch.bmm(source.to(self.device), self._form(group), out=out)
+                moved = self._apply(source.to(self.device), self._form(group))
             else:
                 moved = self._pull_through_factors(source, group)
             add_or_write(source, moved, add)
@@ -88,8 +89,7 @@ class ExplicitMLP:
                 if matrices is None:
                     moved = self.push_through_factors(source, own)
                 else:
-                    some, out = matrices[own.start - group.start :], self._buffer("moved", *source.shape)
-                    moved = torch.bmm(source.to(self.device), some.mT, out=out)
+                    moved = self._apply(source.to(self.device), matrices[own.start - group.start :].mT)
                 if probe is not None and own.start <= probe.position < own.stop:
                     probe.record(index, "mlp_out", slice(None), moved[probe.position - own.start])
                 add_or_write(source, moved, add)
@@ -127,7 +127,7 @@ class ExplicitMLP:
             return False
         for t, some, source, matrix in zip(range(group.start, group.stop), reached, joined, matrices, strict=True):
             assert source is not None
-            moved = torch.mm(source, matrix.T, out=self._buffer("moved", *source.shape))
+            moved = self._apply(source, matrix.T)
             if probe is not None and t == probe.position:
                 for i, part in zip(some, moved.chunk(len(some)), strict=True):
                     probe.record(i, "mlp_out", slice(None), part)
@@ -140,9 +140,17 @@ class ExplicitMLP:
         if formed:
             d, f = self._down.shape
             numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
-            size = numbers // (d * (d + f)) // 2 * 2  # odd would leave a core idle
+            own = d * (d + f + (3 * d if self._split_formed else 0))
+            size = numbers // own // 2 * 2  # odd would leave a core idle
         starts = range(positions.start, positions.stop, max(1, size))
         return [slice(t, min(t + starts.step, positions.stop)) for t in starts]
+
+    def _apply(self, source: Float[Tensor, "*g n d"], formed: Float[Tensor, "*g d d"]) -> Float[Tensor, "*g n d"]:
+        """Blocks times formed matrices."""
+        out = self._buffer("moved", *source.shape)
+        if self._split_formed:
+            return multiply_both(source, formed, self._workspace, out)
+        return torch.mm(source, formed, out=out) if source.dim() == 2 else torch.bmm(source, formed, out=out)
 
     def _form(self, group: slice) -> Float[Tensor, "g d d"]:
         """M_t for a group of positions; the identity of the residual stream is added behind it, which rounds less."""
@@ -152,10 +160,7 @@ class ExplicitMLP:
         for i, (factors, matrix) in enumerate(self._branches):
             # (W_down diag(a)) W: [g d, f] [f, d]
             inner = torch.mul(factors[group, None], self._down.whole, out=self._buffer("inner", g, d, f)).view(g * d, f)
-            if i:
-                matrices.addmm_(inner, matrix.whole)
-            else:
-                torch.mm(inner, matrix.whole, out=matrices)
+            matrix.pull_whole(inner, matrices, add=i > 0)
         matrices = matrices.view(g, d, d)
         if self._before is not None:
             matrices.mul_(self._before[group, None])

@@ -53,7 +53,7 @@ class LayerLink:
             return None
         trace.check_weights(self.module)
         coefficients = trace.coefficients[self.index] or self._read_coefficients(weights)
-        return ExplicitLayer(self.module, weights, coefficients, trace.dtype, workspace)
+        return ExplicitLayer(self.module, weights, coefficients, trace.dtype, workspace, trace.split.at(self.index))
 
     def _read_coefficients(self, weights: Weights) -> LayerCoefficients:
         patterns: list[Pattern] = []

@@ -1,7 +1,8 @@
 """A linear module's weight and bias in a sweep, whose dtype may be wider than that in which the weight is stored.
 
 Where few rows pass a layer, each weight is widened some rows at a time, in the processor's cache. For more rows, or
-chunk after chunk of them, it is widened once as a whole, into memory that the next layer uses again.
+chunk after chunk of them, it is widened once as a whole, into memory that the next layer uses again. Where products are
+split (`loclin.network.split`), it is used as bfloat16 holds it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.freeze.narrow import is_narrow, multiply, multiply_transposed
+from loclin.network import split
 from loclin.network.blocks import Workspace
 
 _FEW_ROWS = 256
@@ -22,13 +24,20 @@ class Matrix:
     """W `[out, in]` and its bias; wide copies are in the workspace under `name`, for one layer at a time."""
 
     def __init__(
-        self, name: str, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, workspace: Workspace
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        is_split: bool = False,
     ) -> None:
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.shape, self.device = weight.shape, weight.device
         self.empty = weight.new_empty(0, dtype=dtype)
         self._name, self._weight, self._workspace = name, weight, workspace
         self._narrow, self._used = is_narrow(weight, dtype), False
+        self.is_split = is_split
 
     @cached_property
     def whole(self) -> Float[Tensor, "out in"]:
@@ -37,9 +46,17 @@ class Matrix:
             return self._weight.to(self.empty.dtype)
         return self._workspace(f"weight {self._name}", self.empty, *self.shape).copy_(self._weight)
 
+    @cached_property
+    def _factor(self) -> Float[Tensor, "out in"]:
+        """W as split products take it."""
+        dtype = split.piece_dtype(self.device)
+        return self.whole if dtype == self.empty.dtype else self._weight.to(dtype)
+
     def push(self, x: Float[Tensor, "*n in"], out: Tensor | None = None, affine: bool = False) -> Tensor:
         """`x W^T` `[*n, out]`, with `affine` plus the bias; where it is made whole, in `out`, for rows `[n, in]`."""
         bias = self.bias if affine else None
+        if self.is_split and not affine:
+            return self._multiply(x, self._factor.T, out)
         if self._goes_by_rows(x):
             pushed = multiply(x, self._weight)
             return pushed if bias is None else pushed.add_(bias)
@@ -47,9 +64,25 @@ class Matrix:
 
     def pull(self, y: Float[Tensor, "*n out"], out: Tensor | None = None) -> Tensor:
         """`y W` `[*n, in]`; where it is made whole, in `out`, for rows `[n, out]`."""
+        if self.is_split:
+            return self._multiply(y, self._factor, out)
         if self._goes_by_rows(y):
             return multiply_transposed(y, self._weight)
         return y @ self.whole if out is None else torch.mm(y, self.whole, out=out)
+
+    def pull_whole(self, y: Float[Tensor, "n out"], out: Float[Tensor, "n in"], add: bool) -> None:
+        """`y W` in `out`, or added to it, for so many rows that it is made whole."""
+        if self.is_split:
+            split.multiply(y, self._factor, self._workspace, out, add)
+        elif add:
+            out.addmm_(y, self.whole)
+        else:
+            torch.mm(y, self.whole, out=out)
+
+    def _multiply(self, x: Float[Tensor, "*n k"], factor: Float[Tensor, "k m"], out: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows.new_empty(len(rows), factor.shape[1]) if out is None else out
+        return split.multiply(rows, factor, self._workspace, out).view(*x.shape[:-1], -1)
 
     def _goes_by_rows(self, block: Tensor) -> bool:
         """Whether to widen some rows at a time: for the first product of this layer, if it has few rows."""

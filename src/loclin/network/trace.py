@@ -24,6 +24,7 @@ from loclin.network.autograd import Constants
 from loclin.network.blocks import LayerCoefficients
 from loclin.network.points import Point
 from loclin.network.sequence import Block, BlockSequence
+from loclin.network.split import Split
 
 _ROUNDINGS, _SINGLE = 32, torch.finfo(torch.float32).eps
 
@@ -89,6 +90,7 @@ class Trace:
     biased: tuple[bool, ...]  # False where explicit products have no biases
     causal: bool  # whether no token attends to a later one
     attention_bytes: int | None = None  # up to which a layer's attention probabilities are made whole; None: always
+    split: Split = Split()  # noqa: RUF009 (it is frozen)
     _heads: dict[int, OutputHead] = field(default_factory=dict)
 
     __repr__ = brief
@@ -213,6 +215,7 @@ class Trace:
             end=replace(self.end, value=self.end.value.double()),
             final=self.final.double(),
             coefficients=tuple(None if held is None else held.to(torch.float64) for held in self.coefficients),
+            split=Split(),
         )
 
 

@@ -40,10 +40,12 @@ class Run:
         """All that matters, in a line."""
         used, stored = self.model.get("dtype", ""), self.model.get("stored_dtype", "")
         named = (f"{n} {self.options[n]}" for n in ("gate", "precision", "position") if self.options.get(n) is not None)
+        split = self.options.get("split")
         facts = [
             str(self.model.get("name", "")),
             str(used) if stored in ("", used) else f"{used} (stored as {stored})",
             *named,
+            f"split: {split}" if split else "",
             *self.more,
             " ".join(f"{name} {version}" for name, version in self.versions.items()),
         ]

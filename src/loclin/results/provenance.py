@@ -23,11 +23,13 @@ class Provenance:
     model: name, family, revision and source of the model.
     token_ids, tokens, text: the whole prompt: its ids, the text of each token, and of all together (`Model.decode`).
     gate, precision, dtype: the gate split (`"ordinary"`: nothing was frozen), the precision, the dtype of the sweeps.
+        A precision that was asked for as `"split"` is `"single"` where products were not split.
     source, target, position, normed: start and end of the map, as in `Linearization.jacobian`.
     positions: the source positions whose maps are in the result: all, or one.
     versions: those of loclin, torch, transformers and Python.
     certificate: the errors of the map's certificate and whether it passed; None if there was no certificate yet.
     date: the time of the computation, in UTC.
+    split: for `precision="split"`, what was decided, and why.
     """
 
     model: ModelInfo
@@ -45,6 +47,7 @@ class Provenance:
     versions: dict[str, str]
     certificate: dict[str, Any] | None
     date: str
+    split: str | None = None
 
     __repr__ = brief
 
@@ -63,6 +66,7 @@ class Provenance:
         normed: bool = False,
         positions: list[int] | None = None,
         certificate: dict[str, Any] | None = None,
+        split: str | None = None,
     ) -> Provenance:
         """Describe a map at a prompt, with the current versions and time; `positions` are all positions by default."""
         return cls(
@@ -81,11 +85,13 @@ class Provenance:
             versions=versions(),
             certificate=certificate,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            split=split,
         )
 
     def key(self) -> dict[str, Any]:
-        """Return the fields that determine the numbers: all except versions, certificate and date."""
-        names = [field.name for field in fields(self) if field.name not in ("versions", "certificate", "date")]
+        """Return the fields that determine the numbers: all except versions, certificate, date and `split`."""
+        left_out = ("versions", "certificate", "date", "split")
+        names = [field.name for field in fields(self) if field.name not in left_out]
         return {name: getattr(self, name) for name in names} | {"model": self.model.to_dict()}
 
 
