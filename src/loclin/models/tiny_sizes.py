@@ -164,8 +164,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # families whose causal language model takes a part of the config
 PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
-# families whose router casts its input to float32 and never its weights
-SINGLE = {"inkling2_text": ("mlp.gate",)}
+# modules that stay in float32: a router that casts its input and never its weights; and all of a family whose mask holds
+# a number that only float32 has room for, so that its linear path alone is in float64
+SINGLE = {"inkling2_text": ("mlp.gate",), "xglm": ("",)}
 
 _DRAFTS = "it reads the keys and values of the model that it drafts for"
 REFUSED = {"gemma4_assistant": _DRAFTS, "gemma4_unified_assistant": _DRAFTS}
