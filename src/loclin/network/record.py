@@ -15,7 +15,7 @@ from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, Frozen, frozen
 from loclin.freeze.pattern import BlockPattern, Pattern, PatternBlock
-from loclin.models.forward import hidden_input, hidden_output, hooked
+from loclin.models.forward import find_rows, hidden_input, hidden_output, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
@@ -173,9 +173,15 @@ class _Recorder:
     """Hooks that remember how each block is called, and what it gives, while a frozen pass runs."""
 
     def __init__(
-        self, mode: Frozen, model: Model, sequence: BlockSequence, explicit: ExplicitLayers, attention: _Attention
+        self,
+        mode: Frozen,
+        model: Model,
+        input_ids: Tensor,
+        sequence: BlockSequence,
+        explicit: ExplicitLayers,
+        attention: _Attention,
     ) -> None:
-        self._mode, self._model, self._sequence = mode, model, sequence
+        self._mode, self._model, self._input_ids, self._sequence = mode, model, input_ids, sequence
         self._explicit, self._attention = explicit, attention
         self._keeps = mode.options.keeps_stock(sequence.dtype)
         self._entered: Tensor | None = None
@@ -209,11 +215,12 @@ class _Recorder:
             stock = hidden.detach().clone()
         return stock, stock if self._keeps and stock.dtype == self._mode.dtype else self._value(hidden).clone()
 
-    def _leave_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+    def _leave_embeddings(self, _module: nn.Module, args: Any, output: Tensor) -> None:
         if not self.calls:
             self._mode.enter(output)
-            whole = Block(self._model.hf, "model", Sublayers())
-            self.calls.append(BlockCall(whole, *self._both_values(output)))
+            whole, rows = Block(self._model.hf, "model", Sublayers()), find_rows(args[0], self._input_ids)
+            stock, value = self._both_values(output)
+            self.calls.append(BlockCall(whole, rows(stock), rows(value)))
             self.attn_out.append(None)
 
     def _enter_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -256,12 +263,12 @@ def _record(
         mode.takes_values = takes_values(options, sequence)
         explicit = ExplicitLayers(mode, sequence, anatomy, keep)
         mode.see_mixing = explicit.see_mixing
-        recorder = _Recorder(mode, model, sequence, explicit, attention)
+        recorder = _Recorder(mode, model, input_ids, sequence, explicit, attention)
         with hooked(recorder.hooks()):
             head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
     attention.finish()
     calls, last = recorder.calls, recorder.last
-    if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape != final.shape):
+    if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape[:2] != final.shape[:2]):
         entry = f"are {list(calls[0].hidden.shape)}" if calls else "are not used"
         raise ModelError(
             f"{model.info.name}: loclin cannot follow the hidden state from the embeddings to "
