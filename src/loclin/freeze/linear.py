@@ -72,9 +72,9 @@ def same(op: Operation) -> Result:
 
 
 def scatter_reduce(op: Operation) -> Result:
-    """The largest or smallest of some elements: the choice is frozen, and those that are equal share it.
+    """The largest or smallest of some elements: the choice is frozen, and equal ones share it.
 
-    What stands in the first argument may only be replaced: another reduction is a coefficient.
+    Anything else is a coefficient: another reduction, or one that takes what stood in the first argument.
     """
     base, dim, index, source = (op.get(i, name) for i, name in enumerate(("input", "dim", "index", "src")))
     status, reduce = op.status(source), op.get(4, "reduce")

@@ -55,7 +55,7 @@ class Graph:
 
 
 def hook_input(trace: Trace, enter: Callable[[Tensor, Rows], None]) -> RemovableHandle:
-    """Call `enter` with the network's input, what enters the first layer or what the embeddings return, and its rows."""
+    """Call `enter` with the network's input, what enters the first layer or leaves the embeddings, and its rows."""
     if trace.sequence.fallback_reason is not None:
         embeddings = trace.model.hf.get_input_embeddings()
         return embeddings.register_forward_hook(

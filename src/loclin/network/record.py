@@ -22,11 +22,11 @@ from loclin.network.anatomy import Anatomy, find_anatomy
 from loclin.network.proof import proved_positions
 from loclin.network.reader import ExplicitLayers
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
-from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits, takes_values
+from loclin.network.trace import BlockCall, Trace, UnreadError, agrees, run_to_logits, takes_values
 
 
 class _NotASequenceError(Exception):
-    """The blocks take more from the embeddings than the hidden state; says which."""
+    """The blocks take more from the embeddings than the hidden state, or others follow them; says which."""
 
 
 @in_plain_torch
@@ -265,10 +265,15 @@ def _record(
         mode.see_mixing = explicit.see_mixing
         recorder = _Recorder(mode, model, input_ids, sequence, explicit, attention)
         with hooked(recorder.hooks()):
-            head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+            try:
+                head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+            except UnreadError as fault:
+                if sequence.fallback_reason is not None:
+                    raise
+                raise _NotASequenceError("its logits do not read what leaves its blocks") from fault
     attention.finish()
     calls, last = recorder.calls, recorder.last
-    if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape[:2] != final.shape[:2]):
+    if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape != final.shape):
         entry = f"are {list(calls[0].hidden.shape)}" if calls else "are not used"
         raise ModelError(
             f"{model.info.name}: loclin cannot follow the hidden state from the embeddings to "

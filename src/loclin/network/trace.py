@@ -235,6 +235,10 @@ def takes_values(options: FreezeOptions, sequence: BlockSequence) -> bool:
     return options.dtype(sequence.dtype) == sequence.dtype == torch.float32 and not options.ordinary
 
 
+class UnreadError(ModelError):
+    """The logits do not depend on what was taken for the final hidden state."""
+
+
 def run_to_logits(
     mode: Frozen, model: Model, input_ids: Tensor, sequence: BlockSequence, position: int, final: Tensor | None
 ) -> tuple[OutputHead, Tensor, Tensor]:
@@ -278,7 +282,7 @@ def run_to_logits(
     with mode.paused():
         read = depends_on(live, seen["leaf"])
     if not read:
-        raise ModelError(
+        raise UnreadError(
             f"{model.info.name}: its logits do not read what {type(sequence.exit).__name__} returns, by which loclin "
             "takes them; give another model",
             type(sequence.exit).__name__,
