@@ -240,6 +240,26 @@ def test_terminal():
     assert dataclasses.replace(RECORD, results=[]).counts["exact"] == 0
 
 
+@pytest.mark.parametrize("family", ["blt", "cpmant", "inkling2_text", "prophetnet", "xglm", "xlnet"])
+def test_networks_of_other_forms_are_exact(family):
+    """Byte patches, prompts of the model's own, capped gates, streams, [T, n] layout: with the logits by their map."""
+    found = certify_family(family, ["half"])
+    assert found.passed == 2, found.reason
+    assert found.worst("float64") < 1e-12
+    model = tiny.build(family)
+    lin = linearize(wrap(model, None), tiny.prompt(model), precision="double")
+    J, y = lin.jacobian(target="logits"), lin.value("logits")[-1]
+    assert torch.dist(J.matvec(lin.embeddings) + J.bias, y) < 1e-12 * y.norm()
+    assert J.matvec(lin.embeddings).norm() > 1e-3 * y.norm()
+
+
+@pytest.mark.parametrize(("family", "reason"), [
+    ("musicgen", "a row of codes for each"), ("gemma4_assistant", "no map of its own"), ("reformer", "cannot"),
+])  # fmt: skip
+def test_what_has_no_map_here_is_refused_by_name(family, reason):
+    assert reason in certify_family(family, ["half"]).reason
+
+
 @pytest.mark.parametrize(
     ("family", "expected"),
     [

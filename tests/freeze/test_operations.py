@@ -14,6 +14,8 @@ N = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2), dtype=torch
 """A constant of x's own shape."""
 W = torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 FLAT = torch.tensor([0, 2, 1, 3])
+TIES = torch.tensor([0, 0, 1, 3])
+GROUPS = torch.tensor([0, 0, 1, 1]).view(1, 4, 1).expand(3, 4, 6)
 
 
 def _written(x):
@@ -57,6 +59,10 @@ AFFINE = {
         N.scatter(2, FLAT.view(1, 1, 4).expand(3, 4, 4), x[..., :4])
         + N.scatter_add(1, FLAT.view(1, 4, 1).expand(3, 4, 6), x)
     ),
+    "largest and smallest by groups": lambda x: (
+        torch.zeros(3, 2, 6, dtype=x.dtype).scatter_reduce(1, GROUPS, x[:, TIES], "amax", include_self=False)
+        + torch.zeros(3, 3, 6, dtype=x.dtype).scatter_reduce(1, GROUPS, x, "amin", include_self=False)[:, :2]
+    ),
     "written into": _written,
     "in place": _in_place,
     "views": lambda x: x.view(12, 6).T.reshape(4, 3, 6).permute(1, 0, 2).flatten(1).unflatten(1, (4, 6)).roll(1, 1),
@@ -73,6 +79,7 @@ AFFINE = {
     "gates": lambda x: F.silu(x @ W) * x + torch.sigmoid(x) * (x @ W) + F.glu(x).repeat(1, 1, 2),
     "swish by hand": lambda x: (x @ W) * ((x * torch.sigmoid(1.7 * x)) + 0),
     "gelu by hand": lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.0447 * x**3))),
+    "einsum of a list": lambda x: torch.einsum("bts,bsd->btd", (torch.softmax(x @ x.mT, -1), x)),
     "softmax mixes": lambda x: torch.softmax(x @ x.mT, -1) @ x,
     "fused attention": lambda x: (
         F.scaled_dot_product_attention(*(x[:, None],) * 3, is_causal=True)
@@ -119,6 +126,9 @@ def test_value_and_parts(name, gate):
         lambda x: torch.exp(x) @ W,
         lambda x: torch.sort(x).values,
         lambda x: x.cumprod(1),
+        lambda x: N.scatter_reduce(1, GROUPS, x, "amax"),
+        lambda x: N.scatter_reduce(1, GROUPS, x, "amax", include_self=False),
+        lambda x: torch.zeros_like(N).scatter_reduce(1, GROUPS, x, "prod", include_self=False),
         lambda x: F.linear(x, W, x[0, 0].tanh()),
     ],
 )
@@ -128,6 +138,25 @@ def test_coefficients_are_not_taken_for_live(break_it):
         mode.enter(hidden)
         mode.live(break_it(hidden))
     assert len(mode.nonlinear_uses) == 1
+
+
+class _Softcap(nn.Module):
+    def forward(self, x):
+        return 3 * torch.tanh(x / 3)
+
+
+@pytest.mark.parametrize("gate", ["activation", "up", "half"])
+def test_a_module_that_caps_is_live_and_no_gate(gate):
+    """silu(gate) * cap(up): what is frozen is what the option says, and not what the cap suggests."""
+    hidden, cap = N[:1], _Softcap()
+    with frozen(cap, FreezeOptions(gate), torch.float64) as mode, torch.no_grad():
+        x = mode.enter(hidden)
+        linear = mode.live(F.silu(hidden @ W) * cap(hidden))
+    held, moved = F.silu(hidden @ W), cap(hidden)
+    by_gate, by_up = (held / (hidden @ W) * moved) @ W.T, held * moved / hidden
+    expected = {"activation": by_up, "up": by_gate, "half": (by_up + by_gate) / 2}[gate]
+    assert not mode.nonlinear_uses
+    torch.testing.assert_close(torch.autograd.grad(linear.sum(), x)[0], expected)
 
 
 NEEDED = {
@@ -166,6 +195,8 @@ NEEDED = {
     "stack": "gemma3n_text",
     "mean": "gemma3n_text",
     "sub": "gemma3n_text",
+    "scatter_reduce": "blt",
+    "einsum": "prophetnet",
 }
 """Operations, and a family that is not exact without them."""
 

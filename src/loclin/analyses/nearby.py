@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from loclin.common.brief import brief
 from loclin.common.surroundings import eager_code, exact_arithmetic, in_plain_torch
 from loclin.maps.linearized import Linearized
-from loclin.models.forward import hidden_input, hidden_output, hooked, keeps_logits, with_hidden_input
+from loclin.models.forward import (
+    find_rows,
+    hidden_input,
+    hidden_output,
+    hooked,
+    keeps_logits,
+    with_hidden_input,
+    with_rows,
+)
 from loclin.models.replica import exclusive
 
 _TOKENS = 2048
@@ -80,14 +88,14 @@ class Nearby:
             exact_arithmetic(),
             eager_code(),
             torch.set_grad_enabled(entering is not None and entering.requires_grad),
-            self._hooks(entering) as seen,
+            self._hooks(ids, entering) as seen,
         ):
             logits = self._hf(input_ids=ids, use_cache=False, **keep).logits
         at = 0 if self._keeps else self._position
         return Outputs(seen["embeddings"], seen["final"][:, self._position], logits[:, at])
 
     @contextmanager
-    def _hooks(self, entering: Tensor | None) -> Iterator[dict[str, Tensor]]:
+    def _hooks(self, ids: Tensor, entering: Tensor | None) -> Iterator[dict[str, Tensor]]:
         """Record the input of layer 0, or replace it; record the output of the final norm."""
         seen: dict[str, Tensor] = {}
 
@@ -97,14 +105,15 @@ class Nearby:
             seen["embeddings"] = hidden_input(args, kwargs) if entering is None else entering
             return None if entering is None else with_hidden_input(args, kwargs, entering)
 
-        def replace_embeddings(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        def replace_embeddings(_module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             if "embeddings" in seen:
                 return None
-            seen["embeddings"] = output if entering is None else entering
-            return entering
+            rows = find_rows(args[0], ids)
+            seen["embeddings"] = rows(output) if entering is None else entering
+            return None if entering is None else with_rows(output, rows, entering)
 
         def note_final(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen["final"] = hidden_output(output)
+            seen["final"] = hidden_output(output)[:, : ids.shape[1]]
 
         route = self._trace.sequence
         if route.fallback_reason is None:

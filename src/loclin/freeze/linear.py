@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loclin.freeze.operation import Operation, Result, everywhere, nowhere, words
@@ -68,6 +69,24 @@ def cast(op: Operation) -> Result:
 def same(op: Operation) -> Result:
     """The tensor itself; also where a model stops the gradient, since the value still depends on the input."""
     return op.status(op.args[0])
+
+
+def scatter_reduce(op: Operation) -> Result:
+    """The largest or smallest of some elements: the choice is frozen, and equal ones share it.
+
+    Anything else is a coefficient: another reduction, or one that takes what stood in the first argument.
+    """
+    base, dim, index, source = (op.get(i, name) for i, name in enumerate(("input", "dim", "index", "src")))
+    status, reduce = op.status(source), op.get(4, "reduce")
+    if not isinstance(status, Live) or reduce not in ("amax", "amin") or op.get(5, "include_self", True):
+        return op.coefficient()
+    if op.status(base) is not None or bool(base.any()):
+        return op.coefficient()
+    chosen = (op.out.gather(dim, index) == source).to(op.context.dtype)
+    ties = torch.zeros(op.out.shape, dtype=op.context.dtype, device=op.out.device).scatter_add(dim, index, chosen)
+    share = chosen / ties.gather(dim, index)
+    linear = torch.zeros_like(ties).scatter_add(dim, index, status.linear * share)
+    return status.then(linear)
 
 
 def pad(op: Operation) -> Result:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,8 @@ def product(op: Operation) -> Result:
     Without an activation the left one is frozen, as attention weights are to the left of what they mix. A factor that
     is not affine is always frozen. A tensor times a function of itself, such as z * sigmoid(z), is an activation.
     """
+    if op.name == "einsum" and isinstance(op.args[1], tuple | list):  # its factors may come as one list
+        op = replace(op, args=(op.args[0], *op.args[1]))
     among = [each for each in op.dependents() if each[0] in FACTORS[op.name][0]]
     lives = [(slot, status) for slot, _, status in among if isinstance(status, Live)]
     frozen = [(tensor, status) for _, tensor, status in among if isinstance(status, Coefficient)]

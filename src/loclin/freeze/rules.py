@@ -107,7 +107,10 @@ _MORE_ACTIVATIONS = ("LeakyReLU", "PReLU", "RReLU", "Hardswish")
 
 def _activation(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
     """A module that is a function of each element: its secant slope is frozen, whatever operations are inside."""
+    return _elementwise(module, mode, gates=True)
 
+
+def _elementwise(module: nn.Module, mode: Frozen, gates: bool) -> list[RemovableHandle]:
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         status = mode.status(args[0])
         if not isinstance(status, Live) or getattr(module, "inplace", False):
@@ -115,7 +118,7 @@ def _activation(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHa
         with mode.paused():
             form = secant(lambda z: type(module).forward(module, z), args[0], output, mode.dtype)
             if form is not None:
-                mode.attach(output, form.applied(status, mode.constant, "at_zero", active=True))
+                mode.attach(output, form.applied(status, mode.constant, "at_zero", active=gates or status.active))
 
     return [module.register_forward_hook(replace)]
 
@@ -128,6 +131,11 @@ def _is_activation(module: nn.Module, path: str) -> bool:
     if home == "torch.nn.modules.activation":
         return name.lower() in ACTIVATIONS or name in _MORE_ACTIVATIONS
     return home == "transformers.activations" or name == "BloomGelu"
+
+
+def _soft_cap(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
+    """A module that bounds each element: live through its secant slope, and a gate only if its input is one."""
+    return _elementwise(module, mode, gates=False)
 
 
 def _state_space(module: nn.Module, _path: str, mode: Frozen) -> list[RemovableHandle]:
@@ -228,6 +236,7 @@ RULES: tuple[Rule, ...] = (
     Rule(quantised.is_quantised, _quantised, linear=True),
     Rule(quantised.is_unreadable, _refused, linear=True),
     Rule(_is_activation, _activation),
+    Rule(lambda module, _path: type(module).__name__.endswith("Softcap"), _soft_cap),
     Rule(by_class("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), _state_space),
     Rule(_is_mamba2, _parts(lambda widths: (1, 2) if len(widths) == 3 and widths[1] == widths[2] else ())),
     # v stays live and q and k are frozen, as in attention

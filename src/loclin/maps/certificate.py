@@ -16,7 +16,7 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.freeze import FreezeOptions, Origin
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.slow_path import SlowPath
-from loclin.models.forward import hidden_output, hooked, logits_at
+from loclin.models.forward import Rows, hidden_output, hooked, logits_at
 from loclin.network.graph import hook_input
 from loclin.network.trace import Trace
 from loclin.results.provenance import Provenance
@@ -219,7 +219,7 @@ def find_culprits(trace: Trace, options: FreezeOptions, limit: float) -> list[Cu
         if trace.sequence.dtype in (torch.float16, torch.bfloat16):
             mode.audit = 0.1
 
-        def enter(hidden: Tensor) -> None:
+        def enter(hidden: Tensor, _rows: Rows) -> None:
             mode.enter(hidden)  # returns nothing: a hook's result would replace what enters
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -62,6 +62,12 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
     refuse_config(hf.config, name)
     if hf.get_output_embeddings() is None:
         raise ModelError(f"{name} ({type(hf).__name__}) has no output head; load it with AutoModelForCausalLM")
+    if isinstance(hf.get_input_embeddings(), nn.ModuleList):
+        raise ModelError(
+            f"{name} ({type(hf).__name__}) reads a row of codes for each of its tables of input embeddings, and a "
+            "prompt here is one row of token ids; give a model with one table",
+            "input embeddings",
+        )
     if not isinstance(getattr(hf.get_input_embeddings(), "weight", None), torch.Tensor):
         raise ModelError(
             f"{name} ({type(hf).__name__}) has no single table of input embeddings; give a model with one",

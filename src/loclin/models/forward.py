@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,39 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+Rows = Callable[[Tensor], Tensor]
+"""The rows `[n, T, d]` of a prompt's tokens in a tensor: a view."""
+
+
+def find_rows(ids: Tensor, prompt: Tensor) -> Rows:
+    """Find where the tokens of a prompt `[1, T]` are in what the embeddings return for some ids.
+
+    Models look up ids `[n, T]` or `[T, n]`, and put ids of their own in front of a prompt or behind it.
+    """
+    length = prompt.shape[1]
+    here: tuple[Rows, ...] = (
+        lambda values: values[:, :length],
+        lambda values: values[:, -length:],
+        lambda values: values.transpose(0, 1),
+    )
+    found = (rows for rows in here if (at := rows(ids)).shape[1:] == (length,) and bool((at == prompt).all()))
+    return next(found, lambda values: values)
+
+
+def with_rows(values: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
+    """A copy of what the embeddings return, with other vectors at a prompt's tokens."""
+    values = values.clone()
+    rows(values).copy_(tokens)
+    return values
+
+
 def hidden_output(output: Any) -> Any:
-    """The hidden state in a module's output: some modules return it alone, some as the first of several."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The hidden state in a module's output: some modules return it alone, some as the first of several.
+
+    A decoder that predicts several tokens at once returns a stream for each, one behind the other: the head reads them.
+    """
+    streams = getattr(output, "last_hidden_state_ngram", None)
+    return output if isinstance(output, Tensor) else output[0] if streams is None else streams
 
 
 def with_hidden_output(output: Any, hidden: Tensor) -> Any:

@@ -164,8 +164,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # families whose causal language model takes a part of the config
 PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
-# families whose router casts its input to float32 and never its weights
-SINGLE = {"inkling2_text": ("mlp.gate",)}
+# modules that stay in float32: a router that casts its input and never its weights; and all of a family whose mask
+# cannot be made in float64, so that only its linear path is in float64
+SINGLE = {"inkling2_text": ("mlp.gate",), "xglm": ("",)}
 
-_DRAFTS = "it reads the keys and values of the model that it drafts for"
+_DRAFTS = (
+    "it has no map of its own from tokens, since it reads the hidden states, keys and values of the model that it "
+    "drafts for"
+)
 REFUSED = {"gemma4_assistant": _DRAFTS, "gemma4_unified_assistant": _DRAFTS}

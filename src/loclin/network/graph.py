@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from loclin.common.brief import brief
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions
-from loclin.models.forward import hidden_input, hidden_output, hooked, logits_at
+from loclin.models.forward import Rows, find_rows, hidden_input, hidden_output, hooked, logits_at, with_rows
 from loclin.models.lease import graph_without_weights
 from loclin.network.autograd import Constants, depends_on
 from loclin.network.trace import Trace, agrees
@@ -54,36 +54,48 @@ class Graph:
         return not depends_on(self.points["resid_mid"], constant)
 
 
-def hook_input(trace: Trace, enter: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call `enter` with the network's input: what enters the first layer, or what the embeddings return."""
+def hook_input(trace: Trace, enter: Callable[[Tensor, Rows], None]) -> RemovableHandle:
+    """Call `enter` with the network's input, what enters the first layer or leaves the embeddings, and its rows."""
     if trace.sequence.fallback_reason is not None:
         embeddings = trace.model.hf.get_input_embeddings()
-        return embeddings.register_forward_hook(lambda _m, _a, output: enter(output))
+        return embeddings.register_forward_hook(
+            lambda _m, args, output: enter(output, find_rows(args[0], trace.input_ids))
+        )
     return trace.layers[0].block.module.register_forward_pre_hook(
-        lambda _m, args, kwargs: enter(hidden_input(args, kwargs)), with_kwargs=True
+        lambda _m, args, kwargs: enter(hidden_input(args, kwargs), _all), with_kwargs=True
     )
+
+
+def _all(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -> Graph:
     """The whole network from the embeddings to `final`, as one layer. Cost: two forward passes; holds every graph."""
-    model, points, rerun = trace.model, dict[str, Tensor](), dict[str, Tensor]()
+    model, points, rerun, length = trace.model, dict[str, Tensor](), dict[str, Tensor](), trace.length
+    table = model.hf.get_input_embeddings()
     trace.check_weights(model.hf)
     x = trace.layers[0].value.detach().clone().requires_grad_()
     with trace.freeze(model.hf, options, collect=collect) as mode, torch.no_grad():
 
-        def enter(hidden: Tensor) -> None:
-            if "resid_pre" not in points:
-                points["resid_pre"] = mode.enter(hidden, x)
+        def enter(hidden: Tensor, rows: Rows) -> None:
+            if "resid_pre" in points:
+                return
+            points["resid_pre"] = x
+            with mode.paused():
+                others = with_rows(hidden.to(x.dtype), rows, torch.zeros_like(x))
+                mode.enter(hidden, with_rows(mode.constant(others, table.weight, "embedding"), rows, x))
 
         def leave(_module: nn.Module, _args: object, output: object) -> None:
-            points["resid_post"] = mode.live(hidden_output(output))
-            rerun["final"] = hidden_output(output)
+            with mode.paused():
+                points["resid_post"] = mode.live(hidden_output(output))[:, :length]
+            rerun["final"] = hidden_output(output).detach()[:, :length]
             mode.collect = False
 
         handles = [hook_input(trace, enter), trace.sequence.exit.register_forward_hook(leave)]
-        handles += mode.look_up(trace.input_ids, model.hf.get_input_embeddings())
+        handles += mode.look_up(trace.input_ids, table)
         with hooked(handles), graph_without_weights(model.hf):
-            logits_at(model, trace.input_ids, trace.length - 1)
+            logits_at(model, trace.input_ids, length - 1)
     check_reproduced(trace, rerun["final"], trace.stock_final, "the model")
     lookups = frozenset(name for name, _ in mode.lookups.values())
     return Graph(points, torch.zeros_like(x, requires_grad=True), mode.constants, lookups)

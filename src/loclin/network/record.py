@@ -15,18 +15,18 @@ from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, Frozen, frozen
 from loclin.freeze.pattern import BlockPattern, Pattern, PatternBlock
-from loclin.models.forward import hidden_input, hidden_output, hooked
+from loclin.models.forward import find_rows, hidden_input, hidden_output, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
 from loclin.network.proof import proved_positions
 from loclin.network.reader import ExplicitLayers
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
-from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits, takes_values
+from loclin.network.trace import BlockCall, Trace, UnreadError, agrees, run_to_logits, takes_values
 
 
 class _NotASequenceError(Exception):
-    """The blocks take more from the embeddings than the hidden state; says which."""
+    """The blocks take more from the embeddings than the hidden state, or others follow them; says which."""
 
 
 @in_plain_torch
@@ -173,9 +173,15 @@ class _Recorder:
     """Hooks that remember how each block is called, and what it gives, while a frozen pass runs."""
 
     def __init__(
-        self, mode: Frozen, model: Model, sequence: BlockSequence, explicit: ExplicitLayers, attention: _Attention
+        self,
+        mode: Frozen,
+        model: Model,
+        input_ids: Tensor,
+        sequence: BlockSequence,
+        explicit: ExplicitLayers,
+        attention: _Attention,
     ) -> None:
-        self._mode, self._model, self._sequence = mode, model, sequence
+        self._mode, self._model, self._input_ids, self._sequence = mode, model, input_ids, sequence
         self._explicit, self._attention = explicit, attention
         self._keeps = mode.options.keeps_stock(sequence.dtype)
         self._entered: Tensor | None = None
@@ -209,11 +215,12 @@ class _Recorder:
             stock = hidden.detach().clone()
         return stock, stock if self._keeps and stock.dtype == self._mode.dtype else self._value(hidden).clone()
 
-    def _leave_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+    def _leave_embeddings(self, _module: nn.Module, args: Any, output: Tensor) -> None:
         if not self.calls:
             self._mode.enter(output)
-            whole = Block(self._model.hf, "model", Sublayers())
-            self.calls.append(BlockCall(whole, *self._both_values(output)))
+            whole, rows = Block(self._model.hf, "model", Sublayers()), find_rows(args[0], self._input_ids)
+            stock, value = self._both_values(output)
+            self.calls.append(BlockCall(whole, rows(stock), rows(value)))
             self.attn_out.append(None)
 
     def _enter_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -256,9 +263,14 @@ def _record(
         mode.takes_values = takes_values(options, sequence)
         explicit = ExplicitLayers(mode, sequence, anatomy, keep)
         mode.see_mixing = explicit.see_mixing
-        recorder = _Recorder(mode, model, sequence, explicit, attention)
+        recorder = _Recorder(mode, model, input_ids, sequence, explicit, attention)
         with hooked(recorder.hooks()):
-            head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+            try:
+                head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+            except UnreadError as fault:
+                if sequence.fallback_reason is not None:
+                    raise
+                raise _NotASequenceError("its logits do not read what leaves its blocks") from fault
     attention.finish()
     calls, last = recorder.calls, recorder.last
     if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape != final.shape):

@@ -212,6 +212,7 @@ class _Watcher:
     def _leave_decoder(self, module: nn.Module, _args: Any, output: Any) -> None:
         out = hidden_output(output)
         self._note_overflow(out, "behind the last layer", module)
+        out = out[:, : self._length] if isinstance(out, Tensor) and out.dim() == 3 else out
         self.decoded = out if self._is_stream(out) else None
 
 

@@ -20,7 +20,7 @@ from loclin.models.forward import hidden_output, hooked, logits_at
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy
-from loclin.network.autograd import Constants
+from loclin.network.autograd import Constants, depends_on
 from loclin.network.blocks import LayerCoefficients
 from loclin.network.points import Point
 from loclin.network.sequence import Block, BlockSequence
@@ -238,6 +238,10 @@ def takes_values(options: FreezeOptions, sequence: BlockSequence) -> bool:
     return options.dtype(sequence.dtype) == sequence.dtype == torch.float32 and not options.ordinary
 
 
+class UnreadError(ModelError):
+    """The logits do not depend on what was taken for the final hidden state."""
+
+
 def run_to_logits(
     mode: Frozen, model: Model, input_ids: Tensor, sequence: BlockSequence, position: int, final: Tensor | None
 ) -> tuple[OutputHead, Tensor, Tensor]:
@@ -247,7 +251,7 @@ def run_to_logits(
     it is known already), and the model's own. ModelError where that does not depend on the embeddings.
     """
     seen: dict[str, Tensor] = {}
-    keeps = mode.options.keeps_stock(sequence.dtype)
+    length, keeps = input_ids.shape[1], mode.options.keeps_stock(sequence.dtype)
     mode.graph = False
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -257,13 +261,17 @@ def run_to_logits(
         value = final
         if value is None:
             live = mode.live(stock)  # called in any case: it notes what is not linear
-            value = (stock.detach() if keeps else live).to(mode.dtype)
+            with mode.paused():
+                value = (stock.detach() if keeps else live).to(mode.dtype)[:, :length]
         leaf = value[0, position].clone().requires_grad_()
         mode.graph = mode.collect = mode.soft_caps = True
         mode.constants.clear()
         with mode.paused():
-            mode.enter(stock, torch.cat([value[:, :position], leaf[None, None], value[:, position + 1 :]], dim=1))
-        seen.update(stock=stock.detach(), final=value, leaf=leaf)
+            others = stock.detach()[:, length:].to(value)  # of tokens further ahead
+            mode.enter(
+                stock, torch.cat([value[:, :position], leaf[None, None], value[:, position + 1 :], others], dim=1)
+            )
+            seen.update(stock=stock.detach()[:, :length], final=value, leaf=leaf)
 
     with hooked([sequence.exit.register_forward_hook(leave)]):
         logits = logits_at(model, input_ids, position)
@@ -274,5 +282,13 @@ def run_to_logits(
             "code or kernels"
         )
     live = mode.live(logits)
+    with mode.paused():
+        read = depends_on(live, seen["leaf"])
+    if not read:
+        raise UnreadError(
+            f"{model.info.name}: its logits do not read what {type(sequence.exit).__name__} returns, by which loclin "
+            "takes them; give another model",
+            type(sequence.exit).__name__,
+        )
     value = logits.to(mode.dtype) if keeps else live.detach()
     return OutputHead(seen["leaf"], live, logits, value, mode.constants), seen["final"], seen["stock"]
