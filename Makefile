@@ -1,6 +1,8 @@
 # make demo: a real model, explained, in one command.
 # make check: lint, types, and the tests that need no real model, no new process and little time (minutes).
-# make test: lint, types and all tests (half an hour).   make test-gpu: what only a GPU can test.
+# make test: lint, types and all tests (half an hour).
+# make gpu: what only a GPU can tell, in 10 minutes: the engine's tests on it, and bench/gpu.py; needs no registry.
+# make test-fake-gpu: the engine's tests on a device without hardware, which refuses what a GPU refuses.
 # make wheel: the wheel and the source archive, built and tried in a clean environment.
 # make notebook: docs/tour.ipynb, run again.
 # make hooks: lint and types before every commit.
@@ -18,7 +20,7 @@ ENGINE := tests/freeze tests/models/test_tiny.py tests/models/test_special.py te
   tests/test_batch.py tests/maps/test_certify.py tests/maps/test_linear_map.py tests/network/test_explicit.py \
   tests/maps/test_linearization.py
 
-.PHONY: demo check test test-gpu fuzz test-matrix lint hooks wheel notebook bench clean
+.PHONY: demo check test gpu test-fake-gpu fuzz test-matrix lint hooks wheel notebook bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -31,10 +33,13 @@ check: lint
 
 test: lint
 	$(PYTEST) --every-library
+	$(PYTEST) -q --device fake tests/test_device.py
 
-test-gpu: $(VENV)/.dev
-	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device")'
-	$(BIN)/python -m pytest tests/test_cuda.py
+gpu:
+	PYTHON=$(firstword $(wildcard $(BIN)/python) $(PYTHON)) bench/gpu.sh
+
+test-fake-gpu: $(VENV)/.dev
+	$(PYTEST) -q --device fake -m "not real and not subprocess and not slow" tests/test_device.py $(ENGINE)
 
 N ?= 200
 fuzz: $(VENV)/.dev

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -21,8 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from loclin.common.versions import versions_of
+
 RESULTS = Path(__file__).parent / "results"
 _SIDE = 2048
+_CPU = torch.device("cpu")
 
 
 Found = TypeVar("Found")
@@ -130,12 +132,23 @@ def _resident(field: str) -> int:
     raise OSError(f"no {field}")
 
 
-def matmul_rate() -> float:
-    """Float32 flops per second of one large matrix product into memory that is already there."""
-    a, b = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, _SIDE)
-    out = torch.empty(_SIDE, _SIDE)
-    torch.mm(a, b, out=out)
-    return 2 * _SIDE**3 / min(timed(lambda: torch.mm(a, b, out=out)) for _ in range(3))
+def matmul_rate(device: torch.device = _CPU, dtype: torch.dtype = torch.float32, side: int = _SIDE) -> float:
+    """Flops per second of one large matrix product into memory that is already there."""
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    out = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+        wait_for(device)
+
+    multiply()
+    return 2 * side**3 / min(timed(multiply) for _ in range(3))
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def arguments(description: str, parts: Sequence[str] = ()) -> argparse.Namespace:
@@ -162,7 +175,9 @@ def _print(table: Table) -> None:
     Console(width=170 if not sys.stdout.isatty() else None).print(table)
 
 
-def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = (), partly: bool = False) -> None:
+def report(
+    name: str, rows: list[Row], check: bool, details: Sequence[Row] = (), partly: bool = False, **more: object
+) -> None:
     """Print the table, write `bench/results/NAME.json`, and with `check` exit 1 when a demand is not met.
 
     Details are written and not printed: another table has shown them. After a run of some parts only, rows of the
@@ -175,6 +190,13 @@ def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = (),
         met = {None: "", True: "yes", False: "NO"}[row.met]
         table.add_row(row.name, f"{row.value:.4g}", row.unit, row.against, ratio, demand, met)
     _print(table)
+    write(name, rows, details, partly, **more)
+    if check and any(row.met is False for row in rows):
+        sys.exit(1)
+
+
+def write(name: str, rows: list[Row], details: Sequence[Row] = (), partly: bool = False, **more: object) -> None:
+    """Write `bench/results/NAME.json` alone; see `report`. `more` stands beside the rows."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     found = [asdict(row) | {"met": row.met} for row in [*rows, *details]]
@@ -187,11 +209,10 @@ def report(name: str, rows: list[Row], check: bool, details: Sequence[Row] = (),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
-        "versions": {name: version(name) for name in ("loclin", "torch", "transformers")},
+        "versions": versions_of("loclin", "torch", "transformers"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rows": found,
+        **more,
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {path}")
-    if check and any(row.met is False for row in rows):
-        sys.exit(1)

@@ -58,12 +58,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """How much `tests/fuzz` tries, and whether a missing library is a failure."""
     parser.addoption("--examples", type=int, default=None, help="random combinations that tests/fuzz tries")
     parser.addoption(
+        "--device", default="cpu", help="where tests/tiny.py puts its models: cuda, or fake (tests/fake_device.py)"
+    )
+    parser.addoption(
         "--every-library", action="store_true", help="fail, rather than skip, what needs a library that is missing"
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `subprocess` each test that starts a process, and as `slow` the cases that are not in a sample."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the tiny models of all tests on another device."""
+    import fake_device
+    import tiny
+
+    tiny.DEVICE = config.getoption("device")
+    if tiny.DEVICE == fake_device.DEVICE:
+        fake_device.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as `subprocess` each test that starts a process, and as `slow` the cases that are not in a sample.
+
+    On another device, skip what is of the processor alone.
+    """
     known: dict[FunctionType, bool] = {}
     cases: dict[tuple[str, int], list[pytest.Item]] = {}
     for item in items:
@@ -71,6 +87,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             fixtures = [vars(item.module).get(name) for name in item.fixturenames]
             if any(starts_processes(one, known) for one in (item.function, *fixtures)):
                 item.add_marker("subprocess")
+        if config.getoption("device") != "cpu" and item.get_closest_marker("processor") is not None:
+            item.add_marker(pytest.mark.skip(reason="is of the processor alone"))
         if (sampled := item.get_closest_marker("sampled")) is not None:
             cases.setdefault((item.nodeid.partition("[")[0], *sampled.args), []).append(item)
     for (name, count), each in cases.items():

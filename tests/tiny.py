@@ -6,6 +6,8 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 VOCABULARY = 61
+DEVICE = "cpu"
+"""Where the models and prompts are; set by the tests' option --device."""
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
@@ -27,7 +29,7 @@ def _shaken(model: PreTrainedModel, seed: int, dtype: torch.dtype) -> PreTrained
                 parameter.copy_(parameter + 0.3 * noise)
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
-    return model.to(dtype).eval()
+    return model.to(DEVICE, dtype).eval()
 
 
 def rounding(dtype: torch.dtype = torch.float32, layers: int = 3, terms: int = 40) -> float:
@@ -42,11 +44,17 @@ def rounding(dtype: torch.dtype = torch.float32, layers: int = 3, terms: int = 4
 
 
 def llama(
-    *, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str = "sdpa", biases: bool = False, tied: bool = False
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    attn: str = "sdpa",
+    biases: bool = False,
+    tied: bool = False,
+    layers: int = 3,
 ) -> PreTrainedModel:
     """A Llama with grouped queries."""
     config = LlamaConfig(
-        **_SIZES,
+        **{**_SIZES, "num_hidden_layers": layers},
         attention_bias=biases,
         mlp_bias=biases,
         tie_word_embeddings=tied,
@@ -73,4 +81,4 @@ def gemma3(
 
 def prompt(length: int = 7, seed: int = 1) -> torch.Tensor:
     """Random token ids `[1, length]`."""
-    return torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)

@@ -107,6 +107,7 @@ def test_a_nonlinearity_anywhere_on_the_way_is_refused_by_name(place, kind):
         linearize(model, tiny.prompt())
 
 
+@pytest.mark.processor
 def test_an_operation_that_cannot_be_seen_is_refused():
     class Kernel(torch.autograd.Function):
         @staticmethod

@@ -61,7 +61,7 @@ def test_products_agree_with_the_dense_map(build):
     lin = linearize(build(), tiny.prompt(5), precision="double")
     J = lin.jacobian()
     dense = J.dense()
-    Xs, Us = torch.randn(6, *J.shape[1:], dtype=J.dtype), torch.randn(6, J.shape[0], dtype=J.dtype)
+    Xs, Us = torch.randn(6, *J.shape[1:]).to(dense), torch.randn(6, J.shape[0]).to(dense)
     assert relative_error(J.matmat(Xs), torch.einsum("oti,nti->no", dense, Xs)) < 1e-13
     assert relative_error(J.rmatmat(Us), torch.einsum("oti,no->nti", dense, Us)) < 1e-13
     assert relative_error(J.matvec(Xs[0]), torch.einsum("oti,ti->o", dense, Xs[0])) < 1e-13
@@ -156,7 +156,7 @@ def test_scipy_operator():
     linalg = pytest.importorskip("scipy.sparse.linalg")
     J = linearize(tiny.llama(), tiny.prompt(4), precision="double").jacobian()
     operator = J.to_scipy()
-    matrix = J.dense().flatten(1)
+    matrix = J.dense().flatten(1).cpu()
     assert operator.shape == tuple(matrix.shape)
     assert relative_error(torch.as_tensor(operator @ matrix.T.numpy()), matrix @ matrix.T) < 1e-12
     _, values, _ = linalg.svds(operator, k=3)

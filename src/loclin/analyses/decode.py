@@ -110,7 +110,7 @@ class Decoder:
         return self._to_words(torch.cat([(rows @ basis).norm(dim=1) / _measure_rows(rows) for rows in parts]).topk(k))
 
     def _find_top(self, vectors: Tensor, table: Tensor, k: int, cosine: bool = False) -> list[Words]:
-        values, ids = _find_best(vectors, table, k, cosine)
+        values, ids = (found.cpu() for found in _find_best(vectors, table, k, cosine))
         return [self._to_words(pair) for pair in zip(values, ids, strict=True)]
 
     def _to_words(self, found: tuple[Tensor, Tensor]) -> Words:
@@ -190,13 +190,16 @@ def put_into_words(maps: Sequence[Triples], decoder: Decoder, k: int) -> list[li
     writes = dict(zip(left, decoder.writes(torch.stack(list(left.values())), k) if left else [], strict=True))
     reads = dict(zip(right, decoder.reads(torch.stack(list(right.values())), k) if right else [], strict=True))
 
+    values = [triples.S.tolist() for triples in maps]
+    gained = {key: v @ x.to(v) for key, v in right.items() if (x := maps[key[0]].x) is not None}
+    gains = dict(zip(gained, torch.stack(list(gained.values())).tolist() if gained else [], strict=True))
+
     def describe(number: int, indices: list[int]) -> SingularBlock:
         triples, key = maps[number], (number, indices[0])
-        values, Vh = triples.S[indices].tolist(), triples.Vh
+        own, Vh = [values[number][i] for i in indices], triples.Vh
         if len(indices) == 1:
-            gain = None if triples.x is None else (right[key] @ triples.x.to(right[key])).item()
-            return SingularBlock(indices, values, writes[key], reads.get(key, []), gain)
+            return SingularBlock(indices, own, writes[key], reads.get(key, []), gains.get(key))
         read = [] if Vh is None else decoder.reads_subspace(Vh[indices].T, k)
-        return SingularBlock(indices, values, decoder.writes_subspace(triples.U[:, indices], k), read, None)
+        return SingularBlock(indices, own, decoder.writes_subspace(triples.U[:, indices], k), read, None)
 
     return [[describe(number, block) for block in blocks] for number, blocks in enumerate(chosen)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loclin.common.shared import SharedState
-from loclin.errors import OptionError
+from loclin.errors import BudgetError, OptionError, first_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,7 +72,7 @@ def plain_torch() -> Iterator[None]:
     the process, everything else to the thread.
 
     Raises OptionError inside a function that torch transforms or traces (`vmap`, `grad`, `jit.trace`, fake tensors),
-    where tensors have no values.
+    where tensors have no values. Where a device runs out of memory inside, BudgetError says what would fit.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if transformed or torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
@@ -93,7 +93,15 @@ def plain_torch() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as fault:
+            fault.__traceback__ = None  # it holds all tensors of the call, for as long as the error is kept
+            raise BudgetError(
+                f"a device is full: {first_line(fault).partition(' Including')[0]} Free what else is there, or give a "
+                "smaller memory= to linearize, fewer tokens, or dtype='bfloat16' to load; a model that does not fit a "
+                "GPU fits device='cpu', with stream=True one layer at a time"
+            ) from None
 
 
 def in_plain_torch(function: F) -> F:

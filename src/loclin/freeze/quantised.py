@@ -19,6 +19,8 @@ _PACKED = ("qweight", "weight_packed", "W_q")
 """Names of weights that are stored in another shape."""
 _BY_INPUT = ("act_quant_kwargs", "activation_qtype", "input_quant_func")
 """Attributes, of the tensor or the module, that say that the input is rounded too: the module is then not affine."""
+PLAIN: tuple[type[Tensor], ...] = (Tensor, nn.Parameter, OnDisk)
+"""Classes of weights that are their own numbers."""
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:
@@ -34,7 +36,7 @@ def has_dense_weight(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or (weight.is_meta and not isinstance(weight, OnDisk)):
         return False
-    plain = type(module) is nn.Linear and type(weight) in (Tensor, nn.Parameter, OnDisk)
+    plain = type(module) is nn.Linear and type(weight) in PLAIN
     return is_quantised(module) or (plain and weight.is_floating_point())
 
 

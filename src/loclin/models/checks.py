@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from loclin.errors import ModelError
 from loclin.models.lease import OnDisk
+from loclin.models.options import WITHOUT_DOUBLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -74,6 +75,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             "input embeddings",
         )
     _refuse_kernels(hf, name)
+    _refuse_devices(hf, name)
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:
         empty = [
@@ -91,6 +93,23 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             f"{name} was loaded inside torch.inference_mode(), whose tensors have no derivatives; load it outside"
         )
     refuse_non_finite(non_finite(hf), name)
+
+
+def _refuse_devices(hf: PreTrainedModel, name: str) -> None:
+    """Refuse devices without float64, and several devices where nothing moves what passes from one to the next."""
+    places = {str(value.device): path for path, value in hf.named_parameters() if not value.is_meta}
+    lacking = [place for place in places if torch.device(place).type in WITHOUT_DOUBLE]
+    if lacking:
+        raise ModelError(
+            f"{name} is on {lacking[0]}, which has no float64 to add in: move it to the processor with "
+            "model.to('cpu'), or to a CUDA device"
+        )
+    moved = getattr(hf, "hf_device_map", None) is not None or any(hasattr(part, "_hf_hook") for part in hf.modules())
+    if len(places) > 1 and not moved:
+        raise ModelError(
+            f"{name} is on several devices ({', '.join(f'{path} on {place}' for place, path in places.items())}), and "
+            "nothing moves tensors between them: move it to one with model.to(...), or load it with device_map='auto'"
+        )
 
 
 def _refuse_kernels(hf: PreTrainedModel, name: str) -> None:

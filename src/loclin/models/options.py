@@ -10,6 +10,9 @@ from loclin.errors import MissingExtraError, OptionError
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
+WITHOUT_DOUBLE = frozenset({"mps"})
+"""Kinds of devices that have no float64, in which loclin adds up."""
+
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     """Turn a dtype's name into the dtype; "auto" stays."""
@@ -21,10 +24,10 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 
 def available_devices() -> list[str]:
-    """List the devices of this machine that torch can use."""
+    """List the devices of this machine that torch can use, with float64."""
     devices = ["cpu"]
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
+    if accelerator is not None and accelerator.type not in WITHOUT_DOUBLE:
         devices += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
     return devices
 
@@ -38,7 +41,8 @@ def parse_device(device: str | torch.device) -> torch.device:
         parsed = None
     # "cuda" means its first one; the processor has no others to number
     if parsed is None or f"{parsed.type}:{parsed.index or 0}" not in [*devices, "cpu:0"]:
-        raise OptionError(f"device={str(device)!r}: choose one of {', '.join(devices)}")
+        why = " has no float64, in which loclin adds up" if parsed is not None and parsed.type in WITHOUT_DOUBLE else ""
+        raise OptionError(f"device={str(device)!r}{why}: choose one of {', '.join(devices)}")
     return parsed
 
 

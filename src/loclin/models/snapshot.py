@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from loclin.errors import ModelError
-from loclin.models.hashing import tensor_bytes
 
 _SAMPLE = 64
 
 
-def sample(weight: Tensor) -> bytes:
-    """64 numbers of a weight, evenly spaced, as bytes; empty if it is not in memory."""
+def samples(weights: Sequence[Tensor]) -> list[bytes]:
+    """64 numbers of each weight, evenly spaced, as bytes; empty for one that is not in memory.
+
+    They are copied from each device together: every copy waits for an accelerator.
+    """
+    parts, found = [_evenly_spaced(weight) for weight in weights], [b""] * len(weights)
+    for device in {part.device for part in parts}:
+        here = [i for i, part in enumerate(parts) if part.device == device]
+        copied = torch.cat([parts[i] for i in here]).cpu().split([len(parts[i]) for i in here])
+        for i, part in zip(here, copied, strict=True):
+            found[i] = bytes(part.numpy().data)
+    return found
+
+
+def _evenly_spaced(weight: Tensor) -> Tensor:
     if weight.is_meta or is_traceable_wrapper_subclass(weight):
-        return b""
+        return torch.empty(0, dtype=torch.uint8)
     flat = weight.detach().flatten()
-    return bytes(tensor_bytes(flat[:: max(1, flat.numel() // _SAMPLE)]))
+    return flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().view(torch.uint8)
 
 
 class Snapshot:
@@ -30,17 +44,19 @@ class Snapshot:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._known = {id(weight): (name, weight, _marks(weight)) for name, weight in root.named_parameters()}
+        named = list(root.named_parameters())
+        marks = _marks([weight for _, weight in named])
+        self._known = {id(weight): (name, weight, own) for (name, weight), own in zip(named, marks, strict=True)}
         self._dtypes = {name: weight.dtype for name, weight in root.named_parameters()}
 
     def changed(self, module: nn.Module) -> list[str]:
         """The names of the changed parameters in a part of the model."""
-        found = []
-        for weight in module.parameters():
-            name, _, marks = self._known.get(id(weight), ("", weight, None))
-            if marks is not None and not weight.is_meta and marks != _marks(weight):
-                found.append(name)
-        return found
+        weights = [weight for weight in module.parameters() if id(weight) in self._known and not weight.is_meta]
+        known = [self._known[id(weight)] for weight in weights]
+        now = _marks(weights)
+        return [
+            name for (name, _, marks), after in zip(known, now, strict=True) if marks is not None and marks != after
+        ]
 
     def changed_itself(self, root: nn.Module) -> list[str]:
         """The same for the whole model, without those that its own layers converted to another dtype."""
@@ -58,9 +74,10 @@ class Snapshot:
             )
 
 
-def _marks(weight: Tensor) -> tuple[Any, ...] | None:
-    """What differs after a change; None for weights that are not in memory."""
-    if weight.is_meta:
-        return None
-    place = None if is_traceable_wrapper_subclass(weight) else weight.data_ptr()
-    return place, weight._version, weight.dtype, weight.shape, sample(weight)
+def _marks(weights: Sequence[Tensor]) -> list[tuple[Any, ...] | None]:
+    """What differs after a change of each weight; None for one that is not in memory."""
+    found: list[tuple[Any, ...] | None] = []
+    for weight, sample in zip(weights, samples(weights), strict=True):
+        place = None if weight.is_meta or is_traceable_wrapper_subclass(weight) else weight.data_ptr()
+        found.append(None if weight.is_meta else (place, weight._version, weight.dtype, weight.shape, sample))
+    return found

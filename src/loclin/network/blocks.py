@@ -64,9 +64,13 @@ def contiguous_view(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 class Workspace:
-    """Buffers that every layer of a sweep reuses: fresh pages for each product would cost as much as the product."""
+    """Buffers that every layer of a sweep reuses: fresh pages for each product would cost as much as the product.
+
+    `checked`: whether the sweep has checked the weights of all its layers.
+    """
 
     def __init__(self) -> None:
+        self.checked = False
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:

@@ -85,9 +85,9 @@ class ExplicitAttention:
         if probs is None or self._o.is_split:  # a fold is no weight that bfloat16 holds
             return False
         spans = [t - start + 1 for start, _ in blocks for t in range(max(start, wanted.start), wanted.stop)]
-        causal = not probs[:, wanted].triu(1 + wanted.start).any()
         here = all(block.device == self.device for _, block in blocks)
-        return len(blocks) > 1 and causal and here and sum(spans) * self._kv <= 1.2 * len(spans) * self._heads
+        pays = len(blocks) > 1 and here and sum(spans) * self._kv <= 1.2 * len(spans) * self._heads
+        return pays and not probs[:, wanted].triu(1 + wanted.start).any()  # asked last: a GPU is waited for
 
     def push_folded(self, blocks: Sequence[CausalBlock], wanted: slice, add: bool, probe: Probe | None) -> None:
         """Push blocks in place, with the pattern folded into O: F[t, s] = C_post sum_h P_h[t, s] O_h per value head.

@@ -51,7 +51,11 @@ class LayerLink:
         weights, trace = self.trace.anatomy.weights, self.trace
         if weights is None or not trace.explicit[self.index] or self.options != trace.options:
             return None
-        trace.check_weights(self.module)
+        if self.device.type == "cpu":
+            trace.check_weights(self.module)
+        elif not workspace.checked:  # once in a sweep: each check waits for the device
+            trace.check_layers()
+            workspace.checked = True
         coefficients = trace.coefficients[self.index] or self._read_coefficients(weights)
         return ExplicitLayer(self.module, weights, coefficients, trace.dtype, workspace, trace.split.at(self.index))
 

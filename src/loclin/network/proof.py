@@ -103,7 +103,7 @@ class _Errors:
         """Note differences `[..., T, n]`, relative to the largest of what stands there."""
         size = torch.stack([torch.linalg.vector_norm(each, dim=-1) for each in sizes]).amax(0)
         error = torch.linalg.vector_norm(difference, dim=-1) / size.clamp_min(torch.finfo(size.dtype).tiny)
-        self.most = torch.maximum(self.most, error.max().to(self.most))
+        self.most = torch.maximum(self.most.to(error), error.max())
 
     def note_sum(self, found: Tensor, x: Tensor, y: Tensor) -> None:
         """Note how far a layer's value is from y, which it made of x: both are sizes of what was added."""

@@ -123,6 +123,10 @@ class Trace:
         """Refuse, by a ModelError, a part of the model whose weights are not those that were traced."""
         self.weights.check(module, self.model.info.name)
 
+    def check_layers(self) -> None:
+        """`check_weights` for all layers at once."""
+        self.check_weights(nn.ModuleList(layer.block.module for layer in self.layers))
+
     def freeze(
         self,
         root: nn.Module,

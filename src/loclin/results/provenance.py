@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from loclin.common.brief import brief
+from loclin.common.versions import versions_of
 from loclin.models.model import Model, ModelInfo
 
 
@@ -97,4 +97,4 @@ class Provenance:
 
 def versions() -> dict[str, str]:
     """Return the versions that results depend on."""
-    return {name: version(name) for name in ("loclin", "torch", "transformers")} | {"python": platform.python_version()}
+    return versions_of("loclin", "torch", "transformers") | {"python": platform.python_version()}

@@ -10,14 +10,14 @@ from loclin.errors import SteeringError
 from loclin.models import Model
 from loclin.models.hashing import hash_tensors
 from loclin.models.lease import named_weights
-from loclin.models.snapshot import sample
+from loclin.models.snapshot import samples
 
 _NAMED = ("name", "family", "revision", "sha256", "dtype", "n_parameters")
 
 
 def fingerprint(module: nn.Module) -> str:
     """Hash 64 numbers of every weight that is in memory: other revisions, dtypes and fine-tunes have other hashes."""
-    return hash_tensors(named_weights(module), sample)
+    return hash_tensors(named_weights(module), lambda weight: samples([weight])[0])
 
 
 def check_model(what: str, made_with: dict[str, Any], weights: str, model: Model) -> None:

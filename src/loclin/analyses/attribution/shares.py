@@ -242,7 +242,8 @@ def _pull_from_components(
 ) -> tuple[Float[Tensor, "n T d"], Float[Tensor, " n"]]:
     """Pull the target's gradient back from n components to the embeddings, and sum what biases on these paths add."""
     trace, workspace, done = chain.trace, Workspace(), 0
-    block, biases = _new_block(trace, len(ends)), torch.zeros(len(ends), dtype=torch.float64)
+    block = _new_block(trace, len(ends))
+    biases = torch.zeros(len(ends), dtype=torch.float64, device=block.device)
     for index, below, above in steps:
         graph = chain.layers[index].graph(collect=trace.biased[index])
         if trace.biased[index] and done:

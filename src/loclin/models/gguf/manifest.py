@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
 
+from loclin.common.versions import versions_of
 from loclin.models.hashing import BLOCK, sha256
 
 FILE = "manifest.json"
@@ -53,7 +53,7 @@ def write(directory: Path, name: str, source: str, source_sha256: str, stored_dt
     """Describe the files of a directory in its manifest. Cost: one read of all of them."""
     files = {path.name: File(path.stat().st_size, sha256(path)) for path in sorted(directory.iterdir())}
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    versions = {package: _version(package) for package in ("loclin", "torch", "transformers", "gguf")}
+    versions = versions_of("loclin", "torch", "transformers", "gguf")
     manifest = Manifest(name, source, source_sha256, stored_dtype, created, versions, files)
     (directory / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
@@ -67,10 +67,3 @@ def read(directory: Path) -> Manifest | None:
     except (OSError, ValueError):
         return None
     return manifest if manifest.format == FORMAT else None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
