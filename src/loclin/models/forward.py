@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +56,47 @@ def keeps_logits(hf: nn.Module) -> bool:
 
 
 def logits_at(model: Model, input_ids: Tensor, position: int) -> Tensor:
-    """The model's logits `[V]` at one position. Cost: one forward pass, and one row of the head if the model can."""
+    """The model's logits `[V]` at one position; those of classes, which have no position.
+
+    Cost: one forward pass, and one row of the head if the model can.
+    """
+    given = {**_token_arguments(model, input_ids), **model.inputs}
+    takes = inspect.signature(model.hf.forward).parameters
+    if model.task == "causal" or "use_cache" in takes:
+        given["use_cache"] = False
+    if model.task == "classification":
+        return model.hf(**given).logits[0]
+    at = position - model.encoder_length
     if keeps_logits(model.hf):
-        keep = torch.tensor([position], device=input_ids.device)
-        return model.hf(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits[0, 0]
-    return model.hf(input_ids=input_ids, use_cache=False).logits[0, position]
+        keep = torch.tensor([at], device=input_ids.device)
+        return model.hf(**given, logits_to_keep=keep).logits[0, 0]
+    return model.hf(**given).logits[0, at]
+
+
+def _token_arguments(model: Model, input_ids: Tensor) -> dict[str, Any]:
+    """The arguments by which a model takes a prompt's tokens."""
+    if not model.has_encoder:
+        return {"input_ids": input_ids}
+    n = model.encoder_length
+    return {"decoder_input_ids": input_ids[:, n:], **({"input_ids": input_ids[:, :n]} if n else {})}
+
+
+def hook_embeddings(model: Model, enter: Callable[[Tensor, slice], None]) -> list[RemovableHandle]:
+    """Call `enter` with what the input embeddings give, and to which of the prompt's tokens that belongs.
+
+    An encoder-decoder looks up the tokens of its encoder first, and then those of its decoder.
+    """
+    hf, n = model.hf, model.encoder_length
+    tables = [hf.get_encoder(), hf.get_decoder()] if n else [hf]
+    parts = iter([slice(0, n), slice(n, None)] if n else [slice(None)])
+
+    def leave(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        if (part := next(parts, None)) is not None:
+            enter(output, part)
+
+    return [table.register_forward_hook(leave) for table in {part.get_input_embeddings() for part in tables}]
+
+
+def at_all_tokens(model: Model, hidden: Tensor) -> Tensor:
+    """What an encoder-decoder's decoder gives, `[1, T, d]`, with zeros at the tokens of the encoder."""
+    return nn.functional.pad(hidden, (0, 0, model.encoder_length, 0)) if model.encoder_length else hidden

@@ -68,7 +68,7 @@ SIZES = _table(f"""
 32 output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels adapter_in_dim
 32 adapter_out_dim adapter_input_size out_hidden_size projector_input_dim projector_output_dim backbone_hidden_size
 1 num_codebooks
-""") | {"is_decoder": True, "use_cache": False, "use_mamba_kernels": False}
+""") | {"use_cache": False, "use_mamba_kernels": False}
 
 # what decides which kinds of layers there are, and so is set before the kinds are asked for
 KINDS: dict[str, Any] = {
@@ -154,12 +154,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "roc_bert": _table("8 pronunciation_embed_dim shape_embed_dim")
     | _table("97 pronunciation_vocab_size shape_vocab_size"),
     "qwen4_exp_text": _QWEN4,
-    "xlm": {"causal": True},
-    "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "num_experts_per_tok": 1, "router_hidden_size": 16},
 }
+
+# what makes the causal language model of a family of encoders one
+CAUSAL: dict[str, dict[str, Any]] = {"xlm": {"causal": True}, "xlnet": {"attn_type": "uni"}}
 
 # families whose causal language model takes a part of the config
 PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}

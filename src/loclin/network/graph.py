@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from loclin.common.brief import brief
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions
-from loclin.models.forward import hidden_input, hidden_output, hooked, logits_at
+from loclin.models.forward import at_all_tokens, hidden_input, hidden_output, hook_embeddings, hooked, logits_at
 from loclin.models.lease import graph_without_weights
 from loclin.network.autograd import Constants, depends_on
 from loclin.network.trace import Trace, agrees
@@ -54,33 +54,39 @@ class Graph:
         return not depends_on(self.points["resid_mid"], constant)
 
 
-def hook_input(trace: Trace, enter: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call `enter` with the network's input: what enters the first layer, or what the embeddings return."""
+def hook_input(trace: Trace, enter: Callable[[Tensor, slice], None]) -> list[RemovableHandle]:
+    """Call `enter` with the network's input, what enters the first layer or what the embeddings return, and its tokens.
+
+    Each part of it enters once.
+    """
     if trace.sequence.fallback_reason is not None:
-        embeddings = trace.model.hf.get_input_embeddings()
-        return embeddings.register_forward_hook(lambda _m, _a, output: enter(output))
-    return trace.layers[0].block.module.register_forward_pre_hook(
-        lambda _m, args, kwargs: enter(hidden_input(args, kwargs)), with_kwargs=True
-    )
+        return hook_embeddings(trace.model, enter)
+    return [
+        trace.layers[0].block.module.register_forward_pre_hook(
+            lambda _m, args, kwargs: enter(hidden_input(args, kwargs), slice(None)), with_kwargs=True
+        )
+    ]
 
 
 def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -> Graph:
     """The whole network from the embeddings to `final`, as one layer. Cost: two forward passes; holds every graph."""
-    model, points, rerun = trace.model, dict[str, Tensor](), dict[str, Tensor]()
+    model, rerun = trace.model, dict[str, Tensor]()
     trace.check_weights(model.hf)
     x = trace.layers[0].value.detach().clone().requires_grad_()
+    points = {"resid_pre": x}
     with trace.freeze(model.hf, options, collect=collect) as mode, torch.no_grad():
 
-        def enter(hidden: Tensor) -> None:
-            if "resid_pre" not in points:
-                points["resid_pre"] = mode.enter(hidden, x)
+        def enter(hidden: Tensor, tokens: slice) -> None:
+            with mode.paused():
+                mode.enter(hidden, x[:, tokens])
 
         def leave(_module: nn.Module, _args: object, output: object) -> None:
-            points["resid_post"] = mode.live(hidden_output(output))
-            rerun["final"] = hidden_output(output)
+            with mode.paused():
+                points["resid_post"] = at_all_tokens(model, mode.live(hidden_output(output)))
+            rerun["final"] = at_all_tokens(model, hidden_output(output).detach())
             mode.collect = False
 
-        handles = [hook_input(trace, enter), trace.sequence.exit.register_forward_hook(leave)]
+        handles = [*hook_input(trace, enter), trace.sequence.exit.register_forward_hook(leave)]
         handles += mode.look_up(trace.input_ids, model.hf.get_input_embeddings())
         with hooked(handles), graph_without_weights(model.hf):
             logits_at(model, trace.input_ids, trace.length - 1)

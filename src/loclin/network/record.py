@@ -15,7 +15,7 @@ from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, Frozen, frozen
 from loclin.freeze.pattern import BlockPattern, Pattern, PatternBlock
-from loclin.models.forward import hidden_input, hidden_output, hooked
+from loclin.models.forward import hidden_input, hidden_output, hook_embeddings, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
@@ -189,7 +189,7 @@ class _Recorder:
         for module in model.hf.modules():
             yield self._mode.watch(module)
         if sequence.fallback_reason is not None:
-            yield model.hf.get_input_embeddings().register_forward_hook(self._leave_embeddings)
+            yield from hook_embeddings(model, self._leave_embeddings)
         yield from self._explicit.hooks()
         for module in dict.fromkeys(block.module for block in sequence.blocks):
             yield module.register_forward_pre_hook(self._enter_block, with_kwargs=True)
@@ -209,12 +209,14 @@ class _Recorder:
             stock = hidden.detach().clone()
         return stock, stock if self._keeps and stock.dtype == self._mode.dtype else self._value(hidden).clone()
 
-    def _leave_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        if not self.calls:
-            self._mode.enter(output)
-            whole = Block(self._model.hf, "model", Sublayers())
-            self.calls.append(BlockCall(whole, *self._both_values(output)))
-            self.attn_out.append(None)
+    def _leave_embeddings(self, output: Tensor, _tokens: slice) -> None:
+        self._mode.enter(output)
+        stock, value = self._both_values(output)
+        if self.calls:  # the tokens of a decoder, behind those of its encoder
+            before = self.calls.pop()
+            stock, value = torch.cat([before.hidden, stock], 1), torch.cat([before.value, value], 1)
+        self.calls.append(BlockCall(Block(self._model.hf, "model", Sublayers()), stock, value))
+        self.attn_out = [None]
 
     def _enter_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = hidden_input(args, kwargs)
@@ -258,7 +260,7 @@ def _record(
         mode.see_mixing = explicit.see_mixing
         recorder = _Recorder(mode, model, sequence, explicit, attention)
         with hooked(recorder.hooks()):
-            head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+            head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, sequence.predicts, None)
     attention.finish()
     calls, last = recorder.calls, recorder.last
     if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape != final.shape):
@@ -292,7 +294,7 @@ def _record(
         explicit=tuple(explicit.exact),
         coefficients=tuple(explicit.kept),
         biased=tuple(explicit.biased),
-        causal=attention.causal,
+        causal=attention.causal and not model.encoder_length,
         attention_bytes=attention_bytes,
-        _heads={length - 1: head},
+        _heads={sequence.predicts: head},
     )
