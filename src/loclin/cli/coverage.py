@@ -15,7 +15,7 @@ _GATES = get_args(options.Gate)
 def coverage(
     family: Annotated[
         list[str] | None,
-        options.text("Try this family; give it again for more. Default: all that transformers has for the task."),
+        options.text("Try this family; give it again for more. Default: all of the task."),
     ] = None,
     task: Annotated[options.Task, typer.Option(help="What the models predict.")] = "causal",
     gate: Annotated[

@@ -38,6 +38,8 @@ def product(op: Operation) -> Result:
         return op.coefficient()
     if not lives:
         first = frozen[0][1]
+        if first.probabilities and op.name in MIXERS and len(frozen) == 1:
+            return op.constant()  # attention to what does not depend on the input, such as sound
         return Coefficient(first.origin, first.root, first.probabilities and op.name in _SCALES)
 
     if len(lives) == 1:

@@ -103,10 +103,10 @@ def _certify(family: str, dtype: str, gate: Gate, task: Task) -> Run:
             model = tiny.build(family, task=task, dtype=getattr(torch, dtype))
             precision: Literal["stock", "double"] = "double" if dtype == "float64" else "stock"
             wrapped, ids = wrap(model, None, name=family), tiny.prompt(model)
-            decoder = tiny.prompt(model, 3, seed=2) if wrapped.has_encoder and wrapped.task == "seq2seq" else None
+            more = {"decoder": tiny.prompt(model, 3, seed=2)} if wrapped.task == "seq2seq" else {}
             if wrapped.has_encoder and wrapped.task == "classification":  # its classes read the last end of text
                 ids = torch.cat([ids, ids.new_tensor([[model.config.eos_token_id]])], dim=1)
-            lin = Linearized.at(wrapped, ids, decoder=decoder, gate=gate, precision=precision)
+            lin = Linearized.at(wrapped, ids, gate=gate, precision=precision, **more)
             certificate = lin.certify()
     except LoclinError as fault:
         return Run(dtype, gate, "refused", module=str(getattr(fault, "module", "")), reason=first_line(fault))
