@@ -30,10 +30,9 @@ from transformers.models.modernbert.modeling_modernbert import ModernBertMLP
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import loclin
+import tiny
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.models import wrap
-
-import tiny
 
 V, D, MASK, EOS = 61, 24, 3, 2
 _GELU, _SOFTMAX, _TANH = nn.functional.gelu, nn.functional.softmax, torch.tanh
@@ -60,8 +59,23 @@ BART = {
     "eos_token_id": EOS,
     "decoder_start_token_id": EOS,
 }
-T5 = {"vocab_size": V, "d_model": D, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4, "attn_implementation": "eager", "decoder_start_token_id": 0}
-WHISPER = BART | {"num_mel_bins": 6, "max_source_positions": 8, "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1}
+T5 = {
+    "vocab_size": V,
+    "d_model": D,
+    "d_kv": 6,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attn_implementation": "eager",
+    "decoder_start_token_id": 0,
+}
+WHISPER = BART | {
+    "num_mel_bins": 6,
+    "max_source_positions": 8,
+    "max_target_positions": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
 
 
 def build(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
@@ -70,7 +84,9 @@ def build(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
 
 def modernbert(kind: type[PreTrainedModel], **changes: object) -> PreTrainedModel:
     special = {name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")}
-    return build(kind, ModernBertConfig(**ENCODER, **special, global_attn_every_n_layers=2, local_attention=4, **changes))
+    return build(
+        kind, ModernBertConfig(**ENCODER, **special, global_attn_every_n_layers=2, local_attention=4, **changes)
+    )
 
 
 def _secant(function):

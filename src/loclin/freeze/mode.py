@@ -251,7 +251,8 @@ class Frozen(TorchFunctionMode):
             if self.depends(value for value in given if not isinstance(value, Tensor)):
                 return False
             again = module.forward(*map(other, args), **{name: other(value) for name, value in kwargs.items()})
-        return torch.equal(again[0] if isinstance(again, tuple) else again, out)
+        again = again[0] if isinstance(again, tuple) else again
+        return isinstance(again, Tensor) and torch.equal(again, out)
 
     def constant(self, value: Tensor, original: Any, operation: str) -> Tensor:
         """A constant that is added to a live tensor; a leaf, if constants are collected."""

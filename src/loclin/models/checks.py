@@ -41,9 +41,12 @@ def refuse_unknown_family(config: PreTrainedConfig, name: str, task: Task = "cau
     """Refuse a checkpoint whose family has no class for the task and brings no code of its own."""
     if config.model_type not in NAMES[task] and not hasattr(config, "auto_map"):
         others = [other for other in TASKS if config.model_type in NAMES[other]]
-        hint = f"choose the task {' or '.join(others)}" if others else "load it yourself and pass it to loclin.wrap()"
+        hint = f"choose the task {' or '.join(others)}, or " if others else ""
         what = "causal language model" if task == "causal" else f"{task} model"
-        raise ModelError(f"{name}: transformers has no {what} for the family {config.model_type!r}; {hint}")
+        raise ModelError(
+            f"{name}: transformers has no {what} for the family {config.model_type!r}; {hint}"
+            "load it yourself and pass it to loclin.wrap()"
+        )
 
 
 def refuse_missing(report: dict[str, Any], name: str) -> None:
@@ -63,7 +66,11 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             f"{name} ({type(hf).__name__}) has no output head; load it with AutoModelForCausalLM, or the class of "
             "another task"
         )
-    if not isinstance(getattr(hf.get_input_embeddings(), "weight", None), torch.Tensor):
+    try:
+        table = hf.get_input_embeddings()
+    except NotImplementedError:  # several tables, such as of characters
+        table = None
+    if not isinstance(getattr(table, "weight", None), torch.Tensor):
         raise ModelError(
             f"{name} ({type(hf).__name__}) has no single table of input embeddings; give a model with one",
             "input embeddings",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from loclin.models.model import Model
 
 
@@ -60,41 +62,60 @@ def logits_at(model: Model, input_ids: Tensor, position: int) -> Tensor:
 
     Cost: one forward pass, and one row of the head if the model can.
     """
-    given = {**_token_arguments(model, input_ids), **model.inputs}
-    takes = inspect.signature(model.hf.forward).parameters
-    if model.task == "causal" or "use_cache" in takes:
-        given["use_cache"] = False
     if model.task == "classification":
-        return model.hf(**given).logits[0]
+        return run(model, input_ids).logits[0]
     at = position - model.encoder_length
     if keeps_logits(model.hf):
-        keep = torch.tensor([at], device=input_ids.device)
-        return model.hf(**given, logits_to_keep=keep).logits[0, 0]
-    return model.hf(**given).logits[0, at]
+        return run(model, input_ids, logits_to_keep=torch.tensor([at], device=input_ids.device)).logits[0, 0]
+    return run(model, input_ids).logits[0, at]
 
 
-def _token_arguments(model: Model, input_ids: Tensor) -> dict[str, Any]:
-    """The arguments by which a model takes a prompt's tokens."""
-    if not model.has_encoder:
-        return {"input_ids": input_ids}
-    n = model.encoder_length
-    return {"decoder_input_ids": input_ids[:, n:], **({"input_ids": input_ids[:, :n]} if n else {})}
+def run(model: Model, input_ids: Tensor, **more: Any) -> Any:
+    """Run a model on a prompt's tokens, those of an encoder and those of a decoder, and on its other inputs."""
+    n, takes = model.encoder_length, inspect.signature(model.hf.forward).parameters
+    given: dict[str, Any] = {"input_ids": input_ids}
+    if n:
+        given = {"input_ids": input_ids[:, :n], "decoder_input_ids": input_ids[:, n:]}
+    elif model.has_encoder and model.hf.main_input_name in model.inputs:
+        given = {"decoder_input_ids": input_ids}
+    if model.task == "causal" or "use_cache" in takes:
+        given["use_cache"] = False
+    return model.hf(**given, **model.inputs, **more)
 
 
-def hook_embeddings(model: Model, enter: Callable[[Tensor, slice], None]) -> list[RemovableHandle]:
-    """Call `enter` with what the input embeddings give, and to which of the prompt's tokens that belongs.
+def hook_embeddings(model: Model, input_ids: Tensor, enter: Callable[[Tensor, slice], None]) -> list[RemovableHandle]:
+    """Call `enter` with what the input embeddings give for a prompt, and the tokens to which it belongs.
 
-    An encoder-decoder looks up the tokens of its encoder first, and then those of its decoder.
+    An encoder-decoder looks up the tokens of its encoder first, and then those of its decoder. A model may put padding
+    behind the tokens.
     """
-    hf, n = model.hf, model.encoder_length
-    tables = [hf.get_encoder(), hf.get_decoder()] if n else [hf]
-    parts = iter([slice(0, n), slice(n, None)] if n else [slice(None)])
+    n, length = model.encoder_length, input_ids.shape[1]
+    parts = [slice(0, n), slice(n, length)] if n else [slice(0, length)]
 
-    def leave(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        if (part := next(parts, None)) is not None:
-            enter(output, part)
+    def leave(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not parts:
+            return
+        asked = input_ids[:, parts[0]]
+        if not n or (args[0].shape[1] >= asked.shape[1] and torch.equal(args[0][:, : asked.shape[1]], asked)):
+            enter(output, parts.pop(0))
 
-    return [table.register_forward_hook(leave) for table in {part.get_input_embeddings() for part in tables}]
+    return [table.register_forward_hook(leave) for table in embedding_tables(model)]
+
+
+def embedding_tables(model: Model) -> list[nn.Module]:
+    """The tables of the input embeddings; an encoder-decoder may have two, with the encoder's first."""
+    if not model.encoder_length:
+        return [model.hf.get_input_embeddings()]
+    return list(dict.fromkeys(_table(part) for part in (model.hf.get_encoder(), model.hf.get_decoder())))
+
+
+def decoder_table(hf: PreTrainedModel) -> nn.Module:
+    """The input embeddings of an encoder-decoder's decoder."""
+    return _table(hf.get_decoder())
+
+
+def _table(part: Any) -> nn.Module:
+    return part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else part.embed_tokens
 
 
 def at_all_tokens(model: Model, hidden: Tensor) -> Tensor:

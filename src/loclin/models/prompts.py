@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.models import Model
 from loclin.models.encoding import appended_tokens, encode, refuse_long, strip_padding
-from loclin.models.forward import hooked
+from loclin.models.forward import decoder_table, hooked, run
 
 Prompt = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
 """What can be given as a prompt: see `read_prompt`."""
@@ -86,7 +86,7 @@ def place_prompt(
             raise OptionError(f"{model.info.name} has no decoder beside its encoder: leave decoder out")
         ids = read_prompt(model, prompt, attention_mask, bos)
         return _with_types(model, prompt, ids), ids
-    table = model.hf.get_decoder().get_input_embeddings()
+    table = decoder_table(model.hf)
     if (main := model.hf.main_input_name) in model.inputs:
         if decoder is not None:
             raise OptionError(f"the encoder reads {main}, and the prompt is the decoder's: leave decoder out")
@@ -156,7 +156,7 @@ def _made_for_decoder(model: Model, input_ids: Tensor, table: nn.Module) -> Tens
     seen: list[Tensor] = []
     handle = table.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     with torch.no_grad(), hooked([handle]):
-        model.hf(input_ids=input_ids, use_cache=False)
+        run(model, input_ids)
     return seen[-1]
 
 

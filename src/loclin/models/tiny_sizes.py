@@ -117,6 +117,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "cpmant": {"prompt_length": 2},
+    "distilbert": _table("32 dim\n40 hidden_dim"),
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "rope_theta": 10000.0}, "rope_parameters": {"rope_theta": 10000.0}},
     "deepseek_v4": {
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
@@ -128,6 +129,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_vision_encoder": {"mlp_bias": False},
     "dots3_note_text": _DOTS3,
+    "esm": {"pad_token_id": 1, "mask_token_id": 3},
+    "esmc": {"num_key_value_heads": 4},
     "gemma3n_text": _SHARED_LAST | {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "laurel_rank": 8},
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
@@ -139,7 +142,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "laguna": {"layer_types": _FULL_AROUND, "num_attention_heads_per_layer": [4, 8, 4]},
     "lfm2": {"layer_types": _CONV_AROUND},
     "lfm2_moe": {"layer_types": _CONV_AROUND},
+    "layoutlmv3": _table("4 coordinate_size\n8 shape_size"),
+    "led": {"attention_window": 4},
+    "lilt": {"hidden_size": 48},
     "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1]},
+    "longformer": {"attention_window": 4},
     "mamba2": {"head_dim": 16},
     "mellum": {"layer_types": _FULL_AROUND},
     "minimax_m3_vl_text": {

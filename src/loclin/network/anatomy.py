@@ -75,6 +75,8 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     decoder: nn.Module | None = model.get_decoder()
     if decoder is None or decoder is model:
         decoder = model.base_model
+    if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
+        decoder = decoder.base_model  # a causal model as the decoder of an encoder-decoder
     head = find_head(model)
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise ModelError(f"{type(model).__name__} has no output head: give a language model or a classifier")

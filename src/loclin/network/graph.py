@@ -60,10 +60,10 @@ def hook_input(trace: Trace, enter: Callable[[Tensor, slice], None]) -> list[Rem
     Each part of it enters once.
     """
     if trace.sequence.fallback_reason is not None:
-        return hook_embeddings(trace.model, enter)
+        return hook_embeddings(trace.model, trace.input_ids, enter)
     return [
         trace.layers[0].block.module.register_forward_pre_hook(
-            lambda _m, args, kwargs: enter(hidden_input(args, kwargs), slice(None)), with_kwargs=True
+            lambda _m, args, kwargs: enter(hidden_input(args, kwargs), slice(0, trace.length)), with_kwargs=True
         )
     ]
 
@@ -78,7 +78,8 @@ def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -
 
         def enter(hidden: Tensor, tokens: slice) -> None:
             with mode.paused():
-                mode.enter(hidden, x[:, tokens])
+                padding = hidden[:, tokens.stop - tokens.start :].to(x)
+                mode.enter(hidden, torch.cat([x[:, tokens], mode.constant(padding, padding, "padding")], dim=1))
 
         def leave(_module: nn.Module, _args: object, output: object) -> None:
             with mode.paused():

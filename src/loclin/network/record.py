@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.common.sums import relative_error
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, Frozen, frozen
@@ -19,10 +20,13 @@ from loclin.models.forward import hidden_input, hidden_output, hook_embeddings, 
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
+from loclin.network.ends import OutputHeadLink
 from loclin.network.proof import proved_positions
 from loclin.network.reader import ExplicitLayers
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
 from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits, takes_values
+
+_HEAD_ERROR = 1e-3  # of logits that are rebuilt from a final hidden state: far beyond rounding
 
 
 class _NotASequenceError(Exception):
@@ -68,7 +72,21 @@ def trace_prompt(
         except _NotASequenceError as why:
             found = _record(*prompt, as_one_block(sequence, model, anatomy, str(why)))
     found.check_weights(model.hf)
+    if model.task != "causal":
+        _check_head(found)
     return found
+
+
+def _check_head(trace: Trace) -> None:
+    """Refuse, by a ModelError, logits that read more than one final hidden state: of a classifier, say."""
+    head, at = OutputHeadLink(trace, trace.sequence.predicts), trace.sequence.predicts
+    value = trace.logits(at)
+    rebuilt = head.jvp(trace.final[:1, at])[0] + sum(head.constants().values())
+    if not relative_error(rebuilt - value, value) <= _HEAD_ERROR:
+        raise ModelError(
+            f"{trace.model.info.name}: its logits read more than the final hidden state at position {at}, by which "
+            "loclin takes them; give another model"
+        )
 
 
 def _refuse_hooks(model: Model) -> None:
@@ -173,11 +191,18 @@ class _Recorder:
     """Hooks that remember how each block is called, and what it gives, while a frozen pass runs."""
 
     def __init__(
-        self, mode: Frozen, model: Model, sequence: BlockSequence, explicit: ExplicitLayers, attention: _Attention
+        self,
+        mode: Frozen,
+        model: Model,
+        input_ids: Tensor,
+        sequence: BlockSequence,
+        explicit: ExplicitLayers,
+        attention: _Attention,
     ) -> None:
         self._mode, self._model, self._sequence = mode, model, sequence
         self._explicit, self._attention = explicit, attention
         self._keeps = mode.options.keeps_stock(sequence.dtype)
+        self._input_ids = input_ids
         self._entered: Tensor | None = None
         self.calls: list[BlockCall] = []
         self.attn_out: list[Tensor | None] = []
@@ -189,7 +214,7 @@ class _Recorder:
         for module in model.hf.modules():
             yield self._mode.watch(module)
         if sequence.fallback_reason is not None:
-            yield from hook_embeddings(model, self._leave_embeddings)
+            yield from hook_embeddings(model, self._input_ids, self._leave_embeddings)
         yield from self._explicit.hooks()
         for module in dict.fromkeys(block.module for block in sequence.blocks):
             yield module.register_forward_pre_hook(self._enter_block, with_kwargs=True)
@@ -209,9 +234,9 @@ class _Recorder:
             stock = hidden.detach().clone()
         return stock, stock if self._keeps and stock.dtype == self._mode.dtype else self._value(hidden).clone()
 
-    def _leave_embeddings(self, output: Tensor, _tokens: slice) -> None:
+    def _leave_embeddings(self, output: Tensor, tokens: slice) -> None:
         self._mode.enter(output)
-        stock, value = self._both_values(output)
+        stock, value = (both[:, : tokens.stop - tokens.start] for both in self._both_values(output))
         if self.calls:  # the tokens of a decoder, behind those of its encoder
             before = self.calls.pop()
             stock, value = torch.cat([before.hidden, stock], 1), torch.cat([before.value, value], 1)
@@ -258,7 +283,7 @@ def _record(
         mode.takes_values = takes_values(options, sequence)
         explicit = ExplicitLayers(mode, sequence, anatomy, keep)
         mode.see_mixing = explicit.see_mixing
-        recorder = _Recorder(mode, model, sequence, explicit, attention)
+        recorder = _Recorder(mode, model, input_ids, sequence, explicit, attention)
         with hooked(recorder.hooks()):
             head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, sequence.predicts, None)
     attention.finish()

@@ -70,10 +70,8 @@ def find_sequence(model: Model, anatomy: Anatomy, input_ids: Tensor) -> BlockSeq
 
     ModelError where not even the decoder's output can be found, or the model's own values are not finite.
     """
-    watcher, at = (
-        _Watcher(model, anatomy, input_ids.shape[1] - model.encoder_length),
-        predicted_position(model, input_ids),
-    )
+    watcher = _Watcher(model, anatomy, input_ids.shape[1] - model.encoder_length)
+    at = _predicted_position(model, input_ids)
     with torch.no_grad(), hooked(watcher.hooks()):
         try:
             logits = logits_at(model, input_ids, at)
@@ -91,7 +89,7 @@ def find_sequence(model: Model, anatomy: Anatomy, input_ids: Tensor) -> BlockSeq
     return _at_classes(found, model, input_ids) if model.task == "classification" else found
 
 
-def predicted_position(model: Model, input_ids: Tensor) -> int:
+def _predicted_position(model: Model, input_ids: Tensor) -> int:
     """The first masked token of a model that fills masks; otherwise, or without a mask, the last token."""
     ids = input_ids[0].tolist()
     return ids.index(model.mask) if model.task == "masked" and model.mask in ids else len(ids) - 1
@@ -111,13 +109,15 @@ def _at_classes(sequence: BlockSequence, model: Model, input_ids: Tensor) -> Blo
 
     with torch.no_grad(), hooked([sequence.exit.register_forward_hook(leave)]):
         logits = logits_at(model, input_ids, sequence.predicts)
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        (moved,) = torch.autograd.grad(logits, seen[-1], weights)
-    read = at_all_tokens(model, moved)[0].abs().sum(-1).nonzero().flatten().tolist()
+        # NaN reaches whatever is read, also where derivatives vanish
+        cotangent = torch.full_like(logits, torch.nan)
+        found = logits.requires_grad and torch.autograd.grad(logits, seen[-1], cotangent, allow_unused=True)[0]
+    moved = found if isinstance(found, Tensor) else torch.zeros_like(seen[-1])
+    read = at_all_tokens(model, moved)[0].isnan().any(-1).nonzero().flatten().tolist()
     if len(read) != 1:
         raise ModelError(
-            f"{model.info.name}: its classes read the final hidden states of {len(read)} tokens, and not of one; give "
-            "a classifier that reads one token, such as [CLS] or the last",
+            f"{model.info.name}: its classes read the final hidden states of {len(read)} tokens; loclin takes "
+            "classifiers that read one token, such as [CLS] or the last",
             type(sequence.exit).__name__,
         )
     return replace(sequence, predicts=int(read[0]))

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -103,7 +103,7 @@ def _certify(family: str, dtype: str, gate: Gate, task: Task) -> Run:
             model = tiny.build(family, task=task, dtype=getattr(torch, dtype))
             precision: Literal["stock", "double"] = "double" if dtype == "float64" else "stock"
             wrapped, ids = wrap(model, None, name=family), tiny.prompt(model)
-            more = {"decoder": tiny.prompt(model, 3, seed=2)} if wrapped.task == "seq2seq" else {}
+            more: dict[str, Any] = {"decoder": tiny.prompt(model, 3, seed=2)} if wrapped.task == "seq2seq" else {}
             if wrapped.has_encoder and wrapped.task == "classification":  # its classes read the last end of text
                 ids = torch.cat([ids, ids.new_tensor([[model.config.eos_token_id]])], dim=1)
             lin = Linearized.at(wrapped, ids, gate=gate, precision=precision, **more)
