@@ -31,7 +31,7 @@ def load(
     revision: str | None = None,
     attn_implementation: str | None = None,
     stream: bool | None = None,
-    task: Task | None = None,
+    task: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Model:
     """Load a language model, or a sequence classifier.

@@ -24,7 +24,7 @@ def _table(text: str) -> dict[str, Any]:
 
 SIZES = _table(f"""
 # vocabulary
-{VOCABULARY} vocab_size vocab_size_per_layer_input decoder_vocab_size
+{VOCABULARY} vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size
 # depth
 {LAYERS} num_hidden_layers n_layer n_layers num_layers num_decoder_layers decoder_layers num_blocks depth
 1 encoder_layers num_encoder_layers num_nextn_predict_layers

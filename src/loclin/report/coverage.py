@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from loclin.analyses.coverage.describe import NONE
-from loclin.analyses.coverage.result import Coverage, FamilyResult, Status
+from loclin.analyses.coverage.result import GATES, Coverage, FamilyResult, Status
 from loclin.models.task import Task
 from loclin.report.run import run_of
 from loclin.report.sheet import PAGE, Block, Limits, Section, Sheet, describe
@@ -44,7 +44,7 @@ _PAGE = """\
 
 {families}, tested with a tiny random model: built with weights far
 from those at which training starts, frozen at a prompt of seven tokens, and certified in float64
-(`precision="double"`) and float32 (the model's own dtype), with every gate split. This page is written by:
+(`precision="double"`) and float32 (the model's own dtype), with {gates}. This page is written by:
 
 ```
 loclin coverage {option}--json {name}.json --markdown docs/{name}.md
@@ -106,11 +106,18 @@ def coverage_markdown(coverage: Coverage) -> str:
         families=_FAMILIES[task],
         option="" if task == "causal" else f"--task {task} ",
         name="coverage" if task == "causal" else f"coverage-{task}",
+        gates=_gates(coverage),
         about=_ABOUT[task],
     )
     return "\n".join(
         [page, *(f"## {title}\n\n{table.markdown()}\n" for title, table in sections.items() if table.rows)]
     )
+
+
+def _gates(coverage: Coverage) -> str:
+    """The gate splits that were run, in words."""
+    run = {run.gate for result in coverage.results for run in result.runs}
+    return "every gate split" if run == {*GATES} else f"`gate=` {', '.join(sorted(run))}"
 
 
 def _parts(result: FamilyResult) -> list[str]:
