@@ -31,6 +31,7 @@ from loclin.models.tiny_sizes import (
     REFUSED,
     SINGLE,
     SIZES,
+    VOCABULARY,
 )
 
 # parameters that set decays and time steps: far from where they start, states explode or die
@@ -78,7 +79,8 @@ def build(
 def prompt(model: PreTrainedModel, length: int = 7, seed: int = 1) -> Tensor:
     """Draw random token ids `[1, length]`, none of them special."""
     special = _special_ids(model.config)
-    ordinary = torch.tensor([i for i in range(model.config.get_text_config().vocab_size) if i not in special])
+    size = getattr(model.config.get_text_config(), "vocab_size", VOCABULARY)  # characters are without one
+    ordinary = torch.tensor([i for i in range(size) if i not in special])
     drawn = torch.randint(len(ordinary), (1, length), generator=torch.Generator().manual_seed(seed))
     return ordinary[drawn]
 

@@ -157,6 +157,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "ministral": {"layer_types": _FULL_AROUND},
     "mllama_text_model": {"cross_attention_layers": [1]},
+    "perceiver": _table("8 num_latents\n32 d_latents\n2 num_self_attends_per_block"),
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "hash_seed": 0},
     "roc_bert": _table("8 pronunciation_embed_dim shape_embed_dim")
     | _table("97 pronunciation_vocab_size shape_vocab_size"),

@@ -98,26 +98,21 @@ def coverage_markdown(coverage: Coverage) -> str:
         else:
             sections[r.status.capitalize()].add(*about, _ratio(r), _code(_module(r)), r.reason)
     versions = ", ".join(f"{name} {version}" for name, version in coverage.versions.items())
-    task = coverage.task
+    task, run = coverage.task, {run.gate for result in coverage.results for run in result.runs}
+    gates = [] if run >= {*GATES} else sorted(run)
     page = _PAGE.format(
         versions=versions,
         counts=f"**{_counted(coverage)}.**",
         title="" if task == "causal" else f": {task}",
         families=_FAMILIES[task],
-        option="" if task == "causal" else f"--task {task} ",
+        option=("" if task == "causal" else f"--task {task} ") + "".join(f"--gate {gate} " for gate in gates),
         name="coverage" if task == "causal" else f"coverage-{task}",
-        gates=_gates(coverage),
+        gates=f"`gate=` {', '.join(gates)}" if gates else "every gate split",
         about=_ABOUT[task],
     )
     return "\n".join(
         [page, *(f"## {title}\n\n{table.markdown()}\n" for title, table in sections.items() if table.rows)]
     )
-
-
-def _gates(coverage: Coverage) -> str:
-    """The gate splits that were run, in words."""
-    run = {run.gate for result in coverage.results for run in result.runs}
-    return "every gate split" if run == {*GATES} else f"`gate=` {', '.join(sorted(run))}"
 
 
 def _parts(result: FamilyResult) -> list[str]:
