@@ -76,7 +76,9 @@ AFFINE = {
     "gelu by hand": lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.0447 * x**3))),
     "softmax mixes": lambda x: torch.softmax(x @ x.mT, -1) @ x,
     "softmax mixes constants": lambda x: x + torch.softmax(x @ x.mT, -1) @ N,
-    "fused attention to constants": lambda x: x + F.scaled_dot_product_attention(x[:, None], N[:, None], N[:, None])[:, 0],
+    "fused attention to constants": lambda x: (
+        x + F.scaled_dot_product_attention(x[:, None], N[:, None], N[:, None])[:, 0]
+    ),
     "fused attention": lambda x: (
         F.scaled_dot_product_attention(*(x[:, None],) * 3, is_causal=True)
         + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None] @ W, attn_mask=N[0, :, :4])
