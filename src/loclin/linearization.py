@@ -53,6 +53,8 @@ def linearize(
     model: Model | nn.Module,
     prompt: Prompt,
     *,
+    decoder: Prompt | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     attention_mask: Numbers | None = None,
     gate: Gate = "activation",
     precision: Precision = "auto",
@@ -67,6 +69,11 @@ def linearize(
     model: from `loclin.load` or `loclin.wrap`. A transformers model, also a compiled one or one with adapters, is
         wrapped.
     prompt: text; token ids `[1, T]` or `[T]` as a tensor, an array or a list; or a tokenizer's output for one text.
+    decoder: for an encoder-decoder, what its decoder has read: token ids, or a text behind its start token. None: that
+        token alone. The prompt's tokens are then those of the encoder and, behind them, of the decoder; all of them are
+        inputs of the map.
+    inputs: tensors that the model's forward pass takes beside tokens, by name: constants of the map. Where they are
+        what the encoder reads (the `input_features` of Whisper), the prompt is the decoder's.
     attention_mask: for token ids `[1, T]`, zero at padding. Padding is removed; the map is that of the other tokens.
     gate: how gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.FreezeOptions`.
     precision: the dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see there. `"split"`:
@@ -92,10 +99,8 @@ def linearize(
     While it runs, it needs one layer's graph, and a few attention matrices `[H, T, T]` of it; for a model with SDPA
     attention only if these are within an eighth of the budget: longer prompts have them in blocks.
     """
-    mask = attention_mask
-    return Linearization.at(
-        model, prompt, attention_mask=mask, gate=gate, precision=precision, bos=bos, memory=memory, strict=strict
-    )
+    how: Any = {"gate": gate, "precision": precision, "bos": bos, "memory": memory, "strict": strict}
+    return Linearization.at(model, prompt, decoder=decoder, inputs=inputs, attention_mask=attention_mask, **how)
 
 
 @in_plain_torch
@@ -137,6 +142,7 @@ def linearize_batch(
     Cost: two forward passes for each prompt, and one for the padded batch. Memory: 2 L T_b d numbers for each prompt.
     """
     model = model if isinstance(model, Model) else wrap(model)
+    model.refuse_other_tasks("a padded batch", "causal")
     batch: tuple[Tensor, Tensor] | None = None
     if isinstance(prompts, str):
         raise OptionError(f"prompts={prompts!r} is one text where a list is meant: [{prompts!r}]")

@@ -147,7 +147,7 @@ def test_a_finished_family_is_not_run_again(tmp_path, monkeypatch):
     first = coverage(["llama"], path=path)
     assert Coverage.from_json(path.read_text()) == first
     ran = []
-    monkeypatch.setattr(room, "certify_family", lambda family, _: ran.append(family) or certify_family(family))
+    monkeypatch.setattr(room, "certify_family", lambda family, *_: ran.append(family) or certify_family(family))
     both = coverage(["llama", "gpt2"], path=path)
     assert ran == ["gpt2"]
     assert [result.family for result in both.results] == ["gpt2", "llama"]
@@ -172,7 +172,7 @@ def test_more_gates_are_run_and_other_versions_start_over(tmp_path):
 def test_an_interrupted_run_keeps_what_is_finished(tmp_path, monkeypatch):
     path = tmp_path / "coverage.json"
 
-    def interrupted(family, gates):
+    def interrupted(family, gates, _task):
         if family == "llama":
             raise KeyboardInterrupt
         return certify_family(family, gates)

@@ -48,6 +48,7 @@ AFFINE = {
         F.conv1d(x, W[:4, :4, None].contiguous(), W[0, :4])
         + F.conv1d(F.pad(x, (2, 0)), W[:4, :3].reshape(4, 1, 3), groups=4)
     ),
+    "pooling": lambda x: F.avg_pool2d(x[:, None], (2, 1)).squeeze(1),
     "sums": lambda x: x.sum(-1) + x.mean(1).sum() + x.cumsum(1).sum(-1),
     "cat, stack": lambda x: torch.cat([x, N], 1).sum(1) + torch.stack([N, x]).sum((0, 2)),
     "where, masked_fill": lambda x: torch.where(N > 0, x, N) + x.masked_fill(N > 0, 2.0) + x.masked_fill(N < 0, 0),
@@ -81,6 +82,10 @@ AFFINE = {
     "gelu by hand": lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.0447 * x**3))),
     "einsum of a list": lambda x: torch.einsum("bts,bsd->btd", (torch.softmax(x @ x.mT, -1), x)),
     "softmax mixes": lambda x: torch.softmax(x @ x.mT, -1) @ x,
+    "softmax mixes constants": lambda x: x + torch.softmax(x @ x.mT, -1) @ N,
+    "fused attention to constants": lambda x: (
+        x + F.scaled_dot_product_attention(x[:, None], N[:, None], N[:, None])[:, 0]
+    ),
     "fused attention": lambda x: (
         F.scaled_dot_product_attention(*(x[:, None],) * 3, is_causal=True)
         + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None] @ W, attn_mask=N[0, :, :4])

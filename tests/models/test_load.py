@@ -11,7 +11,13 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.utils import logging as transformers_logging
 
 from loclin.errors import MissingExtraError, ModelError, OptionError
@@ -212,10 +218,27 @@ def test_no_weights_at_all_is_one_line(tmp_path):
         ),
     ],
 )
-def test_encoders_are_refused_from_their_config(tmp_path, model, word):
+def test_encoders_are_refused_as_causal_models_from_their_config(tmp_path, model, word):
     model.config.save_pretrained(tmp_path)  # no weights there: they cannot have been read
     with pytest.raises(ModelError, match=rf"is an {word}"):
-        load(tmp_path)
+        load(tmp_path, task="causal")
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification])
+def test_the_stored_class_gives_the_task(tmp_path, kind):
+    stored = kind(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    stored.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert (model.task, type(model.hf)) == ("masked" if kind is BertForMaskedLM else "classification", kind)
+    with pytest.raises(OptionError, match="stream is for causal"):
+        load(tmp_path, stream=True)
+    with pytest.raises(OptionError, match="choose one of causal"):
+        load(tmp_path, task="sideways")
+
+
+def test_a_gguf_file_holds_a_causal_model(tmp_path):
+    with pytest.raises(ModelError, match="leave the task out"):
+        load(tmp_path / "model.gguf", task="masked")
 
 
 def test_a_family_without_a_causal_model_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,6 +19,8 @@ from transformers import (
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 from loclin.errors import ModelError
@@ -64,6 +67,7 @@ def test_info_says_what_the_model_is():
         "stored_dtype": "float64",
         "dtype": "float64",
         "n_parameters": sum({id(p): p.numel() for p in hf.parameters()}.values()),
+        "task": "causal",
     }
     assert model.context_length == 16
     assert model.tokenizer is None
@@ -84,20 +88,30 @@ def test_gpt2_names_its_context_differently_and_is_understood():
     assert wrap(hf).context_length == 12
 
 
-@pytest.mark.parametrize("kind", [BertLMHeadModel, BertForMaskedLM])
-def test_an_encoder_is_refused(kind):
+def test_an_encoder_is_refused_as_a_causal_model():
     with pytest.raises(ModelError, match="encoder"):
-        wrap(kind(BertConfig(**BERT)))
+        wrap(BertLMHeadModel(BertConfig(**BERT)))
+
+
+def test_the_class_says_what_a_model_predicts():
+    t5 = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    tasks = {
+        "masked": BertForMaskedLM(BertConfig(**BERT)),
+        "classification": BertForSequenceClassification(BertConfig(**BERT)),
+        "seq2seq": T5ForConditionalGeneration(t5),
+        "causal": tiny_llama(),
+    }
+    assert {task: wrap(hf).task for task, hf in tasks.items()} == {task: task for task in tasks}
+
+
+@pytest.mark.parametrize(("causal", "task"), [(True, "causal"), (False, "masked")])
+def test_a_class_for_two_tasks_is_told_by_its_config(causal, task):
+    config = XLMConfig(vocab_size=16, emb_dim=8, n_layers=1, n_heads=2, causal=causal)
+    assert wrap(XLMWithLMHeadModel(config)).task == task
 
 
 def test_a_bert_trained_as_a_decoder_is_taken():
     assert wrap(BertLMHeadModel(BertConfig(**BERT, is_decoder=True))).info.family == "bert"
-
-
-def test_an_encoder_decoder_is_refused():
-    config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        wrap(T5ForConditionalGeneration(config))
 
 
 def test_a_model_without_a_head_is_refused():

@@ -6,7 +6,7 @@ are put into words as one block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +19,10 @@ from loclin.common.brief import brief
 from loclin.common.progress import bar
 from loclin.common.surroundings import in_plain_torch
 from loclin.freeze.quantised import dense_weight
+from loclin.maps.linearized import Linearized
 from loclin.models import Model
+from loclin.models.task import NAMES
+from loclin.network.ends import OutputHeadLink
 
 Words = list[tuple[str, float]]
 """Tokens as text with their scores, highest first."""
@@ -32,12 +35,13 @@ class Decoder:
     """Decodes vectors with a model's output head and input embeddings. Memory: one block of scores at a time."""
 
     model: Model
+    rows: Tensor | None = None  # of the head, where these are not those of its matrix (see `decoder_at`)
 
     __repr__ = brief
 
     @property
     def _head(self) -> Tensor:
-        return _find_rows(self.model.hf.get_output_embeddings())
+        return _find_rows(self.model.head) if self.rows is None else self.rows
 
     @property
     def _embeddings(self) -> Tensor:
@@ -83,14 +87,14 @@ class Decoder:
 
         Scores are cosines. This is for near-equal singular values, whose single vectors are not defined.
         """
-        return self._find_nearest(basis, self._head, k)
+        return self._find_nearest(basis, self._head, k, self.model.name_outputs)
 
     @in_plain_torch
     def reads_subspace(self, basis: Float[Tensor, "d m"], k: int = 8) -> Words:
         """Find the k tokens whose input embeddings are nearest to a subspace; scores are cosines. See `reads`."""
         if len(basis) != self._embeddings.shape[-1]:
             return []
-        return self._find_nearest(basis, self._embeddings, k)
+        return self._find_nearest(basis, self._embeddings, k, self.model.decode_each)
 
     @in_plain_torch
     def ranks(self, vectors: Float[Tensor, "n d"], token: int) -> list[int]:
@@ -105,17 +109,31 @@ class Decoder:
             before += above.sum(1)
         return (before + 1).tolist()
 
-    def _find_nearest(self, basis: Tensor, table: Tensor, k: int) -> Words:
+    def _find_nearest(self, basis: Tensor, table: Tensor, k: int, names: Callable[[list[int]], list[str]]) -> Words:
         parts = (rows.to(basis) for _, rows in _split(table, basis.shape[1]))
-        return self._to_words(torch.cat([(rows @ basis).norm(dim=1) / _measure_rows(rows) for rows in parts]).topk(k))
+        scores = torch.cat([(rows @ basis).norm(dim=1) / _measure_rows(rows) for rows in parts])
+        top = scores.topk(min(k, len(scores)))
+        return list(zip(names(top.indices.tolist()), top.values.tolist(), strict=True))
 
     def _find_top(self, vectors: Tensor, table: Tensor, k: int, cosine: bool = False) -> list[Words]:
         values, ids = (found.cpu() for found in _find_best(vectors, table, k, cosine))
-        return [self._to_words(pair) for pair in zip(values, ids, strict=True)]
+        names = self.model.decode_each if cosine else self.model.name_outputs
+        return [
+            list(zip(names(row.tolist()), scores.tolist(), strict=True))
+            for scores, row in zip(values, ids, strict=True)
+        ]
 
-    def _to_words(self, found: tuple[Tensor, Tensor]) -> Words:
-        values, ids = found
-        return list(zip(self.model.decode_each(ids.tolist()), values.tolist(), strict=True))
+
+def decoder_at(lin: Linearized, position: int) -> Decoder:
+    """A decoder of vectors at `final` at one position.
+
+    Where more than one matrix lies between `final` and the logits, as in encoders, the head's rows are those of the
+    whole head, frozen there: d columns of it.
+    """
+    if lin.model.task != "classification" and lin.model.hf.config.model_type not in NAMES["masked"]:
+        return Decoder(lin.model)
+    head, width = OutputHeadLink(lin.trace, position), lin.trace.final.shape[-1]
+    return Decoder(lin.model, head.jvp(torch.eye(width, dtype=lin.trace.dtype, device=head.device)).T)
 
 
 def _find_rows(module: nn.Module) -> Tensor:
@@ -133,7 +151,8 @@ def _find_best(vectors: Tensor, table: Tensor, k: int, cosine: bool) -> tuple[Te
         best = (scores / _measure_rows(rows) if cosine else scores).topk(min(k, len(rows)))
         values.append(best.values)
         ids.append(best.indices + start)
-    top = torch.cat(values, dim=1).topk(k)
+    joined = torch.cat(values, dim=1)
+    top = joined.topk(min(k, joined.shape[1]))
     return top.values, torch.cat(ids, dim=1).gather(1, top.indices)
 
 

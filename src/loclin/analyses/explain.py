@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.attribution.attribute import attribute
-from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, put_into_words
+from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, decoder_at, put_into_words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
@@ -116,7 +116,7 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
     position: the prediction after this token is explained.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
-    tell, at, k = steps(progress), lin.trace.position(position), whole("k", k)
+    tell, at, k = steps(progress), lin.trace.target_position(position), whole("k", k)
     J = lin.jacobian(position=at)
     check_rank(k, J.shape[0], J.shape[2])
     tell("certificate")
@@ -124,7 +124,7 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
     tell("ordinary Jacobian")
     ordinary = lin.ordinary_reconstruction(position=at)
     tell("exact map, its singular vectors and their words")
-    decoder, described = Decoder(lin.model), list[tuple[Any, ...]]()
+    decoder, described = decoder_at(lin, at), list[tuple[Any, ...]]()
     for where, maps in J.by_token():
         described += _describe_maps(maps, J.input[where], k, J.value, decoder)
     tell("shares")

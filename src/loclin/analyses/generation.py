@@ -82,6 +82,7 @@ def generate(lin: Linearized, max_new_tokens: int, *, k: int = 8, progress: Prog
     k: how many singular vectors of each token to put into words.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
+    lin.model.refuse_other_tasks("generation", "causal", "seq2seq")
     count, k, tell = whole("max_new_tokens", max_new_tokens, 1), whole("k", k), steps(progress)
     limit = lin.model.context_length
     if limit is not None and len(lin.tokens) + count - 1 > limit:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, put_into_words
+from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, decoder_at, put_into_words
 from loclin.analyses.logit_lens import LensLayer, logit_lens
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
@@ -187,7 +187,7 @@ def explain_layers(
         raise OptionError(f"k={k}: the path with depth needs the first two singular vectors; ask for two or more")
     if signs not in get_args(Signs):
         raise OptionError(f"signs={signs!r}: choose layer or final")
-    at = lin.trace.position(position)
+    at = lin.trace.target_position(position)
     tell("maps from the embeddings")
     cumulative = layer_spectra(lin, components=components, k=k, position=at)
     if signs == "final":
@@ -197,7 +197,7 @@ def explain_layers(
     tell("words")
     predictions = lin.next_token_ids(10, position=at)
     chosen, text, probability = predictions[0]
-    decoder = Decoder(lin.model)
+    decoder = decoder_at(lin, at)
     words = _put_into_words(cumulative, lin.embeddings, decoder)
     ranks = _rank_word(cumulative, words, decoder, chosen, at)
     found = [_describe_component(c, cumulative, own, words, ranks, at) for c in range(len(cumulative.components))]

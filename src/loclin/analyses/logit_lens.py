@@ -85,6 +85,7 @@ def logit_lens(lin: Linearized, token: Token | None = None, *, position: int = -
     position: the position of the residual stream.
     k: how many words to list for each layer.
     """
+    lin.model.refuse_other_tasks("the logit lens", "causal")
     k = whole("k", k, 1)
     token = lin.next_token_ids(1, position=position)[0][0] if token is None else find_token(lin, token)
     probabilities = torch.softmax(compute_layer_logits(lin, position).double(), dim=-1)

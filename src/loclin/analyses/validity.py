@@ -148,6 +148,7 @@ def validity(
     seed: the seed of the random directions and tokens.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
+    lin.model.refuse_other_tasks("validity", "causal")
     tell = steps(progress)
     draws, seed = whole("draws", draws, 0), whole("seed", seed, 0)
     swaps = whole("swaps", swaps, 0, Decoder(lin.model).vocabulary - 1)

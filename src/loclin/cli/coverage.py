@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, get_args
 
+import typer
+
 from loclin.cli import options
 from loclin.cli.console import deliver, importing, step
 
@@ -12,8 +14,10 @@ _GATES = get_args(options.Gate)
 
 def coverage(
     family: Annotated[
-        list[str] | None, options.text("Try this family; give it again for more. Default: all that transformers has.")
+        list[str] | None,
+        options.text("Try this family; give it again for more. Default: all of the task."),
     ] = None,
+    task: Annotated[options.Task, typer.Option(help="What the models predict.")] = "causal",
     gate: Annotated[
         list[str] | None,
         options.several_of("Try this gate split; give it again for more. Default: all three.", *_GATES),
@@ -22,7 +26,7 @@ def coverage(
     markdown: options.Markdown = None,
     fresh: options.Fresh = False,
 ) -> None:
-    """Certify a tiny random model of every family of language models, and say which are exact.
+    """Certify a tiny random model of every family of models, and say which are exact.
 
     loclin coverage --family llama --family gpt2
     """
@@ -31,7 +35,7 @@ def coverage(
         from loclin.report.coverage import coverage_markdown
         from loclin.results.files import write_text
     gates = [name for name in _GATES if not gate or name in gate]
-    record = run(family, gates=gates, path=json, fresh=fresh, progress=step)
+    record = run(family, task=task, gates=gates, path=json, fresh=fresh, progress=step)
     shown = record if family is None else record.only(family)
     page = {markdown: lambda path: write_text(path, coverage_markdown(record))}
     deliver(shown, others=page, recorded=json, code=int(shown.counts["error"] > 0))

@@ -99,9 +99,12 @@ DEFAULT_MODEL = "gemma-3-270m"
 SEEDS = 2**63 - 1
 """The largest seed that every random generator takes."""
 Gate = Literal["activation", "up", "half"]
+Task = Literal["causal", "masked", "classification", "seq2seq"]
 Prompt = Annotated[str, typer.Argument(help="The text to explain; '-' reads it from standard input.", callback=plain)]
 ModelName = Annotated[str, path("Packaged name (see 'loclin models'), hub id, local directory, or .gguf file.")]
-Position = Annotated[int, typer.Option(help="Explain the prediction after this token; -1 is the last.")]
+Position = Annotated[
+    int, typer.Option(help="Explain the prediction at this token; -1 is the last, the mask or the class.")
+]
 Dtype = Annotated[str, text("float32, float64, bfloat16, float16, or auto (as stored).")]
 Revision = Annotated[str | None, text("A hub model's branch, tag or commit.")]
 Memory = Annotated[
@@ -140,6 +143,10 @@ class Loading:
         "activation"
     )
     memory: Memory = None
+    task: Annotated[
+        Task | None,
+        typer.Option(help="What the model predicts; by default as it was stored."),
+    ] = None
 
     def load(self) -> Model:
         """Load the model."""
@@ -149,7 +156,9 @@ class Loading:
             from loclin.models import load
         with stderr.status(f"loading {self.model}"):
             where = {"device": self.device, "device_map": self.device_map}
-            model = load(self.model, dtype=self.dtype, revision=self.revision, stream=self.stream, **where)
+            model = load(
+                self.model, dtype=self.dtype, revision=self.revision, stream=self.stream, task=self.task, **where
+            )
         if model.note:
             note(model.note)
         return model
@@ -166,6 +175,9 @@ class Freezing(Loading):
             "split: float32 by bfloat16 products, where they are as accurate and faster."
         ),
     ] = "auto"
+    decoder: Annotated[
+        str | None, text("What the decoder of an encoder-decoder has read, behind its start token; by default nothing.")
+    ] = None
 
     def linearize(self, prompt: str) -> Linearization:
         """Load the model, and freeze it at the prompt."""
@@ -173,7 +185,8 @@ class Freezing(Loading):
             from loclin.linearization import linearize
         loaded = self.load()
         step("reading the prompt")
-        return linearize(loaded, prompt, gate=self.gate, precision=self.precision, bos=self.bos, memory=self.memory)
+        how: Any = {"gate": self.gate, "precision": self.precision, "bos": self.bos, "memory": self.memory}
+        return linearize(loaded, prompt, decoder=self.decoder, **how)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

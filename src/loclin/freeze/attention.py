@@ -42,7 +42,7 @@ def attention(op: Operation) -> Result:
         probs = probabilities(query, key, mask, is_causal=is_causal, scale=scale)
         op.context.keep_probabilities(probs.detach())
     if status is None and not ordinary:
-        return op.coefficient()
+        return op.constant()  # attention to what does not depend on the input, such as sound
     if op.context.repeats(op.out):
         mixed = op.out.detach()
     elif pattern is not None:

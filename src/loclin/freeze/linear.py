@@ -16,7 +16,7 @@ VIEWS = words(
 )
 """Every element of the result is an element of the argument."""
 CASTS = words("to float double half bfloat16 type type_as cpu cuda")
-SUMS = words("sum mean cumsum neg negative diff tril triu diag_embed nansum dropout alpha_dropout")
+SUMS = words("sum mean avg_pool2d cumsum neg negative diff tril triu diag_embed nansum dropout alpha_dropout")
 """Linear, without an added constant."""
 AFFINE = words(
     "add sub subtract rsub iadd isub radd cat concat concatenate stack hstack vstack dstack where masked_fill setitem "

@@ -234,10 +234,25 @@ class Frozen(TorchFunctionMode):
                 return
             inside = any(known.origin.module.startswith(f"{path}.") for known in self.nonlinear_uses)
             has_weights = next(module.parameters(), None) is not None
-            if not inside and has_weights and self.depends((*args, *kwargs.values())):
+            live = not inside and has_weights and self.depends((*args, *kwargs.values()))
+            if live and not self._ignores(module, args, kwargs, out):
                 self.note_nonlinear_use(Origin(path, UNSEEN, "a fused kernel, compiled code, or not torch"))
 
         return module.register_forward_hook(left, with_kwargs=True)
+
+    def _ignores(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Whether a module gives the same for other numbers: it takes a shape from its input, such as positions."""
+
+        def other(value: Any) -> Any:
+            return value if self.status(value) is None else 1 - 2 * value
+
+        given = (*args, *kwargs.values())
+        with self.paused():
+            if self.depends(value for value in given if not isinstance(value, Tensor)):
+                return False
+            again = module.forward(*map(other, args), **{name: other(value) for name, value in kwargs.items()})
+        again = again[0] if isinstance(again, tuple) else again
+        return isinstance(again, Tensor) and torch.equal(again, out)
 
     def constant(self, value: Tensor, original: Any, operation: str) -> Tensor:
         """A constant that is added to a live tensor; a leaf, if constants are collected."""

@@ -146,6 +146,10 @@ class Operation:
                     return NonlinearUse(status.origin, min(1.0, (self.value(tensor).double().norm() / size).item()))
         return None
 
+    def constant(self) -> Live:
+        """The status of a result that is the same for every input, once coefficients are frozen."""
+        return Live(self.context.constant(self.cast(self.out), self.out, self.name))
+
     def coefficient(self, probabilities: bool = False, root: object = None) -> Coefficient:
         """The status of a result that is not affine in the input."""
         return Coefficient(self.context.origin(self.name), object() if root is None else root, probabilities)

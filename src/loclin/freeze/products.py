@@ -38,12 +38,8 @@ def product(op: Operation) -> Result:
     among = [each for each in op.dependents() if each[0] in FACTORS[op.name][0]]
     lives = [(slot, status) for slot, _, status in among if isinstance(status, Live)]
     frozen = [(tensor, status) for _, tensor, status in among if isinstance(status, Coefficient)]
-    if not among:
-        return op.coefficient()
     if not lives:
-        first = frozen[0][1]
-        return Coefficient(first.origin, first.root, first.probabilities and op.name in _SCALES)
-
+        return _without_live(op, [status for _, status in frozen])
     if len(lives) == 1:
         (slot, one), scale = lives[0], op.name in _SCALES
         for tensor, status in frozen:
@@ -67,6 +63,16 @@ def product(op: Operation) -> Result:
         linear = 0.5 * (_with_live(op, gate) + _with_live(op, up))
         return op.wrap(linear, nonlinear=op.nonlinear(lambda slot: slot in (gate, up)))
     return _live(op, gate if split == "up" else up)
+
+
+def _without_live(op: Operation, frozen: list[Coefficient]) -> Result:
+    """A product of coefficients, and of what does not depend on the input."""
+    if not frozen:
+        return op.coefficient()
+    first = frozen[0]
+    if first.probabilities and op.name in MIXERS and len(frozen) == 1:
+        return op.constant()  # attention to what does not depend on the input, such as sound
+    return Coefficient(first.origin, first.root, first.probabilities and op.name in _SCALES)
 
 
 def _with_live(op: Operation, one: Slot) -> Tensor:

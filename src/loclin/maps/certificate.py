@@ -219,14 +219,14 @@ def find_culprits(trace: Trace, options: FreezeOptions, limit: float) -> list[Cu
         if trace.sequence.dtype in (torch.float16, torch.bfloat16):
             mode.audit = 0.1
 
-        def enter(hidden: Tensor, _rows: Rows) -> None:
+        def enter(hidden: Tensor, _rows: Rows, _tokens: slice) -> None:
             mode.enter(hidden)  # returns nothing: a hook's result would replace what enters
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             if mode.status(hidden_output(output)) is not None:
                 mode.live(hidden_output(output))
 
-        handles = [*(mode.watch(module) for module in hf.modules()), hook_input(trace, enter)]
+        handles = [*(mode.watch(module) for module in hf.modules()), *hook_input(trace, enter)]
         handles.append(trace.sequence.exit.register_forward_hook(leave))
         with hooked(handles):
             logits_at(trace.model, trace.input_ids, trace.length - 1)

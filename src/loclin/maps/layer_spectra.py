@@ -172,7 +172,7 @@ def layer_spectra(
     and the triples. Memory: T^2 d^2 / 2 numbers for the forward sweep, if that is within the budget; one layer's
     maps; and the triples of all of them.
     """
-    chain, trace, at, budget = lin.chain, lin.trace, lin.trace.position(position), lin.allowance
+    chain, trace, at, budget = lin.chain, lin.trace, lin.trace.target_position(position), lin.allowance
     names, k, tolerance = check_components(chain, components), whole("k", k), real("tolerance", tolerance)
     if normed and mode == "suffix":
         raise OptionError("normed=True: maps to `final` include the final norm already; leave it out")

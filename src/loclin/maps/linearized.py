@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -21,7 +21,7 @@ from loclin.maps.certificate import Certificate, certify, random_operations
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.plan import Plan
 from loclin.models import Model, wrap
-from loclin.models.prompts import Numbers, Prompt, prompt_warnings, read_prompt
+from loclin.models.prompts import Numbers, Prompt, place_prompt, prompt_warnings
 from loclin.network.chain import Chain
 from loclin.network.memory import Budget
 from loclin.network.need import allow
@@ -79,6 +79,8 @@ class Linearized(Unpicklable):
         model: Model | nn.Module,
         prompt: Prompt,
         *,
+        decoder: Prompt | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
         attention_mask: Numbers | None = None,
         gate: Gate = "activation",
         precision: Precision = "auto",
@@ -88,9 +90,11 @@ class Linearized(Unpicklable):
     ) -> L:
         """Freeze a model at one prompt; see `loclin.linearize`."""
         model = model if isinstance(model, Model) else wrap(model)
-        ids = read_prompt(model, prompt, attention_mask, bos)
+        model, ids = place_prompt(model, prompt, attention_mask=attention_mask, bos=bos, decoder=decoder, inputs=inputs)
         result = cls(model, ids, FreezeOptions(gate, precision), memory)
-        result.prompt_warnings = prompt_warnings(model, ids, appends=isinstance(prompt, str) and bos is None)
+        result.prompt_warnings = prompt_warnings(
+            model, ids, appends=model.task == "causal" and isinstance(prompt, str) and bos is None
+        )
         if strict and result.trace.random:
             raise _random(result.trace)
         unproved = result.trace.nonlinear_uses or not all(result.trace.explicit)
@@ -153,7 +157,7 @@ class Linearized(Unpicklable):
                 f"The input embeddings are {width} wide and the residual stream is {self.trace.width}: there are no "
                 "words for what maps read."
             )
-        if 0 in self.sinks and not self._begins:
+        if 0 in self.sinks and not self._begins and self.model.task == "causal":
             warnings.append(
                 f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word "
                 "carries the sink, and its share says little about the word. Put a beginning token first: --bos, or "
@@ -168,16 +172,18 @@ class Linearized(Unpicklable):
 
     @in_plain_torch
     def next_tokens(self, k: int = 5, *, position: int = -1) -> list[tuple[str, float]]:
-        """The model's k most probable next tokens, as (text, probability)."""
+        """The model's k most probable next tokens (tokens at the mask; classes), as (text, probability)."""
         return [(text, probability) for _, text, probability in self.next_token_ids(k, position=position)]
 
     @in_plain_torch
     def next_token_ids(self, k: int = 5, *, position: int = -1) -> list[tuple[int, str, float]]:
-        """The model's k most probable next tokens, as (id, text, probability)."""
-        logits = self.trace.logits(self.trace.position(position))
-        top = torch.softmax(logits.double(), dim=-1).topk(min(whole("k", k, 1), logits.shape[0]))
+        """As `next_tokens`, but as (id, text, probability)."""
+        logits = self.trace.logits(self.trace.target_position(position)).double()
+        several = getattr(self.model.hf.config, "problem_type", None) == "multi_label_classification"
+        probabilities = logits.sigmoid() if several else logits.softmax(dim=-1)
+        top = probabilities.topk(min(whole("k", k, 1), logits.shape[0]))
         ids = top.indices.tolist()
-        return list(zip(ids, self.model.decode_each(ids), top.values.tolist(), strict=True))
+        return list(zip(ids, self.model.name_outputs(ids), top.values.tolist(), strict=True))
 
     def jacobian(
         self, source: str = "embed", target: str = "final", *, position: int = -1, normed: bool = False
@@ -186,7 +192,8 @@ class Linearized(Unpicklable):
 
         Points are `embed`, `resid_pre.L`, `attn_out.L`, `resid_mid.L`, `mlp_out.L`, `resid_post.L`, `final` and
         `logits`; negative layers count from the end. `normed` puts the final norm, frozen at the target's own value, on
-        top of a target before it. Nothing is computed yet. The same arguments give the same object.
+        top of a target before it. Position -1 is that of the model's prediction: the last token, the first mask, or the
+        token whose hidden state the classes read. Nothing is computed yet. The same arguments give the same object.
 
         Raises
         ------
@@ -194,7 +201,7 @@ class Linearized(Unpicklable):
         PromptError: for a position outside the prompt.
         """
         n = self.trace.n_layers
-        start, end, at = parse_point(source, n), parse_point(target, n), self.trace.position(position)
+        start, end, at = parse_point(source, n), parse_point(target, n), self.trace.target_position(position)
         key = (start, end, at, normed)
         if key not in self._maps:
             self._maps[key] = LinearMap(self.chain, start, end, at, normed=normed, budget=self.allowance)
@@ -216,7 +223,7 @@ class Linearized(Unpicklable):
 
     def ordinary_jacobian(self, *, position: int = -1) -> LinearMap:
         """The ordinary Jacobian embed -> final, nothing frozen: the derivative, which does not reconstruct y."""
-        chain, at = Chain(self.trace, FreezeOptions(ordinary=True)), self.trace.position(position)
+        chain, at = Chain(self.trace, FreezeOptions(ordinary=True)), self.trace.target_position(position)
         return LinearMap(chain, Point("embed"), Point("final"), at, budget=self.allowance)
 
     @in_plain_torch
@@ -226,9 +233,12 @@ class Linearized(Unpicklable):
         return J.matvec(J.input)
 
     def followed_by(self: L, token: int) -> L:
-        """The same prompt with one more token, frozen in the same way."""
+        """The same prompt with one more token (of its decoder, where there is one), frozen in the same way."""
         ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", token)]])], dim=1)
-        return self.at(self.model, ids, gate=self.gate, precision=self.precision, memory=self.memory, strict=False)
+        n = self.model.encoder_length
+        prompt: dict[str, Any] = {"prompt": ids[:, :n], "decoder": ids[:, n:]} if n else {"prompt": ids}
+        how: Any = {"gate": self.gate, "precision": self.precision, "memory": self.memory, "strict": False}
+        return self.at(self.model, **prompt, **how)
 
     @in_plain_torch
     def certify(self, *, position: int = -1) -> Certificate:

@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from loclin.errors import ModelError
 from loclin.models.lease import OnDisk
 from loclin.models.options import WITHOUT_DOUBLE
+from loclin.models.task import NAMES, TASKS, Task, find_head, find_task, is_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,23 +25,27 @@ def list_some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def refuse_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse an architecture that has an encoder or attends to later tokens, from its config."""
+def refuse_config(config: PreTrainedConfig, name: str, task: Task = "causal") -> None:
+    """Refuse, as a causal model, an architecture that has an encoder or attends to later tokens, from its config."""
     kind = config.model_type
+    if task != "causal":
+        return
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model ({kind}); give a causal decoder")
+        raise ModelError(f"{name} is an encoder-decoder model ({kind}); give a causal decoder, or the task seq2seq")
     # A family that also has a masked-LM class is an encoder, unless its config says it was trained as a
     # decoder. Its "causal LM" class does not help: without `is_decoder` it attends in both directions.
-    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
-        raise ModelError(f"{name} is an encoder ({kind}, is_decoder=False); give a causal decoder")
+    if kind in NAMES["masked"] and not is_causal(config):
+        raise ModelError(f"{name} is an encoder ({kind}, is_decoder=False); give a causal decoder, or the task masked")
 
 
-def refuse_unknown_family(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a checkpoint whose family has no causal-LM class and brings no code of its own."""
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(config, "auto_map"):
+def refuse_unknown_family(config: PreTrainedConfig, name: str, task: Task = "causal") -> None:
+    """Refuse a checkpoint whose family has no class for the task and brings no code of its own."""
+    if config.model_type not in NAMES[task] and not hasattr(config, "auto_map"):
+        others = [other for other in TASKS if config.model_type in NAMES[other]]
+        hint = f"choose the task {' or '.join(others)}, or " if others else ""
+        what = "causal language model" if task == "causal" else f"{task} model"
         raise ModelError(
-            f"{name}: transformers has no causal language model for the family {config.model_type!r}; "
+            f"{name}: transformers has no {what} for the family {config.model_type!r}; {hint}"
             "load it yourself and pass it to loclin.wrap()"
         )
 
@@ -60,16 +61,23 @@ def refuse_missing(report: dict[str, Any], name: str) -> None:
 
 def refuse_model(hf: PreTrainedModel, name: str) -> None:
     """Refuse a model that cannot become an exact map. Cost: one read of all weights."""
-    refuse_config(hf.config, name)
-    if hf.get_output_embeddings() is None:
-        raise ModelError(f"{name} ({type(hf).__name__}) has no output head; load it with AutoModelForCausalLM")
-    if isinstance(hf.get_input_embeddings(), nn.ModuleList):
+    refuse_config(hf.config, name, find_task(hf))
+    if find_head(hf) is None:
+        raise ModelError(
+            f"{name} ({type(hf).__name__}) has no output head; load it with AutoModelForCausalLM, or the class of "
+            "another task"
+        )
+    try:
+        table = hf.get_input_embeddings()
+    except NotImplementedError:  # several tables, such as of characters
+        table = None
+    if isinstance(table, nn.ModuleList):
         raise ModelError(
             f"{name} ({type(hf).__name__}) reads a row of codes for each of its tables of input embeddings, and a "
             "prompt here is one row of token ids; give a model with one table",
             "input embeddings",
         )
-    if not isinstance(getattr(hf.get_input_embeddings(), "weight", None), torch.Tensor):
+    if not isinstance(getattr(table, "weight", None), torch.Tensor):
         raise ModelError(
             f"{name} ({type(hf).__name__}) has no single table of input embeddings; give a model with one",
             "input embeddings",

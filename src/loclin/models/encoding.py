@@ -40,11 +40,16 @@ def appended_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, bos: bool | str | None, default_bos: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    bos: bool | str | None,
+    default_bos: int | None,
+    whole: bool = False,
 ) -> list[int]:
     """Turn a prompt into token ids; `bos` is that of `Model.encode`, and `default_bos` the token for `True`.
 
-    Tokens that the tokenizer appends, such as `</s>`, are left out: a model continues the text, not its end.
+    Tokens that the tokenizer appends, such as `</s>`, are left out: a model continues the text, not its end. `whole`
+    keeps them: other tasks read a whole text.
     """
     text("the prompt", prompt)
     plain: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
@@ -54,6 +59,8 @@ def encode(
         return plain
     if bos is None:
         ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+        if whole:
+            return ids
         behind = appended_tokens(tokenizer)
         ids = ids[: len(ids) - len(behind)] if behind and ids[-len(behind) :] == behind else ids
         written = ids[1:] == plain and ids[0] == plain[0] and ids[0] in tokenizer.all_special_ids

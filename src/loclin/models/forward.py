@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from loclin.models.model import Model
 
 
@@ -86,8 +88,72 @@ def keeps_logits(hf: nn.Module) -> bool:
 
 
 def logits_at(model: Model, input_ids: Tensor, position: int) -> Tensor:
-    """The model's logits `[V]` at one position. Cost: one forward pass, and one row of the head if the model can."""
+    """The model's logits `[V]` at one position; those of classes, which have no position.
+
+    Cost: one forward pass, and one row of the head if the model can.
+    """
+    if model.task == "classification":
+        return run(model, input_ids).logits[0]
+    at = position - model.encoder_length
     if keeps_logits(model.hf):
-        keep = torch.tensor([position], device=input_ids.device)
-        return model.hf(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits[0, 0]
-    return model.hf(input_ids=input_ids, use_cache=False).logits[0, position]
+        return run(model, input_ids, logits_to_keep=torch.tensor([at], device=input_ids.device)).logits[0, 0]
+    return run(model, input_ids).logits[0, at]
+
+
+def run(model: Model, input_ids: Tensor, **more: Any) -> Any:
+    """Run a model on a prompt's tokens, those of an encoder and those of a decoder, and on its other inputs."""
+    n, takes = model.encoder_length, inspect.signature(model.hf.forward).parameters
+    given: dict[str, Any] = {"input_ids": input_ids}
+    if n:
+        given = {"input_ids": input_ids[:, :n], "decoder_input_ids": input_ids[:, n:]}
+    elif model.has_encoder and model.hf.main_input_name in model.inputs:
+        given = {"decoder_input_ids": input_ids}
+    if model.task == "causal" or "use_cache" in takes:
+        given["use_cache"] = False
+    return model.hf(**given, **model.inputs, **more)
+
+
+def hook_embeddings(
+    model: Model, input_ids: Tensor, enter: Callable[[Tensor, Rows, slice], None]
+) -> list[RemovableHandle]:
+    """Call `enter` with what the input embeddings give for a prompt, its rows there, and the tokens of these rows.
+
+    An encoder-decoder looks up the tokens of its encoder first, and then those of its decoder.
+    """
+    n, length = model.encoder_length, input_ids.shape[1]
+    parts = [slice(0, n), slice(n, length)] if n else [slice(0, length)]
+
+    def leave(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not parts:
+            return
+        asked = input_ids[:, parts[0]]
+        if not n or (args[0].shape[1] >= asked.shape[1] and torch.equal(args[0][:, : asked.shape[1]], asked)):
+            enter(output, find_rows(args[0], asked), parts.pop(0))
+
+    return [table.register_forward_hook(leave) for table in embedding_tables(model)]
+
+
+def embedding_tables(model: Model) -> list[nn.Module]:
+    """The tables of the input embeddings; an encoder-decoder may have two, with the encoder's first."""
+    if not model.encoder_length:
+        return [model.hf.get_input_embeddings()]
+    return list(dict.fromkeys(_table(part) for part in (model.hf.get_encoder(), model.hf.get_decoder())))
+
+
+def decoder_table(hf: PreTrainedModel) -> nn.Module:
+    """The input embeddings of an encoder-decoder's decoder."""
+    return _table(hf.get_decoder())
+
+
+def _table(part: Any) -> nn.Module:
+    return part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else part.embed_tokens
+
+
+def at_all_tokens(model: Model, hidden: Tensor, length: int) -> Tensor:
+    """The final hidden states of a prompt's T tokens, `[1, T, d]`; zeros at those that only an encoder reads.
+
+    More than the decoder's own tokens may be in what it gives: streams of several predictions, or padding.
+    """
+    before = model.encoder_length
+    hidden = hidden[:, : length - before]
+    return nn.functional.pad(hidden, (0, 0, before, 0)) if before else hidden

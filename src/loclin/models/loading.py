@@ -17,6 +17,7 @@ from loclin.models.gguf.packaged import DEFAULT, PACKAGED
 from loclin.models.gguf.source import gguf_file
 from loclin.models.model import Model
 from loclin.models.options import parse_device, parse_dtype, require
+from loclin.models.task import TASKS, Task
 
 
 @in_plain_torch
@@ -30,9 +31,10 @@ def load(
     revision: str | None = None,
     attn_implementation: str | None = None,
     stream: bool | None = None,
+    task: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Model:
-    """Load a causal language model.
+    """Load a language model, or a sequence classifier.
 
     Parameters
     ----------
@@ -53,6 +55,9 @@ def load(
         layers, the embeddings and the head. For safetensors files of transformers' own families, on the processor; the
         files must stay as they are. By default this is done where the weights of a local model do not fit into the
         free memory, and every result says so; False never does it.
+    task
+        "causal", "masked", "classification" or "seq2seq": what the model predicts, and so its class. By default that of
+        the class that the checkpoint was stored from.
     **from_pretrained_kwargs
         Anything else that transformers' `from_pretrained` takes.
 
@@ -92,8 +97,10 @@ def load(
     if stream is None and (from_pretrained_kwargs or _elsewhere(where, arguments)):
         stream = False
     arguments["stream"] = stream
+    if task is not None and task not in TASKS:
+        raise OptionError(f"task={task!r}: choose one of {', '.join(TASKS)}")
     try:
-        model = _load(name, revision, arguments)
+        model = _load(name, revision, arguments, task)
     except PermissionError as fault:
         raise ModelError(
             f"cannot read {name}: {access.reason(fault, Path(name))}; chmod it, or copy it to where you can read it"
@@ -116,7 +123,7 @@ def _refuse_elsewhere(where: torch.device | None, arguments: dict[str, Any]) -> 
         raise OptionError(f"{given[0]} and stream=True are both given: stream reads plain weights for the processor")
 
 
-def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> Model:
+def _load(name: str | Path, revision: str | None, arguments: dict[str, Any], task: Task | None) -> Model:
     label = str(name)
     try:
         path = Path(name).expanduser()
@@ -126,10 +133,13 @@ def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> 
     on_disk = packaged is not None or path.exists() or path.suffix.lower() == ".gguf"
     if on_disk and revision is not None:
         raise ModelError(f"{label} is not a hub model: leave revision out")
+    is_gguf = packaged is not None or (path.suffix.lower() == ".gguf" and not path.is_dir())
+    if is_gguf and task not in (None, "causal"):
+        raise ModelError(f"{label} is a GGUF file, which holds a causal model: leave the task out")
     if packaged is not None:
         return converted.load(packaged.source(), label, "package", arguments, bos_token=packaged.bos)
     if path.is_dir():
-        return pretrained.load_directory(path, label, arguments)
+        return pretrained.load_directory(path, label, arguments, task)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {label}: check the path")
@@ -146,4 +156,4 @@ def _load(name: str | Path, revision: str | None, arguments: dict[str, Any]) -> 
     if label.count("/") > 1 or label.startswith((".", "/", "~")):
         raise ModelError(f"there is no directory {label}: check the path")
     found = hub.resolve_revision(label, revision, arguments.get("token"), arguments.get("cache_dir"))
-    return pretrained.load_hub(label, {**arguments, **found})
+    return pretrained.load_hub(label, {**arguments, **found}, task)

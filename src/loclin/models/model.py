@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loclin.common.surroundings import in_plain_torch
@@ -16,6 +17,7 @@ from loclin.models import encoding
 from loclin.models.checks import refuse_model
 from loclin.models.lease import largest_layer_bytes
 from loclin.models.replica import replicate
+from loclin.models.task import Task, find_head, find_task
 from loclin.models.tokens import Tokens
 
 Source = Literal["package", "hub", "directory", "gguf", "wrapped"]
@@ -33,6 +35,7 @@ class ModelInfo:
     stored_dtype: str  # the type its weights were stored in; `dtype` is the one they have now
     dtype: str
     n_parameters: int  # tied ones count once
+    task: Task = "causal"  # what it predicts
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as plain values for JSON."""
@@ -41,7 +44,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A causal language model and its tokenizer.
+    """A language model and its tokenizer.
 
     Attributes
     ----------
@@ -51,6 +54,9 @@ class Model:
     bos: the id of the beginning-of-text token that `encode(bos=True)` puts in front, or None.
     context_length: the most tokens the model takes, or None where it sets no limit.
     note: what results say of how it was loaded; empty where there is nothing to say.
+    encoder_length: at one prompt of an encoder-decoder, how many of its tokens the encoder reads; the decoder reads the
+        others. 0 for other models, and where the encoder reads `inputs`.
+    inputs: at one prompt, what the model's forward pass takes beside tokens: constants of the map.
     """
 
     hf: PreTrainedModel
@@ -59,6 +65,25 @@ class Model:
     bos: int | None
     context_length: int | None
     note: str = ""
+    encoder_length: int = 0
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """What it predicts."""
+        return self.info.task
+
+    @property
+    def mask(self) -> int | None:
+        """The id of the token that stands for a masked one; None if neither the tokenizer nor the config names it."""
+        holder = self.hf.config if self.tokenizer is None else self.tokenizer
+        found = getattr(holder, "mask_token_id", None)
+        return found if isinstance(found, int) else None
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it is an encoder-decoder, of whatever task."""
+        return bool(getattr(self.hf.config, "is_encoder_decoder", False))
 
     @property
     def streamed(self) -> bool:
@@ -68,6 +93,13 @@ class Model:
     @property
     def _embeddings(self) -> Any:
         return self.hf.get_input_embeddings()
+
+    @property
+    def head(self) -> nn.Module:
+        """The matrix that gives the logits."""
+        head = find_head(self.hf)
+        assert head is not None  # or it would have been refused
+        return head
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +119,9 @@ class Model:
         """Turn a text into token ids [1, T], on the model's device.
 
         `bos` is the beginning-of-text token. None: what the tokenizer does by itself. True: one is put first. False:
-        none. A string: that token is put first. One with which the text begins already is not doubled.
+        none. A string: that token is put first. One with which the text begins already is not doubled. What the
+        tokenizer puts behind a text, such as `[SEP]`, is left out for a causal model, and kept for others unless `bos`
+        is given.
 
         Raises
         ------
@@ -98,7 +132,7 @@ class Model:
         """
         if self.tokenizer is None:
             raise ModelError(f"{self.info.name} has no tokenizer; pass token ids [1, T] instead of text")
-        ids = encoding.encode(self.tokenizer, prompt, bos, self.bos)
+        ids = encoding.encode(self.tokenizer, prompt, bos, self.bos, whole=self.task != "causal")
         encoding.refuse_long(len(ids), self.context_length, self.info.name)
         if max(ids) >= (vocabulary := self._embeddings.weight.shape[0]):
             raise PromptError(
@@ -127,6 +161,20 @@ class Model:
         """
         return self.tokens.shown(ids)
 
+    def refuse_other_tasks(self, what: str, *tasks: Task) -> None:
+        """Refuse, by a ModelError, what is defined for models of these tasks only."""
+        if self.task not in tasks:
+            raise ModelError(
+                f"{what} is not defined for a {self.task} model ({self.info.name}): give a {' or '.join(tasks)} one"
+            )
+
+    def name_outputs(self, ids: Sequence[int]) -> list[str]:
+        """The text of each thing that the model may predict: a token, or the name of a class."""
+        if self.task != "classification":
+            return self.decode_each(ids)
+        names: Any = self.hf.config.id2label
+        return [names.get(i, str(i)) for i in ids]
+
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """The text of all tokens together, with or without special tokens; see `tokens.offsets` for their places."""
         return self.tokens.text(ids, special=special)
@@ -149,15 +197,17 @@ def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, 
     Parameters
     ----------
     hf_model
-        A causal language model of transformers, compiled or with adapters of peft as you like. It keeps its mode,
-        device and dtype; adapters stay as they are, and so do those that are switched off.
+        A causal or masked language model, a sequence classifier or an encoder-decoder of transformers, compiled or with
+        adapters of peft as you like. It keeps its mode, device and dtype; adapters stay as they are, and so do those
+        that are switched off.
     tokenizer, name
         Without a tokenizer, prompts are token ids. The name in results is by default that by which it was loaded.
 
     Raises
     ------
     ModelError
-        When it is not a causal decoder with an output head, or its weights are missing or not finite.
+        When it is a causal model that attends to later tokens, or has no output head, or its weights are missing or not
+        finite.
     """
     given = type(hf_model).__name__
     hf_model = unwrap(hf_model)
@@ -192,6 +242,7 @@ def describe(
         stored_dtype=stored_dtype or dtype,
         dtype=dtype,
         n_parameters=hf.num_parameters(),
+        task=find_task(hf),
     )
     length = getattr(text_config, "max_position_embeddings", None)  # families without a limit write -1, or nothing
     limit = length if length is not None and length > 0 else None

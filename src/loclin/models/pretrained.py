@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from loclin.models.hub import describe_gated
 from loclin.models.model import Model, Source, describe
 from loclin.models.quiet import quiet
 from loclin.models.streaming.checkpoint import DTYPES, lost
+from loclin.models.task import AUTO, Task, config_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +37,7 @@ tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt merges
 _MOST_OF_FREE = 0.9  # the part of the free memory that weights may take: sweeps need some, too
 
 
-def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
+def load_directory(path: Path, name: str, arguments: dict[str, Any], task: Task | None = None) -> Model:
     """Load a model from a local directory."""
     inside = path / arguments.get("subfolder", "")
     if not (inside / "config.json").is_file():
@@ -44,33 +46,45 @@ def load_directory(path: Path, name: str, arguments: dict[str, Any]) -> Model:
         raise ModelError(f"the directory {name} has no config.json{hint or ': give the directory of a model'}")
     stored = stored_dtype(inside)
     has_tokenizer = any((inside / file).exists() for file in _TOKENIZER_FILES.split())
-    return _load(str(path), name, "directory", {**arguments, "local_files_only": True}, stored, has_tokenizer)
+    return _load(str(path), name, "directory", {**arguments, "local_files_only": True}, task, stored, has_tokenizer)
 
 
-def load_hub(name: str, arguments: dict[str, Any]) -> Model:
+def load_hub(name: str, arguments: dict[str, Any], task: Task | None = None) -> Model:
     """Load a model from the hub, or from the copy its client has downloaded."""
-    return _load(name, name, "hub", arguments)
+    return _load(name, name, "hub", arguments, task)
 
 
 def _load(
-    place: str, name: str, source: Source, arguments: dict[str, Any], stored: str | None = None, tokenized: bool = True
+    place: str,
+    name: str,
+    source: Source,
+    arguments: dict[str, Any],
+    task: Task | None,
+    stored: str | None = None,
+    tokenized: bool = True,
 ) -> Model:
-    config = read_config(place, name, arguments)
+    config = read_config(place, name, arguments, task)
+    chosen = task or config_task(config)
     settings = quantisation.settings_of(config)
     stored = settings.get("quant_method") or stored or config_dtype(config)
     tokenizer = read_tokenizer(place, name, arguments) if tokenized else None
-    hf: Any = _read_quantised(place, name, config, arguments) if settings else read_weights(place, name, arguments)
+    read = partial(_read_quantised, config=config) if settings else read_weights
+    hf = read(place, name, arguments, chosen)
     return describe(hf, tokenizer, name=name, source=source, revision=arguments.get("revision"), stored_dtype=stored)
 
 
-def _read_quantised(place: str, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+def _read_quantised(
+    place: str, name: str, arguments: dict[str, Any], task: Task, config: PreTrainedConfig
+) -> PreTrainedModel:
     """Read a checkpoint whose weights are quantised; those that loclin unpacks are plain ones then."""
     settings = quantisation.settings_of(config)
     if "quantization_config" not in arguments:
         quantisation.refuse_quantised(settings, name)
         if settings["quant_method"] in quantisation.PACKED and not arguments.get("stream"):
+            if task != "causal":
+                raise ModelError(f"{name} is a {task} model with packed weights: give a checkpoint with plain weights")
             return _read_packed(place, name, config, arguments)
-    hf: Any = read_weights(place, name, quantisation.with_options(settings, arguments))
+    hf: Any = read_weights(place, name, quantisation.with_options(settings, arguments), task)
     hf._loclin_note = quantisation.note_dequantised(settings, name)
     return hf
 
@@ -101,14 +115,15 @@ def _read_packed(place: str, name: str, config: PreTrainedConfig, arguments: dic
     return hf.eval()
 
 
-def read_config(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedConfig:
-    """Read a checkpoint's config, and refuse what is no causal decoder before any weight is read."""
+def read_config(place: str, name: str, arguments: dict[str, Any], task: Task | None = "causal") -> PreTrainedConfig:
+    """Read a checkpoint's config, and refuse what is no model of the task before any weight is read."""
     from transformers import AutoConfig
 
     with _reading(name, "config"):
         config = AutoConfig.from_pretrained(place, **_where(arguments))
-    refuse_config(config, name)
-    refuse_unknown_family(config, name)
+    task = task or config_task(config)
+    refuse_config(config, name, task)
+    refuse_unknown_family(config, name, task)
     return config
 
 
@@ -120,15 +135,17 @@ def read_tokenizer(place: str, name: str, arguments: dict[str, Any]) -> PreTrain
         return AutoTokenizer.from_pretrained(place, **_where(arguments))
 
 
-def read_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+def read_weights(place: str, name: str, arguments: dict[str, Any], task: Task = "causal") -> PreTrainedModel:
     """Read a checkpoint's weights into a model in eval mode; with `stream`, those of its layers stay on disk.
 
     Where `stream` is None, they do if the weights do not fit into the free memory.
     """
-    from transformers import AutoModelForCausalLM
-
     arguments = {**arguments}
     stream = arguments.pop("stream", False)
+    if task != "causal":
+        if stream:
+            raise OptionError(f"{name} is a {task} model, and stream is for causal ones: leave stream out")
+        stream = False
     if stream:
         return _stream_weights(place, name, arguments)
     if stream is None and (why := _too_large(Path(place), arguments)):
@@ -139,7 +156,7 @@ def read_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrained
         hf._loclin_note = f"The layers of {name} are read from disk layer by layer: {why}."
         return hf
     with _reading(name, "model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **{**arguments, "output_loading_info": True})
+        loaded: Any = AUTO[task].from_pretrained(place, **{**arguments, "output_loading_info": True})
     hf, report = loaded
     refuse_missing(report, name)
     keep_from_packing(hf)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from loclin.errors import PromptError
+from loclin.errors import ModelError, OptionError, PromptError
 from loclin.models import Model
-from loclin.models.encoding import appended_tokens, refuse_long, strip_padding
+from loclin.models.encoding import appended_tokens, encode, refuse_long, strip_padding
+from loclin.models.forward import decoder_table, hooked, run
 
 Prompt = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
 """What can be given as a prompt: see `read_prompt`."""
@@ -53,6 +56,110 @@ def read_prompt(
     return check_ids(model, ids)
 
 
+_TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "labels", "use_cache")
+
+
+def place_prompt(
+    model: Model,
+    prompt: Prompt,
+    *,
+    attention_mask: Numbers | None = None,
+    bos: bool | str | None = None,
+    decoder: Prompt | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> tuple[Model, Int[Tensor, "1 T"]]:
+    """A model at one prompt, with what it takes beside tokens; and the prompt's ids (see `read_prompt`).
+
+    For an encoder-decoder these are the tokens of its encoder and, behind them, of its decoder. `decoder` is None, what
+    the decoder starts with by itself; ids, which are taken as they are; or a text, which follows that start. Where the
+    encoder reads one of the `inputs` (sound), the prompt is the decoder's.
+
+    Cost: a forward pass, for an encoder-decoder that classifies, which makes its decoder's tokens from the prompt.
+    """
+    if model.task == "causal" and (decoder is not None or inputs):
+        given = "inputs" if decoder is None else "decoder"
+        raise OptionError(f"{given} is for other tasks, and {model.info.name} is a causal model: leave it out")
+    if inputs:
+        model = replace(model, inputs=_check_inputs(model, inputs))
+    if not model.has_encoder:
+        if decoder is not None:
+            raise OptionError(f"{model.info.name} has no decoder beside its encoder: leave decoder out")
+        ids = read_prompt(model, prompt, attention_mask, bos)
+        return _with_types(model, prompt, ids), ids
+    table = decoder_table(model.hf)
+    if (main := model.hf.main_input_name) in model.inputs:
+        if decoder is not None:
+            raise OptionError(f"the encoder reads {main}, and the prompt is the decoder's: leave decoder out")
+        return model, check_ids(model, _decoder_ids(model, prompt), table)
+    if main != "input_ids":
+        raise PromptError(
+            f"the encoder of {model.info.name} reads {main}, and not tokens: give inputs={{{main!r}: ...}}"
+        )
+    ids = read_prompt(model, prompt, attention_mask, bos)
+    if model.task == "classification":
+        if decoder is not None:
+            raise OptionError(f"{model.info.name} makes its decoder's tokens from the prompt: leave decoder out")
+        others = _made_for_decoder(model, ids, table)
+    else:
+        others = _decoder_ids(model, decoder)
+    others = check_ids(model, others.to(ids.device), table)
+    return replace(model, encoder_length=ids.shape[1]), torch.cat([ids, others], dim=1)
+
+
+def _check_inputs(model: Model, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model takes beside tokens, on its device, and in its dtype where it is not whole numbers."""
+    takes = inspect.signature(model.hf.forward).parameters
+    for name, value in inputs.items():
+        if name not in takes or name in _TOKENS or not isinstance(value, Tensor):
+            raise OptionError(f"inputs[{name!r}]: give tensors that {type(model.hf).__name__} takes beside tokens")
+    return {
+        name: value.to(model.device, model.hf.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+
+
+def _with_types(model: Model, prompt: Prompt, ids: Tensor) -> Model:
+    """The model with the segments of a pair of texts, where a tokenizer has given them with the prompt."""
+    types = prompt.get("token_type_ids") if isinstance(prompt, Mapping) and model.task != "causal" else None
+    if types is None or "token_type_ids" in model.inputs:
+        return model
+    types = _row(as_ids(types))
+    if types.shape != ids.shape:
+        raise PromptError("token_type_ids are for the ids with their padding: give a prompt without padding")
+    return replace(model, inputs={**model.inputs, **_check_inputs(model, {"token_type_ids": types})})
+
+
+def _decoder_ids(model: Model, prompt: Prompt | None) -> Tensor:
+    """The ids of a decoder's prompt."""
+    if prompt is not None and not isinstance(prompt, str):
+        return _row(as_ids(prompt["input_ids"] if isinstance(prompt, Mapping) else prompt))
+    ids = [_decoder_start(model)]
+    if prompt and model.tokenizer is None:
+        raise ModelError(f"{model.info.name} has no tokenizer; pass the decoder's token ids [1, T] instead of text")
+    if prompt and model.tokenizer is not None:
+        ids += encode(model.tokenizer, prompt, False, None)
+    return torch.tensor([ids], device=model.device)
+
+
+def _decoder_start(model: Model) -> int:
+    """The token that a decoder starts with."""
+    holders = getattr(model.hf, "generation_config", None), model.hf.config
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for holder in holders:
+            if isinstance(found := getattr(holder, name, None), int):
+                return found
+    raise PromptError(f"{model.info.name} does not say what its decoder starts with: give decoder=, its token ids")
+
+
+def _made_for_decoder(model: Model, input_ids: Tensor, table: nn.Module) -> Tensor:
+    """The ids that an encoder-decoder gives to its decoder by itself: the last that its embeddings look up."""
+    seen: list[Tensor] = []
+    handle = table.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with torch.no_grad(), hooked([handle]):
+        run(model, input_ids)
+    return seen[-1]
+
+
 def as_ids(given: Any, *, bools: bool = False) -> Tensor:
     """Convert a tensor, an array or (nested) lists of whole numbers to a tensor of integers; bools are refused."""
     if not isinstance(given, Tensor):
@@ -75,12 +182,12 @@ def as_ids(given: Any, *, bools: bool = False) -> Tensor:
     return cast("Tensor", given.long())
 
 
-def check_ids(model: Model, input_ids: Tensor) -> Int[Tensor, "1 T"]:
-    """Refuse token ids of another shape, too many, or such as the model does not have."""
+def check_ids(model: Model, input_ids: Tensor, table: nn.Module | None = None) -> Int[Tensor, "1 T"]:
+    """Refuse token ids of another shape, too many, or such as the model, or a table of embeddings, does not have."""
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.numel():
         raise PromptError(f"{_SHAPE}, not {list(input_ids.shape)}")
     refuse_long(input_ids.numel(), model.context_length, model.info.name)
-    vocabulary = cast("Tensor", model.hf.get_input_embeddings().weight).shape[0]
+    vocabulary = cast("Tensor", (table or model.hf.get_input_embeddings()).weight).shape[0]
     if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
         raise PromptError(f"token ids must be whole numbers from 0 to {vocabulary - 1}")
     return input_ids
@@ -100,6 +207,10 @@ def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: boo
     `appends`: the prompt was a text to which the tokenizer would have appended an end.
     """
     ids, found = input_ids[0].tolist(), []
+    if model.task == "masked" and (model.mask is None or model.mask not in ids):
+        found.append("The prompt has no mask token: position -1 is its last token.")
+    if model.task == "classification" and model.hf.config.num_labels == 1:
+        found.append("The model has one class, whose probability is 1 whatever the prompt: see its logit.")
     ends = _ends(model)
     holder = model.hf.config.get_text_config() if model.tokenizer is None else model.tokenizer
     pad = getattr(holder, "pad_token_id", None)
@@ -109,12 +220,12 @@ def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: boo
             f"The tokenizer appends {names} to every text. It is left out, so that the prediction follows the text. "
             "Give token ids to keep it."
         )
-    if ids[-1] in ends and len(ids) > 1:
+    if model.task == "causal" and ids[-1] in ends and len(ids) > 1:
         found.append(
             f"The prompt ends with {_name(model, ids[-1])}, which ends a text: the prediction is what the model says "
             "after the end. Leave it out to explain what follows the words."
         )
-    if isinstance(pad, int) and len(ids) > 1:
+    if isinstance(pad, int) and len(ids) > 1 and not model.has_encoder:  # a decoder may start with it
         # a text may begin with what else stands for padding, but not twice
         begins = ids[0] == pad and (pad != model.bos or ids[1] == pad)
         if begins or (ids[-1] == pad and pad not in ends):

@@ -1,4 +1,4 @@
-"""A tiny random model of every family that transformers knows as a causal language model."""
+"""A tiny random model of every family that transformers knows as a model of a task."""
 
 from __future__ import annotations
 
@@ -12,13 +12,27 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from loclin.errors import ModelError
 from loclin.models.quiet import quiet
-from loclin.models.tiny_sizes import BIAS_FREE, BIASES, FAMILIES, KINDS, LATENT, LAYERS, PARTS, REFUSED, SINGLE, SIZES
+from loclin.models.task import AUTO, NAMES, Task
+from loclin.models.tiny_sizes import (
+    BIAS_FREE,
+    BIASES,
+    CAUSAL,
+    FAMILIES,
+    KINDS,
+    LATENT,
+    LAYERS,
+    PARTS,
+    REFUSED,
+    SINGLE,
+    SIZES,
+    VOCABULARY,
+)
 
 # parameters that set decays and time steps: far from where they start, states explode or die
 DELICATE = ("A_log", "dt_bias", "dt_proj.bias", "time_", "recurrent_param", "decay", "igate", "fgate")
@@ -26,18 +40,24 @@ SPECIAL = ("pad", "bos", "eos", "decoder_start", "unk", "mask", "sep", "cls", "i
 LEARNED_BUFFERS = ("correction_bias", "expert_bias", "balancing_biases", "layer_scalar")
 
 
-def families() -> tuple[str, ...]:
-    """Name every family that `build` tries: the model types with a causal language model."""
-    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def families(task: Task = "causal") -> tuple[str, ...]:
+    """Name every family that `build` tries: the model types with a model of the task."""
+    return tuple(sorted(NAMES[task]))
 
 
 def build(
-    family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, attn: str | None = None
+    family: str,
+    *,
+    task: Task = "causal",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    attn: str | None = None,
 ) -> PreTrainedModel:
     """Build a family's tiny model in eval mode, with `attn` if it can, and weights far from where training starts."""
-    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if family not in NAMES[task]:
+        kind = "causal language" if task == "causal" else task
         raise ModelError(
-            f"transformers has no causal language model for the family {family!r}: choose one of tiny.families()"
+            f"transformers has no {kind} model for the family {family!r}: choose one of tiny.families({task!r})"
         )
     if family in REFUSED:
         raise ModelError(f"there is no tiny {family}: {REFUSED[family]}")
@@ -45,7 +65,7 @@ def build(
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
-            model = _model(family, attn)
+            model = _model(family, task, attn)
         except Exception as fault:  # as many kinds as there are families
             raise ModelError(f"there is no tiny {family} here: {_reason(fault)}") from fault
         _fill(model, seed)
@@ -59,24 +79,28 @@ def build(
 def prompt(model: PreTrainedModel, length: int = 7, seed: int = 1) -> Tensor:
     """Draw random token ids `[1, length]`, none of them special."""
     special = _special_ids(model.config)
-    ordinary = torch.tensor([i for i in range(model.config.get_text_config().vocab_size) if i not in special])
+    size = getattr(model.config.get_text_config(), "vocab_size", VOCABULARY)  # characters are without one
+    ordinary = torch.tensor([i for i in range(size) if i not in special])
     drawn = torch.randint(len(ordinary), (1, length), generator=torch.Generator().manual_seed(seed))
     return ordinary[drawn]
 
 
-def _config(kind: type[PreTrainedConfig], family: str, more: dict[str, Any] | None = None) -> PreTrainedConfig:
-    own = FAMILIES.get(family, {}) | (more or {})
+def _config(
+    kind: type[PreTrainedConfig], family: str, task: Task, more: dict[str, Any] | None = None
+) -> PreTrainedConfig:
+    own = FAMILIES.get(family, {}) | (CAUSAL.get(family, {}) if task == "causal" else {}) | (more or {})
     names = [field.name for field in dataclasses.fields(kind)]
     changes = {name: own[name] for name in kind.sub_configs if name in own}  # some defaults contradict themselves
     usual = kind(**{name: KINDS[name] for name in names if name in KINDS}, **changes)
     sizes = {name: size for name in names if (size := _size(name, usual, family)) is not None}
     latent = LATENT if "kv_lora_rank" in names else {}
     parts = {
-        name: _config(type(value), value.model_type, own.get(name))
+        name: _config(type(value), value.model_type, task, own.get(name))
         for name, value in vars(usual).items()
         if isinstance(value, PreTrainedConfig)
     }
-    return kind(**{**sizes, **latent, **own, **parts})
+    direction = {"is_decoder": task == "causal"} if "is_decoder" in names else {}
+    return kind(**{**sizes, **latent, **direction, **own, **parts})
 
 
 def _size(name: str, usual: PreTrainedConfig, family: str) -> Any:
@@ -115,11 +139,13 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
     return found
 
 
-def _model(family: str, attn: str | None) -> PreTrainedModel:
+def _model(family: str, task: Task, attn: str | None) -> PreTrainedModel:
     settings: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
-    whole = _config(CONFIG_MAPPING[family], family)
-    make: Any = AutoModelForCausalLM.from_config
-    if family in PARTS:
+    whole = _config(CONFIG_MAPPING[family], family, task)
+    if getattr(whole, "is_encoder_decoder", False) and getattr(whole, "decoder_start_token_id", None) is None:
+        whole.decoder_start_token_id = SPECIAL.index("decoder_start")
+    make: Any = AUTO[task].from_config
+    if family in PARTS and task == "causal":
         make = cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)])._from_config
         whole = getattr(whole, PARTS[family])
     if attn is not None:

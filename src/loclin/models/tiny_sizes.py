@@ -24,7 +24,7 @@ def _table(text: str) -> dict[str, Any]:
 
 SIZES = _table(f"""
 # vocabulary
-{VOCABULARY} vocab_size vocab_size_per_layer_input decoder_vocab_size
+{VOCABULARY} vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size
 # depth
 {LAYERS} num_hidden_layers n_layer n_layers num_layers num_decoder_layers decoder_layers num_blocks depth
 1 encoder_layers num_encoder_layers num_nextn_predict_layers
@@ -68,7 +68,7 @@ SIZES = _table(f"""
 32 output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels adapter_in_dim
 32 adapter_out_dim adapter_input_size out_hidden_size projector_input_dim projector_output_dim backbone_hidden_size
 1 num_codebooks
-""") | {"is_decoder": True, "use_cache": False, "use_mamba_kernels": False}
+""") | {"use_cache": False, "use_mamba_kernels": False}
 
 # what decides which kinds of layers there are, and so is set before the kinds are asked for
 KINDS: dict[str, Any] = {
@@ -117,6 +117,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "cpmant": {"prompt_length": 2},
+    "distilbert": _table("32 dim\n40 hidden_dim"),
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "rope_theta": 10000.0}, "rope_parameters": {"rope_theta": 10000.0}},
     "deepseek_v4": {
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
@@ -128,6 +129,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_vision_encoder": {"mlp_bias": False},
     "dots3_note_text": _DOTS3,
+    "esm": {"pad_token_id": 1, "mask_token_id": 3},
+    "esmc": {"num_key_value_heads": 4},
     "gemma3n_text": _SHARED_LAST | {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "laurel_rank": 8},
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
@@ -139,7 +142,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "laguna": {"layer_types": _FULL_AROUND, "num_attention_heads_per_layer": [4, 8, 4]},
     "lfm2": {"layer_types": _CONV_AROUND},
     "lfm2_moe": {"layer_types": _CONV_AROUND},
+    "layoutlmv3": _table("4 coordinate_size\n8 shape_size"),
+    "led": {"attention_window": 4},
+    "lilt": {"hidden_size": 48},
     "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1]},
+    "longformer": {"attention_window": 4},
     "mamba2": {"head_dim": 16},
     "mellum": {"layer_types": _FULL_AROUND},
     "minimax_m3_vl_text": {
@@ -150,16 +157,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "ministral": {"layer_types": _FULL_AROUND},
     "mllama_text_model": {"cross_attention_layers": [1]},
+    "perceiver": _table("8 num_latents\n32 d_latents\n2 num_self_attends_per_block"),
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "hash_seed": 0},
     "roc_bert": _table("8 pronunciation_embed_dim shape_embed_dim")
     | _table("97 pronunciation_vocab_size shape_vocab_size"),
     "qwen4_exp_text": _QWEN4,
-    "xlm": {"causal": True},
-    "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "num_experts_per_tok": 1, "router_hidden_size": 16},
 }
+
+# what makes the causal language model of a family of encoders one
+CAUSAL: dict[str, dict[str, Any]] = {"xlm": {"causal": True}, "xlnet": {"attn_type": "uni"}}
 
 # families whose causal language model takes a part of the config
 PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}

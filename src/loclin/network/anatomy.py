@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from loclin.common.brief import brief
 from loclin.errors import ModelError
 from loclin.models.blocks import find_blocks
+from loclin.models.task import find_head
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     decoder: nn.Module | None = model.get_decoder()
     if decoder is None or decoder is model:
         decoder = model.base_model
-    head = model.get_output_embeddings()
+    if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
+        decoder = decoder.base_model  # a causal model as the decoder of an encoder-decoder
+    head = find_head(model)
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise ModelError(f"{type(model).__name__} has no output head: give a causal language model")
+        raise ModelError(f"{type(model).__name__} has no output head: give a language model or a classifier")
     family = model.config.get_text_config().model_type
     layers, weights = find_blocks(decoder) or find_blocks(model), EXPLICIT.get(family)
     known = weights is not None and all(_has(layer, weights) for layer in layers)

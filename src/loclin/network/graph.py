@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,17 @@ from torch.utils.hooks import RemovableHandle
 from loclin.common.brief import brief
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions
-from loclin.models.forward import Rows, find_rows, hidden_input, hidden_output, hooked, logits_at, with_rows
+from loclin.models.forward import (
+    Rows,
+    at_all_tokens,
+    embedding_tables,
+    hidden_input,
+    hidden_output,
+    hook_embeddings,
+    hooked,
+    logits_at,
+    with_rows,
+)
 from loclin.models.lease import graph_without_weights
 from loclin.network.autograd import Constants, depends_on
 from loclin.network.trace import Trace, agrees
@@ -54,16 +65,20 @@ class Graph:
         return not depends_on(self.points["resid_mid"], constant)
 
 
-def hook_input(trace: Trace, enter: Callable[[Tensor, Rows], None]) -> RemovableHandle:
-    """Call `enter` with the network's input, what enters the first layer or leaves the embeddings, and its rows."""
+def hook_input(trace: Trace, enter: Callable[[Tensor, Rows, slice], None]) -> list[RemovableHandle]:
+    """Call `enter` with the network's input, what enters the first layer or leaves the embeddings.
+
+    And with its rows, and the tokens that they belong to. Each part of the prompt enters once.
+    """
     if trace.sequence.fallback_reason is not None:
-        embeddings = trace.model.hf.get_input_embeddings()
-        return embeddings.register_forward_hook(
-            lambda _m, args, output: enter(output, find_rows(args[0], trace.input_ids))
-        )
-    return trace.layers[0].block.module.register_forward_pre_hook(
-        lambda _m, args, kwargs: enter(hidden_input(args, kwargs), _all), with_kwargs=True
-    )
+        return hook_embeddings(trace.model, trace.input_ids, enter)
+    waiting = [slice(0, trace.length)]
+
+    def pass_on(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if waiting:
+            enter(hidden_input(args, kwargs), _all, waiting.pop())
+
+    return [trace.layers[0].block.module.register_forward_pre_hook(pass_on, with_kwargs=True)]
 
 
 def _all(hidden: Tensor) -> Tensor:
@@ -72,28 +87,27 @@ def _all(hidden: Tensor) -> Tensor:
 
 def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -> Graph:
     """The whole network from the embeddings to `final`, as one layer. Cost: two forward passes; holds every graph."""
-    model, points, rerun, length = trace.model, dict[str, Tensor](), dict[str, Tensor](), trace.length
-    table = model.hf.get_input_embeddings()
+    model, rerun, length = trace.model, dict[str, Tensor](), trace.length
+    table = embedding_tables(model)[0]
     trace.check_weights(model.hf)
     x = trace.layers[0].value.detach().clone().requires_grad_()
+    points = {"resid_pre": x}
     with trace.freeze(model.hf, options, collect=collect) as mode, torch.no_grad():
 
-        def enter(hidden: Tensor, rows: Rows) -> None:
-            if "resid_pre" in points:
-                return
-            points["resid_pre"] = x
+        def enter(hidden: Tensor, rows: Rows, tokens: slice) -> None:
+            own = x[:, tokens]
             with mode.paused():
-                others = with_rows(hidden.to(x.dtype), rows, torch.zeros_like(x))
-                mode.enter(hidden, with_rows(mode.constant(others, table.weight, "embedding"), rows, x))
+                others = with_rows(hidden.to(x.dtype), rows, torch.zeros_like(own))
+                mode.enter(hidden, with_rows(mode.constant(others, table.weight, "embedding"), rows, own))
 
         def leave(_module: nn.Module, _args: object, output: object) -> None:
             with mode.paused():
-                points["resid_post"] = mode.live(hidden_output(output))[:, :length]
-            rerun["final"] = hidden_output(output).detach()[:, :length]
+                points["resid_post"] = at_all_tokens(model, mode.live(hidden_output(output)), length)
+            rerun["final"] = at_all_tokens(model, hidden_output(output).detach(), length)
             mode.collect = False
 
-        handles = [hook_input(trace, enter), trace.sequence.exit.register_forward_hook(leave)]
-        handles += mode.look_up(trace.input_ids, table)
+        handles = [*hook_input(trace, enter), trace.sequence.exit.register_forward_hook(leave)]
+        handles += mode.look_up(trace.input_ids, model.hf.get_input_embeddings())
         with hooked(handles), graph_without_weights(model.hf):
             logits_at(model, trace.input_ids, length - 1)
     check_reproduced(trace, rerun["final"], trace.stock_final, "the model")

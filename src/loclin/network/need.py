@@ -34,11 +34,11 @@ def allow(model: Model, length: int, options: FreezeOptions, memory: Budget) -> 
     vocabulary, d = embedding.shape
     d = max(d, getattr(config, "hidden_size", d))
     size, stock = options.dtype(hf.dtype).itemsize, hf.dtype.itemsize
-    layers = list(anatomy.layers) or [hf]
+    layers = [hf] if model.encoder_length else list(anatomy.layers) or [hf]
     values = 2 * size + (stock if stock != size else 0)  # an input, also as the model has it; what attention adds
     chosen, wide = getattr(config, "num_experts_per_tok", None), max(size, 4)
     work = max(_layer_bytes(layer, length, size, chosen) for layer in layers) + length * d * _STREAMS * size
-    at_once = 1 if anatomy.layers else getattr(config, "num_hidden_layers", 1)
+    at_once = 1 if anatomy.layers and not model.encoder_length else getattr(config, "num_hidden_layers", 1)
     work += PATTERNS * at_once * _pattern_bytes(config, length, wide)
     work += vocabulary * (_HEAD + (0 if keeps_logits(hf) else 2 * length)) * wide
     kept = len(layers) * length * d * values + 4 * length * d * size + 2 * length**2 * size

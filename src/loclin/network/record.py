@@ -11,18 +11,22 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.common.sums import relative_error
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, Frozen, frozen
 from loclin.freeze.pattern import BlockPattern, Pattern, PatternBlock
-from loclin.models.forward import find_rows, hidden_input, hidden_output, hooked
+from loclin.models.forward import Rows, hidden_input, hidden_output, hook_embeddings, hooked
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
+from loclin.network.ends import OutputHeadLink
 from loclin.network.proof import proved_positions
 from loclin.network.reader import ExplicitLayers
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
 from loclin.network.trace import BlockCall, Trace, UnreadError, agrees, run_to_logits, takes_values
+
+_HEAD_ERROR = 1e-3  # of logits that are rebuilt from a final hidden state: far beyond rounding
 
 
 class _NotASequenceError(Exception):
@@ -66,9 +70,23 @@ def trace_prompt(
         try:
             found = _record(*prompt, sequence)
         except _NotASequenceError as why:
-            found = _record(*prompt, as_one_block(sequence, model, anatomy, str(why)))
+            found = _record(*prompt, as_one_block(sequence, model, anatomy, input_ids.shape[1], str(why)))
     found.check_weights(model.hf)
+    if model.task != "causal":
+        _check_head(found)
     return found
+
+
+def _check_head(trace: Trace) -> None:
+    """Refuse, by a ModelError, logits that read more than one final hidden state: of a classifier, say."""
+    head, at = OutputHeadLink(trace, trace.sequence.predicts), trace.sequence.predicts
+    value = trace.logits(at)
+    rebuilt = head.jvp(trace.final[:1, at])[0] + sum(head.constants().values())
+    if not relative_error(rebuilt - value, value) <= _HEAD_ERROR:
+        raise ModelError(
+            f"{trace.model.info.name}: its logits read more than the final hidden state at position {at}, by which "
+            "loclin takes them; give another model"
+        )
 
 
 def _refuse_hooks(model: Model) -> None:
@@ -195,7 +213,7 @@ class _Recorder:
         for module in model.hf.modules():
             yield self._mode.watch(module)
         if sequence.fallback_reason is not None:
-            yield model.hf.get_input_embeddings().register_forward_hook(self._leave_embeddings)
+            yield from hook_embeddings(model, self._input_ids, self._leave_embeddings)
         yield from self._explicit.hooks()
         for module in dict.fromkeys(block.module for block in sequence.blocks):
             yield module.register_forward_pre_hook(self._enter_block, with_kwargs=True)
@@ -215,13 +233,14 @@ class _Recorder:
             stock = hidden.detach().clone()
         return stock, stock if self._keeps and stock.dtype == self._mode.dtype else self._value(hidden).clone()
 
-    def _leave_embeddings(self, _module: nn.Module, args: Any, output: Tensor) -> None:
-        if not self.calls:
-            self._mode.enter(output)
-            whole, rows = Block(self._model.hf, "model", Sublayers()), find_rows(args[0], self._input_ids)
-            stock, value = self._both_values(output)
-            self.calls.append(BlockCall(whole, rows(stock), rows(value)))
-            self.attn_out.append(None)
+    def _leave_embeddings(self, output: Tensor, rows: Rows, _tokens: slice) -> None:
+        self._mode.enter(output)
+        stock, value = (rows(both) for both in self._both_values(output))
+        if self.calls:  # the tokens of a decoder, behind those of its encoder
+            before = self.calls.pop()
+            stock, value = torch.cat([before.hidden, stock], 1), torch.cat([before.value, value], 1)
+        self.calls.append(BlockCall(Block(self._model.hf, "model", Sublayers()), stock, value))
+        self.attn_out = [None]
 
     def _enter_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = hidden_input(args, kwargs)
@@ -266,7 +285,7 @@ def _record(
         recorder = _Recorder(mode, model, input_ids, sequence, explicit, attention)
         with hooked(recorder.hooks()):
             try:
-                head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, length - 1, None)
+                head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, sequence.predicts, None)
             except UnreadError as fault:
                 if sequence.fallback_reason is not None:
                     raise
@@ -304,7 +323,7 @@ def _record(
         explicit=tuple(explicit.exact),
         coefficients=tuple(explicit.kept),
         biased=tuple(explicit.biased),
-        causal=attention.causal,
+        causal=attention.causal and not model.encoder_length,
         attention_bytes=attention_bytes,
-        _heads={length - 1: head},
+        _heads={sequence.predicts: head},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loclin.common.brief import brief
 from loclin.errors import ModelError
-from loclin.models.forward import hidden_input, hidden_output, hooked, logits_at
+from loclin.models.forward import at_all_tokens, hidden_input, hidden_output, hooked, logits_at
 from loclin.models.model import Model
 from loclin.network.anatomy import Anatomy
 
@@ -55,7 +55,8 @@ class BlockSequence:
     blocks: list[Block]  # the decoder blocks, in the order of their calls
     tail: list[nn.Module]  # behind the last block, each taking the output of the one before: the final norm, as a rule
     final: Tensor  # the tail's output [1, T, d]: the final hidden state
-    logits: Tensor  # the model's own at the last position [V]
+    predicts: int  # the position of the model's prediction: the last token, the mask, or the one that the classes read
+    logits: Tensor  # the model's own there [V]
     fallback_reason: str | None  # why the network is taken as one block, if blocks do not pass the hidden state on
     exit: nn.Module  # whose output `final` is
     decoded: Tensor | None  # the decoder's output, where it is one vector per token
@@ -69,23 +70,60 @@ def find_sequence(model: Model, anatomy: Anatomy, input_ids: Tensor) -> BlockSeq
 
     ModelError where not even the decoder's output can be found, or the model's own values are not finite.
     """
-    watcher = _Watcher(model, anatomy, input_ids.shape[1])
+    watcher = _Watcher(model, anatomy, input_ids.shape[1] - model.encoder_length)
+    at = _predicted_position(model, input_ids)
     with torch.no_grad(), hooked(watcher.hooks()):
         try:
-            logits = logits_at(model, input_ids, input_ids.shape[1] - 1)
+            logits = logits_at(model, input_ids, at)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as fault:
             what = str(fault).partition("\n")[0]
             raise ModelError(f"{model.info.name}: the model's own forward pass fails: {what}", "forward") from fault
     final = watcher.current if isinstance(watcher.current, Tensor) else logits
     dtype = _coarsest_dtype(model, logits, final)
     _refuse_overflow(model, watcher, logits, dtype)
-    blocks, tail, reason = watcher.blocks, watcher.tail, watcher.fallback_reason()
+    blocks, tail = watcher.blocks, watcher.tail
+    reason = "its decoder reads its encoder" if model.encoder_length else watcher.fallback_reason()
     leaves = tail[-1] if tail else (blocks[-1].module if blocks else anatomy.decoder)
-    found = BlockSequence(blocks, tail, final, logits, reason, leaves, watcher.decoded, dtype)
-    return found if reason is None else as_one_block(found, model, anatomy, reason)
+    found = BlockSequence(blocks, tail, final, at, logits, reason, leaves, watcher.decoded, dtype)
+    found = found if reason is None else as_one_block(found, model, anatomy, input_ids.shape[1], reason)
+    return _at_classes(found, model, input_ids) if model.task == "classification" else found
 
 
-def as_one_block(sequence: BlockSequence, model: Model, anatomy: Anatomy, reason: str) -> BlockSequence:
+def _predicted_position(model: Model, input_ids: Tensor) -> int:
+    """The first masked token of a model that fills masks; otherwise, or without a mask, the last token."""
+    ids = input_ids[0].tolist()
+    return ids.index(model.mask) if model.task == "masked" and model.mask in ids else len(ids) - 1
+
+
+def _at_classes(sequence: BlockSequence, model: Model, input_ids: Tensor) -> BlockSequence:
+    """The sequence at the token whose final hidden state the classes read. Cost: a forward pass.
+
+    ModelError where they read several.
+    """
+    seen: list[Tensor] = []
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        torch.set_grad_enabled(True)  # from here on: restored below
+        hidden = hidden_output(output)
+        seen.append(hidden if hidden.requires_grad else hidden.requires_grad_())
+
+    with torch.no_grad(), hooked([sequence.exit.register_forward_hook(leave)]):
+        logits = logits_at(model, input_ids, sequence.predicts)
+        # NaN reaches whatever is read, also where derivatives vanish
+        cotangent = torch.full_like(logits, torch.nan)
+        found = logits.requires_grad and torch.autograd.grad(logits, seen[-1], cotangent, allow_unused=True)[0]
+    moved = found if isinstance(found, Tensor) else torch.zeros_like(seen[-1])
+    read = at_all_tokens(model, moved, input_ids.shape[1])[0].isnan().any(-1).nonzero().flatten().tolist()
+    if len(read) != 1:
+        raise ModelError(
+            f"{model.info.name}: its classes read the final hidden states of {len(read)} tokens; loclin takes "
+            "classifiers that read one token, such as [CLS] or the last",
+            type(sequence.exit).__name__,
+        )
+    return replace(sequence, predicts=int(read[0]))
+
+
+def as_one_block(sequence: BlockSequence, model: Model, anatomy: Anatomy, length: int, reason: str) -> BlockSequence:
     """Everything from the embeddings to the decoder's output as one block; ModelError if it is no vector a token."""
     if sequence.decoded is None:
         kind = type(anatomy.decoder).__name__
@@ -94,7 +132,10 @@ def as_one_block(sequence: BlockSequence, model: Model, anatomy: Anatomy, reason
             "output is not one vector per token",
             kind,
         )
-    return BlockSequence([], [], sequence.decoded, sequence.logits, reason, anatomy.decoder, None, sequence.dtype)
+    final = at_all_tokens(model, sequence.decoded, length)
+    return replace(
+        sequence, blocks=[], tail=[], final=final, fallback_reason=reason, exit=anatomy.decoder, decoded=None
+    )
 
 
 def _coarsest_dtype(model: Model, *values: Tensor) -> torch.dtype:
@@ -153,7 +194,7 @@ class _Watcher:
                 if path and path.count(".") < 2:
                     yield part.register_forward_hook(self._leave_sublayer(path))
         for module in self._model.hf.modules():
-            if module not in inner and module is not anatomy.head:
+            if module not in inner and anatomy.head not in module.modules():
                 yield module.register_forward_pre_hook(self._enter_tail, with_kwargs=True)
                 yield module.register_forward_hook(self._leave_tail)
 

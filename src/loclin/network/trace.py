@@ -16,7 +16,7 @@ from loclin.common.sums import relative_error
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.freeze import FreezeOptions, Frozen, NonlinearUse, frozen
 from loclin.freeze.mode import Keep
-from loclin.models.forward import hidden_output, hooked, logits_at
+from loclin.models.forward import at_all_tokens, hidden_output, hooked, logits_at
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy
@@ -78,7 +78,7 @@ class Trace:
     end: BlockCall  # what enters the modules behind the last layer (the final norm)
     final: Float[Tensor, "1 T d_final"]  # what leaves them
     stock_final: Float[Tensor, "1 T d_final"]  # the untouched model's own
-    stock_logits: Float[Tensor, " V"]  # the untouched model's own, at the last position
+    stock_logits: Float[Tensor, " V"]  # the untouched model's own, at `sequence.predicts`
     bit_identical: bool  # whether the model gave the same inside the freeze, in every bit
     random: bool  # whether it gave something else
     attention_received: Float[Tensor, " T"]
@@ -151,6 +151,16 @@ class Trace:
             )
         return position % self.length
 
+    def target_position(self, position: int) -> int:
+        """A position at which a map may end; -1 is that of the model's prediction. PromptError for another."""
+        at = self.sequence.predicts if whole("position", position) == -1 else self.position(position)
+        if at < self.model.encoder_length:
+            raise PromptError(
+                f"position {position} is a token of the encoder: give one of the decoder's, "
+                f"{self.model.encoder_length} to {self.length - 1}"
+            )
+        return at
+
     def sublayer_path(self, layer: int, kind: str) -> str:
         """The path, from a layer, of the module whose output is `attn_out` or `mlp_out`; OptionError without one."""
         block = self.layers[layer].block
@@ -198,6 +208,11 @@ class Trace:
 
     def head(self, position: int) -> OutputHead:
         """From `final` to the logits at one position. Cost: a forward pass, once for each position."""
+        if self.model.task == "classification" and position != self.sequence.predicts:
+            raise PromptError(
+                f"the classes read the token at position {self.sequence.predicts}, and there are no logits at "
+                f"{position}: give -1"
+            )
         if position not in self._heads:
             self.check_weights(self.model.hf)
             with torch.no_grad(), self.freeze(self.model.hf, self.options) as mode:
@@ -263,19 +278,19 @@ def run_to_logits(
         if final is None and mode.status(stock) is None:
             return  # a norm that the embeddings pass too
         value = final
-        if value is None:
-            live = mode.live(stock)  # called in any case: it notes what is not linear
-            with mode.paused():
-                value = (stock.detach() if keeps else live).to(mode.dtype)[:, :length]
+        with mode.paused():
+            if value is None:
+                live = mode.live(stock)  # called in any case: it notes what is not linear
+                value = at_all_tokens(model, (stock.detach() if keeps else live).to(mode.dtype), length)
+            model_final = at_all_tokens(model, stock.detach(), length)
         leaf = value[0, position].clone().requires_grad_()
         mode.graph = mode.collect = mode.soft_caps = True
         mode.constants.clear()
         with mode.paused():
-            others = stock.detach()[:, length:].to(value)  # of tokens further ahead
-            mode.enter(
-                stock, torch.cat([value[:, :position], leaf[None, None], value[:, position + 1 :], others], dim=1)
-            )
-            seen.update(stock=stock.detach()[:, :length], final=value, leaf=leaf)
+            others = stock.detach()[:, length - model.encoder_length :].to(value)  # of tokens further ahead
+            entered = torch.cat([value[:, :position], leaf[None, None], value[:, position + 1 :], others], dim=1)
+            mode.enter(stock, entered[:, model.encoder_length :])
+        seen.update(stock=model_final, final=value, leaf=leaf)
 
     with hooked([sequence.exit.register_forward_hook(leave)]):
         logits = logits_at(model, input_ids, position)

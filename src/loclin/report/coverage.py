@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.text import Text
 
 from loclin.analyses.coverage.describe import NONE
-from loclin.analyses.coverage.result import Coverage, FamilyResult, Status
+from loclin.analyses.coverage.result import GATES, Coverage, FamilyResult, Status
+from loclin.models.task import Task
 from loclin.report.run import run_of
 from loclin.report.sheet import PAGE, Block, Limits, Section, Sheet, describe
 from loclin.report.table import Cell, Column, Table
@@ -20,17 +21,35 @@ _STYLES: dict[Status, str] = {
 }
 _PARTS = ("attention", "positions", "norm", "MLP")
 _NUMBERS = ("runs", "float64", "float32", "bias", "forward")
+_FAMILIES: dict[Task, str] = {
+    "causal": "Every family that transformers knows as a causal language model",
+    "masked": "Every family that transformers knows as a masked language model",
+    "classification": "Every family that transformers knows as a sequence classifier",
+    "seq2seq": "Every family that transformers builds with `AutoModelForSeq2SeqLM`",
+}
+_ABOUT: dict[Task, str] = {
+    "causal": "",
+    "masked": "\nThe map is that from all input embeddings to the final hidden state of the last token.\n",
+    "classification": """
+The map is that from all input embeddings to the final hidden state that the classes read, of the first or the last
+token. Classes that read several tokens are refused. Encoder-decoders have two embeddings for each token of the prompt.
+""",
+    "seq2seq": """
+The map is that from the embeddings of the encoder's seven tokens and the decoder's three to the final hidden state of
+the last. Families of sound and text that are no encoder-decoders read seven tokens of text.
+""",
+}
 _PAGE = """\
-# Coverage
+# Coverage{title}
 
-Every family that transformers knows as a causal language model, tested with a tiny random model: built with weights far
+{families}, tested with a tiny random model: built with weights far
 from those at which training starts, frozen at a prompt of seven tokens, and certified in float64
-(`precision="double"`) and float32 (the model's own dtype), with every gate split. This page is written by:
+(`precision="double"`) and float32 (the model's own dtype), with {gates}. This page is written by:
 
 ```
-loclin coverage --json coverage.json --markdown docs/coverage.md
+loclin coverage {option}--json {name}.json --markdown docs/{name}.md
 ```
-
+{about}
 {versions}.
 
 {counts}
@@ -56,7 +75,7 @@ def _describe_coverage(coverage: Coverage, _limits: Limits = PAGE) -> Sheet:
             why = f"{_module(result)}: {result.reason}" if _module(result) else result.reason
             failed.append(Text.assemble((plain(result.family), "bold"), " ", _status(result), f": {plain(why)}"))
     blocks: list[Block] = [table, *[Text()] * bool(failed), *failed, Text(), Text(_counted(coverage), "bold")]
-    about = "which families of language models are exact"
+    about = f"which families of {coverage.task} models are exact"
     return Sheet("coverage", about, [Section("", "", blocks)], run=run_of(coverage))
 
 
@@ -79,7 +98,18 @@ def coverage_markdown(coverage: Coverage) -> str:
         else:
             sections[r.status.capitalize()].add(*about, _ratio(r), _code(_module(r)), r.reason)
     versions = ", ".join(f"{name} {version}" for name, version in coverage.versions.items())
-    page = _PAGE.format(versions=versions, counts=f"**{_counted(coverage)}.**")
+    task, run = coverage.task, {run.gate for result in coverage.results for run in result.runs}
+    gates = [] if run >= {*GATES} else sorted(run)
+    page = _PAGE.format(
+        versions=versions,
+        counts=f"**{_counted(coverage)}.**",
+        title="" if task == "causal" else f": {task}",
+        families=_FAMILIES[task],
+        option=("" if task == "causal" else f"--task {task} ") + "".join(f"--gate {gate} " for gate in gates),
+        name="coverage" if task == "causal" else f"coverage-{task}",
+        gates=f"`gate=` {', '.join(gates)}" if gates else "every gate split",
+        about=_ABOUT[task],
+    )
     return "\n".join(
         [page, *(f"## {title}\n\n{table.markdown()}\n" for title, table in sections.items() if table.rows)]
     )

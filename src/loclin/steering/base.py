@@ -26,6 +26,7 @@ from loclin.steering.match import check_model
 
 def site(model: Model, point: str | Point) -> Point:
     """Parse the point that is steered: `resid_pre.L` (a layer's input) or `resid_post.L` (its output)."""
+    model.refuse_other_tasks("steering", "causal")
     found = parse_point(point, len(find_anatomy(model.hf).layers))
     if found.kind not in ("resid_pre", "resid_post"):
         raise OptionError(

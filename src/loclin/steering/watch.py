@@ -156,6 +156,7 @@ def watch(
     Cost: the dense map, its singular vectors, and some forward passes. Near-equal singular values leave single vectors
     undefined; such vectors are used as the SVD returns them.
     """
+    lin.model.refuse_other_tasks("watching words", "causal")
     tell, words, k = steps(progress), strings("words", words), whole("k", k)
     layer = None if layer is None else whole("layer", layer)
     if not words:

@@ -23,7 +23,7 @@ from loclin.analyses.attribution.shares import (
     share_by_token_and_layer,
 )
 from loclin.analyses.attribution.target import Readout, Target, describe_target, read_target
-from loclin.analyses.decode import Decoder
+from loclin.analyses.decode import decoder_at
 from loclin.common.arguments import whole
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
@@ -146,7 +146,9 @@ def _put_into_words(lin: Linearized, readout: Readout, found: Attribution, most:
         else:
             _describe_layer(lin, readout, layer, here, written, attends)
     norm = lin.chain.norm(Point("final"), readout.position)
-    words = Decoder(lin.model).writes(norm.jvp(torch.stack([written[i].to(lin.embeddings) for i in chosen])), _WORDS)
+    words = decoder_at(lin, readout.position).writes(
+        norm.jvp(torch.stack([written[i].to(lin.embeddings) for i in chosen])), _WORDS
+    )
     return replace(found, writes={str(i): row for i, row in zip(chosen, words, strict=True)}, attends=attends)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.attribution.target import Readout, Target, read_target
-from loclin.analyses.decode import Decoder, Words
+from loclin.analyses.decode import Words, decoder_at
 from loclin.common.arguments import strings, whole
 from loclin.common.brief import brief
 from loclin.errors import OptionError
@@ -138,7 +138,7 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
     pulled = J.rmatvec(g)
     products = (pulled.double() * J.input.double()).sum(-1)
     svd = J.svd(k, joint=True, tolerance=1e-5)
-    norm, decoder = lin.chain.norm(Point("final"), readout.position), Decoder(lin.model)
+    norm, decoder = lin.chain.norm(Point("final"), readout.position), decoder_at(lin, readout.position)
     writes = decoder.writes(norm.jvp(svd.U.T), _WORDS)
     strongest = svd.Vh.norm(dim=2).argmax(1)
     reads = decoder.reads(svd.Vh[range(k), strongest], _WORDS)

@@ -67,7 +67,8 @@ class Direction:
 Target = Token | tuple[Token, Token] | Margin | Neuron | Direction | Tensor | np.ndarray | None
 """An attribution target: a token's logit, a logit difference, one of the classes above, or a vector at `final`.
 
-None is the predicted token's logit minus the mean of all logits: `Margin(over="mean")`.
+None is the predicted token's logit minus the mean of all logits: `Margin(over="mean")`. For a classifier, tokens are
+the names of classes, or their ids; None is the logit where there is one class.
 """
 
 
@@ -106,6 +107,13 @@ def find_token(lin: Linearized, token: Token) -> int:
         if not 0 <= token < vocabulary:
             raise OptionError(f"target {token}: the model's tokens are 0 to {vocabulary - 1}; give one of them")
         return token
+    if model.task == "classification":
+        names = model.name_outputs(range(vocabulary))
+        if names.count(token) != 1:
+            raise OptionError(
+                f"target {token!r}: the model's classes are {', '.join(names)}; give one of them, or its id"
+            )
+        return names.index(token)
     if model.tokenizer is None:
         raise OptionError(f"target {token!r}: {model.info.name} has no tokenizer; give the token's id")
     ids: list[int] = model.tokenizer(token, add_special_tokens=False)["input_ids"] if token else []
@@ -134,7 +142,7 @@ def _describe_space(text: str) -> str:
 def _warn_of_space(lin: Linearized, at: int, token: int) -> tuple[str, ...]:
     """Warn if the predicted token differs from the target by a leading space only."""
     ((predicted, text, probability),) = lin.next_token_ids(1, position=at)
-    (asked,) = lin.model.decode_each([token])
+    (asked,) = lin.model.name_outputs([token])
     if token == predicted or text.lstrip(" ") != asked.lstrip(" "):
         return ()
     shown = f"{text!r}, {_describe_space(text)} (id {predicted}, {100 * probability:.1f} %)"
@@ -149,7 +157,7 @@ def read_target(lin: Linearized, target: Target, position: int) -> Readout:
     Raises OptionError for a text that is not one token, a layer or a neuron that does not exist, or a vector of the
     wrong length; PromptError for a position outside the prompt.
     """
-    at = lin.trace.position(position)
+    at = lin.trace.target_position(position)
     if isinstance(target, (Tensor, np.ndarray)) and target.ndim:
         target = Direction(_check_vector(torch.as_tensor(target)))
     if isinstance(target, Neuron | Direction):
@@ -178,7 +186,10 @@ def _read_logits(lin: Linearized, target: Target, at: int) -> tuple[str, list[in
         weights[ids[0]] += 1
         weights[ids[1]] -= 1
         return "logit difference", ids, weights
-    target = Margin(over="mean") if target is None else target
+    only = int(logits.argmax()) if len(logits) == 1 else None
+    if only is not None and isinstance(target, Margin):
+        raise OptionError("the model has one class, which has no rivals: leave the target out")
+    target = (Margin(over="mean") if only is None else only) if target is None else target
     if isinstance(target, (Tensor, np.ndarray)):  # a single number: an id
         target = whole("target", target)
     if not isinstance(target, str | Integral | Margin) or isinstance(target, bool):
@@ -239,7 +250,7 @@ def _read_end(lin: Linearized, weights: Tensor, point: Point, at: int, kind: str
     constants |= {name: _dot(u, added)[0] for name, added in norm.constants().items()}
     cotangent = torch.zeros_like(lin.embeddings)
     cotangent[at] = norm.vjp(u[None].to(cotangent))[0]
-    texts = lin.model.decode_each(ids)
+    texts = lin.model.name_outputs(ids)
     return Readout(kind, str(point), texts, ids, value, size, at, 2 * trace.n_layers, cotangent, constants)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from loclin.analyses.coverage.describe import Description
 from loclin.common.brief import brief
 from loclin.freeze import Gate
+from loclin.models.task import Task
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.results.table import make_columns
@@ -113,11 +114,13 @@ class Coverage(Result):
     versions: of loclin, torch, transformers and Python.
     code: the hash of loclin's own source code: a run by another version is not resumed.
     results: one for each family, sorted by name.
+    task: what the families' models predict.
     """
 
     versions: dict[str, str]
     code: str
     results: list[FamilyResult]
+    task: Task = "causal"
     provenance: Provenance | None = None
     warnings: list[str] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Which families of causal language models in transformers are exact: a certificate of a tiny random model of each."""
+"""Which families of models in transformers are exact, by task: a certificate of a tiny random model of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -27,6 +27,7 @@ from loclin.maps.linearized import Linearized
 from loclin.models import tiny, wrap
 from loclin.models.hashing import sha256
 from loclin.models.quiet import quiet
+from loclin.models.task import Task
 from loclin.results.provenance import versions
 from loclin.results.result import Record
 from loclin.spectral.threads import single_thread
@@ -37,6 +38,7 @@ from loclin.spectral.threads import single_thread
 def coverage(
     families: Sequence[str] | None = None,
     *,
+    task: Task = "causal",
     gates: Sequence[Gate] = GATES,
     path: str | os.PathLike[str] | None = None,
     fresh: bool = False,
@@ -52,20 +54,21 @@ def coverage(
 
     Parameters
     ----------
-    families: names of model types; None: every model type of which transformers has a causal language model.
+    families: names of model types; None: every model type of which transformers has a model of the task.
+    task: "causal", "masked", "classification" or "seq2seq": what the models predict.
     gates: how gated MLPs are split (see `loclin.linearize`).
     path: a JSON file to which each family is written as soon as it is finished. Families that the file already has,
         from the same versions, are not run again: an interrupted run is resumed.
     fresh: run everything again, and overwrite the file.
     progress: True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
     """
-    wanted = _check_families(families)
-    found, tell = Coverage(versions(), _hash_source(), []), steps(progress)
+    wanted = _check_families(families, task)
+    found, tell = Coverage(versions(), _hash_source(), [], task), steps(progress)
     record = Record(path, Coverage, fresh)
     earlier = record.read()
     done: dict[str, FamilyResult] = {}
-    if earlier is not None and (earlier.versions, earlier.code) != (found.versions, found.code):
-        tell(f"{path} was written by other versions: starting over")
+    if earlier is not None and (earlier.versions, earlier.code, earlier.task) != (found.versions, found.code, task):
+        tell(f"{path} was written by other versions, or for another task: starting over")
     elif earlier is not None:
         done = {result.family: result for result in earlier.results}
     rest = [family for family in wanted if family not in done or not done[family].has(gates)]
@@ -75,31 +78,35 @@ def coverage(
     with single_thread(), bar(total=len(wanted), initial=started, unit="family") as progress_bar:
         for family in rest:
             progress_bar.set_description(family)
-            done[family] = certify_family(family, gates)
+            done[family] = certify_family(family, gates, task)
             record.write(replace(found, results=[done[name] for name in sorted(done)]))
             progress_bar.update()
     return replace(found, results=[done[name] for name in sorted(done)])
 
 
 @in_plain_torch
-def certify_family(family: str, gates: Sequence[Gate] = GATES) -> FamilyResult:
+def certify_family(family: str, gates: Sequence[Gate] = GATES, task: Task = "causal") -> FamilyResult:
     """Certify the tiny model of one family in every dtype with every gate split. Failures are part of the result."""
     try:
-        model = tiny.build(family, dtype=torch.float32)
+        model = tiny.build(family, task=task, dtype=torch.float32)
     except ModelError as fault:
         return FamilyResult(family, not_built=str(fault))
-    runs = [_certify(family, dtype, gate) for dtype in DTYPES for gate in gates]
+    runs = [_certify(family, dtype, gate, task) for dtype in DTYPES for gate in gates]
     return FamilyResult(family, type(model).__name__, describe_parts(model, tiny.prompt(model)), runs)
 
 
-def _certify(family: str, dtype: str, gate: Gate) -> Run:
+def _certify(family: str, dtype: str, gate: Gate, task: Task) -> Run:
     """Certify a newly built model, so that no run can affect the next one."""
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = tiny.build(family, dtype=getattr(torch, dtype))
+            model = tiny.build(family, task=task, dtype=getattr(torch, dtype))
             precision: Literal["stock", "double"] = "double" if dtype == "float64" else "stock"
-            lin = Linearized.at(wrap(model, None, name=family), tiny.prompt(model), gate=gate, precision=precision)
+            wrapped, ids = wrap(model, None, name=family), tiny.prompt(model)
+            more: dict[str, Any] = {"decoder": tiny.prompt(model, 3, seed=2)} if wrapped.task == "seq2seq" else {}
+            if wrapped.has_encoder and wrapped.task == "classification":  # its classes read the last end of text
+                ids = torch.cat([ids, ids.new_tensor([[model.config.eos_token_id]])], dim=1)
+            lin = Linearized.at(wrapped, ids, gate=gate, precision=precision, **more)
             certificate = lin.certify()
     except LoclinError as fault:
         return Run(dtype, gate, "refused", module=str(getattr(fault, "module", "")), reason=first_line(fault))
@@ -132,14 +139,15 @@ def _locate(fault: Exception) -> str:
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
-def _check_families(families: Sequence[str] | None) -> list[str]:
+def _check_families(families: Sequence[str] | None, task: Task) -> list[str]:
     """Refuse an unknown family, and suggest names that are similar."""
-    every = tiny.families()
+    every = tiny.families(task)
     for family in families or ():
         if family not in every:
             near = difflib.get_close_matches(family.lower(), every, n=3, cutoff=0.5)
             guess = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise OptionError(f"transformers has no causal language model of the family {family!r}{guess}")
+            kind = "causal language" if task == "causal" else task
+            raise OptionError(f"transformers has no {kind} model of the family {family!r}{guess}")
     return list(every) if families is None else sorted(set(families))
 
 

@@ -131,6 +131,7 @@ def faithfulness(
     planes: the number of prompts on which to measure projections, which need the dense map.
     progress: True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
     """
+    model.refuse_other_tasks("the study", "causal")
     whole("planes", planes, 0)
     whole("seed", seed, 0)
     captum, tell = find_spec("captum") is not None, steps(progress)
