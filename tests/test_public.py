@@ -58,7 +58,7 @@ def documented(kind, member):
     return inspect.getdoc(inspect.getattr_static(kind, member))
 
 
-@pytest.mark.parametrize("room", ["freeze", "steering"])
+@pytest.mark.parametrize("room", ["figures", "freeze", "steering"])
 def test_every_name_of_a_public_room_is_there_and_documented(room):
     module = getattr(loclin, room)
     assert module.__all__
