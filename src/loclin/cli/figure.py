@@ -11,15 +11,23 @@ import typer
 
 from loclin.cli import options
 from loclin.cli.console import importing, note, stderr, stdout, step
-from loclin.common.arguments import real
 from loclin.errors import OptionError
-from loclin.figures.names import SIDES, Named, check_suffix, find, listing
+from loclin.figures.names import HIGHLIGHTS, SIDES, Named, check_suffix, find, listing
 from loclin.results.files import check_writable
+
+
+def _known(_context: Any, _param: Any, value: str | None) -> str | None:
+    """Check a figure's name."""
+    if value is not None:
+        find(value)
+    return value
 
 
 @options.spread
 def figure(
-    name: Annotated[str | None, typer.Argument(help="Such as 6, 4b, a1 or table1; see --list.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Such as 6, 4b, a1 or table1; see --list.", callback=_known)
+    ] = None,
     prompt: Annotated[
         str | None, typer.Argument(help="The text; '-' reads it from standard input.", callback=options.plain)
     ] = None,
@@ -78,6 +86,9 @@ def figure(
         draw = getattr(figures, wanted.function)
         if not wanted.is_table:
             figures.Drawing  # noqa: B018 (is matplotlib there?)
+            from loclin.figures.canvas import read_style
+
+            read_style(style)
     if saved:
         results = [_load(wanted, path) for path in saved]
     else:
@@ -122,10 +133,12 @@ def _check(
     for option in ("layers", "highlight") if not wanted.is_table else ("lines", "width", "height", "style"):
         if option in chosen:
             raise OptionError(f"--{option} is for {'figures' if wanted.is_table else 'tables'}; {name} has none")
-    if "lines" in chosen and wanted.source != "explain" or "lines" in chosen and wanted.function == "figure_3":
+    if "lines" in chosen and (wanted.source != "explain" or wanted.function == "figure_3"):
         raise OptionError(f"--lines is for 4a, 4b, 5 and a1; {name} has none")
+    if len(chosen.get("highlight", ())) > HIGHLIGHTS:
+        raise OptionError(f"--highlight: give at most {HIGHLIGHTS} words")
     for side in ("width", "height"):
-        if side in chosen and not SIDES[0] <= real(side, chosen[side]) <= SIDES[1]:
+        if side in chosen and not SIDES[0] <= chosen[side] <= SIDES[1]:
             raise OptionError(f"--{side} {chosen[side]:g}: give inches from {SIDES[0]:g} to {SIDES[1]:g}")
 
 

@@ -90,7 +90,7 @@ class Drawing(figure.Figure):
         """Write a text in fonts that have its characters: those that none has become Python escapes."""
         families, missing = find_families(text)
         self._missing += "".join(character for character in missing if character not in self._missing)
-        escapes = {ord(character): character.encode("unicode_escape").decode() for character in missing}
+        escapes = {ord(character): escape(character) for character in missing}
         return text.translate(escapes), families
 
     def write(self, axes: Axes, x: float, y: float, text: str, **options: Any) -> Text:
@@ -101,7 +101,13 @@ class Drawing(figure.Figure):
         return written
 
     def row(
-        self, axes: Axes, y: float, words: Iterable[str], *, within: tuple[float, float] = (0, 1), right: bool = False
+        self,
+        axes: Axes,
+        y: float,
+        words: Iterable[str],
+        *,
+        within: tuple[float, float] = (0.0, 1.0),
+        right: bool = False,
     ) -> None:
         """Write words in a row, as many as there is room for within a part of the axes' width, towards either side."""
         parts = [visible(word, _WORD) for word in words] or [""]
@@ -137,12 +143,18 @@ class Drawing(figure.Figure):
             _fit(line, parts, share)
         for head, axes in self._heads:
             _fit_head(head, (axes or self).bbox.width)
-        if self._missing:
-            named = " ".join(f"{character} (U+{ord(character):04X})" for character in self._missing)
+        shown = "".join(text.get_text() for text in self.findobj(Text))
+        if missing := [character for character in self._missing if escape(character) in shown]:
+            named = " ".join(f"{character} (U+{ord(character):04X})" for character in missing)
             self.warnings.append(
                 f"No installed font has {named}: written as escapes. Install a font that has them, such as Noto Sans "
                 "of their script."
             )
+
+
+def escape(character: str) -> str:
+    """Write a character as Python does in ASCII."""
+    return character.encode("unicode_escape").decode()
 
 
 def _fit(line: Text, parts: Sequence[str], share: float) -> None:
@@ -184,7 +196,7 @@ def canvas(
     height: float | None,
     usual: float,
     look: str | os.PathLike[str] | None,
-    results: Iterable[Any],
+    results: Sequence[Any],
     lines: int = 0,
 ) -> Iterator[Drawing]:
     """A figure to draw on, finished at the end.
@@ -199,15 +211,22 @@ def canvas(
     least = lines * _LEAST_LINE + 1.0
     if lines and size[1] < least:
         raise OptionError(f"height={size[1]:g}: {lines} lines of words need {least:.1f} inches; give more")
-    settings = LOOK | _read_style(look)
+    settings = LOOK | read_style(look)
     with wear(settings):
         made = Drawing(title, settings, figsize=tuple(size), layout="constrained")
-        made.warnings += dict.fromkeys(warning for result in results for warning in result.warnings)
+        made.warnings += gather_warnings(results)
         yield made
         made.finish()
 
 
-def _read_style(look: str | os.PathLike[str] | None) -> dict[str, Any]:
+def gather_warnings(results: Sequence[Any]) -> list[str]:
+    """The warnings of all results; of several models, each with its name."""
+    named = [(getattr(one, "provenance", None), warning) for one in results for warning in one.warnings]
+    many = len(results) > 1
+    return list(dict.fromkeys(f"{of.model.name}: {text}" if many and of else text for of, text in named))
+
+
+def read_style(look: str | os.PathLike[str] | None) -> dict[str, Any]:
     """Read a style: a .mplstyle file, or the name of one of matplotlib's."""
     if look is None:
         return {}

@@ -14,7 +14,7 @@ Explained = Linearized | Explanation
 Layered = Linearized | LayerExplanation
 
 
-def explained(given: Explained | Sequence[Explained], vectors: int = 1) -> list[Explanation]:
+def explained(given: Any, vectors: int = 1) -> list[Explanation]:
     """Explanations with so many singular vectors in words, of one prompt or of several."""
     found = [explain(one, k=vectors) if isinstance(one, Linearized) else one for one in _several(given)]
     for one in found:
@@ -29,7 +29,7 @@ def explained(given: Explained | Sequence[Explained], vectors: int = 1) -> list[
     return found
 
 
-def layered(given: Layered, *, components: Sequence[str] | None = None) -> LayerExplanation:
+def layered(given: Any, *, components: Sequence[str] | None = None) -> LayerExplanation:
     """The explanation of all layers."""
     found = explain_layers(given, components=components) if isinstance(given, Linearized) else given
     if not isinstance(found, LayerExplanation):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator
 
@@ -18,8 +20,8 @@ from loclin.report.text import COMPONENTS
 
 _LISTED = 16
 """How many layers' words are listed at most."""
-_APART = 0.07
-"""How far apart points of the path are that have their layer written beside them."""
+_APART = 0.05
+"""How far from all others a point of the path is that has its layer written beside it."""
 _MARKS = {"resid_post": (COLOURS[0], "o"), "attn_out": (COLOURS[1], "^"), "mlp_out": (COLOURS[2], "s")}
 
 Style = str | os.PathLike[str] | None
@@ -104,7 +106,7 @@ def _listed(result: LayerExplanation) -> int:
 
 def _draw_spectra(figure: Drawing, cell: SubplotSpec, result: LayerExplanation) -> Axes:
     """Draw the spectra of all layers, and the words of some; gives the axes on the left."""
-    parts = cell.subgridspec(1, 2, width_ratios=(1.6, 1), wspace=0.02)
+    parts = cell.subgridspec(1, 2, width_ratios=(1.4, 1), wspace=0.02)
     axes, words = figure.add_subplot(parts[0]), figure.add_subplot(parts[1])
     shades = depth_colours(result.n_layers)
     for layer, (values, colour) in enumerate(zip(result.main.joint_spectra, shades, strict=True)):
@@ -118,22 +120,22 @@ def _draw_spectra(figure: Drawing, cell: SubplotSpec, result: LayerExplanation) 
     for y, layer in enumerate(listed):
         blocks = result.main.joint_vectors[layer]
         label = {"color": shades[layer], "va": "center", "transform": words.get_yaxis_transform()}
-        figure.write(words, 0, y, f"L{layer}", **label)
-        figure.row(words, y, [word for word, _ in blocks[0].writes] if blocks else [], within=(0.2, 1))
+        figure.write(words, 0.0, float(y), f"L{layer}", **label)
+        figure.row(words, float(y), [word for word, _ in blocks[0].writes] if blocks else [], within=(0.2, 1.0))
     return axes
 
 
 def _draw_path(axes: Axes, result: LayerExplanation) -> None:
-    points = np.array(result.main.path)
+    points, shades = np.array(result.main.path), depth_colours(result.n_layers)
     axes.plot(*points.T, color="0.75", zorder=0)
-    written: list[Any] = []
-    for layer in reversed(range(result.n_layers)):
-        colour = depth_colours(result.n_layers)[layer]
+    for layer, (at, colour) in enumerate(zip(points, shades, strict=True)):
         filled = colour if result.main.path_defined[layer] else "white"
-        axes.plot(*points[layer][:, None], "o", color=colour, markerfacecolor=filled, label=f"layer {layer}")
-        if all(np.linalg.norm(points[layer] - other) > _APART for other in written):
-            written.append(points[layer])
-            axes.annotate(str(layer), points[layer], xytext=(3, 2), textcoords="offset points", fontsize=5.5)
+        axes.plot(*at[:, None], "o", color=colour, markerfacecolor=filled, label=f"layer {layer}")
+        if sum(np.linalg.norm(points - at, axis=1) < _APART) == 1:
+            axes.annotate(str(layer), at, xytext=(3, 2), textcoords="offset points", fontsize=5.5)
+    scale = ScalarMappable(Normalize(0, result.n_layers - 1), ListedColormap(shades))
+    bar = axes.figure.colorbar(scale, ax=axes, label="layer", fraction=0.05, pad=0.01)
+    bar.outline.set_visible(False)
     axes.set(xlim=(-0.03, 1.08), ylim=(-0.03, 1.08))
     axes.set(xlabel="|⟨u₁, u₁ of the last layer⟩|", ylabel="|⟨u₂, u₂ of the last layer⟩|")
 

@@ -15,6 +15,8 @@ Source = Literal["maps", "explain", "layers"]
 
 SIDES = (1.0, 60.0)
 """Inches that a figure may be wide and high."""
+HIGHLIGHTS = 6
+"""How many words a table may highlight."""
 
 
 @dataclass(frozen=True)

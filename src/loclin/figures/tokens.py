@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
@@ -43,7 +43,7 @@ _Groups = list[tuple[TokenExplanation, Any, list[_Line]]]
 def figure_3(
     found: Explained | Sequence[Explained],
     *,
-    width: float = 6.75,
+    width: float | None = None,
     height: float | None = None,
     style: str | os.PathLike[str] | None = None,
 ) -> Drawing:
@@ -59,7 +59,8 @@ def figure_3(
     results = explained(found)
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
-    usual = rows * (width / max(columns, 2) + 0.35)
+    width = (6.75 if columns > 1 else 3.3) if width is None else width
+    usual = rows * (width / columns + 0.35)
     with canvas("Figure 3", width, height, usual, style, results) as figure:
         for i, (axes, one) in enumerate(zip(_grid(figure, rows, columns, len(results)), results, strict=True)):
             _scatter(figure, axes, one, ascii_uppercase[i % 26] if len(results) > 1 else "")
@@ -215,17 +216,17 @@ def _scatter(figure: Drawing, axes: Axes, result: Explanation, letter: str) -> N
     axes.set_xlabel("element of the output y")
     axes.set_ylabel("reconstruction")
     axes.set_box_aspect(1)
-    axes.legend(title="std(error) / std(y)", title_fontsize=6, loc="upper left", handletextpad=0.1, markerscale=3)
+    axes.set_anchor("N")
+    axes.legend(title="std(error) / std(y)", title_fontsize=6, loc="lower right", handletextpad=0.1, markerscale=3)
     figure.panel(axes, letter)
 
 
 def _choose(result: Explanation) -> tuple[list[tuple[TokenExplanation, Any]], list[str]]:
     """Choose which tokens are drawn, and their colours: of a long prompt those with the largest shares."""
-    tokens, shown = result.tokens, range(len(result.tokens))
+    tokens, shown = result.tokens, list(range(len(result.tokens)))
     left_out = []
     if len(tokens) > _TOKENS:
-        largest: Callable[[int], float] = lambda i: -abs(tokens[i].share)  # noqa: E731
-        shown = sorted(sorted(range(len(tokens)), key=largest)[:_TOKENS])  # type: ignore[assignment]
+        shown = sorted(sorted(shown, key=lambda i: -abs(tokens[i].share))[:_TOKENS])
         left_out = [f"{_TOKENS} of {len(tokens)} tokens are drawn, those with the largest shares of the prediction."]
     return [(tokens[i], colour) for i, colour in zip(shown, colours(len(shown)), strict=True)], left_out
 
@@ -256,13 +257,17 @@ def _draw_vectors(figure: Drawing, cell: SubplotSpec, groups: _Groups, letter: s
     inner = cell.subgridspec(2, 1, height_ratios=(1.0, _count(groups) * LINE), hspace=0.02)
     axes = figure.add_subplot(inner[0])
     largest = max(token.singular_values[0] for token, _, _ in groups)
+    fonts: list[str] = []
     for token, colour, _ in groups:
         values = token.singular_values
-        axes.plot(range(1, len(values) + 1), values, color=colour, label=visible(token.text, _NAME))
+        name, families = figure.letters(visible(token.text, _NAME))
+        fonts += [family for family in families if family not in fonts]
+        axes.plot(range(1, len(values) + 1), values, color=colour, label=name)
     axes.set_ylim(_FLOOR * largest, 1.6 * largest)
     log_axis(axes, "x", "y")
     axes.set_ylabel("singular value")
     axes.set_xlabel("rank", labelpad=0)
+    axes.legend(loc="lower left", ncols=4, prop={"family": fonts, "size": 6}, labelspacing=0.2, columnspacing=1)
     figure.panel(axes, letter)
     _draw_lines(figure, inner[1], groups, "singular value", reads=True, writes=True)
     return axes
@@ -272,8 +277,8 @@ def _draw_lines(
     figure: Drawing, cell: SubplotSpec, groups: _Groups, label: str, *, reads: bool = False, writes: bool = False
 ) -> Axes:
     """Draw a mark for each line, the token's name in front, and words on one side or both; gives the first axes."""
-    sides = [*(["reads"] if reads and writes else []), "names", "marks", *(["writes"] if writes else ["reads"])]
-    share = {"reads": 2.2, "names": 1.25, "marks": 1.0, "writes": 2.2}
+    sides = ["names", *(["reads"] if reads and writes else []), "labels", "marks", "writes" if writes else "reads"]
+    share = {"names": 0.8, "reads": 2.2, "labels": 0.5, "marks": 1.0, "writes": 2.2}
     parts = cell.subgridspec(1, len(sides), width_ratios=[share[side] for side in sides], wspace=0.02)
     first = None
     drawn: dict[str, Axes] = {}
@@ -282,15 +287,14 @@ def _draw_lines(
     for side, axes in drawn.items():
         if side != "marks":
             axes.set_axis_off()
-    names, marks = drawn["names"], drawn["marks"]
+    labels, marks = drawn["labels"], drawn["marks"]
     y = 0.0
     for token, colour, lines in groups:
-        figure.row(names, y, [token.text], within=(0, 0.7))
+        figure.row(drawn["names"], y, [token.text])
         for line in lines:
             marks.plot([line.value], [y], "o", color=colour)
-            figure.write(
-                names, 1, y, line.label, ha="right", va="center", color="0.4", transform=names.get_yaxis_transform()
-            )
+            grey: dict[str, Any] = {"color": "0.4", "transform": labels.get_yaxis_transform()}
+            figure.write(labels, 1.0, y, line.label, ha="right", va="center", **grey)
             for side, words in (("reads", line.reads), ("writes", line.writes)):
                 if side in drawn:
                     figure.row(drawn[side], y, words, right=side == "reads" and writes)

@@ -15,7 +15,7 @@ from loclin.analyses.layers import SHOWN
 from loclin.common.arguments import strings, whole
 from loclin.errors import OptionError
 from loclin.figures.given import Layered, layered
-from loclin.figures.names import check_suffix
+from loclin.figures.names import HIGHLIGHTS, check_suffix
 from loclin.report.text import percent, plain, visible
 from loclin.results.files import write_text
 
@@ -194,8 +194,8 @@ table_6 = table_7 = table_5
 def _tabulate(
     found: Layered, layers: Sequence[int] | None, highlight: Sequence[str] | None, most: int | None
 ) -> WordTable:
-    if highlight is not None and len(strings("highlight", highlight)) > len(TINTS):
-        raise OptionError(f"highlight={list(highlight)}: give at most {len(TINTS)} words")
+    if highlight is not None and len(strings("highlight", highlight)) > HIGHLIGHTS:
+        raise OptionError(f"highlight={list(highlight)}: give at most {HIGHLIGHTS} words")
     result = layered(found, components=["resid_post"])
     first = max(0, len(result.tokens) - _COLUMNS)
     target, vectors = visible(result.target["text"]), result.main.token_vectors
@@ -253,7 +253,7 @@ def _common(rows: Sequence[WordRow], target: str) -> list[str]:
     shown: dict[str, str] = {}
     for word in (word for row in rows for cell in row.cells for word in cell):
         shown.setdefault(_stem(word), word)
-    return [target, *(shown[stem] for stem, often in count.most_common(len(TINTS) - 1) if often > 1)]
+    return [target, *(shown[stem] for stem, often in count.most_common(HIGHLIGHTS - 1) if often > 1)]
 
 
 def _stem(word: str) -> str:
