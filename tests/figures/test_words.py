@@ -47,12 +47,10 @@ def test_cells_are_the_words_of_the_vectors(found):
 
 
 def test_layers_begin_where_the_predicted_word_appears(found):
-    said = [[word for blocks in tokens for b in blocks for word, _ in b.writes] for tokens in found.main.token_vectors]
-    first = next((i for i, words in enumerate(said) if found.target["text"] in words), 0)
-    assert {row.layer for row in figures.table_5(found).rows} == set(range(first, 3))
-    assert {row.layer for row in figures.table_1(found).rows} <= {0, 1, 2}
-    absent = replace(found, target=found.target | {"text": "nowhere"})
-    assert {row.layer for row in figures.table_5(absent).rows} == {0, 1, 2}
+    for first, layers in ((0, {0, 1, 2}), (1, {1, 2}), (None, {0, 1, 2})):
+        there = replace(found, appears=found.appears | {"resid_post joint": first})
+        assert {row.layer for row in figures.table_5(there).rows} == layers
+        assert {row.layer for row in figures.table_1(there).rows} == {0, 1, 2}
 
 
 def test_spellings_of_a_highlighted_word_are_marked_and_near_equal_vectors_share_a_row(hostile):

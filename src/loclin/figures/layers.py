@@ -18,7 +18,7 @@ from loclin.figures.canvas import COLOURS, Drawing, canvas, depth_colours, log_a
 from loclin.figures.given import Layered, layered
 from loclin.report.text import COMPONENTS
 
-_LISTED = 16
+_LISTED = 18
 """How many layers' words are listed at most."""
 _APART = 0.05
 """How far from all others a point of the path is that has its layer written beside it."""
@@ -156,4 +156,4 @@ def _draw_curves(axes: Axes, result: LayerExplanation, field: str, label: str) -
     log_axis(axes, "y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layer", ylabel=label)
-    axes.legend()
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0, columnspacing=1)

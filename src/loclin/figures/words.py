@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from jinja2 import Environment
 
 from loclin.analyses.decode import SingularBlock
-from loclin.analyses.layers import SHOWN
+from loclin.analyses.layers import SHOWN, LayerExplanation
 from loclin.common.arguments import strings, whole
 from loclin.errors import OptionError
 from loclin.figures.given import Layered, layered
@@ -166,8 +166,8 @@ def table_1(
     Parameters
     ----------
     found: from `loclin.linearize` or `loclin.explain_layers`.
-    layers: which layers. None: three, from the first one in which some vector writes the predicted word; the last three
-        if none does.
+    layers: which layers. None: three, from the first one whose joint map's first left vector has the predicted word
+        among its first ten words; the last three if none has.
     highlight: up to six words to highlight. None: the predicted word, and those that most cells have.
 
     Raises OptionError for layers that there are not, or too many words. Cost: `loclin.explain_layers` of a linearized
@@ -181,7 +181,7 @@ def table_5(
 ) -> WordTable:
     """The same as `table_1` to the last layer (paper, Tables 5 to 7; appendix A.4).
 
-    `layers`: None: all from the first one in which some vector writes the predicted word; all layers if none does.
+    `layers`: None: from the first one there to the last; all layers if the predicted word appears in none.
     `found`, `highlight`, errors, cost: see there.
     """
     return _tabulate(found, layers, highlight, None)
@@ -200,7 +200,7 @@ def _tabulate(
     first = max(0, len(result.tokens) - _COLUMNS)
     target, vectors = visible(result.target["text"]), result.main.token_vectors
     if layers is None:
-        layers = _find_layers(vectors, target, most)
+        layers = _find_layers(result, most)
     for layer in layers:
         whole("layer", layer, 0, result.n_layers - 1)
     rows = [row for layer in layers for row in _rows(layer, vectors[layer][first:])]
@@ -231,15 +231,10 @@ def _rows(layer: int, tokens: Sequence[Sequence[SingularBlock]]) -> Iterator[Wor
         yield WordRow(layer, f"u{rank + 1}", cells)
 
 
-def _find_layers(vectors: Sequence[Sequence[Sequence[SingularBlock]]], target: str, most: int | None) -> range:
-    """Choose the layers from the first one that writes the predicted word."""
-    stem, last = _stem(target), len(vectors)
-    appears = [
-        layer
-        for layer, tokens in enumerate(vectors)
-        if any(_stem(visible(word)) == stem for blocks in tokens for block in blocks for word, _ in block.writes)
-    ]
-    first = appears[0] if appears else last - (most or last)
+def _find_layers(result: LayerExplanation, most: int | None) -> range:
+    """Choose so many layers from where the predicted word appears; all the later ones for None."""
+    appears, last = result.appears.get(f"{result.main.name} joint"), result.n_layers
+    first = max(0, last - (most or last)) if appears is None else appears
     first = max(0, min(first, last - (most or 1)))
     return range(first, last if most is None else min(last, first + most))
 
