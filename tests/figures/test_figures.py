@@ -102,10 +102,10 @@ def test_figures_4_5_and_a1_have_the_norms_and_the_singular_values(explained):
 
 
 def test_figure_6_has_spectra_path_and_ranks(layered):
-    spectra, words, path, ranks, own = figures.figure_6(layered).axes
+    spectra, words, path, _, ranks, own = figures.figure_6(layered).axes
     assert [line.get_ydata().tolist() for line in spectra.lines] == layered.main.joint_spectra
     points = [line.get_xydata()[0].tolist() for line in path.lines[1:]]
-    assert points == layered.main.path[::-1]
+    assert points == layered.main.path
     for axes, field in ((ranks, "joint_stable_rank"), (own, "joint_own_rank")):
         assert [line.get_ydata().tolist() for line in axes.lines] == [getattr(c, field) for c in layered.components]
     first = "  ".join(word for word, _ in layered.main.joint_vectors[-1][0].writes)
@@ -129,7 +129,7 @@ def test_figure_2_has_the_maps_of_growing_prompts(lin):
         J = linearize(lin.model, lin.input_ids[:, :size]).jacobian()
         for i in range(size):
             torch.testing.assert_close(torch.tensor(next(drawn)), J.dense()[:, i])  # 24 x 24: a pixel for each entry
-            torch.testing.assert_close(torch.tensor(curves[i].get_ydata()), J.singular_values()[i])
+            torch.testing.assert_close(torch.tensor(curves[i].get_ydata()).float(), J.singular_values()[i])
     assert next(drawn, None) is None
 
 
@@ -217,6 +217,8 @@ def test_mistakes_are_named(lin, explained, layered, tmp_path):
         figures.figure_3(explained, width=0.1)
     with pytest.raises(OptionError, match="lines of words need"):
         figures.figure_4b(explained, height=1.0)
+    with pytest.raises(OptionError, match="too few for Figure 3"):
+        figures.figure_3([explained] * 9, height=1.0)
     with pytest.raises(OptionError, match="mplstyle"):
         figures.figure_6(layered, style="absent")
     bad = tmp_path / "bad.mplstyle"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,7 +139,13 @@ class Drawing(figure.Figure):
 
     def finish(self) -> None:
         """Lay everything out, shorten rows of words to their room, and say which characters no font has."""
-        self.draw_without_rendering()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "constrained_layout not applied")
+            try:
+                self.draw_without_rendering()
+            except UserWarning:
+                inches = " x ".join(f"{side:g}" for side in self.get_size_inches())
+                raise OptionError(f"{inches} inches are too few for {self.title}: give more width or height") from None
         for line, parts, share in self._words:
             _fit(line, parts, share)
         for head, axes in self._heads:

@@ -248,8 +248,8 @@ def _vectors(tokens: Sequence[tuple[TokenExplanation, Any]], lines: int) -> _Gro
 
 
 def _count(groups: _Groups) -> float:
-    """How many lines there are, gaps included."""
-    return sum(max(1, len(lines)) + _GAP for _, _, lines in groups)
+    """How many lines there is room for: as many as there are, gaps included, and not too few for an axis."""
+    return max(6.0, sum(max(1, len(lines)) + _GAP for _, _, lines in groups))
 
 
 def _draw_vectors(figure: Drawing, cell: SubplotSpec, groups: _Groups, letter: str) -> Axes:
@@ -278,7 +278,7 @@ def _draw_lines(
 ) -> Axes:
     """Draw a mark for each line, the token's name in front, and words on one side or both; gives the first axes."""
     sides = ["names", *(["reads"] if reads and writes else []), "labels", "marks", "writes" if writes else "reads"]
-    share = {"names": 0.8, "reads": 2.2, "labels": 0.5, "marks": 1.0, "writes": 2.2}
+    share = {"names": 0.8, "reads": 2.2, "labels": 0.75, "marks": 1.0, "writes": 2.2}
     parts = cell.subgridspec(1, len(sides), width_ratios=[share[side] for side in sides], wspace=0.02)
     first = None
     drawn: dict[str, Axes] = {}
