@@ -53,9 +53,9 @@ def figure(
         list[str] | None, options.text("A word to highlight in a table; again for more. Default: the most frequent.")
     ] = None,
     width: Annotated[
-        float | None, options.finite("Inches. Default: 6.75, or half of it for one panel.", above=0)
+        float | None, options.finite("Inches. Default: 6.75, or half of it for one panel.", above=0.0)
     ] = None,
-    height: Annotated[float | None, options.finite("Inches. Default: what its content takes.", above=0)] = None,
+    height: Annotated[float | None, options.finite("Inches. Default: what its content takes.", above=0.0)] = None,
     style: Annotated[str | None, options.text("A .mplstyle file, or the name of one of matplotlib's styles.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List all names, and stop.")] = False,
     *,
