@@ -58,7 +58,7 @@ def documented(kind, member):
     return inspect.getdoc(inspect.getattr_static(kind, member))
 
 
-@pytest.mark.parametrize("room", ["freeze", "steering"])
+@pytest.mark.parametrize("room", ["figures", "freeze", "steering"])
 def test_every_name_of_a_public_room_is_there_and_documented(room):
     module = getattr(loclin, room)
     assert module.__all__
@@ -80,7 +80,7 @@ def test_every_error_is_public():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_use_public_names(page):
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
-    assert not re.findall(r"from loclin\.(?!steering|freeze)\S+ import", code)
+    assert not re.findall(r"from loclin\.(?!figures|steering|freeze)\S+ import", code)
     used = set(re.findall(r"\bloclin\.([A-Za-z_]+)", code))
     used |= {name for names in re.findall(r"from loclin import (.+)", code) for name in re.split(r",\s*", names)}
     assert used <= set(loclin.__all__)

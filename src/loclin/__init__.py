@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loclin.common.shared import quiet_imports
 
 if TYPE_CHECKING:
-    from loclin import freeze, steering
+    from loclin import figures, freeze, steering
     from loclin.analyses.attribution.attribute import attribute
     from loclin.analyses.attribution.heads import Head, Path
     from loclin.analyses.attribution.result import Attribution
@@ -106,6 +106,7 @@ __all__ = [
     "explain",
     "explain_layers",
     "faithfulness",
+    "figures",
     "freeze",
     "generate",
     "linearize",
@@ -166,7 +167,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `loclin --help` need not wait for torch."""
-    if name not in _HOMES and name not in ("freeze", "steering"):
+    if name not in _HOMES and name not in ("figures", "freeze", "steering"):
         raise AttributeError(f"module 'loclin' has no attribute {name!r}")
     home = f"loclin.{_HOMES.get(name, name)}"
     # results show themselves in a notebook; errors need neither torch nor a look

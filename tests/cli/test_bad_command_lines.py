@@ -182,6 +182,27 @@ BEFORE: list[list[object]] = [
     called("steer", "--layer", "1", "--strength", "0.5", "--max-kl", "1"),
     ["coverage", "--family", "llama", "--fresh"],
     ["faithfulness", "--fresh"],
+    # figures
+    ["figure"],
+    ["figure", "7", PROMPT, "-o", "out.pdf"],
+    ["figure", "", PROMPT, "-o", "out.pdf"],
+    ["figure", "6", PROMPT],
+    ["figure", "6", "-o", "out.pdf"],
+    ["figure", "6", "", "-o", "out.pdf"],
+    ["figure", "6", PROMPT, "-o", "out.tex"],
+    ["figure", "table1", PROMPT, "-o", "out.pdf"],
+    ["figure", "6", PROMPT, "-o", "absent/out.pdf"],
+    *(["figure", "6", PROMPT, "-o", "out.pdf", "--width", value] for value in ("0", "nan", "0.5", "1000", "wide")),
+    ["figure", "6", PROMPT, "-o", "out.pdf", "--style", "absent.mplstyle"],
+    ["figure", "6", PROMPT, "-o", "out.pdf", "--lines", "2"],
+    ["figure", "6", PROMPT, "-o", "out.pdf", "--layers", "1"],
+    ["figure", "6", PROMPT, "-o", "out.pdf", "--model", "a", "--model", "b"],
+    ["figure", "table1", PROMPT, "-o", "out.md", "--width", "3"],
+    ["figure", "table1", PROMPT, "-o", "out.md", "--layers", "2-1"],
+    ["figure", "table1", PROMPT, "-o", "out.md", *(f"--highlight=w{i}" for i in range(7))],
+    ["figure", "2", "--saved", "words.txt", "-o", "out.pdf"],
+    ["figure", "3", "--saved", "words.txt", "-o", "out.pdf"],
+    ["figure", "3", PROMPT, "--saved", "words.txt", "-o", "out.pdf"],
 ]
 AFTER: list[list[object]] = [
     called("explain", "--k", "25"),
@@ -208,6 +229,8 @@ AFTER: list[list[object]] = [
     called("explain", "--device", "cuda:7"),
     called("explain", "--device", "nowhere"),
     called("explain", "--revision", "main"),
+    ["figure", "table1", PROMPT, "-o", "out.md", "--layers", "2-9"],
+    ["figure", "4b", PROMPT, "-o", "out.pdf", "--lines", "25"],
 ]
 
 

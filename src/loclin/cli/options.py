@@ -54,6 +54,8 @@ def place(_context: Any, param: Any, value: Any) -> Any:
     """Check the name of a file or of a model: not empty, and text that every library can open."""
     if value is None:
         return None
+    if isinstance(value, list | tuple):
+        return [place(_context, param, one) for one in value]
     name, path = _flag(param), str(value)
     if not path.strip():
         raise OptionError(f"{name} is empty: give a name")
@@ -119,7 +121,8 @@ Html = Annotated[Path | None, path("Write an interactive page to this file.")]
 Record = Annotated[Path | None, path("Write what is finished to this JSON file, and go on from what it holds.")]
 Markdown = Annotated[Path | None, path("Write the tables to this Markdown file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")]
-_OUTPUTS, _INPUTS = ("json", "html", "markdown", "save"), ("words", "operator", "model")
+_OUTPUTS = ("json", "html", "markdown", "save", "output")
+_INPUTS = ("words", "operator", "model", "saved")
 
 
 @dataclass(frozen=True)
@@ -190,19 +193,26 @@ class Freezing(Loading):
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take the options of a group, each under its own name, in the place of the group."""
+    """Let a command take the options of a group, each under its own name, in the place of the group.
+
+    An option that the command has itself stands in the place of the group's, which keeps its default.
+    """
     parameters: dict[str, inspect.Parameter] = {}
     groups: dict[str, Any] = {}
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         if is_dataclass(parameter.annotation):
             groups[name] = parameter.annotation
-            parameters |= inspect.signature(groups[name], eval_str=True).parameters
+            parameters = {**inspect.signature(groups[name], eval_str=True).parameters, **parameters}
         else:
             parameters[name] = parameter
+    own = inspect.signature(command).parameters.keys()
 
     @wraps(command)
     def called(**given: Any) -> None:
-        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        made = {
+            name: group(**{f.name: given.pop(f.name) for f in fields(group) if f.name not in own})
+            for name, group in groups.items()
+        }
         command(**made, **given)
 
     named = [one.replace(kind=one.KEYWORD_ONLY) for one in parameters.values()]
@@ -253,7 +263,14 @@ def check() -> None:
             raise OutputError(f"cannot write {save}: results are safetensors files; call it {save}.safetensors")
         outputs["--save's facts"] = save.with_name(f"{save.name}.json")
         check_writable(outputs["--save's facts"])
-    inputs = {f"--{name}": Path(given[name]) for name in _INPUTS if name in given}
+    several = {
+        name: given[name] if isinstance(given[name], list) else [given[name]] for name in _INPUTS if name in given
+    }
+    inputs = {
+        f"--{name}" if len(each) == 1 else f"--{name} {one}": Path(one)
+        for name, each in several.items()
+        for one in each
+    }
     check_apart(outputs, {name: path for name, path in inputs.items() if path.exists()})
     if "html" in given and find_spec("plotly") is None:
         raise MissingExtraError("an HTML page", "plotly", "html")
