@@ -68,6 +68,10 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             "input embeddings",
         )
     _refuse_kernels(hf, name)
+    if any(parameter.device.type == "mps" for parameter in hf.parameters()):
+        raise ModelError(
+            f"{name} is on mps, which has no float64, in which every map is checked: move it, model.to('cpu')"
+        )
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:
         empty = [
