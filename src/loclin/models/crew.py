@@ -19,7 +19,7 @@ from torch import nn
 from loclin.common.free_memory import available
 from loclin.common.surroundings import plain_torch
 from loclin.errors import ModelError, first_line
-from loclin.models.replica import copy_weights, replicate
+from loclin.models.replica import copy_weights, exclusive, replicate
 from loclin.models.snapshot import Snapshot
 
 _RESERVE = 4 * 2**30
@@ -49,7 +49,8 @@ class Crew:
         device, weights = self.devices[worker], list(layer.parameters())
         known = self._copies[worker].pop(name, None)
         if known is None or not _same(weights, known[0]) or known[1].changed(layer):
-            made = replicate(layer)
+            with exclusive(layer):  # or the copy would have the hooks of another thread that runs the layer
+                made = replicate(layer)
             _remove_hooks(made)
             copy_weights(made, device)
             known = (weights, Snapshot(layer), made)
@@ -92,8 +93,8 @@ class Crew:
                 ) from fault
 
         with ThreadPoolExecutor(len(workers), "loclin") as pool:
-            running = [pool.submit(run, worker, units[i :: len(workers)]) for i, worker in enumerate(workers)]
             try:
+                running = [pool.submit(run, worker, units[i :: len(workers)]) for i, worker in enumerate(workers)]
                 for done in as_completed(running):
                     done.result()
             finally:
