@@ -132,6 +132,7 @@ class Loading:
     model: ModelName = DEFAULT_MODEL
     dtype: Dtype = "float32"
     device: Annotated[str | None, text("Such as cpu or cuda:0.")] = None
+    devices: Annotated[str | None, text("Several that share the work: all, or such as cuda:0,cuda:1.")] = None
     device_map: Annotated[str | None, text("Spread the layers, such as auto.")] = None
     revision: Revision = None
     stream: Annotated[
@@ -158,7 +159,7 @@ class Loading:
 
             from loclin.models import load
         with stderr.status(f"loading {self.model}"):
-            where = {"device": self.device, "device_map": self.device_map}
+            where = {"device": self.device, "devices": self.devices, "device_map": self.device_map}
             model = load(
                 self.model, dtype=self.dtype, revision=self.revision, stream=self.stream, task=self.task, **where
             )
@@ -247,8 +248,9 @@ def check() -> None:
     a budget that is none.
     """
     given = {name: value for name, value in running.get().params.items() if value is not None}
-    exclude("device", "device_map", why="one device, or layers that are spread")
+    exclude("device", "device_map", "devices", why="one device, or several")
     if given.get("stream"):
+        exclude("stream", "devices", why="layers are on disk, or copied to several devices")
         exclude("stream", "device_map", why="layers are on disk, or spread")
     if given.get("fresh") and "json" not in given:
         raise OptionError("--fresh is about the JSON file; name it with --json")

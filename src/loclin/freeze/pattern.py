@@ -50,6 +50,10 @@ class Pattern(ABC):
         """The same pattern, with blocks and products in another dtype."""
 
     @abstractmethod
+    def on(self, device: torch.device) -> Pattern:
+        """The same pattern on another device."""
+
+    @abstractmethod
     def whole(self) -> Tensor | None:
         """All probabilities `[H, T, S]`, where they are held."""
 
@@ -126,6 +130,10 @@ class WholePattern(Pattern):
         """The same probabilities in another dtype."""
         return WholePattern(self.probs.to(dtype))
 
+    def on(self, device: torch.device) -> WholePattern:
+        """The same probabilities on another device."""
+        return WholePattern(self.probs.to(device))
+
     def whole(self) -> Tensor:
         """P."""
         return self.probs
@@ -164,6 +172,11 @@ class BlockPattern(Pattern):
     def to(self, dtype: torch.dtype) -> BlockPattern:
         """The same pattern, computed in another dtype."""
         return replace(self, dtype=dtype)
+
+    def on(self, device: torch.device) -> BlockPattern:
+        """The same queries and keys on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, query=self.query.to(device), key=self.key.to(device), mask=mask)
 
     def looks_ahead(self) -> bool | None:
         """Whether the mask, if it is not one of numbers, lets a query attend to a later key."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from loclin.models.gguf import converted
 from loclin.models.gguf.packaged import DEFAULT, PACKAGED
 from loclin.models.gguf.source import gguf_file
 from loclin.models.model import Model
-from loclin.models.options import parse_device, parse_dtype, require
+from loclin.models.options import parse_device, parse_devices, parse_dtype, require
+from loclin.models.spread import put
 from loclin.models.task import TASKS, Task
 
 
@@ -26,6 +28,7 @@ def load(
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
+    devices: str | Sequence[str | torch.device] | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
     revision: str | None = None,
@@ -45,6 +48,12 @@ def load(
         weights are stored in.
     device
         "cpu", "cuda:0", … ; by default the processor.
+    devices
+        Several devices that share the work: "all", or names such as "cuda:0,cuda:1" or a list of them. The model is put
+        on the first, or its layers on all where it does not fit (which needs accelerate), or where `device_map` says.
+        Every device takes a part of each layer's columns and positions, with a copy of the layer's weights, which it
+        keeps while it has 4 GiB free. Results are the same bits as those of one such device. `memory=` of a prompt is
+        for each device. "cpu,cpu" runs the same code on the processor, and is no faster.
     device_map, quantization_config, attn_implementation
         As in transformers. A device map needs accelerate; kernels from the hub are refused.
     revision
@@ -79,6 +88,8 @@ def load(
         )
     chosen = parse_dtype(dtype)
     where = None if device is None else parse_device(device)
+    excluded = {"device": device, "quantization_config": quantization_config, "stream": stream or None}
+    shared = () if devices is None else _shared(devices, excluded)
     if device_map is not None:
         if where is not None:
             raise ModelError("device and device_map are both given: give one of them")
@@ -94,7 +105,7 @@ def load(
     arguments |= {"dtype": chosen, **from_pretrained_kwargs}
     if stream:
         _refuse_elsewhere(where, arguments)
-    if stream is None and (from_pretrained_kwargs or _elsewhere(where, arguments)):
+    if stream is None and (from_pretrained_kwargs or shared or _elsewhere(where, arguments)):
         stream = False
     arguments["stream"] = stream
     if task is not None and task not in TASKS:
@@ -108,7 +119,17 @@ def load(
     if where is not None and not model.streamed:
         hf: torch.nn.Module = model.hf  # transformers' own `to` has no types
         hf.to(where)
-    return model
+    if shared and device_map is None:
+        put(model.hf, shared, model.info.name)
+    return model.shared_by(shared) if shared else model
+
+
+def _shared(devices: str | Sequence[str | torch.device], excluded: dict[str, Any]) -> tuple[torch.device, ...]:
+    """The devices that share a model's work, without another option that says where its weights are."""
+    for name, given in excluded.items():
+        if given is not None:
+            raise OptionError(f"devices and {name}={given!r} are both given: give one of them")
+    return parse_devices(devices)
 
 
 def _elsewhere(where: torch.device | None, arguments: dict[str, Any]) -> list[str]:

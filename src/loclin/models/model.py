@@ -15,8 +15,11 @@ from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError, PromptError
 from loclin.models import encoding
 from loclin.models.checks import refuse_model
+from loclin.models.crew import Crew
 from loclin.models.lease import largest_layer_bytes
+from loclin.models.options import parse_devices
 from loclin.models.replica import replicate
+from loclin.models.spread import refuse_sharing
 from loclin.models.task import Task, find_head, find_task
 from loclin.models.tokens import Tokens
 
@@ -57,6 +60,7 @@ class Model:
     encoder_length: at one prompt of an encoder-decoder, how many of its tokens the encoder reads; the decoder reads the
         others. 0 for other models, and where the encoder reads `inputs`.
     inputs: at one prompt, what the model's forward pass takes beside tokens: constants of the map.
+    devices: those that share the work; empty where there is one.
     """
 
     hf: PreTrainedModel
@@ -84,6 +88,8 @@ class Model:
     def has_encoder(self) -> bool:
         """Whether it is an encoder-decoder, of whatever task."""
         return bool(getattr(self.hf.config, "is_encoder_decoder", False))
+
+    devices: tuple[torch.device, ...] = ()
 
     @property
     def streamed(self) -> bool:
@@ -113,7 +119,18 @@ class Model:
         """The same with modules of its own around the same weights (see `loclin.models.replica`)."""
         made = replace(self, hf=replicate(self.hf))
         vars(made)["tokens"] = self.tokens  # with what they have decoded already
+        vars(made)["crew"] = self.crew  # with the weights that they have copied already
         return made
+
+    def shared_by(self, devices: Sequence[torch.device]) -> Model:
+        """The same model, whose work some devices share; OptionError where its weights cannot be copied to them."""
+        refuse_sharing(self.hf, devices, self.info.name)
+        return replace(self, devices=tuple(devices) if len(devices) > 1 else ())
+
+    @cached_property
+    def crew(self) -> Crew | None:
+        """The devices that share its work, where there are several."""
+        return Crew(self.devices) if self.devices else None
 
     def encode(self, prompt: str, bos: bool | str | None = None) -> torch.Tensor:
         """Turn a text into token ids [1, T], on the model's device.
@@ -189,7 +206,13 @@ class Model:
 
 
 @in_plain_torch
-def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None) -> Model:
+def wrap(
+    hf_model: object,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    name: str | None = None,
+    devices: str | Sequence[str | torch.device] | None = None,
+) -> Model:
     """Take a model that you loaded yourself; it is left exactly as it is.
 
     Cost: one read of all weights, for NaN and Inf.
@@ -202,20 +225,26 @@ def wrap(hf_model: object, tokenizer: PreTrainedTokenizerBase | None = None, *, 
         that are switched off.
     tokenizer, name
         Without a tokenizer, prompts are token ids. The name in results is by default that by which it was loaded.
+    devices
+        Devices that share the work, as in `loclin.load`; those of the model must be among them.
 
     Raises
     ------
     ModelError
         When it is a causal model that attends to later tokens, or has no output head, or its weights are missing or not
         finite.
+    OptionError
+        For devices that do not exist, or to which its weights cannot be copied.
     """
+    shared = None if devices is None else parse_devices(devices)
     given = type(hf_model).__name__
     hf_model = unwrap(hf_model)
     if not isinstance(hf_model, PreTrainedModel):
         inside = "" if type(hf_model).__name__ == given else f" (around {type(hf_model).__name__})"
         raise ModelError(f"loclin.wrap takes a transformers PreTrainedModel, not {given}{inside}: give one")
     name = name or hf_model.config.name_or_path or type(hf_model).__name__
-    return describe(hf_model, tokenizer, name=name, source="wrapped")
+    model = describe(hf_model, tokenizer, name=name, source="wrapped")
+    return model if shared is None else model.shared_by(shared)
 
 
 def describe(

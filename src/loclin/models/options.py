@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
@@ -44,6 +45,27 @@ def parse_device(device: str | torch.device) -> torch.device:
         why = " has no float64, in which loclin adds up" if parsed is not None and parsed.type in WITHOUT_DOUBLE else ""
         raise OptionError(f"device={str(device)!r}{why}: choose one of {', '.join(devices)}")
     return parsed
+
+
+def parse_devices(devices: str | Sequence[str | torch.device]) -> tuple[torch.device, ...]:
+    """Turn names of devices, or "all", into the devices; OptionError for two kinds together, or one device twice.
+
+    The processor may be named several times, to check on it what several devices do.
+    """
+    names = devices.split(",") if isinstance(devices, str) else [*devices]
+    if names == ["all"]:
+        names = available_devices()[1:] or ["cpu"]
+    if not names:
+        raise OptionError(f"devices={devices!r}: name at least one, or give 'all'")
+    parsed = [parse_device(name.strip() if isinstance(name, str) else name) for name in names]
+    found = tuple(
+        torch.device("cpu") if one.type == "cpu" else torch.device(one.type, one.index or 0) for one in parsed
+    )
+    if len({one.type for one in found}) > 1:
+        raise OptionError(f"devices={devices!r}: the processor and others exclude one another; name one kind")
+    if found[0].type != "cpu" and len(set(found)) < len(found):
+        raise OptionError(f"devices={devices!r}: name each device once")
+    return found
 
 
 def installed(module: str) -> bool:

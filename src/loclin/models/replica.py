@@ -50,12 +50,16 @@ def replicate(root: M) -> M:
     return new[id(root)]
 
 
-def copy_weights(root: nn.Module) -> None:
-    """Copy a replica's weights, so that it no longer shares them."""
+def copy_weights(root: nn.Module, device: torch.device | None = None) -> None:
+    """Copy a replica's weights and buffers, to a device if one is given, so that it no longer shares them."""
     for module in root.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                module._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                copied = weight.detach().to(device, copy=True)
+                module._parameters[name] = nn.Parameter(copied, requires_grad=weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device, copy=True)
 
 
 def _renew(value: Any, new: dict[int, Any]) -> Any:

@@ -37,6 +37,11 @@ class LayerCoefficients:
         """The same in another dtype."""
         return replace(self, **{name: part.to(dtype) for name, part in vars(self).items() if part is not None})
 
+    def on(self, device: torch.device) -> LayerCoefficients:
+        """The same on another device."""
+        parts = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, pattern=self.pattern.on(device), **parts)
+
 
 class CausalBlock(NamedTuple):
     """A block `[S, n, d]` whose first row belongs to position `start`; at all positions before, it is zero."""
@@ -72,6 +77,11 @@ class Workspace:
     def __init__(self) -> None:
         self.checked = False
         self._buffers: dict[str, Tensor] = {}
+        self._others: dict[int, Workspace] = {}
+
+    def of(self, worker: int) -> Workspace:
+        """The buffers of another worker, which uses them at the same time."""
+        return self._others.setdefault(worker, Workspace())
 
     def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """An uninitialised tensor; the one returned before under this name is overwritten."""

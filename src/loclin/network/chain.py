@@ -19,7 +19,7 @@ from loclin.freeze import FreezeOptions, Precision
 from loclin.network.blocks import CausalBlock, Workspace
 from loclin.network.ends import NormLink, Readout
 from loclin.network.explicit import ExplicitLayer
-from loclin.network.link import LayerLink
+from loclin.network.link import LayerLink, Product, split
 from loclin.network.points import Point, Span
 from loclin.network.trace import Trace
 from loclin.results.sweep_file import SweepFile
@@ -143,7 +143,7 @@ class Chain:
         if layer is not None and len(block):
             layer.vjp(block.transpose(0, 1), active, reached, chunk, below, above)
         else:
-            _apply_in_chunks(self.layers[index].vjp, block, below, above, chunk)
+            _apply(self.layers[index], LayerLink.puller, block, below, above, chunk)
         return reached if below == "resid_pre" else active
 
     def forward(self, tangents: Float[Tensor, "n T d"], span: Span, chunk: int | None = None) -> Iterator[Tensor]:
@@ -164,7 +164,7 @@ class Chain:
                 wanted = slice(position, position + 1) if is_last else seen
                 layer.jvp([CausalBlock(0, pushed.transpose(0, 1)[seen])], wanted, chunk, below, above)
             else:
-                _apply_in_chunks(self.layers[index].jvp, pushed, below, above, chunk)
+                _apply(self.layers[index], LayerLink.pusher, pushed, below, above, chunk)
             yield pushed
         yield self.readout(span.target, position, span.normed).jvp(pushed[:, position])
 
@@ -197,7 +197,7 @@ class Chain:
             add({f"resid past {source}": trace.stream(node)[0]})
         for index, below, above in self.steps(source, target):
             if len(block):
-                block = _apply_in_chunks(self.layers[index].jvp, block, below, above, None)
+                _apply(self.layers[index], LayerLink.pusher, block, below, above, None)
             if trace.biased[index] or self.options != trace.options:
                 add(self.layers[index].constants(below, above))
         readout = self.readout(target, position, normed)
@@ -235,12 +235,15 @@ class Chain:
         return steps
 
 
-def _apply_in_chunks(
-    product: Callable[..., Iterator[Tensor]], block: Tensor, below: str, above: str, chunk: int | None
-) -> Tensor:
+def _apply(
+    link: LayerLink,
+    product: Callable[[LayerLink, str, str], Product],
+    block: Tensor,
+    below: str,
+    above: str,
+    chunk: int | None,
+) -> None:
     """Put a block through one link in chunks, in place: the whole block is held once."""
-    done = 0
-    for part in product(block, below, above, chunk):
-        block[done : done + len(part)] = part
-        done += len(part)
-    return block
+    link.each(
+        lambda own: product(own, below, above), lambda through, part: part.copy_(through(part)), split(block, chunk)
+    )

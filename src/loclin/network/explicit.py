@@ -6,13 +6,16 @@ With frozen coefficients a layer is the affine map y = z + M(z), z = x + A(x), w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from loclin.freeze.quantised import dense_weight, has_dense_weight
+from loclin.models.crew import Crew
 from loclin.models.lease import weights_of
 from loclin.network.anatomy import Weights
 from loclin.network.blocks import CausalBlock, LayerCoefficients, Probe, Workspace, add_or_write
@@ -23,6 +26,25 @@ from loclin.network.split import Split
 
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far an explicit layer's value may be from the frozen layer's own."""
+
+
+Unit = TypeVar("Unit")
+
+
+@dataclass(frozen=True)
+class Others:
+    """The same layer on the other devices of a crew; `make` makes it for a worker, once."""
+
+    crew: Crew
+    home: int
+    make: Callable[[int], ExplicitLayer]
+    _made: dict[int, ExplicitLayer] = field(default_factory=dict)
+
+    def layer(self, worker: int) -> ExplicitLayer:
+        """The layer on the device of a worker other than `home`."""
+        if worker not in self._made:
+            self._made[worker] = self.make(worker)
+        return self._made[worker]
 
 
 def available(layer: nn.Module, weights: Weights, dtype: torch.dtype) -> bool:
@@ -48,9 +70,11 @@ class ExplicitLayer:
         dtype: torch.dtype,
         shared: Workspace,
         split: Split | None = None,
+        others: Others | None = None,
+        is_other: bool = False,
     ) -> None:
         self._layer, self._dtype, self._workspace, matrix = layer, dtype, shared, self.matrix
-        self._is_split = split is not None
+        self._is_split, self._others, self._is_other = split is not None, others, is_other
         with weights_of(layer, _used(weights, coefficients)):
             o, down = matrix("o", weights.o), matrix("down", weights.down)
             v_rows = gate_rows = up_rows = slice(None)
@@ -72,8 +96,19 @@ class ExplicitLayer:
         """A linear module's matrix, or some rows of it."""
         weight, bias = dense_weight(module := self._layer.get_submodule(path)), module.bias
         assert weight is not None
-        some = bias[rows] if isinstance(bias, Tensor) else None
-        return Matrix(name, weight[rows], some, self._dtype, self._workspace, self._is_split)
+        own = bias[rows] if isinstance(bias, Tensor) else None
+        return Matrix(name, weight[rows], own, self._dtype, self._workspace, self._is_split, self._is_other)
+
+    def _each(self, work: Callable[[ExplicitLayer, Unit], object], units: Sequence[Unit]) -> None:
+        """Do the work of each unit, with this layer or the same one on another device."""
+        if self._others is None:
+            for unit in units:
+                work(self, unit)
+            return
+        others = self._others
+        others.crew.deal(
+            lambda worker: self if worker == others.home else others.layer(worker), work, units, others.home
+        )
 
     def vjp(
         self,
@@ -93,16 +128,21 @@ class ExplicitLayer:
         """
         # x + A(x) and z + M(z): the stream keeps its cotangent, except where the target is what a sublayer adds.
         if above in ("mlp_out", "resid_post"):
-            self._mlp.vjp(block, active, add=above == "resid_post")
-        for part in block.split(chunk or block.shape[1], dim=1) if below == "resid_pre" else ():
-            pulled = self._attention.vjp(part[active], active, reached)
-            if above == "attn_out":
-                part[active] = 0
-            stream, moved, before = part[reached], pulled.to(part.device), self._before_attention
-            if before is None:
-                stream += moved
-            else:
-                stream.addcmul_(moved, before[reached, None].to(part.device))
+            groups = self._mlp.groups(active, block.shape[1])
+            self._each(lambda layer, group: layer._mlp.vjp(block, group, above == "resid_post"), groups)
+        if below == "resid_pre":
+            parts = block.split(chunk or block.shape[1], dim=1)
+            self._each(lambda layer, part: layer._pull_attention(part, active, reached, above), parts)
+
+    def _pull_attention(self, part: Tensor, active: slice, reached: slice, above: str) -> None:
+        pulled = self._attention.vjp(part[active], active, reached)
+        if above == "attn_out":
+            part[active] = 0
+        stream, moved, before = part[reached], pulled.to(part.device), self._before_attention
+        if before is None:
+            stream += moved
+        else:
+            stream.addcmul_(moved, before[reached, None].to(part.device))
 
     def jvp(
         self,
@@ -123,22 +163,31 @@ class ExplicitLayer:
             if self._attention.folding_pays(blocks, wanted):
                 self._attention.push_folded(blocks, wanted, add, probe)
             else:
-                self._push_attention(blocks, wanted, chunk, add, probe)
+                parts = [
+                    (index, slice(first, first + (chunk or n)))
+                    for index, n in enumerate(block.shape[1] for _, block in blocks)
+                    for first in range(0, n, chunk or n)
+                ]
+                self._each(lambda layer, part: layer._push_attention(blocks, *part, wanted, add, probe), parts)
         if above in ("mlp_out", "resid_post"):
-            self._mlp.jvp(blocks, wanted, above == "resid_post", probe)
+            groups = self._mlp.groups(wanted, sum(block.shape[1] for _, block in blocks))
+            self._each(lambda layer, group: layer._mlp.jvp(blocks, group, above == "resid_post", probe), groups)
 
     def _push_attention(
-        self, blocks: Sequence[CausalBlock], wanted: slice, chunk: int | None, add: bool, probe: Probe | None
+        self,
+        blocks: Sequence[CausalBlock],
+        index: int,
+        columns: slice,
+        wanted: slice,
+        add: bool,
+        probe: Probe | None,
     ) -> None:
-        for index, (start, block) in enumerate(blocks):
-            rows, done = slice(max(wanted.start, start), wanted.stop), 0
-            for part in block.split(chunk or block.shape[1], dim=1):
-                pushed = self._attention.jvp(part, start, rows)
-                columns = slice(done, done + part.shape[1])
-                if probe is not None and rows.start <= probe.position < rows.stop:
-                    probe.record(index, "attn_out", columns, pushed[probe.position - rows.start])
-                add_or_write(part[rows.start - start : rows.stop - start], pushed, add)
-                done = columns.stop
+        start, part = blocks[index].start, blocks[index].block[:, columns]
+        rows = slice(max(wanted.start, start), wanted.stop)
+        pushed = self._attention.jvp(part, start, rows)
+        if probe is not None and rows.start <= probe.position < rows.stop:
+            probe.record(index, "attn_out", columns, pushed[probe.position - rows.start])
+        add_or_write(part[rows.start - start : rows.stop - start], pushed, add)
 
     def affine(
         self, x: Float[Tensor, "T d"], wanted: slice = slice(None)

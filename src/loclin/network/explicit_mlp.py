@@ -61,38 +61,33 @@ class ExplicitMLP:
         d, f = self._down.shape
         return columns * (2 * f - d) > d * f
 
-    def vjp(self, block: Float[Tensor, "T n d"], positions: slice, add: bool) -> None:
-        """Pull a block back through the MLP at some positions, in place: added to the block with `add`, or instead."""
-        columns = block.shape[1]
-        formed = self.forms_matrices(columns)
-        for group in self._groups(positions, columns, formed):
-            source = block[group]
-            if formed:
-                moved = self._apply(source.to(self.device), self._form(group))
-            else:
-                moved = self._pull_through_factors(source, group)
-            add_or_write(source, moved, add)
+    def vjp(self, block: Float[Tensor, "T n d"], group: slice, add: bool) -> None:
+        """Pull a block back through the MLP at a group of positions, in place: added with `add`, or instead."""
+        source = block[group]
+        if self.forms_matrices(block.shape[1]):
+            moved = self._apply(source.to(self.device), self._form(group))
+        else:
+            moved = self._pull_through_factors(source, group)
+        add_or_write(source, moved, add)
 
-    def jvp(self, blocks: Sequence[CausalBlock], positions: slice, add: bool, probe: Probe | None) -> None:
-        """Push blocks through the MLP at some positions, in place; formed matrices serve all blocks."""
-        columns = sum(block.shape[1] for _, block in blocks)
-        formed = self.forms_matrices(columns)
-        for group in self._groups(positions, columns, formed):
-            matrices = self._form(group) if formed else None
-            if matrices is not None and self._push_all_at_once(matrices, blocks, group, add, probe):
+    def jvp(self, blocks: Sequence[CausalBlock], group: slice, add: bool, probe: Probe | None) -> None:
+        """Push blocks through the MLP at a group of positions, in place; formed matrices serve all blocks."""
+        formed = self.forms_matrices(sum(block.shape[1] for _, block in blocks))
+        matrices = self._form(group) if formed else None
+        if matrices is not None and self._push_all_at_once(matrices, blocks, group, add, probe):
+            return
+        for index, (start, block) in enumerate(blocks):
+            own = slice(max(group.start, start), group.stop)
+            if own.start >= own.stop:
                 continue
-            for index, (start, block) in enumerate(blocks):
-                own = slice(max(group.start, start), group.stop)
-                if own.start >= own.stop:
-                    continue
-                source = block[own.start - start : own.stop - start]
-                if matrices is None:
-                    moved = self.push_through_factors(source, own)
-                else:
-                    moved = self._apply(source.to(self.device), matrices[own.start - group.start :].mT)
-                if probe is not None and own.start <= probe.position < own.stop:
-                    probe.record(index, "mlp_out", slice(None), moved[probe.position - own.start])
-                add_or_write(source, moved, add)
+            source = block[own.start - start : own.stop - start]
+            if matrices is None:
+                moved = self.push_through_factors(source, own)
+            else:
+                moved = self._apply(source.to(self.device), matrices[own.start - group.start :].mT)
+            if probe is not None and own.start <= probe.position < own.stop:
+                probe.record(index, "mlp_out", slice(None), moved[probe.position - own.start])
+            add_or_write(source, moved, add)
 
     def push_through_factors(self, source: Tensor, group: slice, affine: bool = False) -> Float[Tensor, "g n d"]:
         """Push `[g, n, d]` at a group of positions through the factors; with `affine` biases are added."""
@@ -123,21 +118,21 @@ class ExplicitMLP:
             contiguous_view([blocks[i].block[t - blocks[i].start] for i in some]) if some else None
             for t, some in enumerate(reached, group.start)
         ]
-        if any(source is None or source.device != self.device for source in joined):
+        if any(source is None for source in joined):
             return False
         for t, some, source, matrix in zip(range(group.start, group.stop), reached, joined, matrices, strict=True):
             assert source is not None
-            moved = self._apply(source, matrix.T)
+            moved = self._apply(source.to(self.device), matrix.T)
             if probe is not None and t == probe.position:
                 for i, part in zip(some, moved.chunk(len(some)), strict=True):
                     probe.record(i, "mlp_out", slice(None), part)
             add_or_write(source, moved, add)
         return True
 
-    def _groups(self, positions: slice, columns: int, formed: bool) -> list[slice]:
+    def groups(self, positions: slice, columns: int) -> list[slice]:
         """The positions that are done at a time."""
         size = _ROWS // columns
-        if formed:
+        if self.forms_matrices(columns):
             d, f = self._down.shape
             numbers = _FORMED_NUMBERS if self.device.type == "cpu" else _FORMED_NUMBERS_ACCELERATOR
             own = d * (d + f + (3 * d if self._split_formed else 0))

@@ -117,7 +117,7 @@ def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -
 
 def check_reproduced(trace: Trace, rerun: Tensor, traced: Tensor, name: str) -> None:
     """Refuse, by a ModelError, a part of the model whose output is not what it was when the prompt was linearized."""
-    if not trace.random and not agrees(rerun, traced, trace.options.precision == "double"):
+    if not trace.random and not agrees(rerun, traced.to(rerun.device), trace.options.precision == "double"):
         raise ModelError(
             f"{trace.model.info.name}: {name} no longer gives what it gave when the prompt was linearized: its weights "
             "or a state that it keeps have changed; linearize the prompt again",

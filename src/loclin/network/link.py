@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from loclin.freeze import FreezeOptions, Frozen
@@ -16,13 +19,16 @@ from loclin.models.forward import hidden_output, hooked, with_hidden_output
 from loclin.network.anatomy import Weights
 from loclin.network.autograd import batched_jvp, batched_vjp, push_constants
 from loclin.network.blocks import LayerCoefficients, Workspace
-from loclin.network.explicit import ExplicitLayer
+from loclin.network.explicit import ExplicitLayer, Others
 from loclin.network.graph import Graph, check_reproduced, network_graph
 from loclin.network.reader import CoefficientReader
-from loclin.network.trace import Trace, takes_values
+from loclin.network.trace import BlockCall, Trace, takes_values
 from loclin.network.units import UnitFinder
 
 Columns = Float[Tensor, "n T d"]
+Product = Callable[[Columns], Columns]
+Made = TypeVar("Made")
+Unit = TypeVar("Unit")
 
 
 class LayerLink:
@@ -37,6 +43,34 @@ class LayerLink:
         self.call = trace.layers[index]
         self.module, self.name = self.call.block.module, self.call.block.name
         self.device = self.call.hidden.device
+        # A network that is one layer is run as a whole, where it lives.
+        self._crew = None if trace.sequence.fallback_reason is not None else trace.model.crew
+
+    def _on(self, worker: int) -> LayerLink:
+        """The layer on the device of a worker: its weights, its recorded input, and what it must give."""
+        assert self._crew is not None
+        if worker == self._crew.home(self.module):
+            return self
+        trace, call = self.trace, self.call
+        to = partial(_to, device=self._crew.devices[worker])
+        block = replace(call.block, module=self._crew.layer(worker, self.module, self.name))
+        layers, args = [*trace.layers], tree_map(to, (call.hidden, call.value, call.args, call.kwargs))
+        layers[self.index] = BlockCall(block, *args)
+        return LayerLink(replace(trace, layers=layers), self.index, self.options)
+
+    def each(
+        self,
+        make: Callable[[LayerLink], Made],
+        work: Callable[[Made, Unit], object],
+        units: Sequence[Unit],
+    ) -> None:
+        """Do the work of each unit with what is made for this layer; shared by devices, where the model has several."""
+        if self._crew is not None:
+            self._crew.deal(lambda worker: make(self._on(worker)), work, units, self._crew.home(self.module))
+            return
+        made = make(self)
+        for unit in units:
+            work(made, unit)
 
     @cached_property
     def parallel(self) -> bool:
@@ -57,7 +91,21 @@ class LayerLink:
             trace.check_layers()
             workspace.checked = True
         coefficients = trace.coefficients[self.index] or self._read_coefficients(weights)
-        return ExplicitLayer(self.module, weights, coefficients, trace.dtype, workspace, trace.split.at(self.index))
+        others = self._others(weights, coefficients, workspace)
+        return ExplicitLayer(
+            self.module, weights, coefficients, trace.dtype, workspace, trace.split.at(self.index), others
+        )
+
+    def _others(self, weights: Weights, coefficients: LayerCoefficients, workspace: Workspace) -> Others | None:
+        crew, dtype, split = self._crew, self.trace.dtype, self.trace.split.at(self.index)
+        if crew is None:
+            return None
+
+        def make(worker: int) -> ExplicitLayer:
+            layer, own = crew.layer(worker, self.module, self.name), coefficients.on(crew.devices[worker])
+            return ExplicitLayer(layer, weights, own, dtype, workspace.of(worker), split, is_other=True)
+
+        return Others(crew, crew.home(self.module), make)
 
     def _read_coefficients(self, weights: Weights) -> LayerCoefficients:
         patterns: list[Pattern] = []
@@ -132,18 +180,25 @@ class LayerLink:
         self, cotangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
     ) -> Iterator[Columns]:
         """Pull cotangents from `target` back to `source`; yields `chunk` columns at a time. Cost: n of this layer."""
+        return map(self.puller(source, target), split(cotangents, chunk))
+
+    def puller(self, source: str, target: str) -> Product:
+        """A function that pulls some columns from `target` back to `source`. Cost: two forward passes."""
         graph = self._graph_with(source, target)
-        for part in _split(cotangents, chunk):
-            yield batched_vjp(graph.points[target], graph.source(source), part.to(self.device).unsqueeze(1)).squeeze(1)
+        y, x = graph.points[target], graph.source(source)
+        return lambda part: batched_vjp(y, x, part.to(self.device).unsqueeze(1)).squeeze(1)
 
     def jvp(
         self, tangents: Columns, source: str = "resid_pre", target: str = "resid_post", chunk: int | None = None
     ) -> Iterator[Columns]:
         """Push tangents from `source` forward to `target`; chunks and cost as for `vjp`."""
+        return map(self.pusher(source, target), split(tangents, chunk))
+
+    def pusher(self, source: str, target: str) -> Product:
+        """A function that pushes some columns from `source` forward to `target`. Cost: two forward passes."""
         graph = self._graph_with(source, target)
         push = batched_jvp(graph.points[target], graph.source(source))
-        for part in _split(tangents, chunk):
-            yield push(part.to(self.device).unsqueeze(1)).squeeze(1)
+        return lambda part: push(part.to(self.device).unsqueeze(1)).squeeze(1)
 
     def constants(self, source: str = "resid_pre", target: str = "resid_post") -> dict[str, Float[Tensor, "T d"]]:
         """What each bias or other constant inside the layer, behind `source`, adds at `target`; by its path."""
@@ -160,5 +215,10 @@ class LayerLink:
         return self.graph(collect)
 
 
-def _split(block: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
+def split(block: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
+    """A block in chunks of columns; none of an empty one."""
     return block.split(chunk or len(block)) if len(block) else ()
+
+
+def _to(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -21,7 +21,10 @@ _FEW_ROWS = 256
 
 
 class Matrix:
-    """W `[out, in]` and its bias; wide copies are in the workspace under `name`, for one layer at a time."""
+    """W `[out, in]` and its bias; wide copies are in the workspace under `name`, for one layer at a time.
+
+    `used`: that the first product is another's already, on another device.
+    """
 
     def __init__(
         self,
@@ -31,12 +34,13 @@ class Matrix:
         dtype: torch.dtype,
         workspace: Workspace,
         is_split: bool = False,
+        used: bool = False,
     ) -> None:
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.shape, self.device = weight.shape, weight.device
         self.empty = weight.new_empty(0, dtype=dtype)
         self._name, self._weight, self._workspace = name, weight, workspace
-        self._narrow, self._used = is_narrow(weight, dtype), False
+        self._narrow, self._used = is_narrow(weight, dtype), used
         self.is_split = is_split
 
     @cached_property

@@ -15,6 +15,7 @@ from torch import Tensor
 from loclin.network.autograd import batched_jvp
 from loclin.network.blocks import CausalBlock, Probe, Workspace
 from loclin.network.chain import Chain
+from loclin.network.link import LayerLink
 
 CountColumns = Callable[[int], None]
 """Called with the number of columns that have passed a layer."""
@@ -75,26 +76,37 @@ def prefix_maps(
 
 def _push_through_graph(chain: Chain, layer: int, blocks: Sequence[CausalBlock], probe: Probe) -> None:
     """Push blocks through a layer's own graph, in place."""
-    trace, link = chain.trace, chain.layers[layer]
-    graph = link.graph()
-    x, sublayers = graph.source("resid_pre"), [name for name in ("attn_out", "mlp_out") if name in graph.points]
-    # Where both sublayers have a module, the layer adds what they add.
-    ends = sublayers if len(sublayers) == 2 else ["resid_post"]
-    pushes = {name: batched_jvp(graph.points[name], x) for name in ends}
-    chunk = chain.chunk(trace.width, trace.width)
-    for index, (start, block) in enumerate(blocks):
-        rows = slice(start, start + len(block))
-        for first in range(0, block.shape[1], chunk):
-            columns = slice(first, first + chunk)
-            part = block[:, columns]
-            # [S, n, d] -> [n, 1, T, d], with zeros at the positions before the block
-            tangents = part.new_zeros(part.shape[1], 1, trace.length, trace.width)
-            tangents[:, 0, rows] = part.transpose(0, 1)
-            tangents = tangents.to(link.device)
-            if len(sublayers) < 2:
-                part.copy_(pushes["resid_post"](tangents)[:, 0, rows].transpose(0, 1))
-                continue
-            for name, push in pushes.items():
-                pushed = push(tangents)[:, 0]
-                probe.record(index, name, columns, pushed[:, probe.position])
-                part += pushed[:, rows].transpose(0, 1).to(part.device)
+    trace, chunk = chain.trace, chain.chunk(chain.trace.width, chain.trace.width)
+
+    def make(link: LayerLink) -> dict[str, Callable[[Tensor], Tensor]]:
+        graph = link.graph()
+        sublayers = [name for name in ("attn_out", "mlp_out") if name in graph.points]
+        # Where both sublayers have a module, the layer adds what they add.
+        ends = sublayers if len(sublayers) == 2 else ["resid_post"]
+        x = graph.source("resid_pre")
+        return {name: _pusher(batched_jvp(graph.points[name], x), x.device) for name in ends}
+
+    def push_part(pushes: dict[str, Callable[[Tensor], Tensor]], unit: tuple[int, slice]) -> None:
+        (index, columns), (start, block) = unit, blocks[unit[0]]
+        rows, part = slice(start, start + len(block)), block[:, columns]
+        # [S, n, d] -> [n, 1, T, d], with zeros at the positions before the block
+        tangents = part.new_zeros(part.shape[1], 1, trace.length, trace.width)
+        tangents[:, 0, rows] = part.transpose(0, 1)
+        if "resid_post" in pushes:
+            part.copy_(pushes["resid_post"](tangents)[:, 0, rows].transpose(0, 1))
+            return
+        for name, push in pushes.items():
+            pushed = push(tangents)[:, 0]
+            probe.record(index, name, columns, pushed[:, probe.position])
+            part += pushed[:, rows].transpose(0, 1).to(part.device)
+
+    units = [
+        (index, slice(first, first + chunk))
+        for index, (_, block) in enumerate(blocks)
+        for first in range(0, block.shape[1], chunk)
+    ]
+    chain.layers[layer].each(make, push_part, units)
+
+
+def _pusher(push: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda tangents: push(tangents.to(device))
