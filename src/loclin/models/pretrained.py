@@ -126,11 +126,12 @@ def _stream_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrai
     from huggingface_hub import snapshot_download
 
     from loclin.models.streaming.build import build
+    from loclin.models.streaming.quantised import refuse_unknown
 
     known = {*_WHERE.split(), "dtype", "attn_implementation"}
     config = read_config(place, name, arguments)
-    if (method := quantized(config)) is not None:
-        raise ModelError(f"{name} is quantised ({method}), and stream takes plain weights: load it without stream")
+    if (settings := getattr(config, "quantization_config", None)) is not None:
+        refuse_unknown(settings, name)
     if arguments.get("trust_remote_code") and hasattr(config, "auto_map"):
         raise ModelError(f"{name} brings its own code, and stream takes transformers' families: load it without stream")
     for option in arguments.keys() - known:
