@@ -158,6 +158,13 @@ def test_a_tensor_that_the_method_does_not_know_is_named(tmp_path):
         loclin.load(folder, stream=True)
 
 
+def test_scales_of_other_blocks_are_refused(tmp_path):
+    build, settings, pack = KINDS["fp8"]
+    folder, _ = write(tmp_path, build(), settings | {"weight_block_size": [128, 128]}, pack)
+    with pytest.raises(ModelError, match=r"has the scales \[.*blocks of \[128, 128\]"):
+        loclin.load(folder, stream=True)
+
+
 @pytest.fixture(scope="module")
 def four_bits(tmp_path_factory):
     """Checkpoints of bitsandbytes: NF4 with quantised scales, and FP4 with plain ones."""

@@ -95,9 +95,15 @@ def _find_fp8(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[Packe
         if scale.dtype == torch.uint8:  # an exponent
             scale = scale.view(torch.float8_e8m0fnu)
         scale = scale.float().reshape(scale.shape if scale.dim() > 1 else (1, 1))
+        stored, blocks = list(scale.shape), None if scale.numel() == 1 else block
         for dim in (-2, -1):
             count, size = scale.shape[dim], weight.shape[dim]
-            rows = -(-size // count) if block is None or count == 1 else block[dim]
+            rows = -(-size // count) if blocks is None else blocks[dim]
+            if -(-size // rows) != count:
+                raise ModelError(
+                    f"a weight {list(weight.shape)} has the scales {stored}, and its config says blocks of "
+                    f"{block}: give the config and the weights of one model"
+                )
             scale = scale.repeat_interleave(rows, dim).narrow(dim, 0, size)  # the last block may be cut
         return weight.float() * scale
 
