@@ -275,7 +275,10 @@ def test_the_command_line_names_the_library(monkeypatch, plain, tmp_path):
     assert "pip install torchao" in result.output.replace("\n", " ")
 
 
-def test_a_packed_checkpoint_does_not_stay_on_disk(plain, tmp_path):
-    write(tmp_path, plain, *STORED["awq"])
-    with pytest.raises(ModelError, match=r"is quantised \(awq\), and stream takes plain weights"):
-        loclin.load(tmp_path, stream=True)
+@pytest.mark.parametrize("kind", STORED)
+def test_layers_that_stay_on_disk(kind, plain, tmp_path):
+    write(tmp_path, plain, *STORED[kind])
+    whole, streamed = (linearize(loclin.load(tmp_path, stream=on), tiny.prompt(6)) for on in (False, True))
+    assert streamed.model.streamed
+    assert torch.equal(streamed.jacobian().dense(), whole.jacobian().dense())
+    assert streamed.warnings == whole.warnings

@@ -10,7 +10,7 @@ q along the inputs, AWQ (Lin et al. 2023) along the outputs; both pack z along t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,9 @@ _LAYOUTS = {
     "awq": ("version", ("gemm",), (4,)),
 }
 """The option that names a method's layout, the layouts that are read (the first by default), and the bits."""
-_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+WORDS = ".qweight"
+"""How the name of packed numbers ends."""
+_PARTS = (WORDS, ".qzeros", ".scales", ".g_idx")
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,48 @@ def read_packed(directory: Path, settings: dict[str, Any], name: str) -> dict[st
 
     `settings` is its `quantization_config`. ModelError for a layout that is not known, or a part that is missing.
     """
-    method, bits = settings["quant_method"], settings.get("bits", 4)
-    option, layouts, widths = _LAYOUTS[method]
-    layout = str(settings.get(option, layouts[0])).lower()
-    if layout not in layouts or bits not in widths:
-        raise ModelError(
-            f"{name}: {method} with {bits} bits in the layout {layout!r} is not read; known are the layouts "
-            f"{', '.join(layouts)} with {', '.join(map(str, widths))} bits"
-        )
+    refuse_layout(settings, name)
     places = _find_tensors(directory)
     state: dict[str, Any] = {
         key: _Lazy(partial(_read, path, key)) for key, path in places.items() if not key.endswith(_PARTS)
     }
     for key in places:
-        if key.endswith(".qweight"):
-            path = key.removesuffix(".qweight")
+        if key.endswith(WORDS):
+            path = key.removesuffix(WORDS)
             for part in _PARTS[1:3]:
                 if path + part not in places:
                     raise ModelError(f"{name} lacks {path}{part}, without which {key} has no meaning; get it again")
-            state[f"{path}.weight"] = _Lazy(partial(_dequantise, places, path, settings, layout))
+            parts = [
+                _Lazy(partial(_read, places[path + part], path + part)) for part in _PARTS if path + part in places
+            ]
+            state[f"{path}.weight"] = _Lazy(partial(_make, parts, settings, path))
     return state
+
+
+def refuse_layout(settings: Mapping[str, Any], name: str) -> None:
+    """ModelError for a layout, or a number of bits, that is not known."""
+    method, bits = settings["quant_method"], settings.get("bits", 4)
+    _, layouts, widths = _LAYOUTS[method]
+    layout = _layout(settings)
+    if layout not in layouts or bits not in widths:
+        raise ModelError(
+            f"{name}: {method} with {bits} bits in the layout {layout!r} is not read; known are the layouts "
+            f"{', '.join(layouts)} with {', '.join(map(str, widths))} bits"
+        )
+
+
+def find_parts(weight: str) -> list[str]:
+    """The names of the tensors that a weight is made of: q, z, s and, in some checkpoints, the groups of inputs."""
+    return [weight.removesuffix(".weight") + part for part in _PARTS]
+
+
+def _layout(settings: Mapping[str, Any]) -> str:
+    option, layouts, _ = _LAYOUTS[settings["quant_method"]]
+    return str(settings.get(option, layouts[0])).lower()
+
+
+def _make(parts: Sequence[_Lazy], settings: Mapping[str, Any], path: str) -> Tensor:
+    return dequantise(*(part[...] for part in parts), settings=settings, path=path)
 
 
 def _find_tensors(directory: Path) -> dict[str, Path]:
@@ -94,21 +118,20 @@ def _read(path: Path, key: str) -> Tensor:
         return tensor
 
 
-def _dequantise(places: dict[str, Path], path: str, settings: dict[str, Any], layout: str) -> Float[Tensor, "out in"]:
-    """One weight in float32."""
-    q, z, s = (_read(places[path + part], path + part) for part in _PARTS[:3])
+def dequantise(
+    q: Tensor, z: Tensor, s: Tensor, group: Tensor | None = None, *, settings: Mapping[str, Any], path: str
+) -> Float[Tensor, "out in"]:
+    """One weight in float32, from its parts as they are stored."""
     bits, most = settings.get("bits", 4), settings.get("group_size", -1)
     if settings["quant_method"] == "gptq":
         q, z = _unpack(q.T, bits), _unpack(z, bits)  # [out, in], [groups, out]
-        if layout == "gptq":  # it stores one less, and lets -1 wrap around
+        if _layout(settings) == "gptq":  # it stores one less, and lets -1 wrap around
             z = (z + 1) & (2**bits - 1)
     else:
         q, z = (_unpack(part, bits).unflatten(1, (-1, 8))[..., _PLACES].flatten(1) for part in (q, z))
         q = q.T
-    index, width = places.get(f"{path}.g_idx"), q.shape[1]
-    group = torch.arange(width) // (most if most > 0 else width)
-    if index is not None:
-        group = _read(index, f"{path}.g_idx").long()
+    width = q.shape[1]
+    group = torch.arange(width) // (most if most > 0 else width) if group is None else group.long()
     if len(group) != width or group.max() >= len(s) or group.min() < 0:
         raise ModelError(f"{path} has {len(s)} groups of {width} inputs, and its config says {most} for each")
     weight = (q - z[group].T).to(torch.float32)

@@ -182,11 +182,12 @@ def _too_large(directory: Path, arguments: dict[str, Any]) -> str | None:
 def _stream_weights(place: str, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
     """Build a model whose layers read their weights when they run."""
     from loclin.models.streaming.build import build
+    from loclin.models.streaming.quantised import refuse_unknown
 
     known = {*_WHERE.split(), "dtype", "attn_implementation"}
     config = read_config(place, name, arguments)
-    if method := quantisation.settings_of(config).get("quant_method"):
-        raise ModelError(f"{name} is quantised ({method}), and stream takes plain weights: load it without stream")
+    if settings := quantisation.settings_of(config):
+        refuse_unknown(settings, name)
     if arguments.get("trust_remote_code") and hasattr(config, "auto_map"):
         raise ModelError(f"{name} brings its own code, and stream takes transformers' families: load it without stream")
     for option in arguments.keys() - known:

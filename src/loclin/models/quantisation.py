@@ -62,8 +62,8 @@ def with_options(settings: dict[str, Any], arguments: dict[str, Any]) -> dict[st
     import transformers
 
     kind = _BY_TRANSFORMERS.get(settings.get("quant_method", ""))
-    if kind is None or "quantization_config" in arguments:
-        return arguments
+    if kind is None or "quantization_config" in arguments or arguments.get("stream"):
+        return arguments  # streaming dequantises by itself
     return arguments | {"quantization_config": getattr(transformers, kind)(dequantize=True)}
 
 

@@ -19,6 +19,7 @@ from loclin.models.replica import CHANGE_THEIR_WEIGHTS
 from loclin.models.streaming.checkpoint import Checkpoint
 from loclin.models.streaming.conversion import find_places
 from loclin.models.streaming.plan import Places, Plan, read
+from loclin.models.streaming.quantised import find_quantised
 from loclin.models.streaming.reader import LayerReader
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -36,8 +37,10 @@ def build(
         chosen = {} if attention is None else {"attn_implementation": attention}
         hf: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
     _refuse_family(hf, name, dtype)
-    checkpoint = Checkpoint(directory)
-    places = find_places(hf, checkpoint, name)
+    settings = getattr(config, "quantization_config", None)
+    checkpoint = Checkpoint(directory, quantised=settings is not None)
+    quantised = () if settings is None else find_quantised(checkpoint, settings, name)
+    places = find_places(hf, checkpoint, name, quantised)
     plans = _fit(hf, places, checkpoint, name, dtype)
     _fill_buffers(hf, places, checkpoint, name)
     layers = find_blocks(hf.get_decoder() or hf) or find_blocks(hf)

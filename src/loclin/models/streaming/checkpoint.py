@@ -26,6 +26,12 @@ State = tuple[int, int, int, int]
 """The device, inode, size and time of change of a file."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_QUANTISED = {
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 _HEADER_BYTES = 100_000_000  # as in safetensors itself
 _MOST_PIECES = 512  # of one read; systems take 1024
 _INDEX = "model.safetensors.index.json"
@@ -60,17 +66,19 @@ class StoredTensor:
 class Checkpoint:
     """The tensors of a directory's `model.safetensors`, or of the files that its index names; `tensors` by name.
 
+    `quantised` says whether tensors may have the dtypes that only quantised weights have.
     Cost: a read of the headers. ModelError where a file is missing, damaged, or cut off.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, quantised: bool = False) -> None:
         if not hasattr(os, "preadv"):
             raise ModelError("this system cannot read layers straight into memory (os.preadv): load without stream")
+        dtypes = DTYPES | _QUANTISED if quantised else DTYPES
         self.tensors: dict[str, StoredTensor] = {}
         self._states: dict[Path, State] = {}
         for path, names in _files(directory):
             self._states[path] = _state(path)
-            found = {tensor.name: tensor for tensor in _read_header(path, self._states[path][2])}
+            found = {tensor.name: tensor for tensor in _read_header(path, self._states[path][2], dtypes)}
             lost = sorted(names - found.keys())
             if lost:
                 raise ModelError(f"{path} lacks {lost[0]}, which the index says it holds: get the file again")
@@ -152,7 +160,7 @@ def _files(directory: Path) -> Iterator[tuple[Path, set[str]]]:
         yield directory / name, keys
 
 
-def _read_header(path: Path, size: int) -> Iterator[StoredTensor]:
+def _read_header(path: Path, size: int, dtypes: dict[str, torch.dtype]) -> Iterator[StoredTensor]:
     """The tensors of one file; ModelError unless they fill it exactly, one behind the other."""
     try:
         with path.open("rb") as file:
@@ -164,13 +172,13 @@ def _read_header(path: Path, size: int) -> Iterator[StoredTensor]:
         entries = sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
         found, end = [], 0
         for name, entry in entries:
-            if entry["dtype"] not in DTYPES:
+            if entry["dtype"] not in dtypes:
                 raise ModelError(
-                    f"{path} stores {name} as {entry['dtype']}: stream takes {', '.join(DTYPES)}; load it "
+                    f"{path} stores {name} as {entry['dtype']}: stream takes {', '.join(dtypes)}; load it "
                     "without stream"
                 )
             start, stop = entry["data_offsets"]
-            tensor = StoredTensor(name, path, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            tensor = StoredTensor(name, path, 8 + length + start, dtypes[entry["dtype"]], tuple(entry["shape"]))
             if start != end or stop - start != tensor.nbytes:
                 raise ValueError(f"{name} does not lie where its shape says")
             found.append(tensor)

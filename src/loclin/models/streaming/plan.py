@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +18,36 @@ from loclin.models.streaming.checkpoint import ALIGNMENT, Bytes, Checkpoint, Sto
 _View = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A tensor that is computed from stored ones, as a quantised weight is."""
+
+    name: str
+    parts: tuple[StoredTensor, ...]
+    shape: tuple[int, ...]
+    decode: Callable[..., Tensor]
+    """Computes it from the parts."""
+
+    __repr__ = brief
+
+    @property
+    def path(self) -> Path:
+        """The file of its first part."""
+        return self.parts[0].path
+
+
 class Places:
     """A tensor that consists of stored ones: its shape, and which view of it each of them fills.
 
     It stands for a tensor in conversions that stack, concatenate and transpose; TypeError in others.
     """
 
-    def __init__(self, shape: Sequence[int], pieces: Sequence[tuple[StoredTensor, tuple[_View, ...]]]) -> None:
+    def __init__(self, shape: Sequence[int], pieces: Sequence[tuple[StoredTensor | Packed, tuple[_View, ...]]]) -> None:
         self.shape = torch.Size(shape)
         self.pieces = tuple(pieces)
 
     @classmethod
-    def of(cls, stored: StoredTensor) -> Places:
+    def of(cls, stored: StoredTensor | Packed) -> Places:
         """A stored tensor as it is."""
         return cls(stored.shape, [(stored, ())])
 
@@ -56,7 +75,7 @@ class Places:
             pieces.append(Piece(stored, int(view.storage_offset()), view.stride(), view.is_contiguous()))
         return Plan(tuple(pieces), tuple(self.shape), dtype)
 
-    def _inside(self, view: _View) -> list[tuple[StoredTensor, tuple[_View, ...]]]:
+    def _inside(self, view: _View) -> list[tuple[StoredTensor | Packed, tuple[_View, ...]]]:
         """Its pieces in a larger tensor, of which it is this view."""
         return [(stored, (view, *steps)) for stored, steps in self.pieces]
 
@@ -85,12 +104,17 @@ def _transpose(part: Places, dim0: int, dim1: int) -> Places:
 class Piece:
     """A stored tensor as a strided part of a parameter, in numbers of elements."""
 
-    stored: StoredTensor
+    stored: StoredTensor | Packed
     start: int
     stride: tuple[int, ...]
     contiguous: bool
 
     __repr__ = brief
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """What is read for it."""
+        return self.stored.parts if isinstance(self.stored, Packed) else (self.stored,)
 
     def of(self, parameter: Tensor) -> Tensor:
         """That part."""
@@ -120,41 +144,48 @@ class Plan:
     @property
     def stored_bytes(self) -> int:
         """How many bytes it takes in the files."""
-        return sum(piece.stored.nbytes for piece in self.pieces)
+        return sum(part.nbytes for piece in self.pieces for part in piece.parts)
 
     @property
     def staged_bytes(self) -> int:
         """The memory that its pieces pass through which cannot be read straight into their places."""
-        return sum(align(piece.stored.nbytes) for piece in self.pieces if not self.fits(piece))
+        return sum(align(part.nbytes) for piece in self.pieces if self.fits(piece) is None for part in piece.parts)
 
-    def fits(self, piece: Piece) -> bool:
-        """Whether the bytes of a piece are those of its place."""
-        return piece.stored.dtype == self.dtype and piece.contiguous
+    def fits(self, piece: Piece) -> StoredTensor | None:
+        """The stored tensor whose bytes are those of a piece's place; None if there is none."""
+        stored = piece.stored
+        return stored if isinstance(stored, StoredTensor) and stored.dtype == self.dtype and piece.contiguous else None
 
     def place(self, start: int) -> int:
         """The first place from `start` on where it can lie: that of torch's own memory, or of transformers' mapping."""
-        mapped = len(self.pieces) == 1 and self.fits(self.pieces[0])
-        return self.pieces[0].stored.place(start) if mapped else align(start)
+        mapped = self.fits(self.pieces[0]) if len(self.pieces) == 1 else None
+        return align(start) if mapped is None else mapped.place(start)
 
 
 def read(checkpoint: Checkpoint, wanted: Sequence[tuple[Plan, Tensor]], stage: Callable[[int], Bytes]) -> None:
-    """Read parameters into contiguous tensors. `stage` gives memory for pieces that are copied from there."""
+    """Read parameters into contiguous tensors. `stage` gives memory for pieces that are copied from there.
+
+    A quantised weight takes more memory while it is dequantised: itself in float32, and what its library uses.
+    """
     size = sum(plan.staged_bytes for plan, _ in wanted)
     staging, used, reads, copies = stage(size) if size else None, 0, list[tuple[StoredTensor, Bytes]](), []
     for plan, tensor in wanted:
         for piece in plan.pieces:
             part = piece.of(tensor)
-            if plan.fits(piece):
-                into = part.flatten().view(torch.uint8).numpy()
-            else:
-                assert staging is not None
-                into = staging[used : used + piece.stored.nbytes]
-                used += align(piece.stored.nbytes)
-                copies.append((part, torch.from_numpy(into).view(piece.stored.dtype).view(part.shape)))
-            reads.append((piece.stored, into))
+            if (stored := plan.fits(piece)) is not None:
+                reads.append((stored, part.flatten().view(torch.uint8).numpy()))
+                continue
+            assert staging is not None
+            raw = []
+            for stored in piece.parts:
+                into = staging[used : used + stored.nbytes]
+                used += align(stored.nbytes)
+                reads.append((stored, into))
+                raw.append(torch.from_numpy(into).view(stored.dtype).view(stored.shape))
+            copies.append((part, piece.stored, raw))
     checkpoint.read(reads)
-    for part, raw in copies:
-        part.copy_(raw)
+    for part, made, raw in copies:
+        part.copy_(made.decode(*raw) if isinstance(made, Packed) else raw[0])
 
 
 def align(size: int) -> int:
