@@ -234,9 +234,7 @@ def test_a_missing_library_is_one_line_with_the_pip_command(four_bits, monkeypat
     assert "pip install bitsandbytes" in " ".join(run.output.split())
 
 
-@pytest.mark.parametrize(
-    "own", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_8bit": True}]
-)
+@pytest.mark.parametrize("own", [{"quant_method": "torchao"}, {"quant_method": "bitsandbytes", "load_in_8bit": True}])
 def test_other_methods_are_refused_by_name(own, tmp_path):
     tiny.llama(dtype=torch.float32).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

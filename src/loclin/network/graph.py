@@ -95,8 +95,8 @@ def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -
     with trace.freeze(model.hf, options, collect=collect) as mode, torch.no_grad():
 
         def enter(hidden: Tensor, rows: Rows, tokens: slice) -> None:
-            own = x[:, tokens]
             with mode.paused():
+                own = x[:, tokens]
                 others = with_rows(hidden.to(x.dtype), rows, torch.zeros_like(own))
                 mode.enter(hidden, with_rows(mode.constant(others, table.weight, "embedding"), rows, own))
 

@@ -31,6 +31,8 @@ _QUANTISED = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 _HEADER_BYTES = 100_000_000  # as in safetensors itself
 _MOST_PIECES = 512  # of one read; systems take 1024
