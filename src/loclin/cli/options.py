@@ -149,7 +149,7 @@ class Loading:
     memory: Memory = None
     task: Annotated[
         Task | None,
-        typer.Option(help="What the model predicts; by default as it was stored."),
+        typer.Option(help="What the model is for; by default that of the class from which it was stored."),
     ] = None
 
     def load(self) -> Model:

@@ -13,6 +13,7 @@ from jinja2 import Environment
 from loclin.analyses.decode import SingularBlock
 from loclin.analyses.layers import SHOWN, LayerExplanation
 from loclin.common.arguments import strings, whole
+from loclin.common.brief import brief
 from loclin.errors import OptionError
 from loclin.figures.given import Layered, layered
 from loclin.figures.names import HIGHLIGHTS, check_suffix
@@ -63,6 +64,8 @@ class WordRow:
     vector: str
     cells: list[list[str]]
 
+    __repr__ = brief
+
     @property
     def name(self) -> str:
         """What stands in front of the row."""
@@ -88,6 +91,8 @@ class WordTable:
     rows: list[WordRow]
     legend: list[str]
     warnings: list[str] = field(default_factory=list)
+
+    __repr__ = brief
 
     def mark(self, word: str) -> int | None:
         """Find the number of the highlighted word that a word is; None: it is none."""

@@ -65,13 +65,10 @@ def secant(
     origin = z.new_zeros([1] * z.dim() if same else z.shape, requires_grad=True)
     with torch.enable_grad():
         at_zero = f(origin.clone())  # a copy, for functions that work in place
-    if at_zero.shape != origin.shape:
+    if at_zero.shape != origin.shape or not bool(at_zero.isfinite().all()):
         return None
     start, zero = at_zero.detach().to(dtype), z == 0
-    # As a rule neither of the last two: two passes over all numbers less. Together, as each answer waits for a GPU.
-    finite, shifted, some_zero = torch.stack([at_zero.isfinite().all(), start.any(), zero.any()]).tolist()
-    if not finite:
-        return None
+    shifted, some_zero = bool(start.any()), bool(zero.any())  # as a rule neither: two passes over all numbers less
     rise = out.detach().to(dtype) - start if shifted else out.detach().to(dtype)
     ratio = rise / (torch.where(zero, 1, z) if some_zero else z).to(dtype)
     if some_zero:

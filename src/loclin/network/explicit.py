@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loclin.common.brief import brief
 from loclin.freeze.quantised import dense_weight, has_dense_weight
 from loclin.models.crew import Crew
 from loclin.models.lease import weights_of
@@ -39,6 +40,8 @@ class Others:
     home: int
     make: Callable[[int], ExplicitLayer]
     _made: dict[int, ExplicitLayer] = field(default_factory=dict)
+
+    __repr__ = brief
 
     def layer(self, worker: int) -> ExplicitLayer:
         """The layer on the device of a worker other than `home`."""

@@ -20,11 +20,12 @@ from loclin.models.forward import Rows, hidden_input, hidden_output, hook_embedd
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy, find_anatomy
+from loclin.network.autograd import depends_on
 from loclin.network.ends import OutputHeadLink
 from loclin.network.proof import proved_positions
 from loclin.network.reader import ExplicitLayers
 from loclin.network.sequence import Block, BlockSequence, Sublayers, as_one_block, find_sequence
-from loclin.network.trace import BlockCall, Trace, UnreadError, agrees, run_to_logits, takes_values
+from loclin.network.trace import BlockCall, Trace, agrees, run_to_logits, takes_values
 
 _HEAD_ERROR = 1e-3  # of logits that are rebuilt from a final hidden state: far beyond rounding
 
@@ -284,12 +285,17 @@ def _record(
         mode.see_mixing = explicit.see_mixing
         recorder = _Recorder(mode, model, input_ids, sequence, explicit, attention)
         with hooked(recorder.hooks()):
-            try:
-                head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, sequence.predicts, None)
-            except UnreadError as fault:
-                if sequence.fallback_reason is not None:
-                    raise
-                raise _NotASequenceError("its logits do not read what leaves its blocks") from fault
+            head, final, stock_final = run_to_logits(mode, model, input_ids, sequence, sequence.predicts, None)
+        with mode.paused():
+            reads = depends_on(head.logits, head.final)
+    if not (reads or mode.nonlinear_uses):
+        if sequence.fallback_reason is None:
+            raise _NotASequenceError("its logits do not read what leaves its blocks")
+        raise ModelError(
+            f"{model.info.name}: its logits do not read what {type(sequence.exit).__name__} returns, by which loclin "
+            "takes them; give another model",
+            type(sequence.exit).__name__,
+        )
     attention.finish()
     calls, last = recorder.calls, recorder.last
     if not calls or (sequence.fallback_reason is not None and calls[0].hidden.shape != final.shape):

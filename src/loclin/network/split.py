@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.common.brief import brief
 from loclin.network.blocks import Workspace
 
 _LARGEST = torch.finfo(torch.bfloat16).max
@@ -47,6 +48,8 @@ class Split:
     layers: tuple[bool, ...] = ()
     formed: bool = False
     note: str | None = None
+
+    __repr__ = brief
 
     def at(self, layer: int) -> Split | None:
         """Itself for a layer whose products are split, else None."""

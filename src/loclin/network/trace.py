@@ -20,7 +20,7 @@ from loclin.models.forward import at_all_tokens, hidden_output, hooked, logits_a
 from loclin.models.model import Model
 from loclin.models.snapshot import Snapshot
 from loclin.network.anatomy import Anatomy
-from loclin.network.autograd import Constants, depends_on
+from loclin.network.autograd import Constants
 from loclin.network.blocks import LayerCoefficients
 from loclin.network.points import Point
 from loclin.network.sequence import Block, BlockSequence
@@ -257,10 +257,6 @@ def takes_values(options: FreezeOptions, sequence: BlockSequence) -> bool:
     return options.dtype(sequence.dtype) == sequence.dtype == torch.float32 and not options.ordinary
 
 
-class UnreadError(ModelError):
-    """The logits do not depend on what was taken for the final hidden state."""
-
-
 def run_to_logits(
     mode: Frozen, model: Model, input_ids: Tensor, sequence: BlockSequence, position: int, final: Tensor | None
 ) -> tuple[OutputHead, Tensor, Tensor]:
@@ -301,13 +297,5 @@ def run_to_logits(
             "code or kernels"
         )
     live = mode.live(logits)
-    with mode.paused():
-        read = depends_on(live, seen["leaf"])
-    if not read:
-        raise UnreadError(
-            f"{model.info.name}: its logits do not read what {type(sequence.exit).__name__} returns, by which loclin "
-            "takes them; give another model",
-            type(sequence.exit).__name__,
-        )
     value = logits.to(mode.dtype) if keeps else live.detach()
     return OutputHead(seen["leaf"], live, logits, value, mode.constants), seen["final"], seen["stock"]
