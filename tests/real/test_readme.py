@@ -113,7 +113,7 @@ def test_every_block_of_the_guide(capsys, tmp_path, monkeypatch):
     names: dict = {}
     for block in code:
         exec(compile(block, "guide.md", "exec"), names)
-    assert len(code) == 13
+    assert len(code) == 16
     shown = capsys.readouterr().out
     assert "torch.Size([8, 576])" in shown
     assert "activation True" in shown

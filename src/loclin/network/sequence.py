@@ -261,17 +261,12 @@ def _find_addends(outputs: dict[str, Tensor], added: Tensor, tolerance: float) -
     """Which one or two modules' outputs sum to what a block adds; the outermost where several give the same."""
     paths = sorted(outputs, key=lambda path: (path.count("."), "drop" in path))
     order = {path: index for index, path in enumerate(outputs)}
-    if not paths:
-        return Sublayers()
-    given, limit = torch.stack([outputs[path].to(added.device) for path in paths]), tolerance * added.norm()
-    sums = [given, *(given[i + 1 :] + given[i] for i in range(len(paths) - 1))]
-    # all answers at once: each waits for a GPU
-    fits = iter(torch.cat([(one - added).norm(dim=1) <= limit for one in sums]).tolist())
+    limit = tolerance * added.norm()
     for one in paths:
-        if next(fits):
+        if (outputs[one] - added).norm() <= limit:
             return Sublayers(mlp=one) if _looks_like_mlp(one) else Sublayers(attn=one)
     for pair in combinations(paths, 2):
-        if next(fits):
+        if (outputs[pair[0]] + outputs[pair[1]] - added).norm() <= limit:
             attn, mlp = sorted(pair, key=lambda path: (_looks_like_mlp(path), order[path]))
             return Sublayers(attn, mlp)
     return Sublayers()
