@@ -33,7 +33,6 @@ check: lint
 
 test: lint
 	$(PYTEST) --every-library
-	$(PYTEST) -q --device fake tests/test_device.py
 
 gpu:
 	PYTHON=$(firstword $(wildcard $(BIN)/python) $(PYTHON)) bench/gpu.sh
