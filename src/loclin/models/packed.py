@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from loclin.errors import ModelError, first_line
+from loclin.errors import ModelError
 
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Which of the eight numbers in an int32 is each of eight neighbours, in AWQ."""
@@ -30,9 +30,8 @@ _LAYOUTS = {
     "awq": ("version", ("gemm",), (4,)),
 }
 """The option that names a method's layout, the layouts that are read (the first by default), and the bits."""
-WORDS = ".qweight"
-"""How the name of packed numbers ends."""
-_PARTS = (WORDS, ".qzeros", ".scales", ".g_idx")
+PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+"""How the names of a weight's parts end: q, z, s and, in some checkpoints, the group of each input."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,15 @@ def read_packed(directory: Path, settings: dict[str, Any], name: str) -> dict[st
     refuse_layout(settings, name)
     places = _find_tensors(directory)
     state: dict[str, Any] = {
-        key: _Lazy(partial(_read, path, key)) for key, path in places.items() if not key.endswith(_PARTS)
+        key: _Lazy(partial(_read, path, key)) for key, path in places.items() if not key.endswith(PARTS)
     }
     for key in places:
-        if key.endswith(WORDS):
-            path = key.removesuffix(WORDS)
-            for part in _PARTS[1:3]:
+        if key.endswith(PARTS[0]):
+            path = key.removesuffix(PARTS[0])
+            for part in PARTS[1:3]:
                 if path + part not in places:
                     raise ModelError(f"{name} lacks {path}{part}, without which {key} has no meaning; get it again")
-            parts = [
-                _Lazy(partial(_read, places[path + part], path + part)) for part in _PARTS if path + part in places
-            ]
+            parts = [_Lazy(partial(_read, places[path + part], path + part)) for part in PARTS if path + part in places]
             state[f"{path}.weight"] = _Lazy(partial(_make, parts, settings, path))
     return state
 
@@ -80,11 +77,6 @@ def refuse_layout(settings: Mapping[str, Any], name: str) -> None:
         )
 
 
-def find_parts(weight: str) -> list[str]:
-    """The names of the tensors that a weight is made of: q, z, s and, in some checkpoints, the groups of inputs."""
-    return [weight.removesuffix(".weight") + part for part in _PARTS]
-
-
 def _layout(settings: Mapping[str, Any]) -> str:
     option, layouts, _ = _LAYOUTS[settings["quant_method"]]
     return str(settings.get(option, layouts[0])).lower()
@@ -98,22 +90,15 @@ def _find_tensors(directory: Path) -> dict[str, Path]:
     """In which file of a directory each tensor is."""
     places: dict[str, Path] = {}
     for path in sorted(directory.glob("*.safetensors")):
-        with _open(path) as file:
+        with safe_open(path, framework="pt") as file:
             places |= dict.fromkeys(file.keys(), path)
     if not places:
         raise ModelError(f"{directory} has no safetensors files; give a checkpoint in that format")
     return places
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as fault:
-        raise ModelError(f"{path} is cut off or damaged ({first_line(fault)}): get it again") from fault
-
-
 def _read(path: Path, key: str) -> Tensor:
-    with _open(path) as file:
+    with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(key)
         return tensor
 

@@ -68,28 +68,29 @@ def _load(
     settings = quantisation.settings_of(config)
     stored = settings.get("quant_method") or stored or config_dtype(config)
     tokenizer = read_tokenizer(place, name, arguments) if tokenized else None
-    read = partial(_read_quantised, config=config) if settings else read_weights
+    read = partial(_read_quantised, config=config, settings=settings) if settings else read_weights
     hf = read(place, name, arguments, chosen)
     return describe(hf, tokenizer, name=name, source=source, revision=arguments.get("revision"), stored_dtype=stored)
 
 
 def _read_quantised(
-    place: str, name: str, arguments: dict[str, Any], task: Task, config: PreTrainedConfig
+    place: str, name: str, arguments: dict[str, Any], task: Task, config: PreTrainedConfig, settings: dict[str, Any]
 ) -> PreTrainedModel:
     """Read a checkpoint whose weights are quantised; those that loclin unpacks are plain ones then."""
-    settings = quantisation.settings_of(config)
     if "quantization_config" not in arguments:
         quantisation.refuse_quantised(settings, name)
         if settings["quant_method"] in quantisation.PACKED and not arguments.get("stream"):
             if task != "causal":
                 raise ModelError(f"{name} is a {task} model with packed weights: give a checkpoint with plain weights")
-            return _read_packed(place, name, config, arguments)
+            return _read_packed(place, name, arguments, config, settings)
     hf: Any = read_weights(place, name, quantisation.with_options(settings, arguments), task)
     hf._loclin_note = quantisation.note_dequantised(settings, name)
     return hf
 
 
-def _read_packed(place: str, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+def _read_packed(
+    place: str, name: str, arguments: dict[str, Any], config: PreTrainedConfig, settings: dict[str, Any]
+) -> PreTrainedModel:
     """Read a GPTQ or AWQ checkpoint into a plain model."""
     from transformers import GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -103,7 +104,7 @@ def _read_packed(place: str, name: str, config: PreTrainedConfig, arguments: dic
     given = {key: value for key, value in arguments.items() if key not in {*_WHERE.split(), "stream"}}
     with _reading(name, "model"):
         directory = _obtain(place, arguments)
-        state = read_packed(directory, quantisation.settings_of(config), name)
+        state = read_packed(directory, settings, name)
         if given["dtype"] == "auto":
             given["dtype"] = getattr(torch, config_dtype(config) or "float32")
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(plain)]

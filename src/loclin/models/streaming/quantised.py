@@ -140,9 +140,9 @@ def _find_packed(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[Pa
     """Weights of GPTQ and AWQ: small integers in int32, packed along the inputs or the outputs."""
     found, many = [], 32 // settings.get("bits", 4)
     for key, stored in checkpoint.tensors.items():
-        if key.endswith(packed.WORDS):
-            path = key.removesuffix(packed.WORDS)
-            names = packed.find_parts(f"{path}.weight")
+        if key.endswith(packed.PARTS[0]):
+            path = key.removesuffix(packed.PARTS[0])
+            names = [path + part for part in packed.PARTS]
             parts = [_part(checkpoint, key, name) for name in names[:3]]
             parts += [checkpoint.tensors[name] for name in names[3:] if name in checkpoint.tensors]
             rows, columns = stored.shape
