@@ -1,6 +1,7 @@
 # make demo: a real model, explained, in one command.
 # make check: lint, types, and the tests that need no real model, no new process and little time (minutes).
-# make test: lint, types and all tests (half an hour).
+# make test: lint, types and all tests but the longest (half an hour).
+# make test-long: the longest tests, most of them a second real model's (a quarter of an hour).
 # make gpu: what only a GPU can tell, in 10 minutes: the engine's tests on it, and bench/gpu.py; needs no registry.
 # make test-fake-gpu: the engine's tests on a device without hardware, which refuses what a GPU refuses.
 # make wheel: the wheel and the source archive, built and tried in a clean environment.
@@ -20,7 +21,7 @@ ENGINE := tests/freeze tests/models/test_tiny.py tests/models/test_special.py te
   tests/test_batch.py tests/maps/test_certify.py tests/maps/test_linear_map.py tests/network/test_explicit.py \
   tests/maps/test_linearization.py
 
-.PHONY: demo check test gpu test-fake-gpu fuzz test-matrix lint hooks wheel notebook bench clean
+.PHONY: demo check test test-long gpu test-fake-gpu fuzz test-matrix lint hooks wheel notebook bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -29,10 +30,13 @@ demo: $(VENV)/.demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: lint
-	$(PYTEST) -q -m "not real and not subprocess and not slow"
+	$(PYTEST) -q -m "not real and not subprocess and not slow and not long"
 
 test: lint
-	$(PYTEST) --every-library
+	$(PYTEST) --every-library -m "not long"
+
+test-long: $(VENV)/.dev
+	$(PYTEST) --every-library -m long
 
 gpu:
 	PYTHON=$(firstword $(wildcard $(BIN)/python) $(PYTHON)) bench/gpu.sh

@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark as `subprocess` each test that starts a process, and as `slow` the cases that are not in a sample.
+    """Mark as `subprocess` each test that starts a process, as `slow` the cases that are not in a sample, and some as `long`.
 
     On another device, skip what is of the processor alone.
     """
@@ -87,6 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             fixtures = [vars(item.module).get(name) for name in item.fixturenames]
             if any(starts_processes(one, known) for one in (item.function, *fixtures)):
                 item.add_marker("subprocess")
+        if any(mark.args[0] in item.nodeid.partition("[")[2] for mark in item.iter_markers("long_for")):
+            item.add_marker("long")
         if config.getoption("device") != "cpu" and item.get_closest_marker("processor") is not None:
             item.add_marker(pytest.mark.skip(reason="is of the processor alone"))
         if (sampled := item.get_closest_marker("sampled")) is not None:

@@ -302,6 +302,7 @@ def test_a_model_that_rescales_its_weights_keeps_them():
 
 
 @pytest.mark.slow
+@pytest.mark.long_for("llama")
 @pytest.mark.parametrize(("build", "calls"), [("llama", 60), ("gpt2", 20)])
 def test_threads_on_one_model_do_not_meet(build, calls):
     """Two threads with so many calls each, on one linearization and on new ones, beside the model's own forwards."""

@@ -180,7 +180,7 @@ def test_torchao_that_rounds_the_input(torchao, plain):
         linearize(model, tiny.prompt(6))
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the library compiles an extension
 def test_quanto(plain):
     quanto = pytest.importorskip("optimum.quanto")
     for weights in (quanto.qint8, quanto.qint4):

@@ -447,6 +447,7 @@ def test_the_copy_of_a_gguf_file_is_streamed(tmp_path, monkeypatch):
 
 
 @pytest.mark.real
+@pytest.mark.long_for("gemma-3-270m")
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
 def test_packaged_models_are_streamed(name):
     ours, theirs = (loclin.linearize(loclin.load(name, stream=on), "The Golden Gate") for on in (True, False))

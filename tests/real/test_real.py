@@ -52,6 +52,7 @@ def test_every_gate_split_is_exact(model, gate):
     assert certificate.reconstruction_error < 1e-5
 
 
+@pytest.mark.long_for("gemma-3-270m")
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[4]])
 def test_exact_in_double_precision(model, prompt):
     double = loclin.wrap(_copy(model, torch.float64), model.tokenizer)
@@ -60,6 +61,7 @@ def test_exact_in_double_precision(model, prompt):
     assert certificate.reconstruction_error < 1e-13
 
 
+@pytest.mark.long_for("gemma-3-270m")
 def test_dense_agrees_with_brute_force(model):
     """Rows by one backward pass each, on a model frozen by rewriting its classes."""
     rows = [0, 7, 311, 500]
@@ -78,6 +80,7 @@ def test_shares_sum_to_the_logit(model):
     assert abs(found.share_residual) < 2e-5 * abs(found.target["logit"])
 
 
+@pytest.mark.long_for("gemma-3-270m")
 @pytest.mark.parametrize("by", ["token", "bias", "layer", "head", "neuron", "token×layer"])
 @pytest.mark.parametrize("prompt", PROMPTS[1:3])
 def test_every_level_sums_to_the_logit(model, prompt, by):
@@ -88,6 +91,7 @@ def test_every_level_sums_to_the_logit(model, prompt, by):
         assert abs(found.residual) < 1e-5 * abs(lin.value("logits")[-1].max().item())
 
 
+@pytest.mark.long_for("gemma-3-270m")
 def test_shares_agree_with_brute_force(model):
     """Tokens, heads and neurons by autograd through a model frozen by rewriting its classes."""
     eager = _copy(model, torch.float64)
@@ -133,6 +137,7 @@ def test_heads_and_paths(model):
     assert sum(at) == pytest.approx(lin.path(names, " Bridge").share, rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.long_for("gemma-3-270m")
 def test_every_layer_is_exact(model):
     """Some of Gemma's single-precision attention outputs are off by more than 1e-6, and so are the model's own."""
     found = explain_layers(loclin.linearize(model, "The Golden Gate", precision="double"), k=2)
@@ -140,6 +145,7 @@ def test_every_layer_is_exact(model):
     assert found.largest_error < 1e-12
 
 
+@pytest.mark.long_for("gemma-3-270m")
 def test_the_word_appears_with_depth(model):
     found = explain_layers(loclin.linearize(model, "The Golden Gate"), k=4)
     assert found.largest_error < 3e-5

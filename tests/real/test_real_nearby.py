@@ -36,6 +36,7 @@ def test_near_the_prompt_only_the_derivative_holds(model):
     assert near.errors["frozen"].top == 1
 
 
+@pytest.mark.long_for("gemma-3-270m")
 def test_shares_agree_with_what_tokens_do(model):
     """On a few prompts; `loclin faithfulness` does it properly."""
     found = []

@@ -104,7 +104,7 @@ def many_tokens(found: LayerExplanation, length: int, layers: int) -> LayerExpla
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("length", "first"), [(1000, 445)])
 def test_a_page_of_many_tokens_stays_small_and_says_what_it_leaves_out(
     found: LayerExplanation, monkeypatch: pytest.MonkeyPatch, length: int, first: int
