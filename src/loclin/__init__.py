@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loclin.analyses.attribution.attribute import attribute
     from loclin.analyses.attribution.heads import Head, Path
     from loclin.analyses.attribution.result import Attribution
-    from loclin.analyses.attribution.target import Direction, Margin, Neuron
+    from loclin.analyses.attribution.target import Direction, Entropy, LogProb, Margin, Neuron, Probability, Span
     from loclin.analyses.coverage.result import Coverage
     from loclin.analyses.coverage.run import coverage
     from loclin.analyses.decode import Decoder
@@ -67,6 +67,7 @@ __all__ = [
     "Coverage",
     "Decoder",
     "Direction",
+    "Entropy",
     "Estimate",
     "Explanation",
     "Faithfulness",
@@ -77,6 +78,7 @@ __all__ = [
     "LinearMap",
     "Linearization",
     "LoclinError",
+    "LogProb",
     "LogitLens",
     "Margin",
     "MissingExtraError",
@@ -89,12 +91,14 @@ __all__ = [
     "OutputError",
     "Path",
     "Plan",
+    "Probability",
     "PromptError",
     "Provenance",
     "Result",
     "ResultError",
     "SVD",
     "Similarity",
+    "Span",
     "Steered",
     "SteeringError",
     "Validity",
@@ -125,7 +129,7 @@ _MODULES = {
     "analyses.attribution.attribute": ("attribute",),
     "analyses.attribution.heads": ("Head", "Path"),
     "analyses.attribution.result": ("Attribution",),
-    "analyses.attribution.target": ("Direction", "Margin", "Neuron"),
+    "analyses.attribution.target": ("Direction", "Entropy", "LogProb", "Margin", "Neuron", "Probability", "Span"),
     "analyses.coverage.result": ("Coverage",),
     "analyses.coverage.run": ("coverage",),
     "analyses.decode": ("Decoder",),

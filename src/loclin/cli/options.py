@@ -237,8 +237,12 @@ def exclude(option: str, *others: str, why: str) -> None:
     typed = named()
     for other in others:
         if {option, other} <= typed:
-            pair = f"--{option} and --{other}".replace("_", "-")
-            raise OptionError(f"{pair} exclude one another: {why}")
+            raise OptionError(f"{spell(option)} and {spell(other)} exclude one another: {why}")
+
+
+def spell(option: str) -> str:
+    """What a person types for an option."""
+    return f"--{option}".replace("_", "-")
 
 
 def check() -> None:

@@ -232,9 +232,9 @@ class Linearized(Unpicklable):
         J = self.ordinary_jacobian(position=position)
         return J.matvec(J.input)
 
-    def followed_by(self: L, token: int) -> L:
-        """The same prompt with one more token (of its decoder, where there is one), frozen in the same way."""
-        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", token)]])], dim=1)
+    def followed_by(self: L, *tokens: int) -> L:
+        """The same prompt with more tokens (of its decoder, where there is one), frozen in the same way."""
+        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", one) for one in tokens]])], dim=1)
         n = self.model.encoder_length
         prompt: dict[str, Any] = {"prompt": ids[:, :n], "decoder": ids[:, n:]} if n else {"prompt": ids}
         how: Any = {"gate": self.gate, "precision": self.precision, "memory": self.memory, "strict": False}

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin.analyses.attribution.readout import Readout
 from loclin.analyses.attribution.result import KINDS, NONE, Kind
-from loclin.analyses.attribution.target import Readout
 from loclin.common.brief import brief
 from loclin.common.progress import bar
 from loclin.errors import OptionError
@@ -68,6 +68,19 @@ class Shares:
     def number_bias(self, bias: str) -> int:
         """Return the index of a bias; a new bias gets the next one."""
         return self.biases.setdefault(bias, len(self.biases))
+
+    def by_group(self, groups: list[list[int]]) -> Shares:
+        """The same with the shares of each group of tokens added up."""
+        number, token = {at: i for i, held in enumerate(groups) for at in held}, KINDS.index("token")
+        found = Shares(biases=self.biases, notes=self.notes)
+        each: list[list[float]] = [[] for _ in groups]
+        for row in self.rows:
+            if row[0] == token:
+                each[number[row[3]]].append(row[4])
+        for i, shares in enumerate(each):
+            found.add("group", math.fsum(shares), index=i)
+        found.rows += [row for row in self.rows if row[0] != token]
+        return found
 
     def relative_error(self, readout: Readout) -> float:
         """Return how far the shares miss the target, relative to the size of the terms."""
