@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark as `subprocess` each test that starts a process, as `slow` the cases that are not in a sample, and some as `long`.
+    """Mark what starts a process as `subprocess`, cases outside a sample as `slow`, and those of `long_for` as `long`.
 
     On another device, skip what is of the processor alone.
     """

@@ -68,7 +68,8 @@ def linearize(
     ----------
     model: from `loclin.load` or `loclin.wrap`. A transformers model, also a compiled one or one with adapters, is
         wrapped.
-    prompt: text; token ids `[1, T]` or `[T]` as a tensor, an array or a list; or a tokenizer's output for one text.
+    prompt: text; the messages of a chat, as mappings with `role` and `content`; token ids `[1, T]` or `[T]` as a
+        tensor, an array or a list; or a tokenizer's output for one text.
     decoder: for an encoder-decoder, what its decoder has read: token ids, or a text behind its start token. None: that
         token alone. The prompt's tokens are then those of the encoder and, behind them, of the decoder; all of them are
         inputs of the map.

@@ -225,6 +225,12 @@ def test_attribute_shares_out_other_things(directory, capsys):
         (["--margin", "runner-up"], "logit margin"),
         (["--target", "w4", "--margin", "others"], "logit over the others ·w4"),
         (["--neuron", "L1N7", "--by", "all"], "neuron L1N7"),
+        (["--target", "w4 w5 w3"], "sum of logits ·w4, ·w5, ·w3"),
+        (["--target", "w4", "--log-probability"], "log-probability ·w4"),
+        (["--target", "w4", "--probability", "--by", "layer"], "probability ·w4"),
+        (["--generated", "2", "--margin", "mean"], "sum of logits over the mean"),
+        (["--group", "word", "--skip", "special"], "each word's tokens"),
+        (["--group-pattern", "w3 w4", "--by", "bias"], "other·tokens"),
     ):
         code, out, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *options)
         assert code == 0, err
@@ -234,7 +240,15 @@ def test_attribute_shares_out_other_things(directory, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "w3 w4"], "is 2 tokens, not one: ' w3' + ' w4'"),
+        (["--target", "w3 w4", "--against", "w5"], "is 2 tokens, not one: ' w3' + ' w4'"),
+        (["--target", "w3 w4", "--position", "0"], "leave position out"),
+        (["--generated", "2", "--target", "w3"], "--target and --generated exclude one another"),
+        (["--margin", "mean", "--probability"], "--margin and --probability exclude one another"),
+        (["--group", "word", "--group-pattern", "x"], "--group and --group-pattern exclude one another"),
+        (["--group-pattern", "("], "give a regular expression"),
+        (["--group-pattern", "zebra"], "matches nothing in the prompt"),
+        (["--chat"], "has no chat template"),
+        (["--system", "w3"], "add --chat"),
         (["--target-id", "61"], "the model's tokens are 0 to 60"),
         (["--by", "sideways"], "choose one of token, layer, head, neuron, bias, token×layer"),
         (["--against", "w3"], "--against needs --target"),

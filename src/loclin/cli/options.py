@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -116,6 +117,14 @@ Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Put a beginning token in front, or none; by default the tokenizer's way."),
 ]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Put the prompt into the model's chat template: as the user's message, or several, as a JSON list of "
+        "objects with role and content.",
+    ),
+]
 Json = Annotated[Path | None, path("Write everything to this JSON file.")]
 Html = Annotated[Path | None, path("Write an interactive page to this file.")]
 Record = Annotated[Path | None, path("Write what is finished to this JSON file, and go on from what it holds.")]
@@ -147,6 +156,15 @@ class Loading:
         "activation"
     )
     memory: Memory = None
+    attn: Annotated[str | None, text("The attention of transformers to use, such as eager or sdpa.")] = None
+    quantization: Annotated[
+        Literal["nf4", "fp4"] | None,
+        typer.Option(help="Quantise weights to four bits while loading (bitsandbytes)."),
+    ] = None
+    adapter: Annotated[Path | None, path("A PEFT adapter to put on the model: a directory.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that a hub repository brings along.")
+    ] = False
     task: Annotated[
         Task | None,
         typer.Option(help="What the model is for; by default that of the class from which it was stored."),
@@ -159,10 +177,11 @@ class Loading:
 
             from loclin.models import load
         with stderr.status(f"loading {self.model}"):
-            where = {"device": self.device, "devices": self.devices, "device_map": self.device_map}
-            model = load(
-                self.model, dtype=self.dtype, revision=self.revision, stream=self.stream, task=self.task, **where
-            )
+            how: dict[str, Any] = {"device": self.device, "devices": self.devices, "device_map": self.device_map}
+            how |= {"revision": self.revision, "stream": self.stream, "attn_implementation": self.attn}
+            how |= {"quantization": self.quantization, "adapter": self.adapter}
+            how |= {"trust_remote_code": True} if self.trust_remote_code else {}
+            model = load(self.model, dtype=self.dtype, task=self.task, **how)
         if model.note:
             note(model.note)
         return model
@@ -179,6 +198,8 @@ class Freezing(Loading):
             "split: float32 by bfloat16 products, where they are as accurate and faster."
         ),
     ] = "auto"
+    chat: Chat = False
+    system: Annotated[str | None, text("A system message in front, with --chat.")] = None
     decoder: Annotated[
         str | None, text("What the decoder of an encoder-decoder has read, behind its start token; by default nothing.")
     ] = None
@@ -187,10 +208,13 @@ class Freezing(Loading):
         """Load the model, and freeze it at the prompt."""
         with importing():
             from loclin.linearization import linearize
+        messages = read_chat(prompt, self.system) if self.chat else None
+        if self.system is not None and not self.chat:
+            raise OptionError("--system is for chats: add --chat")
         loaded = self.load()
         step("reading the prompt")
         how: Any = {"gate": self.gate, "precision": self.precision, "bos": self.bos, "memory": self.memory}
-        return linearize(loaded, prompt, decoder=self.decoder, **how)
+        return linearize(loaded, messages or prompt, decoder=self.decoder, **how)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
@@ -285,6 +309,20 @@ def check() -> None:
             from loclin.network import memory as budgets
 
         budgets.parse_memory(given["memory"])
+
+
+def read_chat(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """The messages of a chat: of a JSON list, or a text as the user's only one."""
+    messages: Any = None
+    if prompt.lstrip().startswith("[{"):
+        try:
+            messages = json.loads(prompt)
+        except ValueError as error:
+            raise PromptError(f"--chat: the prompt begins like a JSON list of messages, and is none: {error}") from None
+        if not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in messages):
+            raise PromptError("--chat: every message of the list needs a role and a content")
+    found = messages or [{"role": "user", "content": prompt}]
+    return found if system is None else [{"role": "system", "content": system}, *found]
 
 
 def read(prompt: str) -> str:

@@ -157,7 +157,12 @@ class Linearized(Unpicklable):
                 f"The input embeddings are {width} wide and the residual stream is {self.trace.width}: there are no "
                 "words for what maps read."
             )
-        if 0 in self.sinks and not self._begins and self.model.task == "causal":
+        first = int(self.input_ids[0, 0])
+        if (
+            0 in self.sinks
+            and not (self._begins or first in self.model.tokens.special())
+            and self.model.task == "causal"
+        ):
             warnings.append(
                 f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word "
                 "carries the sink, and its share says little about the word. Put a beginning token first: --bos, or "

@@ -7,7 +7,6 @@ down to the embeddings gives the total effect of each token and of each bias.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -50,7 +49,7 @@ def attribute(
     *,
     by: Grouping = "token",
     position: int = -1,
-    skip: Skip | Sequence[int] | None = None,
+    skip: Skip | None = None,
     in_words: int = 12,
     progress: Progress = True,
 ) -> Attribution:

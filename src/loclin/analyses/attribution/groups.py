@@ -15,7 +15,8 @@ Unit = Literal["word", "sentence", "line", "turn"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 Grouping = str | re.Pattern[str] | Mapping[str, Sequence[int]]
 """The name of a unit; a pattern; or the positions of each group, by name."""
-Skip = Literal["special", "sink"]
+Skip = str | Sequence[int]
+"""`special` tokens, attention `sink`s, or positions."""
 
 _PARTS = {
     # letters and digits, with an apostrophe or a hyphen inside; any other sign stands alone
@@ -70,7 +71,7 @@ def find_groups(lin: Linearized, by: Grouping, skipped: Sequence[int] = ()) -> l
     return [Group(names.get(label) or _name(lin, label, held), held) for label, held in positions.items()]
 
 
-def find_skipped(lin: Linearized, skip: Skip | Sequence[int] | None) -> list[int]:
+def find_skipped(lin: Linearized, skip: Skip | None) -> list[int]:
     """The positions to leave out of rankings: those of special tokens, of attention sinks, or as given."""
     if skip is None:
         return []

@@ -119,9 +119,9 @@ def _as_span(lin: Linearized, target: Target) -> tuple[Target, tuple[str, ...]]:
         ids, notes = find_tokens(lin, target.token)
         return (Span(ids, of=measure), notes) if len(ids) > 1 else (replace(target, token=ids[0]), notes)
     if isinstance(target, Tensor | np.ndarray) and target.ndim == 1 and not _is_real(target):
-        target = [whole("target", token) for token in target.tolist()]
+        target = target.tolist()
     if isinstance(target, list):
-        return Span(target), ()
+        return Span([token if isinstance(token, str) else whole("target", token) for token in target]), ()
     if isinstance(target, str):
         ids, notes = find_tokens(lin, target)
         return (Span(ids) if len(ids) > 1 else ids[0]), notes

@@ -169,7 +169,7 @@ def find_tokens(lin: Linearized, tokens: str | Sequence[Token]) -> tuple[list[in
     ids: list[int] = []
     if tokens and tokenizer is not None and model.task != "classification":
         ids = list(tokenizer(tokens, add_special_tokens=False)["input_ids"])
-    if tokenizer is None or len(ids) < 2 or tokenizer.unk_token_id in ids or len(model.tokens.alike(tokens)) == 1:
+    if tokenizer is None or len(ids) < 2 or tokenizer.unk_token_id in ids or model.tokens.alike(tokens):
         return [find_token(lin, tokens)], ()
     pieces = model.decode_each(ids)
     notes = [f"The target {tokens!r} is {len(ids)} tokens: {describe_split(pieces)}{_describe_other(model, tokens)}."]
