@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loclin.analyses.explain import Explanation, explain
     from loclin.analyses.faithfulness.study import Faithfulness, faithfulness
     from loclin.analyses.generation import Generation, generate
+    from loclin.analyses.intervene import Interventions, intervene
     from loclin.analyses.layers import LayerExplanation, explain_layers
     from loclin.analyses.logit_lens import LogitLens, logit_lens
     from loclin.analyses.similarity import Similarity, similarity
@@ -73,6 +74,7 @@ __all__ = [
     "Faithfulness",
     "Generation",
     "Head",
+    "Interventions",
     "LayerExplanation",
     "LayerSpectra",
     "LinearMap",
@@ -113,6 +115,7 @@ __all__ = [
     "figures",
     "freeze",
     "generate",
+    "intervene",
     "linearize",
     "linearize_batch",
     "load",
@@ -137,6 +140,7 @@ _MODULES = {
     "analyses.explain": ("Explanation", "explain"),
     "analyses.faithfulness.study": ("Faithfulness", "faithfulness"),
     "analyses.generation": ("Generation", "generate"),
+    "analyses.intervene": ("Interventions", "intervene"),
     "analyses.layers": ("LayerExplanation", "explain_layers"),
     "analyses.logit_lens": ("LogitLens", "logit_lens"),
     "analyses.similarity": ("Similarity", "similarity"),

@@ -17,6 +17,7 @@ from loclin.analyses.attribution.heads import head as _head
 from loclin.analyses.attribution.heads import path as _path
 from loclin.analyses.explain import explain as _explain
 from loclin.analyses.generation import generate as _generate
+from loclin.analyses.intervene import intervene as _intervene
 from loclin.analyses.layers import explain_layers as _explain_layers
 from loclin.analyses.logit_lens import logit_lens as _logit_lens
 from loclin.analyses.similarity import similarity as _similarity
@@ -41,6 +42,7 @@ class Linearization(Linearized):
     explain_layers = _explain_layers
     generate = _generate
     head = _head
+    intervene = _intervene
     layer_spectra = _layer_spectra
     logit_lens = _logit_lens
     path = _path

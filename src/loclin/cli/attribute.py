@@ -91,7 +91,7 @@ def attribute(
     with importing():
         from loclin.analyses.attribution.attribute import LEVELS, parse_level
     measure = margin or ("log-probability" if log_probability else "probability" if probability else None)
-    chosen = _target(target if target_id is None else target_id, against, measure, neuron, generated)
+    chosen = read_target(target if target_id is None else target_id, against, measure, neuron, generated)
     everything = "all" in (by or ())
     grouped = group or pattern
     levels = LEVELS if everything else [parse_level(name) for name in by or ["token"] * (grouped is None)]
@@ -121,9 +121,14 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
         raise OptionError(f"--group-pattern {pattern}: {error}; give a regular expression") from None
 
 
-def _target(
-    token: str | int | None, against: str | None, measure: str | None, neuron: str | None, generated: int | None
+def read_target(
+    token: str | int | None,
+    against: str | None,
+    measure: str | None,
+    neuron: str | None = None,
+    generated: int | None = None,
 ) -> Target:
+    """The target that options ask for."""
     from loclin.analyses.attribution.target import RIVALS, LogProb, Margin, Neuron, Probability, Span
 
     if neuron is not None:

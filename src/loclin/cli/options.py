@@ -206,15 +206,23 @@ class Freezing(Loading):
 
     def linearize(self, prompt: str) -> Linearization:
         """Load the model, and freeze it at the prompt."""
-        with importing():
-            from loclin.linearization import linearize
-        messages = read_chat(prompt, self.system) if self.chat else None
         if self.system is not None and not self.chat:
             raise OptionError("--system is for chats: add --chat")
+        given: Any = read_chat(prompt, self.system) if self.chat else prompt
+        with importing():
+            from loclin.linearization import linearize  # noqa: F401 (before the model is loaded)
         loaded = self.load()
         step("reading the prompt")
+        return self.freeze(loaded, given)
+
+    def freeze(self, model: Model, prompt: Any) -> Linearization:
+        """Freeze a loaded model at a prompt."""
+        from loclin.linearization import linearize
+
+        if self.chat and isinstance(prompt, str):
+            prompt = read_chat(prompt, self.system)
         how: Any = {"gate": self.gate, "precision": self.precision, "bos": self.bos, "memory": self.memory}
-        return linearize(loaded, messages or prompt, decoder=self.decoder, **how)
+        return linearize(model, prompt, decoder=self.decoder, **how)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

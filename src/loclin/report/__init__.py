@@ -10,6 +10,7 @@ from loclin.report import (  # noqa: F401 (what they import registers a descript
     faithfulness,
     generation,
     html,
+    interventions,
     layers_page,
     maps,
     sheet,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import Any, cast
 
@@ -67,6 +69,8 @@ class Readout:
     constants: dict[str, float]  # what each bias between the stream and the target adds
     warnings: tuple[str, ...] = ()
     probability: float | None = None  # of its first token, or of all tokens of a span together
+    read: Callable[[Float[Tensor, "n V"], Float[Tensor, "n d_final"]], float] | None = None
+    """The same number of other logits and final hidden states at these positions; None where it is read elsewhere."""
 
     __repr__ = brief
 
@@ -224,7 +228,17 @@ def _read_logits(lin: Linearized, at: list[int], ids: list[int], measure: str) -
         offset = tangent - readout.value
         constants = readout.constants | {SOFTMAX: readout.constants.get(SOFTMAX, 0.0) + offset}
         readout = replace(readout, value=tangent, size=readout.size + abs(offset), constants=constants)
+        readout = replace(readout, read=partial(_reread, ids=ids, measure=measure))
     return readout if measure == "entropy" else replace(readout, probability=math.exp(spoken))
+
+
+def _reread(logits: Float[Tensor, "n V"], _final: Tensor, *, ids: list[int], measure: str) -> float:
+    """What is not affine in the logits, of other logits."""
+    log_p = logits.double().log_softmax(1)
+    if measure == "entropy":
+        return -(log_p.exp() * log_p).sum().item()
+    spoken = log_p[range(len(ids)), ids].sum().item()
+    return spoken if measure == "log-probability" else math.exp(spoken)
 
 
 def _weigh(logits: Tensor, log_p: Tensor, token: int, measure: str) -> tuple[Float[Tensor, " V"], int | None]:
@@ -324,7 +338,13 @@ def _read_end(
             constants[name] = constants.get(name, 0.0) + _dot(row, added)[0]
         cotangent[position] = norm.vjp(row[None].to(cotangent))[0]
     texts, point = lin.model.name_outputs(ids), "final" if head is None else "logits"
-    return Readout(kind, point, texts, ids, value, size, tuple(at), 2 * trace.n_layers, cotangent, constants)
+    at_logits = head is not None
+
+    def read(logits: Tensor, final: Tensor) -> float:
+        return _dot(weights.reshape(len(at), -1), logits if at_logits else final)[0]
+
+    node = 2 * trace.n_layers
+    return Readout(kind, point, texts, ids, value, size, tuple(at), node, cotangent, constants, read=read)
 
 
 def _read_neuron(lin: Linearized, target: Neuron, at: int) -> Readout:

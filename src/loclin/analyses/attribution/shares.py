@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -271,6 +271,21 @@ def _pull_from_components(
             done += 1
             progress_bar.update()
     return block, biases
+
+
+def pull_down(chain: Chain, readout: Readout) -> Iterator[tuple[int | None, str, Float[Tensor, "1 T d"]]]:
+    """Pull the target's gradient down: what it is where each layer ends, and last, with None, at the embeddings.
+
+    Yields the layer, the point at which it ends, and the gradient there, with all paths through later layers. Cost: one
+    column backward.
+    """
+    trace, workspace, active = chain.trace, Workspace(), _find_active(chain.trace, readout)
+    block = _new_block(trace, 1)
+    block[0] = readout.cotangent
+    for index, below, above in _list_steps(chain, readout):
+        yield index, above, block.clone()
+        chain.pull(block, index, below, above, active, workspace)
+    yield None, "embed", block
 
 
 def list_additions(trace: Trace, index: int, above: str) -> list[tuple[Kind, Float[Tensor, "T d"]]]:
