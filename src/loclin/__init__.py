@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loclin.analyses.intervene import Interventions, intervene
     from loclin.analyses.layers import LayerExplanation, explain_layers
     from loclin.analyses.logit_lens import LogitLens, logit_lens
+    from loclin.analyses.prompt_comparison import PromptComparison, compare_prompts
     from loclin.analyses.similarity import Similarity, similarity
     from loclin.analyses.validity import Validity, validity
     from loclin.errors import (
@@ -94,6 +95,7 @@ __all__ = [
     "Path",
     "Plan",
     "Probability",
+    "PromptComparison",
     "PromptError",
     "Provenance",
     "Result",
@@ -107,6 +109,7 @@ __all__ = [
     "Watched",
     "attribute",
     "compare",
+    "compare_prompts",
     "coverage",
     "estimate",
     "explain",
@@ -143,6 +146,7 @@ _MODULES = {
     "analyses.intervene": ("Interventions", "intervene"),
     "analyses.layers": ("LayerExplanation", "explain_layers"),
     "analyses.logit_lens": ("LogitLens", "logit_lens"),
+    "analyses.prompt_comparison": ("PromptComparison", "compare_prompts"),
     "analyses.similarity": ("Similarity", "similarity"),
     "analyses.validity": ("Validity", "validity"),
     "errors": (

@@ -20,6 +20,7 @@ from loclin.analyses.generation import generate as _generate
 from loclin.analyses.intervene import intervene as _intervene
 from loclin.analyses.layers import explain_layers as _explain_layers
 from loclin.analyses.logit_lens import logit_lens as _logit_lens
+from loclin.analyses.prompt_comparison import compare_prompts as _compare_prompts
 from loclin.analyses.similarity import similarity as _similarity
 from loclin.analyses.validity import validity as _validity
 from loclin.common.sums import relative_error
@@ -38,6 +39,7 @@ class Linearization(Linearized):
     """A model frozen at one prompt, with its maps (see `Linearized`) and all analyses; made by `linearize`."""
 
     attribute = _attribute
+    compare_prompts = _compare_prompts
     explain = _explain
     explain_layers = _explain_layers
     generate = _generate

@@ -45,6 +45,8 @@ def results(directory):
         loclin.faithfulness(model, [StudyPrompt("words", "w3 w4 w5 w6", "held-out")], planes=1),
         lin.generate(2, k=2),
         lin.head(1, 2),
+        lin.intervene(["L1H2", "T1"]),
+        lin.compare_prompts(loclin.linearize(model, "w3 w5 w6"), 5),
         lin.explain_layers(k=2),
         lin.layer_spectra(k=2),
         lin.logit_lens(),

@@ -8,6 +8,7 @@ import typer
 
 from loclin.cli import (
     attribute,
+    compare,
     coverage,
     explain,
     faithfulness,
@@ -35,6 +36,7 @@ app.command(cls=Command)(layers.layers)
 app.command(cls=Command)(figure.figure)
 app.command(cls=Command)(attribute.attribute)
 app.command(cls=Command)(intervene.intervene)
+app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(steer.steer)
 app.command(cls=Command)(watch.watch)
 app.command(cls=Command)(validity.validity)

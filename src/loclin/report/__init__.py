@@ -13,6 +13,7 @@ from loclin.report import (  # noqa: F401 (what they import registers a descript
     interventions,
     layers_page,
     maps,
+    prompt_comparison,
     sheet,
     steering,
     validity,

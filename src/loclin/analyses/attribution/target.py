@@ -87,6 +87,8 @@ class Span:
     generated: int | None = None
     of: str = "logit"
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         if sum(one is not None for one in (self.tokens, self.positions, self.generated)) != 1:
             raise OptionError("a span is given by its tokens, by positions in the prompt, or by how many are generated")
