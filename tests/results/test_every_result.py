@@ -20,8 +20,8 @@ from loclin.steering.search import Sweep
 
 NAMES = [
     "Attribution", "Certificate", "Comparison", "Coverage", "Estimate", "Explanation", "Faithfulness", "Generation",
-    "Head", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator", "Path", "Plan", "Projection", "SVD",
-    "Similarity", "Steered", "Sweep", "Validity", "Vector", "Watched",
+    "Head", "Interventions", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator", "Path", "Plan",
+    "Projection", "PromptComparison", "SVD", "Similarity", "Steered", "Sweep", "Validity", "Vector", "Watched",
 ]  # fmt: skip
 
 

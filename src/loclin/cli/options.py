@@ -18,6 +18,7 @@ import typer
 from loclin.cli.console import NOTHING, importing, kept, note, stderr, step
 from loclin.cli.streams import read_prompt
 from loclin.common import arguments
+from loclin.common.brief import brief
 from loclin.errors import MissingExtraError, OptionError, OutputError, PromptError
 from loclin.results.files import check_apart, check_writable
 
@@ -170,6 +171,8 @@ class Loading:
         typer.Option(help="What the model is for; by default that of the class from which it was stored."),
     ] = None
 
+    __repr__ = brief
+
     def load(self) -> Model:
         """Load the model."""
         with importing():
@@ -203,6 +206,8 @@ class Freezing(Loading):
     decoder: Annotated[
         str | None, text("What the decoder of an encoder-decoder has read, behind its start token; by default nothing.")
     ] = None
+
+    __repr__ = brief
 
     def linearize(self, prompt: str) -> Linearization:
         """Load the model, and freeze it at the prompt."""
