@@ -13,14 +13,14 @@ _ENTRY = re.compile(r"^(\*{0,2}\w+(?:, \w+)*): (\S.*)$", flags=re.M)
 
 def unfold(text: str) -> str:
     """A docstring whose sections have each name on its own line, and end at the first empty line; prose comes first."""
-    prose, *parts = _SECTION.split(text)
-    sections = ""
+    first, *parts = _SECTION.split(text)
+    prose, sections = [first], []
     for title, body in zip(parts[::2], parts[1::2], strict=True):
         entries, _, after = body.partition("\n\n")
         entries = _ENTRY.sub(r"\1\n    \2", entries)
-        sections += f"\n\n{title}\n{'-' * len(title)}\n{entries}"
-        prose += f"\n\n{after}"
-    return prose.strip() + sections
+        sections.append(f"{title}\n{'-' * len(title)}\n{entries}")
+        prose.append(after)
+    return "\n\n".join(part.strip() for part in [*prose, *sections] if part.strip())
 
 
 class UnfoldDocstrings(griffe.Extension):
