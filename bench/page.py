@@ -129,7 +129,7 @@ def _describe(one: Benchmark, run: dict[str, Any]) -> list[str]:
         for row in run["rows"]
         if (row["ratio"] is not None or row["demand"] is not None) and not re.match(one.details, row["name"])
     ]
-    lines += ["| what | measured | against | ratio | demand | met |", "| --- | ---: | --- | ---: | ---: | --- |"]
+    lines += ["| what | measured | ratio | demand | met | against |", "| --- | ---: | ---: | ---: | --- | --- |"]
     lines += [_row(row) for row in rows]
     if left := len(run["rows"]) - len(rows):
         lines += ["", f"{left} more figures, of which nothing is demanded, are in `bench/results/{one.name}.json`."]
@@ -140,7 +140,7 @@ def _row(row: dict[str, Any]) -> str:
     demand = "" if row["demand"] is None else f"≤ {row['demand']:.3g}"
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
     met = {None: "", True: "yes", False: "**no**"}[row["met"]]
-    return f"| {row['name']} | {_value(row)} | {row['against']} | {ratio} | {demand} | {met} |"
+    return f"| {row['name']} | {_value(row)} | {ratio} | {demand} | {met} | {row['against']} |"
 
 
 def _value(row: dict[str, Any]) -> str:
