@@ -53,6 +53,24 @@ def test_every_page_is_in_the_navigation():
     assert set(named) == there
 
 
+def slug(heading: str) -> str:
+    """The anchor of a heading on GitHub."""
+    return "".join(c for c in heading.lower() if c.isalnum() or c in " -_").replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere_on_github(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor and not anchor.startswith("loclin."):  # the site's own: names of the API
+            assert anchor in map(slug, re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)), link
+
+
 BROKEN = {
     "a link": ("<a href='there.html'>x</a>", "links to there.html, which is not there"),
     "an anchor": ("<a href='#there'>x</a>", "links to #there, which has no such anchor"),
@@ -78,8 +96,9 @@ def test_docstrings_keep_what_stands_behind_a_name(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / ".ci")
     from docstrings import unfold
 
-    text = "What.\n\nParameters\n----------\na, b: first,\n    second.\nc\n    third.\n\nCost: much.\n\nNotes\n-----\nx: y."
-    assert unfold(text) == (
-        "What.\n\nCost: much.\n\nNotes\n-----\nx: y.\n\n"
-        "Parameters\n----------\na, b\n    first,\n    second.\nc\n    third."
+    sections = "Parameters\n----------\na, b: first,\n    second.\nc\n    third."
+    notes = "Cost: much.\n\nNotes\n-----\nx: y."
+    unfolded = sections.replace(": first", "\n    first")
+    assert unfold(f"What.\n\n{sections}\n\n{notes}") == f"What.\n\n{notes}\n\n{unfolded}"
+        ": first", "\n    first"
     )
