@@ -97,8 +97,6 @@ def test_docstrings_keep_what_stands_behind_a_name(monkeypatch):
     from docstrings import unfold
 
     sections = "Parameters\n----------\na, b: first,\n    second.\nc\n    third."
-    notes = "Cost: much.\n\nNotes\n-----\nx: y."
     unfolded = sections.replace(": first", "\n    first")
+    notes = "Cost: much.\n\nNotes\n-----\nx: y."
     assert unfold(f"What.\n\n{sections}\n\n{notes}") == f"What.\n\n{notes}\n\n{unfolded}"
-        ": first", "\n    first"
-    )
