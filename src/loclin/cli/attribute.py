@@ -129,7 +129,8 @@ def read_target(
     generated: int | None = None,
 ) -> Target:
     """The target that options ask for."""
-    from loclin.analyses.attribution.target import RIVALS, LogProb, Margin, Neuron, Probability, Span
+    with importing():
+        from loclin.analyses.attribution.target import RIVALS, LogProb, Margin, Neuron, Probability, Span
 
     if neuron is not None:
         named = re.fullmatch(r"L(-?\d+)N(\d+)", neuron)
