@@ -5,9 +5,10 @@
 # make gpu: what only a GPU can tell, in 10 minutes: the engine's tests on it, and bench/gpu.py; needs no registry.
 # make test-fake-gpu: the engine's tests on a device without hardware, which refuses what a GPU refuses.
 # make wheel: the wheel and the source archive, built and tried in a clean environment.
+# make docs: the site of the documentation, in site/; broken links, anchors and unknown names are errors.
 # make notebook: docs/tour.ipynb, run again.
 # make hooks: lint and types before every commit.
-# make bench: the package against others and against the limits, side by side (an hour or so).
+# make bench: the package against others and against the limits, side by side (an hour or so); writes docs/benchmarks.md.
 # make fuzz N=1000: so many random combinations of network, map, precision, tokenizer and surroundings.
 # make test-matrix: the engine's tests with the oldest and the newest transformers that pyproject.toml supports.
 PYTHON ?= python3
@@ -21,7 +22,7 @@ ENGINE := tests/freeze tests/models/test_tiny.py tests/models/test_special.py te
   tests/test_batch.py tests/maps/test_certify.py tests/maps/test_linear_map.py tests/network/test_explicit.py \
   tests/maps/test_linearization.py
 
-.PHONY: demo check test test-long gpu test-fake-gpu fuzz test-matrix lint hooks wheel notebook bench clean
+.PHONY: demo check test test-long gpu test-fake-gpu fuzz test-matrix lint hooks wheel docs notebook bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -68,6 +69,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/build_site.py
 
 hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install
@@ -84,6 +86,10 @@ wheel:
 	cd / && $(CURDIR)/.wheel/bin/loclin --version && $(CURDIR)/.wheel/bin/loclin --help > /dev/null
 	cd / && $(CURDIR)/.wheel/bin/python $(CURDIR)/tests/installed.py
 
+docs: $(VENV)/.dev
+	$(BIN)/python -m typer loclin.cli utils docs --name loclin --title Commands --output docs/reference/commands.md
+	$(BIN)/python .ci/build_site.py
+
 # what libraries write to standard error is of this machine, and is not kept
 notebook: $(VENV)/.dev
 	$(PIP) nbclient ipykernel
@@ -98,6 +104,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/long_prompt.py
 	$(BIN)/python bench/streaming.py
 	$(BIN)/python bench/steering.py --parts cost
+	$(BIN)/python bench/page.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("loclin needs Python 3.10 or newer; this is " + sys.version.split()[0] \
@@ -126,4 +133,4 @@ $(VENV)/.bench: $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .matrix .wheel dist .pytest_cache .mypy_cache .ruff_cache explain.json explain.html
+	rm -rf $(VENV) .matrix .wheel .cache site dist .pytest_cache .mypy_cache .ruff_cache explain.json explain.html

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loclin.analyses.attribution.attribute import attribute
     from loclin.analyses.attribution.heads import Head, Path
     from loclin.analyses.attribution.result import Attribution
-    from loclin.analyses.attribution.target import Direction, Margin, Neuron
+    from loclin.analyses.attribution.target import Direction, Entropy, LogProb, Margin, Neuron, Probability, Span
     from loclin.analyses.coverage.result import Coverage
     from loclin.analyses.coverage.run import coverage
     from loclin.analyses.decode import Decoder
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from loclin.analyses.explain import Explanation, explain
     from loclin.analyses.faithfulness.study import Faithfulness, faithfulness
     from loclin.analyses.generation import Generation, generate
+    from loclin.analyses.intervene import Interventions, intervene
     from loclin.analyses.layers import LayerExplanation, explain_layers
     from loclin.analyses.logit_lens import LogitLens, logit_lens
+    from loclin.analyses.prompt_comparison import PromptComparison, compare_prompts
     from loclin.analyses.similarity import Similarity, similarity
     from loclin.analyses.validity import Validity, validity
     from loclin.errors import (
@@ -67,16 +69,19 @@ __all__ = [
     "Coverage",
     "Decoder",
     "Direction",
+    "Entropy",
     "Estimate",
     "Explanation",
     "Faithfulness",
     "Generation",
     "Head",
+    "Interventions",
     "LayerExplanation",
     "LayerSpectra",
     "LinearMap",
     "Linearization",
     "LoclinError",
+    "LogProb",
     "LogitLens",
     "Margin",
     "MissingExtraError",
@@ -89,18 +94,22 @@ __all__ = [
     "OutputError",
     "Path",
     "Plan",
+    "Probability",
+    "PromptComparison",
     "PromptError",
     "Provenance",
     "Result",
     "ResultError",
     "SVD",
     "Similarity",
+    "Span",
     "Steered",
     "SteeringError",
     "Validity",
     "Watched",
     "attribute",
     "compare",
+    "compare_prompts",
     "coverage",
     "estimate",
     "explain",
@@ -109,6 +118,7 @@ __all__ = [
     "figures",
     "freeze",
     "generate",
+    "intervene",
     "linearize",
     "linearize_batch",
     "load",
@@ -125,7 +135,7 @@ _MODULES = {
     "analyses.attribution.attribute": ("attribute",),
     "analyses.attribution.heads": ("Head", "Path"),
     "analyses.attribution.result": ("Attribution",),
-    "analyses.attribution.target": ("Direction", "Margin", "Neuron"),
+    "analyses.attribution.target": ("Direction", "Entropy", "LogProb", "Margin", "Neuron", "Probability", "Span"),
     "analyses.coverage.result": ("Coverage",),
     "analyses.coverage.run": ("coverage",),
     "analyses.decode": ("Decoder",),
@@ -133,8 +143,10 @@ _MODULES = {
     "analyses.explain": ("Explanation", "explain"),
     "analyses.faithfulness.study": ("Faithfulness", "faithfulness"),
     "analyses.generation": ("Generation", "generate"),
+    "analyses.intervene": ("Interventions", "intervene"),
     "analyses.layers": ("LayerExplanation", "explain_layers"),
     "analyses.logit_lens": ("LogitLens", "logit_lens"),
+    "analyses.prompt_comparison": ("PromptComparison", "compare_prompts"),
     "analyses.similarity": ("Similarity", "similarity"),
     "analyses.validity": ("Validity", "validity"),
     "errors": (

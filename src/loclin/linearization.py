@@ -17,8 +17,10 @@ from loclin.analyses.attribution.heads import head as _head
 from loclin.analyses.attribution.heads import path as _path
 from loclin.analyses.explain import explain as _explain
 from loclin.analyses.generation import generate as _generate
+from loclin.analyses.intervene import intervene as _intervene
 from loclin.analyses.layers import explain_layers as _explain_layers
 from loclin.analyses.logit_lens import logit_lens as _logit_lens
+from loclin.analyses.prompt_comparison import compare_prompts as _compare_prompts
 from loclin.analyses.similarity import similarity as _similarity
 from loclin.analyses.validity import validity as _validity
 from loclin.common.sums import relative_error
@@ -37,10 +39,12 @@ class Linearization(Linearized):
     """A model frozen at one prompt, with its maps (see `Linearized`) and all analyses; made by `linearize`."""
 
     attribute = _attribute
+    compare_prompts = _compare_prompts
     explain = _explain
     explain_layers = _explain_layers
     generate = _generate
     head = _head
+    intervene = _intervene
     layer_spectra = _layer_spectra
     logit_lens = _logit_lens
     path = _path
@@ -68,7 +72,8 @@ def linearize(
     ----------
     model: from `loclin.load` or `loclin.wrap`. A transformers model, also a compiled one or one with adapters, is
         wrapped.
-    prompt: text; token ids `[1, T]` or `[T]` as a tensor, an array or a list; or a tokenizer's output for one text.
+    prompt: text; the messages of a chat, as mappings with `role` and `content`; token ids `[1, T]` or `[T]` as a
+        tensor, an array or a list; or a tokenizer's output for one text.
     decoder: for an encoder-decoder, what its decoder has read: token ids, or a text behind its start token. None: that
         token alone. The prompt's tokens are then those of the encoder and, behind them, of the decoder; all of them are
         inputs of the map.

@@ -89,7 +89,6 @@ def test_the_largest_come_with_words(lin):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("w3 w4", r"target 'w3 w4' is 2 tokens, not one: ' w3' \+ ' w4'; give one token's text, or its id"),
         ("zebra", "target 'zebra' is not a token: '<unk>'"),
         ("", "target '' is 0 tokens, not one: nothing"),
     ],
@@ -99,6 +98,14 @@ def test_texts_that_are_not_one_token(lin, text, message):
         lin.attribute(text)
     with pytest.raises(OptionError, match=message):
         lin.attribute(("w4", text))
+
+
+def test_a_difference_is_of_single_tokens(lin):
+    message = r"target 'w3 w4' is 2 tokens, not one: ' w3' \+ ' w4'; give one token's text, or its id"
+    with pytest.raises(OptionError, match=message):
+        lin.attribute(("w4", "w3 w4"))
+    with pytest.raises(OptionError, match="for targets at one position"):
+        lin.head(0, 0, "w3 w4")
 
 
 def test_texts_are_ids(lin):

@@ -225,6 +225,12 @@ def test_attribute_shares_out_other_things(directory, capsys):
         (["--margin", "runner-up"], "logit margin"),
         (["--target", "w4", "--margin", "others"], "logit over the others ·w4"),
         (["--neuron", "L1N7", "--by", "all"], "neuron L1N7"),
+        (["--target", "w4 w5 w3"], "sum of logits ·w4, ·w5, ·w3"),
+        (["--target", "w4", "--log-probability"], "log-probability ·w4"),
+        (["--target", "w4", "--probability", "--by", "layer"], "probability ·w4"),
+        (["--generated", "2", "--margin", "mean"], "sum of logits over the mean"),
+        (["--group", "word", "--skip", "special"], "each word's tokens"),
+        (["--group-pattern", "w3 w4", "--by", "bias"], "other·tokens"),
     ):
         code, out, err = here(capsys, "attribute", "w3 w4 w5", "--model", directory, *options)
         assert code == 0, err
@@ -234,7 +240,15 @@ def test_attribute_shares_out_other_things(directory, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "w3 w4"], "is 2 tokens, not one: ' w3' + ' w4'"),
+        (["--target", "w3 w4", "--against", "w5"], "is 2 tokens, not one: ' w3' + ' w4'"),
+        (["--target", "w3 w4", "--position", "0"], "leave position out"),
+        (["--generated", "2", "--target", "w3"], "--target and --generated exclude one another"),
+        (["--margin", "mean", "--probability"], "--margin and --probability exclude one another"),
+        (["--group", "word", "--group-pattern", "x"], "--group and --group-pattern exclude one another"),
+        (["--group-pattern", "("], "give a regular expression"),
+        (["--group-pattern", "zebra"], "matches nothing in the prompt"),
+        (["--chat"], "has no chat template"),
+        (["--system", "w3"], "add --chat"),
         (["--target-id", "61"], "the model's tokens are 0 to 60"),
         (["--by", "sideways"], "choose one of token, layer, head, neuron, bias, token×layer"),
         (["--against", "w3"], "--against needs --target"),
@@ -363,3 +377,44 @@ def test_interrupted_coverage_keeps_what_is_finished(tmp_path):
     assert "Traceback" not in err
     assert len(json.loads(record.read_text())["results"]) > 0
     assert list(tmp_path.iterdir()) == [record]
+
+
+def test_intervene_and_compare(directory, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, err = here(
+        capsys, "intervene", "w3 w4 w5", "--model", directory, "--head", "L1H2", "--neuron", "L0N3", "--component",
+        "mlp_out.1", "--token", "1", "--zero", "--target", "w4", "--html", page,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "model says" in out
+    assert [name for name in ("L1H2", "L0N3", "mlp_out.1", "T1 ") if name not in out] == []
+    assert "Interventions" in page.read_text()
+    code, out, err = here(capsys, "intervene", "w3 w4 w5", "--model", directory, "--token", "1", "--patch", "w3 w6 w5")
+    assert code == 0, err
+    code, out, err = here(capsys, "compare", "w3 w4 w5", "w3 w6 w7 w5", "--model", directory, "--target", "w9")
+    assert code == 0, err
+    assert "content" in out
+    code, out, err = here(capsys, "compare", "w3 w4 w5", "--other-model", directory, "--model", directory)
+    assert code == 0, err
+    assert "+0.000" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["intervene", "w3 w4"], "name what to replace"),
+        (["intervene", "w3 w4", "--head", "L1H9"], "0 to 3"),
+        (["intervene", "w3 w4", "--head", "15"], "write L3H5"),
+        (["intervene", "w3 w4", "--token", "1", "--mean", "--zero"], "--zero and --mean exclude one another"),
+        (["intervene", "w3 w4", "--token", "1", "--patch", "w3"], "the prompts have 2 and 1 tokens"),
+        (["intervene", "w3 w4", "--token", "1", "--target", "w3 w4"], "linearize the whole text"),
+        (["compare", "w3 w4"], "give another prompt"),
+        (["compare", "w3 w4", "--other-adapter", "/nowhere"], "no adapter_config.json"),
+        (["explain", "w3", "--quantization", "nf4", "--stream"], "stream"),
+        (["explain", "[{", "--chat"], "begins like a JSON list of messages"),
+    ],
+)
+def test_mistakes_of_questions_are_one_clear_line(directory, capsys, arguments, message):
+    code, _, err = here(capsys, *arguments, "--model", directory)
+    assert code == 2
+    assert message in " ".join(err.split())

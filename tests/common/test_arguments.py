@@ -91,8 +91,9 @@ def test_a_vector_that_is_not_finite_is_refused(lin, bad):
 
 def test_an_id_is_no_direction(lin):
     assert lin.attribute(torch.tensor(5)).target["ids"] == [5]
+    assert lin.attribute(torch.tensor([5, 6])).target["ids"] == [5, 6]
     with pytest.raises(OptionError, match="a direction is a vector of real numbers"):
-        lin.attribute(torch.tensor([5, 6]))
+        lin.attribute(torch.tensor([[5, 6]]))
     with pytest.raises(OptionError, match="target True"):
         lin.attribute(True)  # noqa: FBT003
     vector = np.asarray(lin.value("final")[-1])
@@ -123,6 +124,8 @@ J = lin.jacobian("resid_pre.1", position=i(2))
 J.svd(i(3), tolerance=np.float32(1e-3), seed=i(1)).save(folder + "/b.safetensors")
 lin.layer_spectra(k=i(2), position=i(2), tolerance=np.float32(1e-3)).save(folder + "/c.safetensors")
 assert lin.head(i(1), i(0), i(5), k=i(2), position=i(2)).to_dict()["share"]
+assert lin.intervene("T1", at=[i(1)], target=i(5), position=i(2)).to_json()
+assert lin.attribute([i(5), i(6)], by={"a": [i(0)]}, skip=[i(1)]).to_json()
 lin.path(["L0H0"], i(5), token=i(1))
 lin.followed_by(i(5)).next_tokens(i(2), position=i(0))
 one = Operator.make(lin, i(1), rank=i(2), positions=[i(1), i(2)], position=i(2))

@@ -71,7 +71,13 @@ def test_results_of_a_prompt_are_shown_in_a_line():
         *(lin, lin.trace, lin.trace.sequence, lin.trace.anatomy, lin.chain, J, J.plan(2), J.norms(), J.provenance()),
         *(J.svd(2), J.svd(2, joint=True), lin.certify(), lin.layer_spectra(k=2), layers, layers.main, layers.lens[0]),
         *(found, found.tokens[0], found.tokens[0].blocks[0], shares, shares.top(1)[0], written),
-        *(validity(lin, draws=1, swaps=0), lin.head(0, 0), lin.path(["L0H0"], token=0), Operator.make(lin, 1)),
+        *(
+            validity(lin, draws=1, swaps=0),
+            lin.head(0, 0),
+            lin.intervene("T1"),
+            lin.path(["L0H0"], token=0),
+            Operator.make(lin, 1),
+        ),
         lin.similarity(),
     ]
     for result in results:

@@ -119,10 +119,16 @@ def test_shares_agree_with_brute_force(model):
             assert torch.allclose(passing, through, rtol=1e-9, atol=1e-11)
 
 
-def test_a_target_that_is_not_one_token_is_refused(model):
+def test_a_target_of_two_tokens_is_their_sum(model):
     lin = loclin.linearize(model, PROMPTS[1])
-    with pytest.raises(loclin.LoclinError, match=r"target ' Bridge is' is 2 tokens, not one: ' Bridge' \+ ' is'"):
-        lin.attribute(" Bridge is")
+    found = lin.attribute(" Bridge is")
+    longer = lin.followed_by(found.target["ids"][0])
+    alone = [
+        longer.attribute(token, position=at).value for token, at in zip(found.target["ids"], (-2, -1), strict=True)
+    ]
+    assert found.value == pytest.approx(sum(alone), rel=1e-6)
+    assert found.relative_residual < 1e-6
+    assert any("is 2 tokens: ' Bridge' + ' is'." in text for text in found.warnings)
 
 
 def test_heads_and_paths(model):

@@ -85,15 +85,3 @@ def test_the_documented_example_steers(model):
     found = steer(model, command[1], [command[2]])
     assert found.steered.frequency > found.normal.frequency
     assert found.warnings == []
-
-
-def test_the_blocks_of_the_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "steering.md").read_text()
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
-        exec(compile(block, "steering.md", "exec"), names)
-    plain = names["model"].hf.generate(names["prompt"], max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert torch.equal(names["same"], plain)
-    assert not torch.equal(names["steered"], plain)
-    assert (tmp_path / "golden.safetensors.json").exists()

@@ -113,6 +113,25 @@ def head() -> loclin.Head:
     return made
 
 
+def interventions() -> loclin.Interventions:
+    made = hostile(lin().intervene(["T1", "L1H1"]))
+    made.target["tokens"][0] = HOSTILE
+    return replace(made, effects=[replace(effect, predicted=HOSTILE) for effect in made.effects])
+
+
+def prompts() -> loclin.PromptComparison:
+    made = hostile(lin().compare_prompts(lin(), 5))
+    made.target["tokens"][0] = HOSTILE
+    pairs = [replace(pair, first=HOSTILE, second=HOSTILE) for pair in made.pairs]
+    return replace(made, pairs=pairs, second=made.provenance)
+
+
+def groups() -> loclin.Attribution:
+    made = hostile(lin().attribute(5, by={HOSTILE: [1, 2]}, skip=[0]))
+    made.target["tokens"][0] = HOSTILE
+    return made
+
+
 def path() -> loclin.Path:
     made = hostile(lin().path(["L0H0", "L1H1"]))
     made.target["tokens"][0] = HOSTILE
@@ -130,6 +149,9 @@ MADE = {
     "explanation": examples.explanation,
     "attribution": attributions.tokens,
     "attributions": lambda: [attributions.layers(), attributions.heads(), attributions.matrix()],
+    "groups": groups,
+    "prompts": prompts,
+    "interventions": interventions,
     "layers": lambda: hostile(loclin.explain_layers(lin(), k=2), tokens=[HOSTILE] * 4),
     "generation": generation,
     "validity": lambda: hostile(loclin.validity(lin(), draws=1, swaps=1), tokens=[HOSTILE] * 4),

@@ -20,8 +20,8 @@ from loclin.steering.search import Sweep
 
 NAMES = [
     "Attribution", "Certificate", "Comparison", "Coverage", "Estimate", "Explanation", "Faithfulness", "Generation",
-    "Head", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator", "Path", "Plan", "Projection", "SVD",
-    "Similarity", "Steered", "Sweep", "Validity", "Vector", "Watched",
+    "Head", "Interventions", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator", "Path", "Plan",
+    "Projection", "PromptComparison", "SVD", "Similarity", "Steered", "Sweep", "Validity", "Vector", "Watched",
 ]  # fmt: skip
 
 
@@ -45,6 +45,8 @@ def results(directory):
         loclin.faithfulness(model, [StudyPrompt("words", "w3 w4 w5 w6", "held-out")], planes=1),
         lin.generate(2, k=2),
         lin.head(1, 2),
+        lin.intervene(["L1H2", "T1"]),
+        lin.compare_prompts(loclin.linearize(model, "w3 w5 w6"), 5),
         lin.explain_layers(k=2),
         lin.layer_spectra(k=2),
         lin.logit_lens(),

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from loclin.cli import attribute, coverage, explain, faithfulness, figure, layers, models, plan, steer, validity, watch
+from loclin.cli import (
+    attribute,
+    compare,
+    coverage,
+    explain,
+    faithfulness,
+    figure,
+    intervene,
+    layers,
+    models,
+    plan,
+    steer,
+    validity,
+    watch,
+)  # fmt: skip
 from loclin.cli.parser import Command, Group
 
 app = typer.Typer(
@@ -21,6 +35,8 @@ app.command(cls=Command)(explain.explain)
 app.command(cls=Command)(layers.layers)
 app.command(cls=Command)(figure.figure)
 app.command(cls=Command)(attribute.attribute)
+app.command(cls=Command)(intervene.intervene)
+app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(steer.steer)
 app.command(cls=Command)(watch.watch)
 app.command(cls=Command)(validity.validity)

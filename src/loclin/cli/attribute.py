@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json as jsonlib
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from itertools import combinations
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from loclin.analyses.attribution.target import Target
 
 Rivals = Literal["runner-up", "others", "mean"]
+_TARGETS = {"target", "target_id", "against", "margin", "log_probability", "probability", "generated"}
 
 
 @options.spread
@@ -24,7 +26,8 @@ def attribute(
     target: Annotated[
         str | None,
         options.text(
-            "Share out this token's logit, such as ' Bridge'. Default: the predicted one's over the mean of all."
+            "Share out this token's logit, such as ' Bridge', or the sum over several tokens that follow the prompt. "
+            "Default: the predicted one's over the mean of all."
         ),
     ] = None,
     target_id: Annotated[
@@ -37,6 +40,16 @@ def attribute(
             help="Share out the logit minus the largest other, the probable others' mean, or the mean of all."
         ),
     ] = None,
+    log_probability: Annotated[
+        bool, typer.Option("--log-probability", help="Share out the log-probability instead of the logit.")
+    ] = False,
+    probability: Annotated[
+        bool, typer.Option("--probability", help="Share out the probability, to first order at the prompt.")
+    ] = False,
+    generated: Annotated[
+        int | None,
+        typer.Option(help="Share out so many tokens that the model writes next, all together.", min=1),
+    ] = None,
     neuron: Annotated[str | None, options.text("Share out an MLP neuron's activation instead, such as L17N80.")] = None,
     by: Annotated[
         list[str] | None,
@@ -44,6 +57,15 @@ def attribute(
             "Share it among: token, layer, head, neuron, bias, tokenxlayer; give it again for more. "
             "'all' is every level that the model has. Default: token."
         ),
+    ] = None,
+    group: Annotated[
+        Literal["word", "sentence", "line", "turn"] | None,
+        typer.Option(help="Add up the tokens' shares: by word, sentence, line, or chat turn."),
+    ] = None,
+    group_pattern: Annotated[str | None, options.text("Add up the tokens' shares by a pattern's matches.")] = None,
+    skip: Annotated[
+        Literal["special", "sink"] | None,
+        typer.Option(help="Leave special tokens or attention sinks out of the ranking; the sum still has them."),
     ] = None,
     position: options.Position = -1,
     top: Annotated[int, typer.Option(help="How many of the largest shares to print.", min=1)] = 20,
@@ -56,20 +78,31 @@ def attribute(
 
     loclin attribute "The Golden Gate" --target " Bridge" --by head --model smollm2-135m --html heads.html
     """
-    options.exclude("target", "target_id", why="both name the token")
-    if neuron is not None and not {"target", "target_id", "against", "margin"}.isdisjoint(options.named()):
-        raise OptionError("--neuron stands alone: leave --target, --against and --margin out")
+    options.exclude("target", "target_id", "generated", why="each names the tokens")
+    options.exclude("target_id", "generated", why="each names the tokens")
+    for one, other in combinations(("against", "margin", "log_probability", "probability"), 2):
+        options.exclude(one, other, why="each says what is shared out")
+    options.exclude("group", "group_pattern", why="each says what is added up")
+    named = _TARGETS & options.named()
+    if neuron is not None and named:
+        raise OptionError(f"--neuron stands alone: leave {', '.join(sorted(map(options.spell, named)))} out")
+    pattern = _compile(group_pattern)
     text = options.read(prompt)
     with importing():
         from loclin.analyses.attribution.attribute import LEVELS, parse_level
-    chosen = _target(target if target_id is None else target_id, against, margin, neuron)
+    measure = margin or ("log-probability" if log_probability else "probability" if probability else None)
+    chosen = read_target(target if target_id is None else target_id, against, measure, neuron, generated)
     everything = "all" in (by or ())
-    levels = LEVELS if everything else [parse_level(name) for name in by or ["token"]]
+    grouped = group or pattern
+    levels = LEVELS if everything else [parse_level(name) for name in by or ["token"] * (grouped is None)]
     lin = freezing.linearize(text)
     found = []
-    for name in dict.fromkeys(levels):
+    for name in dict.fromkeys([*levels, *[grouped] * (grouped is not None)]):
+        about: dict[str, Any] = {"skip": skip} if name not in LEVELS or name == "token" else {}
         try:
-            found.append(lin.attribute(chosen, by=name, position=position, in_words=max(top, 40), progress=step))
+            found.append(
+                lin.attribute(chosen, by=name, position=position, in_words=max(top, 40), progress=step, **about)
+            )
         except OptionError as missing:
             if not everything or name in ("token", "bias"):
                 raise
@@ -81,18 +114,37 @@ def attribute(
     deliver(found, json=json, html=html, to_json=to_json, top=top)
 
 
-def _target(token: str | int | None, against: str | None, margin: Rivals | None, neuron: str | None) -> Target:
-    from loclin.analyses.attribution.target import Margin, Neuron
+def _compile(pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"--group-pattern {pattern}: {error}; give a regular expression") from None
+
+
+def read_target(
+    token: str | int | None,
+    against: str | None,
+    measure: str | None,
+    neuron: str | None = None,
+    generated: int | None = None,
+) -> Target:
+    """The target that options ask for."""
+    with importing():
+        from loclin.analyses.attribution.target import RIVALS, LogProb, Margin, Neuron, Probability, Span
 
     if neuron is not None:
         named = re.fullmatch(r"L(-?\d+)N(\d+)", neuron)
         if named is None:
             raise OptionError(f"--neuron {neuron}: write L17N80 for neuron 80 of layer 17")
         return Neuron(int(named[2]), int(named[1]))
-    if margin is not None:
+    if generated is not None:
         if against is not None:
-            raise OptionError("--margin and --against exclude one another: a margin finds its own rivals")
-        return Margin(token, margin)
+            raise OptionError("--against is about one token: leave --generated out")
+        return Span(generated=generated, of=measure or "logit")
+    if measure in RIVALS:
+        return Margin(token, measure)
+    if measure is not None:
+        return LogProb(token) if measure == "log-probability" else Probability(token)
     if against is None:
         return token
     if token is None:

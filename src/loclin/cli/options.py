@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ import typer
 from loclin.cli.console import NOTHING, importing, kept, note, stderr, step
 from loclin.cli.streams import read_prompt
 from loclin.common import arguments
+from loclin.common.brief import brief
 from loclin.errors import MissingExtraError, OptionError, OutputError, PromptError
 from loclin.results.files import check_apart, check_writable
 
@@ -116,6 +118,14 @@ Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Put a beginning token in front, or none; by default the tokenizer's way."),
 ]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Put the prompt into the model's chat template: as the user's message, or several, as a JSON list of "
+        "objects with role and content.",
+    ),
+]
 Json = Annotated[Path | None, path("Write everything to this JSON file.")]
 Html = Annotated[Path | None, path("Write an interactive page to this file.")]
 Record = Annotated[Path | None, path("Write what is finished to this JSON file, and go on from what it holds.")]
@@ -147,10 +157,21 @@ class Loading:
         "activation"
     )
     memory: Memory = None
+    attn: Annotated[str | None, text("The attention of transformers to use, such as eager or sdpa.")] = None
+    quantization: Annotated[
+        Literal["nf4", "fp4"] | None,
+        typer.Option(help="Quantise weights to four bits while loading (bitsandbytes)."),
+    ] = None
+    adapter: Annotated[Path | None, path("A PEFT adapter to put on the model: a directory.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that a hub repository brings along.")
+    ] = False
     task: Annotated[
         Task | None,
         typer.Option(help="What the model is for; by default that of the class from which it was stored."),
     ] = None
+
+    __repr__ = brief
 
     def load(self) -> Model:
         """Load the model."""
@@ -159,10 +180,11 @@ class Loading:
 
             from loclin.models import load
         with stderr.status(f"loading {self.model}"):
-            where = {"device": self.device, "devices": self.devices, "device_map": self.device_map}
-            model = load(
-                self.model, dtype=self.dtype, revision=self.revision, stream=self.stream, task=self.task, **where
-            )
+            how: dict[str, Any] = {"device": self.device, "devices": self.devices, "device_map": self.device_map}
+            how |= {"revision": self.revision, "stream": self.stream, "attn_implementation": self.attn}
+            how |= {"quantization": self.quantization, "adapter": self.adapter}
+            how |= {"trust_remote_code": True} if self.trust_remote_code else {}
+            model = load(self.model, dtype=self.dtype, task=self.task, **how)
         if model.note:
             note(model.note)
         return model
@@ -179,18 +201,33 @@ class Freezing(Loading):
             "split: float32 by bfloat16 products, where they are as accurate and faster."
         ),
     ] = "auto"
+    chat: Chat = False
+    system: Annotated[str | None, text("A system message in front, with --chat.")] = None
     decoder: Annotated[
         str | None, text("What the decoder of an encoder-decoder has read, behind its start token; by default nothing.")
     ] = None
 
+    __repr__ = brief
+
     def linearize(self, prompt: str) -> Linearization:
         """Load the model, and freeze it at the prompt."""
+        if self.system is not None and not self.chat:
+            raise OptionError("--system is for chats: add --chat")
+        given: Any = read_chat(prompt, self.system) if self.chat else prompt
         with importing():
-            from loclin.linearization import linearize
+            from loclin.linearization import linearize  # noqa: F401 (before the model is loaded)
         loaded = self.load()
         step("reading the prompt")
+        return self.freeze(loaded, given)
+
+    def freeze(self, model: Model, prompt: Any) -> Linearization:
+        """Freeze a loaded model at a prompt."""
+        from loclin.linearization import linearize
+
+        if self.chat and isinstance(prompt, str):
+            prompt = read_chat(prompt, self.system)
         how: Any = {"gate": self.gate, "precision": self.precision, "bos": self.bos, "memory": self.memory}
-        return linearize(loaded, prompt, decoder=self.decoder, **how)
+        return linearize(model, prompt, decoder=self.decoder, **how)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
@@ -237,8 +274,12 @@ def exclude(option: str, *others: str, why: str) -> None:
     typed = named()
     for other in others:
         if {option, other} <= typed:
-            pair = f"--{option} and --{other}".replace("_", "-")
-            raise OptionError(f"{pair} exclude one another: {why}")
+            raise OptionError(f"{spell(option)} and {spell(other)} exclude one another: {why}")
+
+
+def spell(option: str) -> str:
+    """What a person types for an option."""
+    return f"--{option}".replace("_", "-")
 
 
 def check() -> None:
@@ -281,6 +322,20 @@ def check() -> None:
             from loclin.network import memory as budgets
 
         budgets.parse_memory(given["memory"])
+
+
+def read_chat(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """The messages of a chat: of a JSON list, or a text as the user's only one."""
+    messages: Any = None
+    if prompt.lstrip().startswith("[{"):
+        try:
+            messages = json.loads(prompt)
+        except ValueError as error:
+            raise PromptError(f"--chat: the prompt begins like a JSON list of messages, and is none: {error}") from None
+        if not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in messages):
+            raise PromptError("--chat: every message of the list needs a role and a content")
+    found = messages or [{"role": "user", "content": prompt}]
+    return found if system is None else [{"role": "system", "content": system}, *found]
 
 
 def read(prompt: str) -> str:

@@ -157,7 +157,12 @@ class Linearized(Unpicklable):
                 f"The input embeddings are {width} wide and the residual stream is {self.trace.width}: there are no "
                 "words for what maps read."
             )
-        if 0 in self.sinks and not self._begins and self.model.task == "causal":
+        first = int(self.input_ids[0, 0])
+        if (
+            0 in self.sinks
+            and not (self._begins or first in self.model.tokens.special())
+            and self.model.task == "causal"
+        ):
             warnings.append(
                 f"{self.tokens[0]!r} is the attention sink: the prompt has no beginning token, so the first word "
                 "carries the sink, and its share says little about the word. Put a beginning token first: --bos, or "
@@ -232,9 +237,9 @@ class Linearized(Unpicklable):
         J = self.ordinary_jacobian(position=position)
         return J.matvec(J.input)
 
-    def followed_by(self: L, token: int) -> L:
-        """The same prompt with one more token (of its decoder, where there is one), frozen in the same way."""
-        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", token)]])], dim=1)
+    def followed_by(self: L, *tokens: int) -> L:
+        """The same prompt with more tokens (of its decoder, where there is one), frozen in the same way."""
+        ids = torch.cat([self.input_ids, self.input_ids.new_tensor([[whole("token", one) for one in tokens]])], dim=1)
         n = self.model.encoder_length
         prompt: dict[str, Any] = {"prompt": ids[:, :n], "decoder": ids[:, n:]} if n else {"prompt": ids}
         how: Any = {"gate": self.gate, "precision": self.precision, "memory": self.memory, "strict": False}

@@ -87,17 +87,19 @@ def keeps_logits(hf: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(hf.forward).parameters
 
 
-def logits_at(model: Model, input_ids: Tensor, position: int) -> Tensor:
-    """The model's logits `[V]` at one position; those of classes, which have no position.
+def logits_at(model: Model, input_ids: Tensor, at: int | list[int]) -> Tensor:
+    """The model's logits `[V]` at one position, or `[n, V]` at several; those of classes, which have no position.
 
-    Cost: one forward pass, and one row of the head if the model can.
+    Cost: one forward pass, and these rows of the head if the model can.
     """
     if model.task == "classification":
         return run(model, input_ids).logits[0]
-    at = position - model.encoder_length
+    rows = torch.tensor(at, device=input_ids.device).reshape(-1) - model.encoder_length
     if keeps_logits(model.hf):
-        return run(model, input_ids, logits_to_keep=torch.tensor([at], device=input_ids.device)).logits[0, 0]
-    return run(model, input_ids).logits[0, at]
+        logits = run(model, input_ids, logits_to_keep=rows).logits[0]
+    else:
+        logits = run(model, input_ids).logits[0, rows]
+    return logits[0] if isinstance(at, int) else logits
 
 
 def run(model: Model, input_ids: Tensor, **more: Any) -> Any:

@@ -13,6 +13,8 @@ from loclin.common import access
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError, OptionError
 from loclin.models import hub, pretrained
+from loclin.models.adapter import put_adapter
+from loclin.models.four_bit import four_bits
 from loclin.models.gguf import converted
 from loclin.models.gguf.packaged import DEFAULT, PACKAGED
 from loclin.models.gguf.source import gguf_file
@@ -33,6 +35,8 @@ def load(
     quantization_config: Any = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
+    adapter: str | Path | None = None,
     stream: bool | None = None,
     task: str | None = None,
     **from_pretrained_kwargs: Any,
@@ -58,6 +62,11 @@ def load(
         As in transformers. A device map needs accelerate; kernels from the hub are refused.
     revision
         A hub model's branch, tag or commit.
+    quantization
+        "nf4" or "fp4": quantise the weights to four bits while loading, with bitsandbytes; short for a
+        `quantization_config`.
+    adapter
+        A PEFT adapter (LoRA, ...) to put on the model: its directory. The map is that of the model with the adapter.
     stream
         Leave the decoder layers' weights on disk, and read each layer when it is used, for models larger than memory.
         Maps are the same bits; `svd(joint=True)` may take another method, within the same bounds. In memory are two
@@ -87,6 +96,8 @@ def load(
             f"{name!r} is not the name of a model: give a packaged model, a hub id, a directory or a GGUF file"
         )
     chosen = parse_dtype(dtype)
+    quantization_config = _quantised(quantization, quantization_config, chosen)
+    stream = _in_memory(adapter, stream)
     where = None if device is None else parse_device(device)
     excluded = {"device": device, "quantization_config": quantization_config, "stream": stream or None}
     shared = () if devices is None else _shared(devices, excluded)
@@ -119,9 +130,27 @@ def load(
     if where is not None and not model.streamed:
         hf: torch.nn.Module = model.hf  # transformers' own `to` has no types
         hf.to(where)
+    model = put_adapter(model, adapter)
     if shared and device_map is None:
         put(model.hf, shared, model.info.name)
     return model.shared_by(shared) if shared else model
+
+
+def _quantised(kind: str | None, config: Any, dtype: torch.dtype | str) -> Any:
+    """The `quantization_config` that one of two options asks for."""
+    if kind is not None and config is not None:
+        raise OptionError("quantization and quantization_config are both given: give one of them")
+    return config if kind is None else four_bits(kind, dtype)
+
+
+def _in_memory(adapter: str | Path | None, stream: bool | None) -> bool | None:
+    """Where the weights are to be: in memory, if an adapter is put on them."""
+    if adapter is None:
+        return stream
+    require("peft", "an adapter", "adapters")
+    if stream:
+        raise OptionError("an adapter is put on weights in memory: leave stream out")
+    return False
 
 
 def _shared(devices: str | Sequence[str | torch.device], excluded: dict[str, Any]) -> tuple[torch.device, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.models import Model
+from loclin.models.chat import Messages, encode_chat, is_chat
 from loclin.models.encoding import appended_tokens, encode, refuse_long, strip_padding
 from loclin.models.forward import decoder_table, hooked, run
 
@@ -28,10 +29,11 @@ _KINDS = ("image", "video", "audio", "vision")
 def read_prompt(
     model: Model, prompt: Prompt, attention_mask: Numbers | None = None, bos: bool | str | None = None
 ) -> Int[Tensor, "1 T"]:
-    """Read a text, token ids in any form, or a tokenizer's output as ids `[1, T]`, without padding.
+    """Read a text, chat messages, token ids in any form, or a tokenizer's output as ids `[1, T]`, without padding.
 
-    Ids are a tensor or array `[T]` or `[1, T]`, or a list of numbers; a tokenizer's output is a mapping with
-    `input_ids`, whose `attention_mask` is used.
+    Messages are mappings with `role` and `content`, see `loclin.models.chat.encode_chat`. Ids are a tensor or array
+    `[T]` or `[1, T]`, or a list of numbers; a tokenizer's output is a mapping with `input_ids`, whose `attention_mask`
+    is used.
 
     Raises
     ------
@@ -42,6 +44,10 @@ def read_prompt(
         if attention_mask is not None:
             raise PromptError("an attention mask belongs to token ids; text has no padding: leave the mask out")
         return model.encode(prompt, bos=bos)
+    if is_chat(prompt):
+        if attention_mask is not None:
+            raise PromptError("an attention mask belongs to token ids; chats have no padding: leave the mask out")
+        return encode_chat(model, cast("Messages", prompt), bos)
     if isinstance(prompt, Mapping):
         if "input_ids" not in prompt:
             raise PromptError(

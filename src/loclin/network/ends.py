@@ -6,6 +6,8 @@ at the hidden state that enters it, and H at `final`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -60,30 +62,43 @@ class NormLink:
 
 
 class OutputHeadLink:
-    """From `final` to the logits at one position: the output head, and what the model does around it."""
+    """From `final` to the logits at one position, or at n together: the head, and what the model does around it."""
 
-    def __init__(self, trace: Trace, position: int) -> None:
+    def __init__(self, trace: Trace, position: int | Sequence[int]) -> None:
         self.name = "head"
         trace.check_weights(trace.anatomy.head)
-        self._head = trace.head(position)
+        self._head = trace.head(position) if isinstance(position, int) else trace.heads(position)
         self.device = self._head.logits.device
 
-    def vjp(self, cotangents: Float[Tensor, "n V"]) -> Float[Tensor, "n d"]:
+    @property
+    def value(self) -> Float[Tensor, "*n V"]:
+        """The frozen network's logits."""
+        return self._head.value
+
+    def vjp(self, cotangents: Float[Tensor, "c *n V"]) -> Float[Tensor, "c *n d"]:
         """Pull a block of cotangents over the vocabulary back to `final`."""
         return batched_vjp(self._head.logits, self._head.final, cotangents.to(self.device))
 
-    def vjp_in_parts(self, cotangent: Float[Tensor, " V"]) -> Float[Tensor, " d"]:
-        """Pull one cotangent back, by 16 columns, in float64: a float32 sum over a whole vocabulary is off by 1e-5."""
-        parts = cotangent.new_zeros(_HEAD_PARTS, len(cotangent))
-        for i in range(_HEAD_PARTS):
-            parts[i, i::_HEAD_PARTS] = cotangent[i::_HEAD_PARTS]
-        return self.vjp(parts).double().sum(0)
+    def vjp_in_parts(self, cotangent: Float[Tensor, "*n V"]) -> Float[Tensor, "*n d"]:
+        """Pull one cotangent back, by 16 columns, in float64: a float32 sum over a whole vocabulary is off by 1e-5.
 
-    def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
+        Cost: 16 columns of the head for each position. Memory: those of 16 positions at most.
+        """
+        most = max(1, _HEAD_PARTS // max(1, cotangent[..., 0].numel()))
+        pulled = torch.zeros_like(self._head.final, dtype=torch.float64)
+        for first in range(0, _HEAD_PARTS, most):
+            some = range(first, min(first + most, _HEAD_PARTS))
+            parts = cotangent.new_zeros(len(some), *cotangent.shape)
+            for part, i in zip(parts, some, strict=True):
+                part[..., i::_HEAD_PARTS] = cotangent[..., i::_HEAD_PARTS]
+            pulled += self.vjp(parts).double().sum(0)
+        return pulled
+
+    def jvp(self, tangents: Float[Tensor, "c *n d"]) -> Float[Tensor, "c *n V"]:
         """Push a block of tangents at `final` to the logits."""
         return batched_jvp(self._head.logits, self._head.final)(tangents.to(self.device))
 
-    def constants(self) -> dict[str, Float[Tensor, " V"]]:
+    def constants(self) -> dict[str, Float[Tensor, "*n V"]]:
         """What the head's biases add to the logits."""
         return push_constants(self._head.constants, self._head.logits)
 

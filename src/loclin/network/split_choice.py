@@ -44,7 +44,7 @@ def choose(trace: Trace) -> Split:
     shares, device = given_shares.get(), trace.layers[0].hidden.device
     weights = trace.anatomy.weights
     if weights is None or not any(trace.explicit):
-        return _left_off("no layer has explicit products (see docs/guide.md)")
+        return _left_off("no layer has explicit products (see docs/howto/precision.md)")
     modules = [call.block.module for call in trace.layers]
     layers = tuple(exact and _is_held(modules[i], weights) for i, exact in enumerate(trace.explicit))
     if not any(layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,12 +49,12 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class OutputHead:
-    """From `final` to the logits at one position: both ends of the graph, and its constants."""
+    """From `final` to the logits at one position, or at n: both ends of the graph, and its constants."""
 
-    final: Float[Tensor, " d"]
-    logits: Float[Tensor, " V"]
-    stock: Float[Tensor, " V"]  # the model's own logits
-    value: Float[Tensor, " V"]  # those of the frozen network
+    final: Float[Tensor, "*n d"]
+    logits: Float[Tensor, "*n V"]
+    stock: Float[Tensor, "*n V"]  # the model's own logits
+    value: Float[Tensor, "*n V"]  # those of the frozen network
     constants: Constants
 
     __repr__ = brief
@@ -214,11 +215,18 @@ class Trace:
                 f"{position}: give -1"
             )
         if position not in self._heads:
-            self.check_weights(self.model.hf)
-            with torch.no_grad(), self.freeze(self.model.hf, self.options) as mode:
-                known = (self.input_ids, self.sequence, position, self.final)
-                self._heads[position], *_ = run_to_logits(mode, self.model, *known)
+            self._heads[position] = self._make_head(position)
         return self._heads[position]
+
+    def heads(self, positions: Sequence[int]) -> OutputHead:
+        """From `final` to the logits at n positions. Cost: one forward pass."""
+        return self._make_head(list(positions))
+
+    def _make_head(self, at: int | list[int]) -> OutputHead:
+        self.check_weights(self.model.hf)
+        with torch.no_grad(), self.freeze(self.model.hf, self.options) as mode:
+            head, *_ = run_to_logits(mode, self.model, self.input_ids, self.sequence, at, self.final)
+        return head
 
     def double(self) -> Trace:
         """The same trace with sweeps in float64, with the coefficients and values that it has.
@@ -258,9 +266,9 @@ def takes_values(options: FreezeOptions, sequence: BlockSequence) -> bool:
 
 
 def run_to_logits(
-    mode: Frozen, model: Model, input_ids: Tensor, sequence: BlockSequence, position: int, final: Tensor | None
+    mode: Frozen, model: Model, input_ids: Tensor, sequence: BlockSequence, at: int | list[int], final: Tensor | None
 ) -> tuple[OutputHead, Tensor, Tensor]:
-    """Run the model, with a graph from its final hidden state at one position to the logits there.
+    """Run the model, with a graph from its final hidden state at one position, or at several, to the logits there.
 
     Returns the head, and the final hidden state at all positions `[1, T, d]`: the frozen network's (or `final`, where
     it is known already), and the model's own. ModelError where that does not depend on the embeddings.
@@ -279,17 +287,18 @@ def run_to_logits(
                 live = mode.live(stock)  # called in any case: it notes what is not linear
                 value = at_all_tokens(model, (stock.detach() if keeps else live).to(mode.dtype), length)
             model_final = at_all_tokens(model, stock.detach(), length)
-        leaf = value[0, position].clone().requires_grad_()
+        leaf = value[0, at].clone().requires_grad_()
         mode.graph = mode.collect = mode.soft_caps = True
         mode.constants.clear()
         with mode.paused():
             others = stock.detach()[:, length - model.encoder_length :].to(value)  # of tokens further ahead
-            entered = torch.cat([value[:, :position], leaf[None, None], value[:, position + 1 :], others], dim=1)
+            places = torch.tensor(at, device=leaf.device).reshape(-1)
+            entered = torch.cat([value.index_copy(1, places, leaf.reshape(1, len(places), -1)), others], dim=1)
             mode.enter(stock, entered[:, model.encoder_length :])
         seen.update(stock=model_final, final=value, leaf=leaf)
 
     with hooked([sequence.exit.register_forward_hook(leave)]):
-        logits = logits_at(model, input_ids, position)
+        logits = logits_at(model, input_ids, at)
     if not seen:
         raise ModelError(
             f"{model.info.name}: no operation that loclin sees connects the embeddings to "

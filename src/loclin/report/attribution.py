@@ -33,11 +33,16 @@ LEVELS = {
     "layer": ("Layers", "what each attention and each MLP writes into it, directly"),
     "head": ("Heads", "what each query head writes into it, directly"),
     "neuron": ("Neurons", "what each MLP neuron writes into it, directly"),
+    "word": ("Words", "what the embeddings of each word's tokens give, by all ways"),
+    "sentence": ("Sentences", "what the embeddings of each sentence's tokens give, by all ways"),
+    "line": ("Lines", "what the embeddings of each line's tokens give, by all ways"),
+    "turn": ("Turns", "what the embeddings of each chat turn's tokens give, by all ways"),
+    "group": ("Groups", "what the embeddings of each group's tokens give, by all ways"),
     "token×layer": ("Tokens × layers", "what each token gives by way of each part as the last that writes"),
 }
 """Each level's title, and what its shares are."""
 _NAMES: dict[Kind, str] = {"embed": "embedding", "attn_out": "attention", "mlp_out": "MLP"}
-_WORDS, _READS = 5, 2
+_WORDS, _READS, _LONGEST = 5, 2, 60
 _MOST = 80
 """Rows of a map of tokens, and of a table of them."""
 
@@ -49,6 +54,8 @@ def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
     by_token = found.by in ("token", "token×layer")
     if found.by == "token":
         table = _tokens(found, min(limits.tokens, _MOST))
+    elif found.groups:
+        table = _groups(found, min(limits.tokens, _MOST))
     else:
         table = _layers(found) if found.by == "layer" else _parts(found, limits.parts)
     maps = {"head": _head_map, "token×layer": _token_map}
@@ -57,11 +64,7 @@ def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
     if found.through is not None:
         through = "through: all of it that passes there, by later layers too; these overlap and do not sum up"
         blocks.append(Text(through, "dim"))
-    shares = [0.0] * len(found.texts)
-    for part in found.parts:
-        if part.token is not None and by_token:
-            shares[part.token] += part.share
-    full = full_size((share, i in found.sinks) for i, share in enumerate(shares))
+    chips, full = _token_chips(found, by_token) if not found.groups else _group_chips(found)
     between = " − " if found.target["kind"] in ("logit difference", "logit margin") else ", "
     wanted = Text(between).join(token(text, "bold green") for text in found.target["tokens"])
     target = Text.assemble((f"{found.target['kind']} ", "green"), wanted, (f" {number(found.value)}", "bold"))
@@ -72,11 +75,31 @@ def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
         "the model, at this prompt, as an exact linear map",
         [Section(level, note, blocks)],
         heading=Text.assemble(title, (" → ", "dim"), wanted),
-        chips=_chips(found.texts, shares, full, lambda i: _marks(found, i)),
-        key=KEY if by_token else "",
+        chips=chips,
+        key=KEY if by_token or found.groups else "",
         lead=[target],
         notes=[run.gate] if run.facts else [],
     )
+
+
+def _token_chips(found: Attribution, by_token: bool) -> tuple[list[Chip], float]:
+    shares = [0.0] * len(found.texts)
+    for part in found.parts:
+        if part.token is not None and by_token:
+            shares[part.token] += part.share
+    full = full_size((share, i in (*found.sinks, *found.skipped)) for i, share in enumerate(shares))
+    return _chips(found.texts, shares, full, lambda i: _marks(found, i)), full
+
+
+def _group_chips(found: Attribution) -> tuple[list[Chip], float]:
+    """A chip for each group; those that are skipped, or hold a sink, do not set the full colour."""
+    apart = {*found.sinks, *found.skipped}
+    shares = [part.share for part in found.parts if part.kind == "group"]
+    full = full_size(
+        (share, bool(apart & set(group.positions))) for share, group in zip(shares, found.groups, strict=True)
+    )
+    marks = [["skipped"] * (set(group.positions) <= set(found.skipped)) for group in found.groups]
+    return _chips([group.name for group in found.groups], shares, full, lambda i: marks[i]), full
 
 
 def _chips(
@@ -90,8 +113,14 @@ def _chips(
 
 
 def _marks(found: Attribution, i: int) -> list[str]:
-    """Say what is special about a position: an attention sink, or the last that the target can see."""
-    return ["sink"] * (i in found.sinks) + ["last"] * (i == found.target["position"])
+    """Say what is special about a position: an attention sink, one that is skipped, one at which the target is read."""
+    read = found.target.get("positions", [found.target["position"]])
+    return (
+        ["sink"] * (i in found.sinks)
+        + ["skipped"] * (i in found.skipped)
+        + ["last"] * (len(read) == 1 and i in read)
+        + ["predicts"] * (len(read) > 1 and i in read)
+    )
 
 
 def _sums(found: Attribution) -> str:
@@ -109,9 +138,9 @@ def _full(found: Attribution, parts: list[Share]) -> float:
 def _add_others(table: Table, found: Attribution, chosen: list[Share], full: float, *before: str) -> Table:
     """Sum up by kind what is not shown."""
     left: dict[Kind, list[float]] = {}
-    kinds, names = {part.kind for part in chosen}, {(part.name, part.token) for part in chosen}
+    kinds, shown = {part.kind for part in chosen}, {(part.name, part.token, part.index) for part in chosen}
     for part in found.parts:
-        if (part.name, part.token) not in names:
+        if (part.name, part.token, part.index) not in shown:
             left.setdefault(part.kind, []).append(part.share)
     for kind, shares in left.items():
         several, other = len(shares) > 1, kind in kinds
@@ -128,6 +157,18 @@ def _tokens(found: Attribution, most: int) -> Table:
     for part in chosen:
         name = token(part.name, "bold", _marks(found, part.token or 0))
         table.add(str(part.token), name, signed(part.share), Bar(part.share / full))
+    return _add_others(table, found, chosen, full, "")
+
+
+def _groups(found: Attribution, most: int) -> Table:
+    """A row for each of the groups of largest share, in the order of the prompt."""
+    chosen = sorted(found.top(most, "group"), key=lambda part: part.index or 0)
+    full = _group_chips(found)[1]
+    table = Table.of(COUNTER, Column(found.by, "key"), "share", BAR, "tokens")
+    for part in chosen:
+        held = found.groups[part.index or 0].positions
+        name = Text(visible(part.name, _LONGEST), "bold")
+        table.add(str(held[0]), name, signed(part.share), Bar(part.share / full), str(len(held)))
     return _add_others(table, found, chosen, full, "")
 
 

@@ -46,7 +46,7 @@ _PAGE = """\
 from those at which training starts, frozen at a prompt of seven tokens, and certified in float64
 (`precision="double"`) and float32 (the model's own dtype), with {gates}. This page is written by:
 
-```
+```sh
 loclin coverage {option}--json {name}.json --markdown docs/{name}.md
 ```
 {about}

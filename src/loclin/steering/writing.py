@@ -15,8 +15,9 @@ from torch import Tensor
 from loclin.common.arguments import real, whole
 from loclin.common.brief import brief
 from loclin.common.surroundings import in_plain_torch
-from loclin.errors import ModelError, OptionError, PromptError
+from loclin.errors import OptionError, PromptError
 from loclin.models import Model
+from loclin.models.chat import encode_chat
 from loclin.models.encoding import pad_prompts
 from loclin.models.forward import keeps_logits
 from loclin.steering.base import Steering
@@ -101,19 +102,8 @@ def check_room(model: Model, length: int, max_new_tokens: int) -> None:
 
 
 def encode_prompt(model: Model, prompt: str, chat: bool, bos: bool | None) -> Int[Tensor, "1 T"]:
-    """Encode a prompt, in the tokenizer's chat template if `chat`.
-
-    With a template, `bos=True` puts a beginning token in front unless the template does so already, and `bos=False`
-    removes the template's own.
-    """
-    if not chat:
-        return model.encode(prompt, bos=bos)
-    if getattr(model.tokenizer, "chat_template", None) is None or model.tokenizer is None:
-        raise ModelError(f"{model.info.name} has no chat template; leave chat out")
-    message = [{"role": "user", "content": prompt}]
-    text = model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = model.encode(str(text), bos=bos or False)
-    return ids[:, 1:] if bos is False and int(ids[0, 0]) == model.bos else ids
+    """Encode a prompt; if `chat`, as a user's message (see `loclin.models.chat.encode_chat`)."""
+    return encode_chat(model, [{"role": "user", "content": prompt}], bos) if chat else model.encode(prompt, bos=bos)
 
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:

@@ -8,11 +8,12 @@ down to the embeddings gives the total effect of each token and of each bias.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from loclin.analyses.attribution.groups import UNITS, Grouping, Skip, find_groups, find_skipped
+from loclin.analyses.attribution.readout import Readout, read_target
 from loclin.analyses.attribution.result import Attribution, By, Kind, Share
 from loclin.analyses.attribution.shares import (
     Shares,
@@ -22,7 +23,7 @@ from loclin.analyses.attribution.shares import (
     share_by_source,
     share_by_token_and_layer,
 )
-from loclin.analyses.attribution.target import Readout, Target, describe_target, read_target
+from loclin.analyses.attribution.target import Target
 from loclin.analyses.decode import decoder_at
 from loclin.common.arguments import whole
 from loclin.common.progress import Progress, steps, with_progress
@@ -33,7 +34,8 @@ from loclin.network.chain import Chain
 from loclin.network.points import Point
 from loclin.network.units import UnitFinder
 
-LEVELS: tuple[By, ...] = get_args(By)
+LEVELS: tuple[By, ...] = ("token", "layer", "head", "neuron", "bias", "token×layer")
+"""What every model has shares of; beside these there are groups of tokens, see `loclin.analyses.attribution.groups`."""
 _SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
 _WORDS = 8
 _SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
@@ -45,8 +47,9 @@ def attribute(
     lin: Linearized,
     target: Target = None,
     *,
-    by: str = "token",
+    by: Grouping = "token",
     position: int = -1,
+    skip: Skip | None = None,
     in_words: int = 12,
     progress: Progress = True,
 ) -> Attribution:
@@ -77,23 +80,33 @@ def attribute(
         `"token×layer"`: the effect of each token (and of the biases) along all paths on which a given attention or MLP
         is the last component that writes. Rows sum to `"token"`, columns to `"layer"`. `"token x layer"` and
         `"token*layer"` are the same.
+        `"word"`, `"sentence"`, `"line"`, `"turn"` (of a chat), a compiled pattern, or a mapping of names to positions:
+        as `"token"`, with the shares of each group of tokens added up.
     position: the position at which the target is read.
+    skip: `"special"` tokens, `"sink"`s, or positions: left out of rankings, and counted in the sum. By token or group.
     in_words: how many of the largest shares to put into words (not for tokens and biases).
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     chosen, in_words, tell = parse_level(by), whole("in_words", in_words, 0), steps(progress)
-    readout = read_target(lin, target, position)
+    grouped = chosen in (*UNITS, "group")
+    if skip is not None and not (grouped or chosen == "token"):
+        raise OptionError(f"skip is about tokens, and by={chosen!r} is not: leave it out")
+    lin, readout = read_target(lin, target, position)
     why = lin.trace.sequence.fallback_reason
-    if chosen not in ("token", "bias") and why is not None:
+    skipped = find_skipped(lin, skip)
+    groups = find_groups(lin, by, skipped) if grouped else []
+    if chosen not in ("token", "bias") and not grouped and why is not None:
         raise OptionError(f"{lin.model.info.name} has no layers to tell apart: {why}; use by='token' or by='bias'")
     tell(f"shares by {chosen}")
-    shares = compute_shares(lin, readout, lambda chain: _share(lin, chain, readout, chosen))
+    shares = compute_shares(lin, readout, lambda chain: _share(lin, chain, readout, "token" if grouped else chosen))
+    if grouped:
+        shares = shares.by_group([group.positions for group in groups])
     rows = shares.sort_rows()
     kinds, layers, indices, positions = (torch.tensor([row[i] for row in rows]) for i in range(4))
     given, passing = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (4, 5))
     found = Attribution(
         by=chosen,
-        target=describe_target(lin, readout),
+        target=readout.to_dict(),
         shares=given,
         through=passing if chosen in ("layer", "head", "neuron") else None,
         kinds=kinds,
@@ -105,7 +118,9 @@ def attribute(
         attends={},
         sinks=lin.sinks,
         warnings=[*lin.warnings, *readout.warnings, *shares.notes],
-        provenance=replace(lin.jacobian(position=position).provenance(), target=readout.at),
+        provenance=replace(lin.jacobian(position=readout.position).provenance(), target=readout.at),
+        groups=groups,
+        skipped=skipped,
     )
     return _put_into_words(lin, readout, found, in_words)
 
@@ -118,13 +133,16 @@ def _share(lin: Linearized, chain: Chain, readout: Readout, level: By) -> Shares
     return share_by_component(chain, readout, _SPLITS.get(level))
 
 
-def parse_level(by: str) -> By:
+def parse_level(by: Grouping) -> By:
     """Parse the name of a level, in any of its spellings; OptionError for an unknown one."""
+    if not isinstance(by, str):
+        return "group"
     plain = by.replace(" ", "")
     plain = _SPELLINGS.get(plain, plain)
-    if plain not in LEVELS:
-        raise OptionError(f"by={by!r}: choose one of {', '.join(LEVELS)}")
-    return plain
+    for level in (*LEVELS, *UNITS):
+        if plain == level:
+            return level
+    raise OptionError(f"by={by!r}: choose one of {', '.join((*LEVELS, *UNITS))}")
 
 
 def _put_into_words(lin: Linearized, readout: Readout, found: Attribution, most: int) -> Attribution:
@@ -138,17 +156,17 @@ def _put_into_words(lin: Linearized, readout: Readout, found: Attribution, most:
     chosen = {i: found.parts[i] for i in found.ranking(most, found.unit) if found.parts[i].kind != "bias"}
     if not chosen:
         return found
-    written, attends = dict[int, Tensor](), dict[str, list[float]]()
+    written, attends = dict[int, Tensor](), dict[str, list[float]]()  # written: [positions, d]
     for layer in dict.fromkeys(part.layer for part in chosen.values()):
         here = {i: part for i, part in chosen.items() if part.layer == layer}
         if layer is None:
-            written |= dict.fromkeys(here, lin.embeddings[readout.position])
+            written |= dict.fromkeys(here, lin.embeddings[list(readout.positions)])
         else:
             _describe_layer(lin, readout, layer, here, written, attends)
-    norm = lin.chain.norm(Point("final"), readout.position)
-    words = decoder_at(lin, readout.position).writes(
-        norm.jvp(torch.stack([written[i].to(lin.embeddings) for i in chosen])), _WORDS
-    )
+    together = torch.stack([written[i].to(lin.embeddings) for i in chosen], dim=1)
+    norms = (lin.chain.norm(Point("final"), position) for position in readout.positions)
+    final = torch.stack([norm.jvp(here) for norm, here in zip(norms, together, strict=True)]).sum(0)
+    words = decoder_at(lin, readout.position).writes(final, _WORDS)
     return replace(found, writes={str(i): row for i, row in zip(chosen, words, strict=True)}, attends=attends)
 
 
@@ -160,9 +178,10 @@ def _describe_layer(
     written: dict[int, Tensor],
     attends: dict[str, list[float]],
 ) -> None:
-    """Find what some components of one layer write at the target's position, and where its heads read."""
+    """Find what some components of one layer write at the target's positions, and where its heads read."""
     values = dict(list_additions(lin.trace, layer, "resid_post"))
-    written |= {i: values[part.kind][readout.position] for i, part in parts.items() if part.kind in values}
+    at = list(readout.positions)
+    written |= {i: values[part.kind][at] for i, part in parts.items() if part.kind in values}
     units = {i: part for i, part in parts.items() if part.kind not in values}
     if not units:
         return
@@ -174,7 +193,7 @@ def _describe_layer(
     assert found is not None  # the attribution has split it before
     push, source = batched_jvp(output, found.source), found.source
     for i, part in units.items():
-        written[i] = push(found.isolate(source.detach(), part.index or 0)[None])[0, 0, readout.position]
+        written[i] = push(found.isolate(source.detach(), part.index or 0)[None])[0, 0, at]
         if part.kind == "head":
             (weights,) = torch.autograd.grad(output, source, readout.cotangent[None].to(output), retain_graph=True)
             own = found.isolate(weights, part.index or 0)

@@ -9,7 +9,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.attribution.target import Readout, Target, read_target
+from loclin.analyses.attribution.readout import Readout, read_target
+from loclin.analyses.attribution.target import Target
 from loclin.analyses.decode import Words, decoder_at
 from loclin.common.arguments import strings, whole
 from loclin.common.brief import brief
@@ -129,7 +130,7 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
     k: how many singular triples to put into words.
     position: the position at which the head writes and the target is read.
     """
-    readout = _require_end(lin, read_target(lin, target, position))
+    readout = _read_at_end(lin, target, position)
     layer, head, k = whole("layer", layer), whole("head", head), whole("k", k)
     parse_point(f"attn_out.{layer}", lin.trace.n_layers)
     J = component_map(lin.chain, parse_component(f"L{layer}H{head}", lin.trace), readout.position, lin.allowance)
@@ -178,7 +179,7 @@ def path(
     token: the position of the token at which the path begins; None for all tokens.
     position: the position at which the target is read.
     """
-    readout = _require_end(lin, read_target(lin, target, position))
+    readout = _read_at_end(lin, target, position)
     start = None if token is None else lin.trace.position(token)
     chosen = [parse_component(name, lin.trace) for name in strings("parts", parts)]
     J = path_map(lin.chain, chosen, Point("final"), readout.position, lin.allowance)
@@ -188,7 +189,13 @@ def path(
     return Path(str(J.chain), readout.to_dict(), shares, start, J.provenance(), warnings, J)
 
 
-def _require_end(lin: Linearized, readout: Readout) -> Readout:
+def _read_at_end(lin: Linearized, target: Target, position: int) -> Readout:
+    lin, readout = read_target(lin, target, position)
+    if len(readout.positions) > 1:
+        raise OptionError(
+            f"a target of {len(readout.positions)} tokens: heads and paths are for targets at one position; give one "
+            "token, or use attribute(by='head')"
+        )
     if readout.node != 2 * lin.trace.n_layers:
         raise OptionError(f"{readout.kind}: heads and paths are for targets at final or the logits; give one of these")
     return readout

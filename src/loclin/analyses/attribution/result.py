@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -11,14 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.analyses.attribution.groups import Group
 from loclin.analyses.decode import Words
 from loclin.common.brief import brief
+from loclin.errors import OptionError
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.results.table import make_columns
 
-By = Literal["token", "layer", "head", "neuron", "bias", "token×layer"]
-Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias"]
+By = Literal["token", "layer", "head", "neuron", "bias", "token×layer", "word", "sentence", "line", "turn", "group"]
+Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias", "group"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """What a share belongs to; `block` is a whole layer whose attention and MLP cannot be told apart."""
 NONE = -1
@@ -31,8 +33,8 @@ class Share:
 
     Attributes
     ----------
-    name: a token's text; the name of a point (`attn_out.3`); `L3H5` for query head 5 of layer 3, `L3N57` for a neuron;
-        the path of a bias. In a token × layer attribution: the name of the point.
+    name: the text of a token or of a group of tokens; the name of a point (`attn_out.3`); `L3H5` for query head 5 of
+        layer 3, `L3N57` for a neuron; the path of a bias. In a token × layer attribution: the name of the point.
     kind: see `KINDS`.
     layer, index, token: the layer, the number within it, and the position in the prompt; None where it has none.
     share: the exact part of the target: a total effect by token and bias, a direct effect by layer, head and neuron.
@@ -71,6 +73,8 @@ class Attribution(Result):
     biases: the names of biases; the index of a bias is its place in this list.
     writes, attends: for the largest shares, see `Share`; keys are the shares' indices, as text.
     sinks: positions of attention sinks.
+    groups: for shares of groups of tokens, the groups; the index of a share is its place in this list.
+    skipped: positions whose shares are counted in the sum, and left out of rankings.
     """
 
     by: By
@@ -87,6 +91,8 @@ class Attribution(Result):
     sinks: list[int]
     warnings: list[str]
     provenance: Provenance | None = None
+    groups: list[Group] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
 
     derived = ("parts", "sum", "residual", "relative_residual")
 
@@ -115,6 +121,8 @@ class Attribution(Result):
             return f"L{layer}{kind[0].upper()}{index}"
         if kind == "bias" and index is not None:
             return self.biases[index]
+        if kind == "group" and index is not None:
+            return self.groups[index].name
         if kind == "token" and token is not None:
             return self.texts[token]
         return kind if layer is None else f"{kind}.{layer}"
@@ -145,7 +153,12 @@ class Attribution(Result):
         return self.value - self.sum
 
     def by_token(self) -> tuple[list[float], float]:
-        """Return the shares of the T tokens, and the sum of the shares of biases, of an attribution by token."""
+        """Return the shares of the T tokens, and the sum of the shares of biases, of an attribution by token.
+
+        Raises OptionError for one by groups of tokens, or by parts of the model.
+        """
+        if self.by not in ("token", "token×layer"):
+            raise OptionError(f"shares by {self.by} have none of single tokens: attribute by='token'")
         tokens, biases = [0.0] * len(self.texts), 0.0
         for part in self.parts:
             if part.kind == "token" and part.token is not None:
@@ -164,10 +177,17 @@ class Attribution(Result):
         return [self.parts[i] for i in self.ranking(k, kind)]
 
     def ranking(self, k: int, kind: Kind | None = None) -> list[int]:
-        """Return the indices of the k largest shares by absolute value."""
-        chosen = torch.arange(len(self)) if kind is None else (self.kinds == KINDS.index(kind)).nonzero()[:, 0]
+        """Return the indices of the k largest shares by absolute value, without skipped tokens."""
+        wanted = torch.ones(len(self), dtype=torch.bool) if kind is None else self.kinds == KINDS.index(kind)
+        wanted = wanted & torch.tensor([not self._is_skipped(part) for part in self.parts], dtype=torch.bool)
+        chosen = wanted.nonzero()[:, 0]
         order = self.shares[chosen].abs().argsort(descending=True, stable=True)[:k]
         return chosen[order].tolist()
+
+    def _is_skipped(self, part: Share) -> bool:
+        if part.kind == "group" and part.index is not None:
+            return set(self.groups[part.index].positions) <= set(self.skipped)
+        return part.kind == "token" and part.token in self.skipped
 
     def matrix(self) -> tuple[Float[Tensor, "rows columns"], list[str]]:
         """Return a token × layer attribution as a matrix, and the names of its columns.

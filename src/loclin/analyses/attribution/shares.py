@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loclin.analyses.attribution.readout import Readout
 from loclin.analyses.attribution.result import KINDS, NONE, Kind
-from loclin.analyses.attribution.target import Readout
 from loclin.common.brief import brief
 from loclin.common.progress import bar
 from loclin.errors import OptionError
@@ -68,6 +68,19 @@ class Shares:
     def number_bias(self, bias: str) -> int:
         """Return the index of a bias; a new bias gets the next one."""
         return self.biases.setdefault(bias, len(self.biases))
+
+    def by_group(self, groups: list[list[int]]) -> Shares:
+        """The same with the shares of each group of tokens added up."""
+        number, token = {at: i for i, held in enumerate(groups) for at in held}, KINDS.index("token")
+        found = Shares(biases=self.biases, notes=self.notes)
+        each: list[list[float]] = [[] for _ in groups]
+        for row in self.rows:
+            if row[0] == token:
+                each[number[row[3]]].append(row[4])
+        for i, shares in enumerate(each):
+            found.add("group", math.fsum(shares), index=i)
+        found.rows += [row for row in self.rows if row[0] != token]
+        return found
 
     def relative_error(self, readout: Readout) -> float:
         """Return how far the shares miss the target, relative to the size of the terms."""
@@ -258,6 +271,21 @@ def _pull_from_components(
             done += 1
             progress_bar.update()
     return block, biases
+
+
+def pull_down(chain: Chain, readout: Readout) -> Iterator[tuple[int | None, str, Float[Tensor, "1 T d"]]]:
+    """Pull the target's gradient down: what it is where each layer ends, and last, with None, at the embeddings.
+
+    Yields the layer, the point at which it ends, and the gradient there, with all paths through later layers. Cost: one
+    column backward.
+    """
+    trace, workspace, active = chain.trace, Workspace(), _find_active(chain.trace, readout)
+    block = _new_block(trace, 1)
+    block[0] = readout.cotangent
+    for index, below, above in _list_steps(chain, readout):
+        yield index, above, block.clone()
+        chain.pull(block, index, below, above, active, workspace)
+    yield None, "embed", block
 
 
 def list_additions(trace: Trace, index: int, above: str) -> list[tuple[Kind, Float[Tensor, "T d"]]]:

@@ -1,0 +1,146 @@
+"""Groups of a prompt's tokens: words, sentences, lines, chat turns, the matches of a pattern, or named positions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from loclin.common.brief import brief
+from loclin.errors import OptionError
+from loclin.maps.linearized import Linearized
+
+Unit = Literal["word", "sentence", "line", "turn"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+Grouping = str | re.Pattern[str] | Mapping[str, Sequence[int]]
+"""The name of a unit; a pattern; or the positions of each group, by name."""
+Skip = str | Sequence[int]
+"""`special` tokens, attention `sink`s, or positions."""
+
+_PARTS = {
+    # letters and digits, with an apostrophe or a hyphen inside; any other sign stands alone
+    "word": re.compile(r"\s*(?:[^\W_]+(?:['’-][^\W_]+)*|\S)"),
+    "sentence": re.compile(r"\s*\S.*?(?:[.!?…。！？]+[\"'”’)\]]*(?=\s|$)|(?=\n\s*\n)|$)", re.DOTALL),
+    "line": re.compile(r"[^\n]*(?:\n+|$)"),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some tokens of a prompt, by their positions in order."""
+
+    name: str
+    positions: list[int]
+
+    __repr__ = brief
+
+
+def find_groups(lin: Linearized, by: Grouping, skipped: Sequence[int] = ()) -> list[Group]:
+    """Put every token of a prompt into exactly one group, in the order of their first tokens.
+
+    Special tokens are groups of their own (in a chat turn they are part of it), and so is each skipped token. What a
+    pattern or a mapping leaves out is one group of the other tokens. A token that lies in two parts of the text belongs
+    to that in which it begins.
+
+    Raises OptionError for an unknown unit, groups that overlap, positions outside the prompt, or a pattern without a
+    match.
+    """
+    length = lin.trace.length
+    if isinstance(by, Mapping):
+        labels, names = _read_mapping(lin, by)
+    elif isinstance(by, re.Pattern):
+        labels, names = _match(lin, by), {}
+        if not any(label is not None for label in labels):
+            raise OptionError(f"the pattern {by.pattern!r} matches nothing in the prompt; give another")
+    elif by == "turn":
+        labels, names = list[Any](_number_turns(lin)), {}
+    elif by in _PARTS:
+        labels, names = _match(lin, _PARTS[by]), {}
+        special = lin.model.tokens.special()
+        for i, token in enumerate(lin.input_ids[0].tolist()):
+            labels[i] = ("special", i) if token in special else labels[i]
+        labels = _joined(labels)
+    else:
+        raise OptionError(f"by={by!r}: choose one of {', '.join(UNITS)}, a pattern, or a mapping of names to positions")
+    for position in skipped:
+        labels[position] = ("skipped", position)
+    positions: dict[Any, list[int]] = {}
+    for i in range(length):
+        positions.setdefault(labels[i], []).append(i)
+    return [Group(names.get(label) or _name(lin, label, held), held) for label, held in positions.items()]
+
+
+def find_skipped(lin: Linearized, skip: Skip | None) -> list[int]:
+    """The positions to leave out of rankings: those of special tokens, of attention sinks, or as given."""
+    if skip is None:
+        return []
+    if skip == "special":
+        special = lin.model.tokens.special()
+        return [i for i, token in enumerate(lin.input_ids[0].tolist()) if token in special]
+    if skip == "sink":
+        return list(lin.sinks)
+    if isinstance(skip, str):
+        raise OptionError(f"skip={skip!r}: choose special, sink, or give positions")
+    return sorted({lin.trace.position(one) for one in skip})
+
+
+def _read_mapping(lin: Linearized, groups: Mapping[str, Sequence[int]]) -> tuple[list[Any], dict[Any, str]]:
+    labels: list[Any] = [None] * lin.trace.length
+    for name, held in groups.items():
+        for position in held:
+            at = lin.trace.position(position)
+            if labels[at] is not None:
+                raise OptionError(
+                    f"groups {labels[at]!r} and {name!r} both have the token at position {at}: a share belongs to one"
+                )
+            labels[at] = str(name)
+    return labels, {str(name): str(name) for name in groups}
+
+
+def _match(lin: Linearized, pattern: re.Pattern[str]) -> list[Any]:
+    """The number of the match in which each token begins, behind its spaces; None outside of all."""
+    ids = lin.input_ids[0].tolist()
+    text, offsets = lin.model.tokens.text(ids), lin.model.tokens.offsets(ids)
+    owner: list[int | None] = [None] * (len(text) + 1)
+    for number, found in enumerate(pattern.finditer(text)):
+        owner[found.start() : found.end()] = [number] * (found.end() - found.start())
+    labels: list[Any] = []
+    for start, end in offsets:
+        spaces = len(text[start:end]) - len(text[start:end].lstrip())
+        labels.append(owner[start + spaces if spaces < end - start else start])
+    return labels
+
+
+def _joined(labels: list[Any]) -> list[Any]:
+    """Tokens outside of all parts (trailing spaces) belong to what is in front of them; and parts are contiguous."""
+    found: list[Any] = []
+    for i, label in enumerate(labels):
+        found.append(found[-1] if label is None and found else ("first", i) if label is None else label)
+    runs, number = [], 0
+    for i, label in enumerate(found):
+        number += i > 0 and label != found[i - 1]
+        runs.append(number)
+    return runs
+
+
+def _number_turns(lin: Linearized) -> Iterator[int]:
+    """Number the turns of a chat: one ends behind a token at which the model stops, before the next special token."""
+    special, stops, number, ended = lin.model.tokens.special(), lin.model.stops, 0, False
+    for i, token in enumerate(lin.input_ids[0].tolist()):
+        if ended and token in special and token not in stops:
+            number, ended = number + 1, False
+        yield number
+        ended = ended or (token in stops and i > 0)
+
+
+def _name(lin: Linearized, label: Any, positions: list[int]) -> str:
+    """A group's text; of what belongs to no group, what it is."""
+    if label is None:
+        return "other tokens"
+    ids = lin.input_ids[0].tolist()
+    if positions != list(range(positions[0], positions[-1] + 1)):
+        return " … ".join(lin.model.decode_each([ids[i] for i in positions]))
+    return lin.model.tokens.continuation(ids[: positions[0]], [ids[i] for i in positions]) or "".join(
+        lin.model.decode_each([ids[i] for i in positions])
+    )

@@ -1,0 +1,61 @@
+"""What the comparison of two prompts says: which tokens change a target, by content or by the map."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from loclin.analyses.prompt_comparison import PromptComparison
+from loclin.report.run import prompt, run_of
+from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe, full_size, sheet_of
+from loclin.report.table import BAR, Bar, Column, Table
+from loclin.report.text import error, number, shortened, signed, token
+
+_MOST = 80
+
+
+@describe.register
+def _describe_comparison(found: PromptComparison, limits: Limits = PAGE) -> Sheet:
+    run, most = run_of(found), min(limits.tokens, _MOST)
+    chosen = sorted(sorted(range(len(found.pairs)), key=lambda i: -abs(found.pairs[i].change))[:most])
+    full = full_size((found.pairs[i].change, False) for i in chosen)
+    table = Table.of(Column("first", "key"), Column("second", "key"), "change", BAR, "content", "map", "share", "then")
+    for pair in (found.pairs[i] for i in chosen):
+        table.add(
+            token(pair.first, "bold") if pair.at else Text("–", "dim"),
+            token(pair.second, "bold") if pair.other else Text("–", "dim"),
+            signed(pair.change),
+            Bar(pair.change / full),
+            "" if pair.content is None else signed(pair.content),
+            "" if pair.map is None else signed(pair.map),
+            Text(signed(pair.before) if pair.at else "", "dim"),
+            Text(signed(pair.after) if pair.other else "", "dim"),
+        )
+    left = [pair.change for i, pair in enumerate(found.pairs) if i not in chosen]
+    if left:
+        table.add(Text(f"{len(left)} others", "italic"), "", signed(sum(left)), Bar(sum(left) / full))
+    if any(found.biases):
+        moved = found.biases[1] - found.biases[0]
+        table.add(Text("biases", "italic"), "", signed(moved), Bar(moved / full))
+    wanted = Text(" − " if "difference" in found.target["kind"] else ", ").join(
+        token(text, "bold green") for text in found.target["tokens"]
+    )
+    lead = Text.assemble((f"{found.target['kind']} ", "green"), wanted)
+    lead.append(f" {number(found.target['value'])} → {number(found.value)}", "bold").append(
+        f"   {signed(found.change)}"
+    )
+    closes = f"the changes sum to {signed(found.change - found.residual)}; rounding {error(abs(found.residual))}"
+    notes = [
+        "Content: other embeddings, with the mean of both maps. Map: the mean embedding, with another map.",
+        *([run.gate] if run.facts else []),
+    ]
+    second = Text.assemble(("second: ", "dim"), shortened(found.second.text))
+    if run.facts and found.second.model.name != (found.provenance and found.provenance.model.name):
+        second.append(f" ({found.second.model.name})", "dim")
+    return sheet_of(
+        found,
+        "one target in two prompts, as exact linear maps",
+        [Section("Changes", "what each token's share changes by", [table, Text(closes, "bold")])],
+        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), wanted),
+        lead=[second, lead],
+        notes=notes,
+    )
