@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from loclin.maps.linear_map import LinearMap
     from loclin.maps.plan import Plan
     from loclin.models import Model, load, wrap
+    from loclin.reproduction.run import Reproduction, reproduce
     from loclin.results.compare import Comparison, compare
     from loclin.results.provenance import Provenance
     from loclin.results.result import Result
@@ -91,6 +92,7 @@ __all__ = [
     "Plan",
     "PromptError",
     "Provenance",
+    "Reproduction",
     "Result",
     "ResultError",
     "SVD",
@@ -113,6 +115,7 @@ __all__ = [
     "linearize_batch",
     "load",
     "logit_lens",
+    "reproduce",
     "similarity",
     "steer",
     "steering",
@@ -155,6 +158,7 @@ _MODULES = {
     "maps.linear_map": ("LinearMap",),
     "maps.plan": ("Plan",),
     "models": ("Model", "load", "wrap"),
+    "reproduction.run": ("Reproduction", "reproduce"),
     "results.compare": ("Comparison", "compare"),
     "results.provenance": ("Provenance",),
     "results.result": ("Result",),

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from loclin.cli import attribute, coverage, explain, faithfulness, figure, layers, models, plan, steer, validity, watch
+from loclin.cli import (
+    attribute,
+    coverage,
+    explain,
+    faithfulness,
+    figure,
+    layers,
+    models,
+    plan,
+    reproduce,
+    steer,
+    validity,
+    watch,
+)
 from loclin.cli.parser import Command, Group
 
 app = typer.Typer(
@@ -20,6 +33,7 @@ app = typer.Typer(
 app.command(cls=Command)(explain.explain)
 app.command(cls=Command)(layers.layers)
 app.command(cls=Command)(figure.figure)
+app.command(cls=Command)(reproduce.reproduce)
 app.command(cls=Command)(attribute.attribute)
 app.command(cls=Command)(steer.steer)
 app.command(cls=Command)(watch.watch)
