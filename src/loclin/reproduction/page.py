@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from loclin.results import display
 NOT_OF_THE_PAPER = "not comparable: the paper has no figures of this model"
 _STYLES = {"agree": "green", "differ": "bold red", "not comparable": "dim"}
 _ROWS = 40
+_ZOOM = 2.0
+"""Pixels of a page for each point of a figure."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class _Part:
     about: str
     exact: str
     passed: bool
-    images: list[tuple[str, str]]
+    images: list[tuple[str, float, str]]
     grids: list[Grid]
     files: list[str]
 
@@ -45,7 +48,11 @@ def _describe_reproduction(found: Reproduction, limits: Limits = PAGE) -> Sheet:
     passed = all(target.passed for target in found.targets)
     known = found.provenance.certificate
     checked = "" if known is None else f"std {float(known['std_error']):.1e} at the prompt"
-    lead = [verdict(passed, f"every certificate {'passed' if passed else 'was asked; see below'}", f"  {checked}")]
+    lead = [
+        verdict(
+            passed, "every certificate passed" if passed else "not every certificate passed: see below", f"  {checked}"
+        )
+    ]
     lead.append(Text(_say_counts(found), "bold"))
     sections = [Section("What was made", "", [_list_targets(found.targets)])]
     if found.compared:
@@ -109,7 +116,7 @@ def _join(found: Reproduction) -> list[_Part]:
             same.names.append(target.name)
             same.files.extend(target.files)
             continue
-        images = [(_embed(found, file), caption) for file, caption in target.images.items()]
+        images = [(*_embed(found, file), caption) for file, caption in target.images.items()]
         parts.append(
             _Part(
                 names=[target.name],
@@ -124,11 +131,13 @@ def _join(found: Reproduction) -> list[_Part]:
     return parts
 
 
-def _embed(found: Reproduction, file: str) -> str:
-    """A figure's file as a data URI; empty where it is not there."""
+def _embed(found: Reproduction, file: str) -> tuple[str, float]:
+    """A figure's file as a data URI, and how many pixels wide it is; empty where it is not there."""
     if found.folder is None or not (found.folder / file).is_file():
-        return ""
-    return f"data:image/svg+xml;base64,{base64.b64encode((found.folder / file).read_bytes()).decode()}"
+        return "", 0.0
+    data = (found.folder / file).read_bytes()
+    wide = re.search(rb'<svg[^>]*? width="([\d.]+)pt"', data)
+    return f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}", _ZOOM * float(wide[1]) if wide else 0.0
 
 
 def _show(found: Reproduction, console: Any = None, **options: Any) -> None:

@@ -30,6 +30,7 @@ class Sources:
     model, folder, golden: what is analysed, where it is kept, and what is published.
     paper_model, recognised: which of the paper's models it is, and by what that is known.
     precision: the dtype of its weights, or how they are packed.
+    notes: what was done otherwise than asked.
     """
 
     def __init__(
@@ -48,6 +49,13 @@ class Sources:
         self._prompt, self._freezing, self._tell = prompt, freezing, tell
         self._lins: dict[str, Linearization] = {}
         self._made: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    @property
+    def weights(self) -> str:
+        """The dtype of its weights, and how they were stored, in words."""
+        dtype = self.model.info.dtype
+        return dtype if self.precision == dtype else f"{dtype}, stored as {self.precision}"
 
     @property
     def golden_of(self) -> PaperModel | None:
@@ -82,8 +90,21 @@ class Sources:
         """Freeze the model at a prompt."""
         if prompt not in self._lins:
             self._tell(f"reading “{prompt}”")
-            self._lins[prompt] = linearize(self.model, prompt, **self._freezing)
+            self._lins[prompt] = self._freeze(prompt)
         return self._lins[prompt]
+
+    def _freeze(self, prompt: Any) -> Linearization:
+        """Freeze the model at a text or at ids; in float64 where float32 rounds more than a certificate allows."""
+        freezing = self._freezing if isinstance(prompt, str) else {**self._freezing, "bos": None}
+        lin = linearize(self.model, prompt, **freezing)
+        certificate = lin.certify()
+        if certificate.passed or certificate.culprits or self._freezing["precision"] != "auto":
+            return lin
+        self.notes.append(
+            f"At “{lin.text}” float32 rounds too much for a certificate, {certificate.reconstruction_error:.1e} of the "
+            "output: its maps are in float64."
+        )
+        return linearize(self.model, prompt, **{**freezing, "precision": "double"})
 
     def grow(self) -> list[Linearization]:
         """The growing prompts of Figure 2: a beginning token, and what the model writes behind it.
@@ -91,15 +112,14 @@ class Sources:
         Of a prompt that was given, or without a beginning token, the first one, two and three tokens.
         """
         if self._prompt is None and self.model.bos is not None:
-            ids: Any = [[self.model.bos]]
-            freezing = {name: value for name, value in self._freezing.items() if name != "bos"}
-            lins = [linearize(self.model, ids[0], **freezing)]
+            ids = [self.model.bos]
+            lins = [self._freeze(ids)]
             while len(lins) < _GROWN:
-                lins.append(lins[-1].followed_by(lins[-1].next_token_ids(1)[0][0]))
+                ids = [*ids, lins[-1].next_token_ids(1)[0][0]]
+                lins.append(self._freeze(ids))
             return lins
         ids = self.linearize(self.prompt).input_ids[0].tolist()
-        freezing = {name: value for name, value in self._freezing.items() if name != "bos"}
-        return [linearize(self.model, ids[:size], **freezing) for size in range(1, min(_GROWN, len(ids)) + 1)]
+        return [self._freeze(ids[:size]) for size in range(1, min(_GROWN, len(ids)) + 1)]
 
     def explain(self, prompt: str) -> Explanation:
         """What each token's map does."""

@@ -109,6 +109,7 @@ def _make_fig2(sources: Sources, name: str, _as_published: bool) -> Made:
     certificates = [lin.certify() for lin in lins]
     made.passed = all(one.passed for one in certificates)
     made.exact = f"reconstruction {error(max(one.reconstruction_error for one in certificates))}"
+    made.warnings += sources.notes
     return made
 
 
@@ -124,7 +125,7 @@ def _make_fig3(sources: Sources, name: str, _as_published: bool) -> Made:
     found, made = _explained(sources, name)
     made.draw(sources.folder.path, name, _figures().figure_3(found), "Output and reconstruction")
     rows = [
-        [*map(_cell, (sources.model.info.name, sources.precision, plain(one.prompt)))]
+        [*map(_cell, (sources.model.info.name, sources.weights, plain(one.prompt)))]
         + [_cell(visible(one.predictions[0][0])), _cell(error(one.certificate.std_error))]
         for one in found
     ]
@@ -190,7 +191,7 @@ def _make_fig5(sources: Sources, name: str, _as_published: bool) -> Made:
     found, made = _explained(sources, name)
     made.draw(sources.folder.path, name, _figures().figure_5(found), "Singular vectors of each token")
     rows = [
-        [_cell(sources.model.info.name), _cell(sources.precision), _cell(plain(one.prompt))]
+        [_cell(sources.model.info.name), _cell(sources.weights), _cell(plain(one.prompt))]
         + [_cell(*(number(token.singular_values[0]) for token in one.tokens))]
         for one in found
     ]
@@ -252,7 +253,6 @@ def _make_steering(sources: Sources, _name: str, as_published: bool) -> Made:
     for i, setting in enumerate(sources.settings):
         layer = setting.place(n_layers)
         found = sources.steer(i, setting, layer)
-        made.warnings += found.warnings
         own = sources.paper_model is not None and sources.paper_model.name == setting.model
         if own:
             made.compared += compare_steering(setting, found)
@@ -272,7 +272,7 @@ def _make_steering(sources: Sources, _name: str, as_published: bool) -> Made:
         if not own:
             caption += f": the setting of {setting.model} (layer {setting.layer} of {setting.layers}), carried over"
         made.grids.append(Grid(caption, ["", "this model", setting.model], rows, as_published=len(rows) > 2))
-    made.exact = "the published operator: normed maps to a layer's output, added at its input"
+    made.exact = "the published operator: maps to a layer's output with the final norm, added at its input"
     return made
 
 
