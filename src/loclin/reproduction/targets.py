@@ -18,7 +18,9 @@ from loclin.reproduction.result import Compared, Grid
 from loclin.reproduction.sources import Sources
 
 Kind = Literal["maps", "explain", "layers", "steering"]
-_READS, _TOP = 3, 5
+FORMS = (".svg", ".pdf", ".png")
+"""The files of a figure; a page shows the first."""
+_TOP = 5
 
 
 @dataclass
@@ -36,8 +38,8 @@ class Made:
     __repr__ = brief
 
     def draw(self, folder: Path, stem: str, figure: Any, caption: str) -> None:
-        """Write a figure in three forms; the page shows the first."""
-        for suffix in (".svg", ".pdf", ".png"):
+        """Write a figure in all forms, and keep the first for the page."""
+        for suffix in FORMS:
             figure.save(folder / f"{stem}{suffix}")
             self.files.append(f"{stem}{suffix}")
         self.images[f"{stem}.svg"] = caption
