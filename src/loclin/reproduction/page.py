@@ -16,7 +16,7 @@ from loclin.report import html, sheet
 from loclin.report.run import prompt
 from loclin.report.sheet import PAGE, Block, Limits, Section, Sheet, describe, sheet_of
 from loclin.report.table import Column, Table
-from loclin.report.text import shortened, verdict
+from loclin.report.text import error, shortened, verdict
 from loclin.reproduction.golden import read_golden
 from loclin.reproduction.result import VERDICTS, Compared, Grid, Reproduction, Target
 from loclin.results import display
@@ -47,13 +47,9 @@ class _Part:
 def _describe_reproduction(found: Reproduction, limits: Limits = PAGE) -> Sheet:
     passed = all(target.passed for target in found.targets)
     known = found.provenance.certificate
-    checked = "" if known is None else f"std {float(known['std_error']):.1e} at the prompt"
-    lead = [
-        verdict(
-            passed, "every certificate passed" if passed else "not every certificate passed: see below", f"  {checked}"
-        )
-    ]
-    lead.append(Text(_say_counts(found), "bold"))
+    checked = "" if known is None else f"(std {error(float(known['std_error']))} at the prompt)"
+    told = "every certificate passed" if passed else "not every certificate passed: see below"
+    lead = [verdict(passed, " ".join(filter(None, (told, checked)))), Text(_say_counts(found), "bold")]
     sections = [Section("What was made", "", [_list_targets(found.targets)])]
     if found.compared:
         note = f"the paper's figures of {found.paper_model}, recognised by {found.recognised}; {_say_trust()}"
@@ -81,7 +77,7 @@ def _say_trust() -> str:
 
 
 def _list_targets(targets: Iterable[Target]) -> Table:
-    table = Table.of(Column("target", "key"), Column("what", "words"), Column("exact", "parts"), "seconds")
+    table = Table.of(Column("target", "key"), Column("what", "words"), Column("exact", "words"), "seconds")
     for target in targets:
         exact = Text(f"{'' if target.passed else 'NOT EXACT: '}{target.exact}", "" if target.passed else "bold red")
         table.add(Text(target.name, "bold"), target.about, exact, f"{target.seconds:.1f}")
@@ -90,10 +86,8 @@ def _list_targets(targets: Iterable[Target]) -> Table:
 
 def _compare_table(rows: list[Compared], limits: Limits) -> list[Block]:
     """Every comparison; those that differ first on a terminal."""
-    words = (Column(name, "words") for name in ("published", "ours", "decided by"))
-    table = Table.of(
-        Column("target", "key"), Column("what", "key"), Column("", "parts"), *words, Column("trust", "parts")
-    )
+    words = (Column(name, "words") for name in ("published", "ours", "decided by", "trust"))
+    table = Table.of(Column("target", "key"), Column("what", "key"), Column("", "parts"), *words)
     shown = rows if limits is PAGE else sorted(rows, key=lambda row: row.verdict != "differ")[:_ROWS]
     for row in shown:
         told = Text(row.verdict, _STYLES[row.verdict])
