@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -16,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import loclin
 import tiny
-from loclin.common.free_memory import given_free
+from loclin.analyses.estimate import AnalysisEstimate
+from loclin.common.rehearsal import Cost, Rates
 from loclin.errors import BudgetError, ModelError, OptionError, OutputError
 from loclin.reproduction import golden, page, run, sources, targets
 from loclin.reproduction.folder import Folder
@@ -246,14 +246,19 @@ def test_a_model_of_the_paper_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_too_little_memory_is_said_before_the_model_is_loaded(directory, tmp_path, monkeypatch):
+    asked = []
+
+    def estimate(_name, *, stream, **_options):
+        asked.append(stream)
+        row = AnalysisEstimate("explain", 0, 0, 0, 9 * 10**9, 0, 0, 60.0, False, "dtype=bfloat16", Cost())
+        rates = Rates(1e11, 1e10, 2e9)
+        return loclin.Estimate("m", "llama", "float32", 8, 1, 1, 1, stream, 10**9, 10**8, rates, [row], [])
+
     monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    monkeypatch.setattr(run, "estimate", partial(loclin.estimate, rate_flops=1e11, rate_memory=1e10))
-    token = given_free.set(1000)
-    try:
-        with pytest.raises(BudgetError, match=r"needs about .* GB .* what would fit: "):
-            loclin.reproduce(str(directory), tmp_path / "out", ["fig3"], progress=False)
-    finally:
-        given_free.reset(token)
+    monkeypatch.setattr(run, "estimate", estimate)
+    with pytest.raises(BudgetError, match=r"needs about 9.4 GB and .* free; what would fit: dtype=bfloat16"):
+        loclin.reproduce(str(directory), tmp_path / "out", ["fig3"], progress=False)
+    assert asked == [False, True]  # perhaps it fits with its layers on disk
 
 
 def test_the_run_says_what_it_is_of(whole):
