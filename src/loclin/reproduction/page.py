@@ -28,7 +28,7 @@ _ZOOM = 2.0
 """Pixels of a page for each point of a figure."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
     """Targets that show the same, on a page: their names, images with captions, tables and files."""
 
@@ -108,6 +108,7 @@ def _join(found: Reproduction) -> list[_Part]:
         same = next((part for part in parts if target.grids == part.grids and not target.images), None)
         if same is not None and not same.images:
             same.names.append(target.name)
+            same.about = same.about.partition(" (")[0]  # whose the paper's is
             same.files.extend(target.files)
             continue
         images = [(*_embed(found, file), caption) for file, caption in target.images.items()]

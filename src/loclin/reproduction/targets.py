@@ -233,7 +233,10 @@ def _make_fig6(sources: Sources, name: str, _as_published: bool) -> Made:
                 ours = max(0, round(one.at / model.layers * found.n_layers) - 1)
                 cells = (what, f"{one.at} of {model.layers}", number(one.value))
                 rows.append([*map(_cell, cells), _cell(f"{ours + 1} of {found.n_layers}"), _cell(number(ranks[ours]))])
-    caption = f"Stable ranks of {model.name} as published (read off a plot), and ours at the same relative depth"
+    caption = (
+        f"Stable ranks of {model.name} as published (read off a plot), and ours at the same relative depth; layers "
+        "are counted from 1"
+    )
     made.grids.append(Grid(caption, ["map", "layer", "published", "layer", "ours"], rows))
     return made
 
