@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 from test_cli import here
 
 import loclin
-from loclin.reproduction import run
+from loclin.reproduction import run, targets
 
 pytest.importorskip("matplotlib")
 PROMPT = "w3 w4 w5"
@@ -31,6 +32,17 @@ def test_a_run_and_what_it_says(directory, tmp_path, capsys, monkeypatch):
     code, _, err = here(capsys, "reproduce", "table1", *options, "--gate", "up")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "--fresh" in err
+
+
+def test_an_interrupted_run_says_that_it_goes_on(directory, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_plan", lambda *_: None)
+    monkeypatch.setitem(targets.TARGETS, "table1", replace(targets.TARGETS["table1"], make=interrupt))
+    code, out, err = here(capsys, "reproduce", "table1", "--model", directory, "--out", tmp_path / "out")
+    assert (code, out) == (130, "")
+    assert "what is finished is kept: the same command goes on" in err
 
 
 @pytest.mark.parametrize(

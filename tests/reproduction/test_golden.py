@@ -12,7 +12,7 @@ import loclin
 import tiny
 from loclin.figures.names import find
 from loclin.reproduction.compare import compare, compare_steering
-from loclin.reproduction.golden import Published, read_golden, recognise
+from loclin.reproduction.golden import Published, find_alike, read_golden, recognise
 from loclin.reproduction.published import PART, merge_wrongly, repeat_mistakes
 from loclin.reproduction.targets import TARGETS
 from loclin.steering.steer import Steered
@@ -54,7 +54,9 @@ def test_models_are_known_by_their_names_or_by_a_shape_that_no_other_has():
     assert named("org/a-fine-tune") is None
     config.hidden_size, config.num_hidden_layers, config.intermediate_size = 4096, 36, 12288
     info = replace(tiny_model.info, name="somewhere", source="directory", family="qwen3")
-    assert recognise(replace(tiny_model, info=info)) == (None, "")  # Qwen3-8B and its distilled DeepSeek
+    alike = replace(tiny_model, info=info)
+    assert recognise(alike) == (None, "")
+    assert [one.name for one in find_alike(alike)] == ["Qwen3-8B", "DeepSeek-R1-0528-Qwen3-8B"]
 
 
 def published(kind, value, dtype="float32", at=None) -> Published:

@@ -52,14 +52,18 @@ class Folder:
         check_writable(path / _RUN)
         folder = cls(path, asked)
         folder._refuse_foreign()
+        lock = FileLock(path / _LOCK, timeout=0)
         try:
-            with FileLock(path / _LOCK, timeout=0):
-                folder._begin(fresh)
-                yield folder
+            lock.acquire()
         except Timeout:
             raise OutputError(
                 f"the folder {path} is in use by another run: wait until it ends, or choose another folder"
             ) from None
+        try:
+            folder._begin(fresh)
+            yield folder
+        finally:
+            lock.release()
 
     def match(self, weights: Mapping[str, Any]) -> None:
         """Refuse a folder whose run was of other weights, once they are loaded; note them in a new one."""
@@ -122,7 +126,7 @@ class Folder:
 
     def _refuse_foreign(self) -> None:
         """Refuse a folder that has files, but not those of a reproduction."""
-        inside = sorted(one.name for one in self.path.iterdir() if one.name != _LOCK)
+        inside = sorted(one.name for one in self.path.iterdir() if not one.name.startswith("."))
         if inside and not self._read_run():
             named = ", ".join(inside[:3]) + (f" and {len(inside) - 3} more" if len(inside) > 3 else "")
             raise OutputError(

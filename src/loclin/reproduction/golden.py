@@ -143,8 +143,13 @@ def recognise(model: Model) -> tuple[PaperModel | None, str]:
     named = golden.find(model.info.name)
     if named is not None or model.info.source == "hub":
         return named, "its name"
+    alike = find_alike(model)
+    return (alike[0], "its shape") if len(alike) == 1 else (None, "")
+
+
+def find_alike(model: Model) -> list[PaperModel]:
+    """The paper's models that have a model's shape."""
     config: Any = model.hf.config.get_text_config()
     sizes = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
     shape = (model.info.family, *sizes)
-    alike = [one for one in golden.models if one.shape == shape]
-    return (alike[0], "its shape") if len(alike) == 1 else (None, "")
+    return [one for one in read_golden().models if one.shape == shape]

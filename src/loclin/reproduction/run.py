@@ -20,7 +20,7 @@ from loclin.freeze import Gate, Precision
 from loclin.models import Model, load
 from loclin.models.hashing import sha256, source_hash
 from loclin.reproduction.folder import Folder
-from loclin.reproduction.golden import PaperModel, read_golden
+from loclin.reproduction.golden import PaperModel, find_alike, read_golden
 from loclin.reproduction.page import page
 from loclin.reproduction.result import Reproduction, Target
 from loclin.reproduction.sources import Sources
@@ -29,8 +29,8 @@ from loclin.results.files import write_text
 from loclin.results.provenance import Provenance, versions
 from loclin.steering.match import fingerprint
 
-_TOKENS = 8
-"""The length of the paper's prompt, with a beginning token."""
+_TOKENS, _BYTES = 8, 3
+"""The length of the paper's prompt, with a beginning token; and at least how many bytes a token of another one has."""
 _LAYERS_TIMES, _STEERING_TIMES = 3.5, 4.0
 """About how many times the time of `explain` the layers take, and the rows of the steering table; rehearsing them would
 take as long as they do on small models."""
@@ -104,7 +104,8 @@ def reproduce(
     with Folder.opened(place, asked, fresh=fresh) as folder:
         missing = [name for name in names if folder.finished(name, _repeats(name, as_published)) is None]
         if missing and not isinstance(model, Model):
-            _plan(given, missing, gate, memory, loading, tell)
+            length = _TOKENS if prompt is None else max(_TOKENS, len(prompt.encode()) // _BYTES)
+            _plan(given, missing, length, gate, memory, loading, tell)
         loaded = model if isinstance(model, Model) else _load(model, loading, tell)
         folder.match({"info": loaded.info.to_dict(), "numbers": fingerprint(loaded.hf)})
         sources = Sources(loaded, folder, prompt=prompt, freezing=freezing, tell=tell)
@@ -162,6 +163,9 @@ def _gather(sources: Sources, made: list[Target], place: Path, prompt: str | Non
     warnings = list(dict.fromkeys(warning for target in made for warning in target.warnings))
     if known is not None and prompt is not None:
         warnings.append(f"Nothing is compared: the paper's figures are of its own prompts, and not of “{prompt}”.")
+    elif known is None and sources.model.info.source != "hub" and (alike := find_alike(sources.model)):
+        names = " or ".join(one.name for one in alike)
+        warnings.append(f"It has the shape of {names}: to compare, name its directory after the one that it is.")
     elif known is not None and sources.recognised == "its shape":
         warnings.append(f"This model was taken for {known.name} by its shape alone: a fine-tune of it would differ.")
     return Reproduction(
@@ -206,6 +210,7 @@ def _advise(known: PaperModel) -> str:
 def _plan(
     name: str,
     missing: list[str],
+    length: int,
     gate: Gate,
     memory: int | float | str | None,
     loading: dict[str, Any],
@@ -217,7 +222,7 @@ def _plan(
         return
     kinds = {TARGETS[one].kind for one in missing}
     how: dict[str, Any] = {option: loading[option] for option in ("dtype", "revision") if loading.get(option)}
-    how |= {"tokens": _TOKENS, "analyses": ["explain"], "gate": gate, "memory": memory, "progress": tell}
+    how |= {"tokens": length, "analyses": ["explain"], "gate": gate, "memory": memory, "progress": tell}
     try:
         found = estimate(name, stream=bool(loading.get("stream")), **how)
         if not found.analyses[-1].fits and loading.get("stream") is None:  # then `load` leaves layers on disk
