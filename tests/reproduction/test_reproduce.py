@@ -266,3 +266,9 @@ def test_the_run_says_what_it_is_of(whole):
     known = json.loads((out / "run.json").read_text())
     assert known["asked"]["versions"] == found.provenance.versions
     assert known["weights"]["info"] == found.provenance.model.to_dict()
+
+
+def test_characters_without_a_font_are_named_once():
+    each = [f"No installed font has {named}: written as escapes." for named in ("a (U+0061) b (U+0062)", "b (U+0062)")]
+    joined = run._join_warnings([each[0], "another", each[1], "another"])
+    assert joined == ["another", "No installed font has a (U+0061) b (U+0062): written as escapes."]

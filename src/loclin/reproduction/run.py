@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _TOKENS, _BYTES = 8, 3
 _LAYERS_TIMES, _STEERING_TIMES = 3.5, 4.0
 """About how many times the time of `explain` the layers take, and the rows of the steering table; rehearsing them would
 take as long as they do on small models."""
+_NO_FONT = "No installed font has"
 _INTERPRETER = 400_000_000
 """Bytes that the interpreter and its libraries take."""
 
@@ -160,7 +162,7 @@ def _make(name: str, sources: Sources, as_published: bool, label: str, tell: Cal
 def _gather(sources: Sources, made: list[Target], place: Path, prompt: str | None, as_published: bool) -> Reproduction:
     """Put all targets together, with the provenance of the model at the prompt."""
     known = sources.paper_model
-    warnings = list(dict.fromkeys(warning for target in made for warning in target.warnings))
+    warnings = _join_warnings(warning for target in made for warning in target.warnings)
     if known is not None and prompt is not None:
         warnings.append(f"Nothing is compared: the paper's figures are of its own prompts, and not of “{prompt}”.")
     elif known is None and sources.model.info.source != "hub" and (alike := find_alike(sources.model)):
@@ -177,6 +179,17 @@ def _gather(sources: Sources, made: list[Target], place: Path, prompt: str | Non
         warnings=warnings,
         folder=place,
     )
+
+
+def _join_warnings(each: Iterable[str]) -> list[str]:
+    """The warnings of all targets once; those about characters that no font has together."""
+    warnings = list(dict.fromkeys(each))
+    fonts = [one for one in warnings if one.startswith(_NO_FONT)]
+    if len(fonts) > 1:
+        missing = dict.fromkeys(found for one in fonts for found in re.findall(r"\S+ \(U\+[0-9A-F]+\)", one))
+        joined = f"{_NO_FONT} {' '.join(missing)}{fonts[0][fonts[0].rindex(')') + 1 :]}"
+        warnings = [*(one for one in warnings if one not in fonts), joined]
+    return warnings
 
 
 def _find_provenance(sources: Sources) -> Provenance:
