@@ -243,6 +243,7 @@ def test_a_model_of_the_paper_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ModelError, match=r"meta-llama/Llama-3.2-3B-Instruct'? \(gated.*HF_TOKEN.*--model DIRECTORY"):
         loclin.reproduce("meta-llama/Llama-3.2-3B-Instruct", tmp_path / "out", ["fig3"], progress=False)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]  # another model may take the folder
 
 
 def test_too_little_memory_is_said_before_the_model_is_loaded(directory, tmp_path, monkeypatch):

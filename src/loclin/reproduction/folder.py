@@ -66,12 +66,12 @@ class Folder:
             lock.release()
 
     def match(self, weights: Mapping[str, Any]) -> None:
-        """Refuse a folder whose run was of other weights, once they are loaded; note them in a new one."""
+        """Refuse a folder whose run was of other weights, once they are loaded; claim a new one for this run."""
         known = self._read_run()
-        if known.get("weights") is None:
-            write_text(self.path / _RUN, _to_json({**known, "weights": weights}))
-        elif known["weights"] != to_plain(weights):
-            self._refuse_stale({"weights": known["weights"]}, {"weights": weights})
+        if not known:
+            write_text(self.path / _RUN, _to_json({"format": FORMAT, "asked": self._asked, "weights": weights}))
+        elif known.get("weights") != to_plain(weights):
+            self._refuse_stale({"weights": known.get("weights")}, {"weights": weights})
 
     def source(self, name: str, kind: type[R]) -> R | None:
         """Load an analysis that an earlier run has made; None if there is none, or it is damaged."""
@@ -109,9 +109,7 @@ class Folder:
         if fresh:
             self._clear()
         known = self._read_run()
-        if not known:
-            write_text(self.path / _RUN, _to_json({"format": FORMAT, "asked": self._asked}))
-        elif known["asked"] != to_plain(self._asked):
+        if known and known["asked"] != to_plain(self._asked):
             self._refuse_stale(known["asked"], self._asked)
 
     def _read_run(self) -> dict[str, Any]:

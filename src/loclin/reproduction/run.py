@@ -105,10 +105,13 @@ def reproduce(
     place = Path(out)
     with Folder.opened(place, asked, fresh=fresh) as folder:
         missing = [name for name in names if folder.finished(name, _repeats(name, as_published)) is None]
+        unknown = None
         if missing and not isinstance(model, Model):
             length = _TOKENS if prompt is None else max(_TOKENS, len(prompt.encode()) // _BYTES)
-            _plan(given, missing, length, gate, memory, loading, tell)
+            unknown = _plan(given, missing, length, gate, memory, loading, tell)
         loaded = model if isinstance(model, Model) else _load(model, loading, tell)
+        if unknown is not None:
+            tell(f"[plan] no estimate: {unknown}")
         folder.match({"info": loaded.info.to_dict(), "numbers": fingerprint(loaded.hf)})
         sources = Sources(loaded, folder, prompt=prompt, freezing=freezing, tell=tell)
         made = [
@@ -228,11 +231,10 @@ def _plan(
     memory: int | float | str | None,
     loading: dict[str, Any],
     tell: Callable[[str], None],
-) -> None:
-    """Say what the run will need, and refuse what does not fit into memory; nothing where that is not known."""
+) -> str | None:
+    """Say what the run will need, and refuse what does not fit into memory; why not, where that is not known."""
     if any(loading.get(option) for option in ("device", "devices", "device_map", "quantization_config")):
-        tell("[plan] no estimate: memory is planned for the processor alone")
-        return
+        return "memory is planned for the processor alone"
     kinds = {TARGETS[one].kind for one in missing}
     how: dict[str, Any] = {option: loading[option] for option in ("dtype", "revision") if loading.get(option)}
     how |= {"tokens": length, "analyses": ["explain"], "gate": gate, "memory": memory, "progress": tell}
@@ -241,8 +243,7 @@ def _plan(
         if not found.analyses[-1].fits and loading.get("stream") is None:  # then `load` leaves layers on disk
             found = estimate(name, stream=True, **how)
     except LoclinError as fault:  # a family that cannot be planned; a model that is not there, which `load` explains
-        tell(f"[plan] no estimate: {fault}")
-        return
+        return str(fault)
     one = found.analyses[-1]
     seconds = one.seconds * (
         ("explain" in kinds) + _LAYERS_TIMES * ("layers" in kinds) + _STEERING_TIMES * ("steering" in kinds) + 1
@@ -253,6 +254,7 @@ def _plan(
     tell(f"[plan] {len(missing)} to make: {told}")
     if not one.fits:
         raise BudgetError(f"{name} {told}; what would fit: {_say_what_fits(found)}")
+    return None
 
 
 def _say_what_fits(found: Estimate) -> str:
