@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from loclin.maps.linear_map import LinearMap
     from loclin.maps.plan import Plan
     from loclin.models import Model, load, wrap
+    from loclin.reproduction.run import Reproduction, reproduce
     from loclin.results.compare import Comparison, compare
     from loclin.results.provenance import Provenance
     from loclin.results.result import Result
@@ -98,6 +99,7 @@ __all__ = [
     "PromptComparison",
     "PromptError",
     "Provenance",
+    "Reproduction",
     "Result",
     "ResultError",
     "SVD",
@@ -123,6 +125,7 @@ __all__ = [
     "linearize_batch",
     "load",
     "logit_lens",
+    "reproduce",
     "similarity",
     "steer",
     "steering",
@@ -167,6 +170,7 @@ _MODULES = {
     "maps.linear_map": ("LinearMap",),
     "maps.plan": ("Plan",),
     "models": ("Model", "load", "wrap"),
+    "reproduction.run": ("Reproduction", "reproduce"),
     "results.compare": ("Comparison", "compare"),
     "results.provenance": ("Provenance",),
     "results.result": ("Result",),

@@ -20,6 +20,7 @@ from loclin.common.rehearsal import Cost, Rates
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.linearized import Linearized
 from loclin.report.sheet import describe
+from loclin.reproduction.result import Compared, Grid, Target
 from loclin.results import display
 from loclin.results.result import Result
 from loclin.spectral import SVD
@@ -143,6 +144,16 @@ def comparison() -> loclin.Comparison:
     return loclin.compare(first, second)
 
 
+def reproduction() -> loclin.Reproduction:
+    row = Compared("fig3", HOSTILE, HOSTILE, HOSTILE, HOSTILE, "differ", HOSTILE, "sound", HOSTILE)
+    grid = Grid(HOSTILE, [HOSTILE], [[[(HOSTILE, -1), (HOSTILE, 0)]]], [HOSTILE], True)
+    about = {"files": {"fig3.svg": "0"}, "images": {"fig3.svg": HOSTILE}, "seconds": 1.0, "as_published": True}
+    target = Target(HOSTILE, HOSTILE, grids=[grid], compared=[row], passed=False, exact=HOSTILE, warnings=[], **about)
+    return loclin.Reproduction(
+        HOSTILE, HOSTILE, [target], examples.provenance([HOSTILE]), {"as_published": True}, [HOSTILE]
+    )
+
+
 RATES = Rates(1e11, 1e10, 2e9)
 ROW = AnalysisEstimate(HOSTILE, 1, 2, 3, 4, 5, 6, 7.0, False, HOSTILE, Cost())
 MADE = {
@@ -172,6 +183,7 @@ MADE = {
     "norms": lambda: hostile(lin().jacobian().norms()),
     "lens": lambda: hostile(lin().logit_lens(), text=HOSTILE),
     "similarity": lambda: hostile(lin().similarity()),
+    "reproduction": reproduction,
     "plan": lambda: hostile(lin().jacobian().plan(2), task=HOSTILE),
 }
 

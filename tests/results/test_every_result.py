@@ -21,12 +21,13 @@ from loclin.steering.search import Sweep
 NAMES = [
     "Attribution", "Certificate", "Comparison", "Coverage", "Estimate", "Explanation", "Faithfulness", "Generation",
     "Head", "Interventions", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator", "Path", "Plan",
-    "Projection", "PromptComparison", "SVD", "Similarity", "Steered", "Sweep", "Validity", "Vector", "Watched",
+    "Projection", "PromptComparison", "Reproduction", "SVD", "Similarity", "Steered", "Sweep", "Validity", "Vector",
+    "Watched",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def results(directory):
+def results(directory, tmp_path_factory):
     """One of each, by the class's name."""
     model = loclin.load(str(directory))
     lin = loclin.linearize(model, "w3 w4 w5 w6")
@@ -53,6 +54,7 @@ def results(directory):
         J.norms(),
         lin.path(["L0H1", "L1H2"], token=2),
         J.plan(2),
+        loclin.reproduce(model, tmp_path_factory.mktemp("reproduced"), ["table1"], prompt="w3 w4 w5", progress=False),
         J.svd(2),
         lin.similarity(),
         lin.validity(draws=1, swaps=1),

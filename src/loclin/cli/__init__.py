@@ -17,10 +17,11 @@ from loclin.cli import (
     layers,
     models,
     plan,
+    reproduce,
     steer,
     validity,
     watch,
-)  # fmt: skip
+)
 from loclin.cli.parser import Command, Group
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command(cls=Command)(explain.explain)
 app.command(cls=Command)(layers.layers)
 app.command(cls=Command)(figure.figure)
+app.command(cls=Command)(reproduce.reproduce)
 app.command(cls=Command)(attribute.attribute)
 app.command(cls=Command)(intervene.intervene)
 app.command(cls=Command)(compare.compare)

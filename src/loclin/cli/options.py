@@ -293,7 +293,7 @@ def check() -> None:
     if given.get("stream"):
         exclude("stream", "devices", why="layers are on disk, or copied to several devices")
         exclude("stream", "device_map", why="layers are on disk, or spread")
-    if given.get("fresh") and "json" not in given:
+    if given.get("fresh") and "json" in running.get().params and "json" not in given:
         raise OptionError("--fresh is about the JSON file; name it with --json")
     kept.set(NOTHING)
     if {"fresh", "json"} <= set(given):

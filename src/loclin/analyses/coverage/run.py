@@ -25,7 +25,7 @@ from loclin.freeze import Gate
 from loclin.maps.certificate import Certificate
 from loclin.maps.linearized import Linearized
 from loclin.models import tiny, wrap
-from loclin.models.hashing import sha256
+from loclin.models.hashing import source_hash
 from loclin.models.quiet import quiet
 from loclin.models.task import Task
 from loclin.results.provenance import versions
@@ -63,7 +63,8 @@ def coverage(
     progress: True: bars on a terminal; False: nothing; a function is told what is resumed, or why nothing is.
     """
     wanted = _check_families(families, task)
-    found, tell = Coverage(versions(), _hash_source(), [], task), steps(progress)
+    code = source_hash("figures", "report", "reproduction", "cli")  # they only show results
+    found, tell = Coverage(versions(), code, [], task), steps(progress)
     record = Record(path, Coverage, fresh)
     earlier = record.read()
     done: dict[str, FamilyResult] = {}
@@ -149,10 +150,3 @@ def _check_families(families: Sequence[str] | None, task: Task) -> list[str]:
             kind = "causal language" if task == "causal" else task
             raise OptionError(f"transformers has no {kind} model of the family {family!r}{guess}")
     return list(every) if families is None else sorted(set(families))
-
-
-def _hash_source() -> str:
-    """Hash the source code of loclin, without the rooms that only show results."""
-    home = Path(__file__).parents[2]
-    shown = [home / "report", home / "cli"]
-    return sha256(*(p for p in sorted(home.rglob("*.py")) if not {p, *p.parents} & {*shown}))[:16]
