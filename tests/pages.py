@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 from rich.console import Console
 from typer.testing import CliRunner
@@ -31,8 +31,10 @@ class Block:
 
 def blocks(text: str) -> list[Block]:
     """The blocks of a page, in order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", text, flags=re.S | re.M)
-    return [Block(language, code, printed or None) for language, code, printed in found]
+    found = list(re.finditer(r"^```(\w*)\n(.*?)^```\n", text, flags=re.S | re.M))
+    behind = [text[a.end() : b.start()].isspace() and b[1] == "text" for a, b in pairwise(found)]
+    printed = [b[2] if shown else None for shown, b in zip(behind, found[1:], strict=True)]
+    return [Block(one[1], one[2], shown) for one, shown in zip_longest(found, printed)]
 
 
 def numbers(line: str) -> list[str]:
