@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -176,7 +176,7 @@ def intervene(
         predicted=_predict(lin, plain[0]),
         effects=effects,
         warnings=[*lin.warnings, *readout.warnings],
-        provenance=lin.jacobian(position=readout.position).provenance(),
+        provenance=replace(lin.jacobian(position=readout.position).provenance(), target=readout.at),
     )
 
 
