@@ -1,0 +1,442 @@
+"""The paper's claims as measurements with thresholds, from the lines of `bench/claims.py`; all fixed before the run.
+
+A measurement is a number with a 95 % interval over prompts. Where it has a threshold, it is `met` if its whole interval
+is on the right side, `missed` if its whole interval is on the wrong side, and else `open`. A claim *holds* if every
+threshold is met. It *does not hold* if one that is the claim itself (`main`) is missed. Else it holds *partly*. Over
+several models it holds if it does on each, does not hold if it does on none, even partly, and else holds partly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from loclin.analyses.faithfulness.summary import LEVEL, RESAMPLES, interval, rank_correlations
+
+Line = dict[str, Any]
+Verdict = Literal["holds", "partly", "does not hold"]
+Met = Literal["met", "missed", "open"]
+
+FIRST = 10
+"""A vector decodes to a word if it is among this many first words, with either sign."""
+UNREADABLE = 1000
+"""Beyond this rank a word is not to be read from a vector."""
+RATE = 2.0
+"""Decades of rank between the two."""
+FEWEST = 3
+"""The smallest number of prompts from which widths are averaged."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its 95 % interval, how many prompts it is from, and how the interval was made."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    how: str = "bootstrap"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement of a claim; `main`: without it there is no claim. Without a threshold it is shown alone."""
+
+    what: str
+    estimate: Estimate
+    at_least: float | None = None
+    at_most: float | None = None
+    main: bool = False
+    form: str = ".2g"
+
+    @property
+    def met(self) -> Met | None:
+        """On which side of the threshold the interval is; None without a threshold."""
+        if self.at_least is not None:
+            above, below = self.estimate.low >= self.at_least, self.estimate.high < self.at_least
+        elif self.at_most is not None:
+            above, below = self.estimate.high <= self.at_most, self.estimate.low > self.at_most
+        else:
+            return None
+        return "met" if above else "missed" if below else "open"
+
+
+def judge(measured: Iterable[Measured]) -> Verdict:
+    """The verdict on one model."""
+    decided = [one for one in measured if one.met is not None]
+    if all(one.met == "met" for one in decided):
+        return "holds"
+    return "does not hold" if any(one.main and one.met == "missed" for one in decided) else "partly"
+
+
+def join(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict over several models."""
+    return verdicts[0] if len(set(verdicts)) == 1 else "partly"
+
+
+def mean(values: Iterable[float]) -> Estimate:
+    """A mean over prompts with its bootstrap interval (BCa)."""
+    found = interval(list(values))
+    return Estimate(found.mean, found.low, found.high, found.n)
+
+
+def geometric(values: Iterable[float]) -> Estimate:
+    """A geometric mean over prompts with its bootstrap interval."""
+    return _exp(mean(np.log(list(values))))
+
+
+def share(hits: Iterable[bool]) -> Estimate:
+    """A share of prompts with its Wilson interval."""
+    from scipy.stats import binomtest
+
+    hits = list(hits)
+    found = binomtest(sum(hits), len(hits)).proportion_ci(LEVEL, method="wilson")
+    return Estimate(sum(hits) / len(hits), found.low, found.high, len(hits), "Wilson")
+
+
+def difference(values: Sequence[float], null: Sequence[float]) -> Estimate:
+    """The difference of two means over different prompts or networks, resampled apart."""
+    random = np.random.default_rng(0)
+    draws = [random.choice(np.asarray(own), (RESAMPLES, len(own))).mean(1) for own in (values, null)]
+    low, high = np.percentile(draws[0] - draws[1], [50 - 50 * LEVEL, 50 + 50 * LEVEL])
+    return Estimate(float(np.mean(values) - np.mean(null)), float(low), float(high), len(values))
+
+
+def ratio(values: Iterable[float], null: Iterable[float]) -> Estimate:
+    """The ratio of two geometric means, resampled apart."""
+    return _exp(difference(np.log(list(values)).tolist(), np.log(list(null)).tolist()))
+
+
+def _exp(of: Estimate) -> Estimate:
+    return Estimate(float(np.exp(of.value)), float(np.exp(of.low)), float(np.exp(of.high)), of.n, of.how)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of one model, by variant."""
+
+    model: list[Line]
+    all_tokens: list[Line]
+    random: list[Line]
+    fresh: list[Line]
+
+    @classmethod
+    def of(cls, lines: Iterable[Line]) -> Lines:
+        """Sort the lines of a file, without its settings."""
+        found: dict[str, list[Line]] = {"model": [], "all tokens": [], "random": [], "fresh": []}
+        for line in lines:
+            found[line["variant"]].append(line)
+        return cls(*found.values())
+
+
+def reconstruct(lines: Lines) -> list[Measured]:
+    """Claim 1. The paper's "order of 1e-6" is up to 10^-5.5."""
+    errors = [line["std_error"] for line in lines.model]
+    return [
+        Measured("the paper's error, std of the error over std of the output", mean(errors), at_most=3e-6, main=True),
+        Measured("prompts on which it is at most 3e-6", share(e <= 3e-6 for e in errors), at_least=0.9),
+        Measured(
+            "the largest error of one number, over the output's largest number",
+            mean(line["max_error"] for line in lines.model),
+            at_most=1e-5,
+            main=True,
+        ),
+    ]
+
+
+def differentiate(lines: Lines) -> list[Measured]:
+    """Claim 2."""
+    errors = [line["ordinary_error"] for line in lines.model]
+    times = [line["ordinary_error"] / line["std_error"] for line in lines.model]
+    return [
+        Measured(
+            "prompts on which its error is at least 0.1", share(e >= 0.1 for e in errors), at_least=0.9, main=True
+        ),
+        Measured("the paper's error of the ordinary Jacobian", mean(errors)),
+        Measured("the same over that of the frozen map (geometric mean)", geometric(times), at_least=1e3, form=".1e"),
+    ]
+
+
+def words_of(line: Line) -> list[int]:
+    """Positions of words: not the beginning token, nor another attention sink."""
+    return [i for i in range(len(line["tokens"])) if i not in line["non_words"]]
+
+
+def typical_rank(line: Line) -> float:
+    """The geometric mean of the stable ranks of the words' maps."""
+    return float(np.exp(np.mean(np.log([line["stable_rank"][i] for i in words_of(line)]))))
+
+
+def count_dimensions(lines: Lines) -> list[Measured]:
+    """Claim 3."""
+    width = lines.model[0]["width"]
+    own, random, fresh = ([typical_rank(line) for line in part] for part in (lines.model, lines.random, lines.fresh))
+    return [
+        Measured(
+            "stable rank of a word's map (geometric mean), over d",
+            geometric(r / width for r in own),
+            at_most=0.05,
+            main=True,
+        ),
+        Measured("the same, not divided by d", geometric(own)),
+        Measured("stable rank of the beginning token's map", geometric(line["stable_rank"][0] for line in lines.model)),
+        Measured("a word's stable rank over that of random weights", ratio(own, random), at_most=0.5),
+        Measured("a word's stable rank over that of fresh weights", ratio(own, fresh), at_most=0.5),
+    ]
+
+
+def same_word(one: str, other: str) -> bool:
+    """Whether two tokens are the same word, but for case and the space before it."""
+    return one.strip().casefold() == other.strip().casefold()
+
+
+def writes(line: Line, token: int, word: str) -> bool:
+    """Whether a word is among the first words of a token's first left vector, with either sign."""
+    return line["word_rank"][token] is not None and any(
+        same_word(word, found) for side in line["words"][token] for found in side
+    )
+
+
+def largest(line: Line) -> int:
+    """The token whose map has the largest singular value of all."""
+    return int(np.argmax(line["sigma"]))
+
+
+def decode(lines: Lines) -> list[Measured]:
+    """Claim 4."""
+    targets = [line["target"] for line in lines.model]
+
+    def among(line: Line, tokens: list[int], word: str) -> float:
+        return float(np.mean([writes(line, token, word) for token in tokens]))
+
+    def strangers(line: Line, tokens: list[int]) -> float:
+        others = [word for word in targets if not same_word(word, line["target"])]
+        return float(np.mean([among(line, tokens, word) for word in others])) if others else 0.0
+
+    top = [among(line, [largest(line)], line["target"]) for line in lines.model]
+    every = [among(line, words_of(line), line["target"]) for line in lines.model]
+    top_null = [a - strangers(line, [largest(line)]) for a, line in zip(top, lines.model, strict=True)]
+    every_null = [a - strangers(line, words_of(line)) for a, line in zip(every, lines.model, strict=True)]
+    last = [among(line, [len(line["tokens"]) - 1], line["target"]) for line in lines.model]
+    chance = [float(np.mean([rank <= FIRST for rank in line["random_rank"]])) for line in lines.model]
+    return [
+        Measured(
+            "prompts whose largest vector of all writes the prediction among its first ten words",
+            share(map(bool, top)),
+            at_least=0.5,
+            main=True,
+        ),
+        Measured("the same, less how often it writes the predictions of other prompts", mean(top_null), at_least=0.25),
+        Measured(
+            "prompts on which the prediction is its very first word",
+            share(line["word_rank"][largest(line)] == 1 for line in lines.model),
+        ),
+        Measured("share of a prompt's words whose first vector writes the prediction", mean(every), at_least=1 / 3),
+        Measured(
+            "the same, less how often they write the predictions of other prompts", mean(every_null), at_least=0.2
+        ),
+        Measured("prompts on which the last token's first vector writes it", share(map(bool, last))),
+        Measured("share of random directions that write it", mean(chance)),
+    ]
+
+
+def fall(line: Line) -> float:
+    """The rank correlation (Spearman) of the stable rank with depth."""
+    return rank_correlations(line["layer_rank"], range(len(line["layer_rank"])))[0]
+
+
+def change(line: Line) -> float:
+    """The stable rank at the last layer over that at the first."""
+    return line["layer_rank"][-1] / line["layer_rank"][0]
+
+
+def descend(lines: Lines) -> list[Measured]:
+    """Claim 5."""
+    own = [change(line) for line in lines.model]
+    return [
+        Measured(
+            "all tokens' map: rank correlation of stable rank with depth",
+            mean(map(fall, lines.all_tokens)),
+            at_most=-0.8,
+            main=True,
+        ),
+        Measured("the last token's map: the same", mean(map(fall, lines.model)), at_most=-0.8, main=True),
+        Measured(
+            "all tokens' map: stable rank at the last layer over the first",
+            geometric(map(change, lines.all_tokens)),
+            at_most=0.5,
+        ),
+        Measured("the last token's map: the same", geometric(own), at_most=0.5),
+        Measured("the last, over that of random weights", ratio(own, map(change, lines.random)), at_most=0.5),
+        Measured("rank correlation with depth, random weights", mean(map(fall, lines.random))),
+        Measured("rank correlation with depth, fresh weights", mean(map(fall, lines.fresh))),
+    ]
+
+
+def peak(line: Line) -> float:
+    """The depth of the layer whose own map has the largest stable rank: 0 the first, 1 the last."""
+    return float(np.argmax(line["own_rank"]) / (len(line["own_rank"]) - 1))
+
+
+def peak_late(lines: Lines) -> list[Measured]:
+    """Claim 6."""
+    depths = [peak(line) for line in lines.model]
+    heights = [max(line["own_rank"]) / float(np.median(line["own_rank"])) for line in lines.model]
+    after = [line["own_rank"][-1] / max(line["own_rank"]) for line in lines.model]
+    return [
+        Measured(
+            "prompts whose largest stable rank is in the last quarter of layers",
+            share(d >= 0.75 for d in depths),
+            at_least=0.5,
+            main=True,
+        ),
+        Measured("the largest over the median layer's (geometric mean)", geometric(heights), at_least=2.0),
+        Measured(
+            "depth of the largest, less that of random weights",
+            difference(depths, [peak(line) for line in lines.random]),
+            at_least=0.1,
+        ),
+        Measured("depth of the largest (0 the first layer, 1 the last)", mean(depths)),
+        Measured("the same, random weights", mean(map(peak, lines.random))),
+        Measured("the last layer's stable rank over the largest", geometric(after)),
+    ]
+
+
+def transition(ranks: Sequence[int]) -> tuple[int, int] | None:
+    """The first layer at which a word has rank 1000 or better, and that from which it stays among the first ten.
+
+    None if it is readable from the first layer on, or is not among the first ten at the last.
+    """
+    if ranks[-1] > FIRST or ranks[0] <= UNREADABLE:
+        return None
+    begins = next(layer for layer, rank in enumerate(ranks) if rank <= UNREADABLE)
+    return begins, max(layer + 1 for layer, rank in enumerate(ranks) if rank > FIRST)
+
+
+def width(ranks: Sequence[int]) -> float | None:
+    """How many layers the transition takes, one if it is a single step; None without a transition."""
+    found = transition(ranks)
+    return None if found is None else found[1] - found[0] + 1.0
+
+
+def shuffled_width(ranks: Sequence[int], seed: int) -> float | None:
+    """The same with the layers before the last in a random order."""
+    order = np.random.default_rng(seed).permutation(np.asarray(ranks[:-1])).tolist()
+    return width([*order, ranks[-1]])
+
+
+def steady_width(ranks: Sequence[int]) -> float:
+    """What the transition would take if log rank fell along a straight line, from its largest to 1."""
+    return RATE / float(np.log10(max(ranks))) * len(ranks)
+
+
+def switch(lines: Lines) -> list[Measured]:
+    """Claim 7."""
+    ranks = [line["layer_word"] for line in lines.all_tokens]
+    found = [(one, pair) for one in ranks if (pair := transition(one)) is not None]
+    last = [transition(line["layer_word"]) is not None for line in lines.model]
+    shown = [
+        Measured(
+            "all tokens' map: prompts on which the prediction becomes readable, and stays in the first ten words",
+            share(transition(one) is not None for one in ranks),
+            at_least=0.5,
+            main=True,
+        ),
+        Measured("the last token's map: the same", share(last), at_least=0.5),
+    ]
+    if len(found) < FEWEST:
+        return shown
+    takes = [end - begin + 1.0 for _, (begin, end) in found]
+    parts = [steps / steady_width(one) for steps, (one, _) in zip(takes, found, strict=True)]
+    depths = [end / (len(one) - 1) for one, (_, end) in found]
+    mixed = _known(shuffled_width(one, seed) for one, _ in found for seed in range(10))
+    shown += [
+        Measured(
+            "layers that this takes, over what a steady fall of log rank takes", mean(parts), at_most=0.5, main=True
+        ),
+        Measured("depth from which the word stays (0: the first layer, 1: the last)", mean(depths), at_least=0.5),
+        Measured("layers that this takes", mean(takes)),
+        Measured("the same, with the layers in a random order", mean(mixed)),
+    ]
+    lens = _known(width(line["lens"]) for line in lines.model)
+    return shown + ([Measured("the same, logit lens", mean(lens))] if len(lens) >= FEWEST else [])
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: what the paper says and where, what is measured, and the function that does it."""
+
+    title: str
+    says: str
+    tested: str
+    measure: Callable[[Lines], list[Measured]]
+
+
+CLAIMS = (
+    Claim(
+        "Near-exact reconstruction",
+        "The frozen (“detached”) Jacobian times the embeddings reproduces the output embedding “nearly exactly”, "
+        "with a relative error of the order of 1e-6 in float32 (sections 2.2 and 3.1, Figure 3).",
+        "The dense map in float32 against the network's own output, with the paper's error and with the largest "
+        "error of a single number.",
+        reconstruct,
+    ),
+    Claim(
+        "The ordinary Jacobian does not reconstruct",
+        "The same comparison with the original Jacobian “does not fall on the identity line” (section 3.1, Figure 3).",
+        "The ordinary Jacobian times the embeddings, with the paper's error: 0 is exact, 1 is as bad as a constant.",
+        differentiate,
+    ),
+    Claim(
+        "Very low rank",
+        "The singular value spectra of the tokens' maps are “extremely low rank” (sections 3.3 and 3.4, Figures 4 "
+        "and 5).",
+        "The stable rank ‖J‖²/σ₁² of each word's map from its embedding to the final hidden state. Null models: random "
+        "and fresh weights.",
+        count_dimensions,
+    ),
+    Claim(
+        "The first left singular vectors decode to the prediction",
+        "Many of the largest singular vectors “decode to concepts related to the most-likely output token” (abstract, "
+        "sections 3.3 and 3.4, Figures 4B and 5).",
+        "Whether the predicted word, whatever its case, is among the first ten words of a token's first left "
+        "vector, with either sign. The largest vector of all is that of the token with the largest σ₁, nearly "
+        "always the beginning token. Vectors that near-equal singular values leave undefined count as no. Null "
+        "models: the predictions of other prompts in the same vectors; random directions.",
+        decode,
+    ),
+    Claim(
+        "Dimension falls with depth",
+        "The dimensionality of the map from the embeddings up to a layer “steadily decreases” with the layer (section "
+        "3.5, Figure 6C).",
+        "The stable rank of the map to every layer's output, with the final norm on top: of all tokens side by "
+        "side, as in the paper, on few prompts, and of the last token on all. Null models: random and fresh "
+        "weights.",
+        descend,
+    ),
+    Claim(
+        "The dimension of single layers peaks late",
+        "Each layer taken as its own transform shows “a large peak in dimensionality near the end” (section 3.5, "
+        "Figure 6D).",
+        "The stable rank of each layer's own map, from all tokens at its input to the last one at its output, with the "
+        "final norm on top. Null model: random weights.",
+        peak_late,
+    ),
+    Claim(
+        "Words appear as at a phase change",
+        "Early layers cannot be read, and intelligible words emerge in later ones as “something like a phase change” "
+        "(section 3.5, Tables 1 to 3).",
+        "The predicted word's rank among the words of the first left vector of the map to every layer, with the better "
+        "sign. The transition begins at the first layer with rank 1000 or better, and ends at the layer from which the "
+        "word stays among the first ten. For comparison: a steady fall of log rank over all layers, the layers in a "
+        "random order, and the logit lens.",
+        switch,
+    ),
+)
