@@ -97,8 +97,19 @@ def test_a_transition():
 
 
 def test_words_are_compared_without_case_and_space():
-    line = {"word_rank": [3, None, 80], "words": [[[" bridge"], ["x"]], [["Bridge"], ["y"]], [["road"], ["z"]]]}
-    assert [rules.writes(line, token, " Bridge") for token in range(3)] == [True, False, False]
+    vectors = [{"word_rank": 3, "words": [[" bridge"], ["x"]]}, {"word_rank": None, "words": [["Bridge"], ["y"]]}]
+    vectors += [{"word_rank": 80, "words": [["road"], ["z", "BRIDGE"]]}, {"word_rank": 9, "words": [["a"], ["b"]]}]
+    assert [rules.writes(vector, " Bridge") for vector in vectors] == [True, False, True, False]
+    assert rules.hits(vectors, "bridge") == 0.5
+
+
+def test_predictions_of_other_prompts_are_the_null():
+    """A vector that writes the same words everywhere says nothing about its prompt."""
+    words = {"word_rank": 1, "words": [["one", "two", "three", "four"], []]}
+    lines = [{"target": word, "v": words} for word in ("one", "two", "three", "four")]
+    assert rules.beyond(lines, lambda line: [line["v"]]).value == 0
+    own = [{"target": word, "v": {"word_rank": 1, "words": [[word], []]}} for word in ("one", "two", "three")]
+    assert rules.beyond(own, lambda line: [line["v"]]).value == 1
 
 
 def test_peaks_and_falls():
@@ -113,29 +124,36 @@ def test_maps_of_layers(model, lines):
     lin = loclin.linearize(model, prompt, bos=True)
     found = {line["variant"]: line for line in lines if line["text"] == prompt}
     explained = loclin.explain_layers(lin, k=2, components=["resid_post"], progress=False).main
-    for variant, ranks in (
-        ("model", [ranks[-1] for ranks in explained.token_stable_rank]),
-        ("all tokens", explained.joint_stable_rank),
-    ):
-        assert found[variant]["layer_rank"] == pytest.approx(ranks, rel=2e-3)
-    assert found["model"]["own_rank"] == pytest.approx(explained.joint_own_rank, rel=2e-3)
-    final = lin.jacobian()
-    assert found["model"]["stable_rank"] == pytest.approx(final.stable_rank().tolist(), rel=2e-3)
-    assert found["model"]["layer_rank"][-1] == found["model"]["stable_rank"][-1]
-    assert found["model"]["std_error"] < 1e-4 < found["model"]["ordinary_error"]
+    one, all_ = found["model"], found["all tokens"]
+    assert one["layer_rank"] == pytest.approx([ranks[-1] for ranks in explained.token_stable_rank], rel=2e-3)
+    assert one["own_rank"] == pytest.approx([ranks[-1] for ranks in explained.token_own_rank], rel=2e-3)
+    assert all_["layer_rank"] == pytest.approx(explained.joint_stable_rank, rel=2e-3)
+    assert all_["own_rank"] == pytest.approx(explained.joint_own_rank, rel=2e-3)
+    assert all_["stable_rank"] == pytest.approx(lin.jacobian().stable_rank().tolist(), rel=2e-3)
+    assert one["std_error"] < 1e-4 < one["ordinary_error"]
+
+
+def test_own_maps_without_explicit_products(model, monkeypatch):
+    lin = loclin.linearize(model, PROMPTS[0].text, bos=True)
+    explicit = [maps.clone() for maps in claims_measure.own_maps(lin)]
+    monkeypatch.setattr(type(lin.chain), "explicit_layer", lambda *_: None)
+    for found, plain in zip(explicit, claims_measure.own_maps(lin), strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_words_of_first_vectors(model, lines):
     lin = loclin.linearize(model, PROMPTS[0].text, bos=True)
-    first = torch.linalg.svd(lin.jacobian().dense()[:, 2])[0][:, 0]
-    logits = model.head.weight @ first
-    target = lin.next_token_ids(1)[0][0]
-    ranks = [int((side > side[target]).sum()) + 1 for side in (logits, -logits)]
-    line = lines[0]
-    assert line["word_rank"][2] == min(ranks)
-    assert {words[0] for words in line["words"][2]} == set(
-        model.decode_each([int(logits.argmax()), int(logits.argmin())])
-    )
+    dense, target = lin.jacobian().dense(), lin.next_token_ids(1)[0][0]
+    one, all_ = (next(line for line in lines if line["variant"] == variant) for variant in ("model", "all tokens"))
+    for matrix, found in (
+        (dense[:, 2], all_["each"][2]),
+        (dense[:, -1], one["last"]),
+        (dense.flatten(1), one["whole"]),
+    ):
+        logits = model.head.weight @ torch.linalg.svd(matrix, full_matrices=False)[0][:, 0]
+        assert found["word_rank"] == min(int((side > side[target]).sum()) + 1 for side in (logits, -logits))
+        ends = model.decode_each([int(logits.argmax()), int(logits.argmin())])
+        assert {words[0] for words in found["words"]} == set(ends)
 
 
 @pytest.mark.parametrize("variant", ["random", "fresh"])
