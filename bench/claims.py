@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,7 +81,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def choose(count: int) -> list[StudyPrompt]:
-    """`count` packaged prompts: the shortest of each kind in turn, so that kinds are equally many."""
+    """`count` packaged prompts: those with fewest words and marks of each kind in turn, so that kinds are as many."""
     kinds: dict[str, list[StudyPrompt]] = {}
     for prompt in load_prompts():
         kinds.setdefault(prompt.kind, []).append(prompt)
@@ -89,7 +90,7 @@ def choose(count: int) -> list[StudyPrompt]:
             f"--prompts {count}: there are {sum(map(len, kinds.values()))} packaged prompts; ask for 1 or more"
         )
     for own in kinds.values():
-        own.sort(key=lambda prompt: (len(prompt.text), prompt.text))
+        own.sort(key=lambda prompt: (len(re.findall(r"\w+|[^\w\s]", prompt.text)), len(prompt.text), prompt.text))
     turns = range(max(map(len, kinds.values())))
     return [own[turn] for turn in turns for own in kinds.values() if turn < len(own)][:count]
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 import loclin
@@ -16,16 +14,15 @@ from loclin.analyses.logit_lens import logit_lens
 from loclin.linearization import Linearization
 from loclin.maps.layer_maps import layer_maps
 from loclin.models import Model
-from loclin.network.blocks import CausalBlock, Workspace
 from loclin.network.points import Point
-from loclin.spectral import RitzTriples, ritz_svd
-from loclin.spectral.result import near_equal
+from loclin.spectral import NEAR_EQUAL, RitzTriples, ritz_svd
 
 VARIANTS = ("model", "all tokens", "random", "fresh")
 """`model`: the model, layers by the last token's map. `all tokens`: the model, layers by the maps of all tokens side by
 side. `random`, `fresh`: the same as `model`, of networks with random weights (see `vary`)."""
 WORDS = 10
 _DIRECTIONS = 8
+_STREAM = ("resid_post",)
 
 
 def vary(model: Model, variant: str, seed: int) -> Model:
@@ -50,7 +47,8 @@ def vary(model: Model, variant: str, seed: int) -> Model:
 def measure(model: Model, variant: str, text: str) -> dict[str, Any]:
     """All numbers of one prompt, with a beginning token.
 
-    Cost: some hundred columns; for `all tokens` a forward sweep of all tokens' maps, about three dense maps.
+    Cost: each layer's own map (half a dense map) and some hundred columns; for `all tokens` a forward sweep of all
+    tokens' maps, about three dense maps.
     """
     lin = loclin.linearize(model, text, bos=True)
     ((target, word, probability),) = lin.next_token_ids(1)
@@ -86,21 +84,21 @@ def decompose(lin: Linearization, decoder: Decoder, target: int) -> dict[str, An
     """
     svd = lin.jacobian().svd(2, joint=True)
     draws = torch.randn(_DIRECTIONS, len(svd.U), generator=torch.Generator().manual_seed(0)).to(svd.U)
-    (first,) = _put_into_words(svd.U[None, :, 0], [len(svd.blocks()[0]) == 1], decoder, target)
+    (first,) = put_into_words(svd.U[None, :, 0], svd.S[None], decoder, target)
     return first | {"random_rank": best_ranks(decoder, draws, target)}
 
 
-def _put_into_words(vectors: Tensor, alone: list[bool], decoder: Decoder, target: int) -> list[dict[str, Any]]:
-    """The first words of each vector `[n, d]` and of its negative, and the predicted token's rank with the better sign.
+def put_into_words(vectors: Tensor, S: Tensor, decoder: Decoder, target: int) -> list[dict[str, Any]]:
+    """The first words of each map's first left vector `[n, d]` with both signs, and the predicted token's better rank.
 
-    No rank where near-equal singular values leave a vector undefined, so that it is not `alone`.
+    No rank where the first two singular values `[n, 2]` are nearly equal, which leaves the vector undefined.
     """
     names = [[name for name, _ in words] for words in decoder.writes(torch.cat([vectors, -vectors]), WORDS)]
     sides = zip(names[: len(vectors)], names[len(vectors) :], strict=True)
-    ranks = best_ranks(decoder, vectors, target)
+    defined = (S[:, 1] < (1 - NEAR_EQUAL) * S[:, 0]).tolist()
     return [
         {"words": list(both), "word_rank": rank if single else None}
-        for both, rank, single in zip(sides, ranks, alone, strict=True)
+        for both, rank, single in zip(sides, best_ranks(decoder, vectors, target), defined, strict=True)
     ]
 
 
@@ -110,69 +108,53 @@ def best_ranks(decoder: Decoder, vectors: Tensor, target: int) -> list[int]:
     return [min(pair) for pair in zip(ranks[: len(vectors)], ranks[len(vectors) :], strict=True)]
 
 
-def own_maps(lin: Linearization) -> Iterator[Float[Tensor, "d d"]]:
-    """Each layer's map of the last token, from the layer's input to its output. Cost: d columns at one position."""
-    last, workspace = len(lin.tokens) - 1, Workspace()
-    for layer in range(lin.trace.n_layers):
-        explicit = lin.chain.explicit_layer(layer, workspace)
-        if explicit is None:
-            yield lin.jacobian(f"resid_pre.{layer}", f"resid_post.{layer}").block(last).dense()[:, 0]
-            continue
-        pushed = torch.eye(lin.trace.width).to(lin.embeddings)[None]
-        explicit.jvp([CausalBlock(last, pushed)], slice(last, last + 1))
-        yield pushed[0].mT
-
-
 def descend(lin: Linearization, decoder: Decoder, target: int) -> dict[str, Any]:
-    """The last token's maps, with the final norm on top: each layer's own, and from the embedding to each layer.
+    """Each layer's own map, and the last token's map from its embedding to each layer, with the final norm on top.
 
-    Since no token sees a later one, the last token's map from its embedding is the product of its own maps.
+    Own maps are from all tokens at the layer's input, side by side, and from the last token alone. Since no token sees
+    a later one, the last token's map from its embedding is the product of its own maps.
     """
-    product, found, own = torch.eye(lin.trace.width).to(lin.embeddings), list[RitzTriples](), list[Tensor]()
-    for layer, map_ in enumerate(own_maps(lin)):
-        norm = lin.chain.norm(Point("resid_post", layer), len(lin.tokens) - 1)
+    last, product = len(lin.tokens) - 1, torch.eye(lin.trace.width).to(lin.embeddings)
+    found, whole, alone = list[RitzTriples](), list[Tensor](), list[Tensor]()
+    for item in layer_maps(lin.chain, "layerwise", last, _STREAM, normed=False, budget=lin.allowance):
+        norm, map_ = lin.chain.norm(Point("resid_post", item.layer), last), item.maps[last]
         product = map_ @ product
-        pair = torch.stack([norm.jvp(one.mT).mT for one in (product, map_)])
-        triples = ritz_svd(pair, 1, norm.value())
-        found.append(triples)
-        own.append(triples.stable_rank[1:])
-    # near-equal singular values matter only where the vector is put into words
-    final = ritz_svd(pair[:1], 2, norm.value())
-    alone = len(near_equal(final.S[0], final.S[0], final.S[0])[0]) == 1
-    (last,) = _put_into_words(final.U[:, :, 0], [alone], decoder, target)
-    return _describe(found, decoder, target) | {"own_rank": _shorten(torch.cat(own)), "last": last}
-
-
-def follow(lin: Linearization, decoder: Decoder, target: int) -> dict[str, Any]:
-    """The maps of all tokens: side by side to each layer and of each layer, and of each token to the final state."""
-    sweeps: dict[str, Any] = {"position": len(lin.tokens) - 1, "components": ("resid_post",), "budget": lin.allowance}
-    found = []
-    for item in layer_maps(lin.chain, "cumulative", **sweeps):
-        found.append(ritz_svd(item.joint[None], 1, item.value))
-        if item.layer == lin.trace.n_layers - 1:
-            each, error = ritz_svd(item.maps, 2, item.value), item.reconstruction_error
-    alone = [len(near_equal(S, S, S)[0]) == 1 for S in each.S]
-    own = [
-        ritz_svd(item.joint[None], 1, item.value).stable_rank for item in layer_maps(lin.chain, "layerwise", **sweeps)
-    ]
-    return _describe(found, decoder, target) | {
-        "own_rank": _shorten(torch.cat(own)),
-        "dense_error": _short(error),
-        "stable_rank": _shorten(each.stable_rank),
-        "sigma": _shorten(each.S[:, 0]),
-        "each": _put_into_words(each.U[:, :, 0], alone, decoder, target),
+        both = ritz_svd(torch.stack([norm.jvp(one.mT).mT for one in (product, map_)]), 2, norm.value())
+        found.append(both)
+        alone.append(both.stable_rank[1:])
+        whole.append(ritz_svd(norm.jvp(item.joint.mT).mT[None], 1, norm.value()).stable_rank)
+    (vector,) = put_into_words(both.U[:1, :, 0], both.S[:1], decoder, target)
+    return describe_layers(found, decoder, target) | {
+        "own_rank": shorten(torch.cat(whole)),
+        "own_last": shorten(torch.cat(alone)),
+        "last": vector,
     }
 
 
-def _describe(found: list[RitzTriples], decoder: Decoder, target: int) -> dict[str, Any]:
+def follow(lin: Linearization, decoder: Decoder, target: int) -> dict[str, Any]:
+    """The maps of all tokens: side by side to each layer, and of each token to the final hidden state."""
+    found = []
+    for item in layer_maps(lin.chain, "cumulative", len(lin.tokens) - 1, _STREAM, budget=lin.allowance):
+        found.append(ritz_svd(item.joint[None], 1, item.value))
+        if item.layer == lin.trace.n_layers - 1:  # whose maps with the norm are those to the final hidden state
+            each, error = ritz_svd(item.maps, 2, item.value), item.reconstruction_error
+    return describe_layers(found, decoder, target) | {
+        "dense_error": _short(error),
+        "stable_rank": shorten(each.stable_rank),
+        "each": put_into_words(each.U[:, :, 0], each.S, decoder, target),
+    }
+
+
+def describe_layers(found: list[RitzTriples], decoder: Decoder, target: int) -> dict[str, Any]:
+    """The stable rank of the first map of each layer, and the predicted token's rank in its first left vector."""
     vectors = torch.stack([one.U[0, :, 0] for one in found])
     return {
-        "layer_rank": _shorten(torch.cat([one.stable_rank[:1] for one in found])),
+        "layer_rank": shorten(torch.cat([one.stable_rank[:1] for one in found])),
         "layer_word": best_ranks(decoder, vectors, target),
     }
 
 
-def _shorten(numbers: Tensor) -> list[float]:
+def shorten(numbers: Tensor) -> list[float]:
     return [_short(number) for number in numbers.tolist()]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from claims_rules import CLAIMS, Claim, Lines, Measured, Verdict, join, judge
+import numpy as np
+
+from claims_rules import CLAIMS, Claim, Lines, Measured, Series, Verdict, join, judge
 from claims_steering import STEERING, steer
 
 Rows = dict[str, list[Measured]]
 """By model."""
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+"""Of the layers that tables by depth show: 0 the first, 1 the last."""
 
 _HEAD = """# What holds at small scale
 
@@ -22,7 +26,8 @@ Every measurement that decides has a threshold, fixed in `bench/claims_rules.py`
 whole 95 % interval is on the right side, *missed* if its whole interval is on the wrong side, and else *open*. A
 claim **holds** if all are met, **does not hold** if one marked • is missed (without it there is no claim), and else
 holds **partly**. Intervals are BCa bootstrap intervals over prompts, Wilson intervals for shares of prompts, and
-percentile bootstrap intervals where two groups are compared. The number of prompts is in parentheses behind each.
+percentile bootstrap intervals where two groups are compared. The number
+of prompts is in parentheses behind each.
 """
 
 
@@ -39,7 +44,7 @@ def page(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     measured = [(claim, {name: claim.measure(own) for name, own in parts.items()}) for claim in CLAIMS]
     measured.append((STEERING, {name: steer(name) for name in found}))
     texts = [_HEAD, _describe_run(found, parts), "## Verdicts\n", _summary(measured)]
-    texts += [_section(number, claim, rows) for number, (claim, rows) in enumerate(measured, 1)]
+    texts += [_section(number, claim, rows, parts) for number, (claim, rows) in enumerate(measured, 1)]
     return "\n".join(texts)
 
 
@@ -56,9 +61,9 @@ def _describe_run(found: Mapping[str, Sequence[Mapping[str, Any]]], parts: Mappi
     for name, lines in parts.items():
         lengths = [len(line["tokens"]) for line in lines.model]
         stored = found[name][0]["model"]["stored_dtype"]
-        nulls = f"{len(lines.random)}, {len(lines.fresh)} prompts"
+        nulls = f"{len(lines.random)} and {len(lines.fresh)}"
         span = f"{min(lengths)} to {max(lengths)}"
-        rows.append([name, str(len(lines.model)), span, f"{len(lines.all_tokens)} prompts", nulls, stored])
+        rows.append([name, str(len(lines.model)), span, str(len(lines.all_tokens)), nulls, stored])
     return "\n".join(
         [
             _RUN,
@@ -77,7 +82,7 @@ def _summary(measured: Sequence[tuple[Claim, Rows]]) -> str:
     return table(["claim", *names, "both" if len(names) > 1 else "all"], rows) + "\n"
 
 
-def _section(number: int, claim: Claim, by_model: Rows) -> str:
+def _section(number: int, claim: Claim, by_model: Rows, parts: Mapping[str, Lines]) -> str:
     verdicts: list[Verdict] = [judge(rows) for rows in by_model.values()]
     texts = [
         f"## {number}. {claim.title}: {join(verdicts)}\n",
@@ -91,11 +96,24 @@ def _section(number: int, claim: Claim, by_model: Rows) -> str:
         mark = "• " if one.main else ""
         rows.append([mark + what, _needed(one), *("–" if found is None else _number(found) for found in own)])
     texts += [table(["", "needed", *by_model], rows), ""]
+    if claim.by_depth is not None:
+        texts += [_by_depth(claim.by_depth, parts), ""]
     for name, own in by_model.items():
         short = [f"{one.what} ({one.met})" for one in own if one.met in ("missed", "open")]
         if short:
             texts.append(f"Not met on {name}: {'; '.join(short)}.\n")
     return "\n".join(texts)
+
+
+def _by_depth(series: Callable[[Lines], Series], parts: Mapping[str, Lines]) -> str:
+    """Medians over prompts at some depths."""
+    rows = []
+    for name, lines in parts.items():
+        for what, found in series(lines).items():
+            medians = np.median(np.array(found), axis=0)
+            at = [round(depth * (len(medians) - 1)) for depth in DEPTHS]
+            rows.append([name, what, *(f"{medians[layer]:.3g}" for layer in at)])
+    return table(["median at depth", "", *(f"{depth:.0%}" for depth in DEPTHS)], rows)
 
 
 def _needed(one: Measured) -> str:

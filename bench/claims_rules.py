@@ -17,6 +17,8 @@ import numpy as np
 from loclin.analyses.faithfulness.summary import LEVEL, RESAMPLES, interval, rank_correlations
 
 Line = dict[str, Any]
+Series = dict[str, list[list[float]]]
+"""By name, a number of every layer for each prompt."""
 Verdict = Literal["holds", "partly", "does not hold"]
 Met = Literal["met", "missed", "open"]
 
@@ -26,6 +28,8 @@ UNREADABLE = 1000
 """Beyond this rank a word is not to be read from a vector."""
 RATE = 2.0
 """Decades of rank between the two."""
+LATE = 0.75
+"""Depth from which a layer is late."""
 FEWEST = 3
 """The smallest number of prompts from which widths are averaged."""
 
@@ -137,7 +141,7 @@ def reconstruct(lines: Lines) -> list[Measured]:
     errors = [line["std_error"] for line in lines.model]
     return [
         Measured("the paper's error, std of the error over std of the output", mean(errors), at_most=3e-6, main=True),
-        Measured("prompts on which it is at most 3e-6", share(e <= 3e-6 for e in errors), at_least=0.9),
+        Measured("prompts on which that is at most 3e-6", share(e <= 3e-6 for e in errors), at_least=0.9),
         Measured(
             "the largest error of one number, over the output's largest number",
             mean(line["max_error"] for line in lines.model),
@@ -187,7 +191,7 @@ def count_dimensions(lines: Lines) -> list[Measured]:
     words = [typical_rank(line) for line in lines.all_tokens]
     return [
         Measured("last token's map: stable rank over d", geometric(r / width for r in own), at_most=0.05, main=True),
-        Measured("maps of all words: the same", geometric(r / width for r in words), at_most=0.05, main=True),
+        Measured("maps of all words: stable rank over d", geometric(r / width for r in words), at_most=0.05, main=True),
         Measured("last token's map: over that of random weights", ratio(own, random), at_most=0.5),
         Measured("last token's map: over that of fresh weights", ratio(own, fresh), at_most=0.5),
         Measured("last token's map: stable rank", geometric(own)),
@@ -238,14 +242,17 @@ def decode(lines: Lines) -> list[Measured]:
     return [
         Measured("all tokens side by side: prompts whose vector writes the prediction", whole, at_least=0.5, main=True),
         Measured(
-            "the same, less how often it writes other prompts' predictions",
+            "all tokens side by side: this, less how often it writes other prompts' predictions",
             beyond(own, lambda line: [line["whole"]]),
             at_least=0.25,
         ),
-        Measured("the prediction is its very first word", share(line["whole"]["word_rank"] == 1 for line in own)),
+        Measured(
+            "all tokens side by side: prompts whose vector's very first word it is",
+            share(line["whole"]["word_rank"] == 1 for line in own),
+        ),
         Measured("last token: prompts whose vector writes the prediction", last, at_least=0.5),
         Measured(
-            "the same, less how often it writes the predictions of other prompts",
+            "last token: this, less how often it writes other prompts' predictions",
             beyond(own, lambda line: [line["last"]]),
             at_least=0.25,
         ),
@@ -266,30 +273,22 @@ def change(line: Line) -> float:
 
 def descend(lines: Lines) -> list[Measured]:
     """Claim 5."""
-    own = [change(line) for line in lines.model]
+    own, whole = lines.model, lines.all_tokens
+    steeper = ratio(map(change, own), map(change, lines.random))
     return [
-        Measured(
-            "all tokens' map: rank correlation of stable rank with depth",
-            mean(map(fall, lines.all_tokens)),
-            at_most=-0.8,
-            main=True,
-        ),
-        Measured("the last token's map: the same", mean(map(fall, lines.model)), at_most=-0.8, main=True),
-        Measured(
-            "all tokens' map: stable rank at the last layer over the first",
-            geometric(map(change, lines.all_tokens)),
-            at_most=0.5,
-        ),
-        Measured("the last token's map: the same", geometric(own), at_most=0.5),
-        Measured("the last, over that of random weights", ratio(own, map(change, lines.random)), at_most=0.5),
-        Measured("rank correlation with depth, random weights", mean(map(fall, lines.random))),
-        Measured("rank correlation with depth, fresh weights", mean(map(fall, lines.fresh))),
+        Measured("all tokens: rank correlation with depth", mean(map(fall, whole)), at_most=-0.8, main=True),
+        Measured("last token: rank correlation with depth", mean(map(fall, own)), at_most=-0.8, main=True),
+        Measured("all tokens: last layer's stable rank over the first's", geometric(map(change, whole)), at_most=0.5),
+        Measured("last token: last layer's stable rank over the first's", geometric(map(change, own)), at_most=0.5),
+        Measured("last token: this, over the same of random weights", steeper, at_most=0.5),
+        Measured("random weights: rank correlation with depth", mean(map(fall, lines.random))),
+        Measured("fresh weights: rank correlation with depth", mean(map(fall, lines.fresh))),
     ]
 
 
-def peak(line: Line) -> float:
+def peak(line: Line, name: str = "own_rank") -> float:
     """The depth of the layer whose own map has the largest stable rank: 0 the first, 1 the last."""
-    return float(np.argmax(line["own_rank"]) / (len(line["own_rank"]) - 1))
+    return float(np.argmax(line[name]) / (len(line[name]) - 1))
 
 
 def peak_late(lines: Lines) -> list[Measured]:
@@ -299,21 +298,18 @@ def peak_late(lines: Lines) -> list[Measured]:
     after = [line["own_rank"][-1] / max(line["own_rank"]) for line in lines.model]
     return [
         Measured(
-            "prompts whose largest stable rank is in the last quarter of layers",
-            share(d >= 0.75 for d in depths),
-            at_least=0.5,
-            main=True,
+            "prompts with the peak in the last quarter", share(d >= LATE for d in depths), at_least=0.5, main=True
         ),
-        Measured("the largest over the median layer's (geometric mean)", geometric(heights), at_least=2.0),
+        Measured("the peak over the median layer", geometric(heights), at_least=2.0),
         Measured(
-            "depth of the largest, less that of random weights",
+            "depth of the peak, less that of random weights",
             difference(depths, [peak(line) for line in lines.random]),
             at_least=0.1,
         ),
-        Measured("depth of the largest (0 the first layer, 1 the last)", mean(depths)),
-        Measured("the same, random weights", mean(map(peak, lines.random))),
-        Measured("the same, from all tokens", mean(map(peak, lines.all_tokens))),
-        Measured("the last layer's stable rank over the largest", geometric(after)),
+        Measured("depth of the peak (0: the first layer, 1: the last)", mean(depths)),
+        Measured("depth of the peak, random weights", mean(map(peak, lines.random))),
+        Measured("depth of the peak, from the last token alone", mean(peak(line, "own_last") for line in lines.model)),
+        Measured("the last layer over the peak", geometric(after)),
     ]
 
 
@@ -352,12 +348,12 @@ def switch(lines: Lines) -> list[Measured]:
     last = [transition(line["layer_word"]) is not None for line in lines.model]
     shown = [
         Measured(
-            "all tokens' map: prompts on which the prediction becomes readable, and stays in the first ten words",
+            "all tokens: prompts on which the prediction becomes readable, and stays",
             share(transition(one) is not None for one in ranks),
             at_least=0.5,
             main=True,
         ),
-        Measured("the last token's map: the same", share(last), at_least=0.5),
+        Measured("last token: prompts on which the prediction becomes readable, and stays", share(last), at_least=0.5),
     ]
     if len(found) < FEWEST:
         return shown
@@ -367,28 +363,56 @@ def switch(lines: Lines) -> list[Measured]:
     mixed = _known(shuffled_width(one, seed) for one, _ in found for seed in range(10))
     shown += [
         Measured(
-            "layers that this takes, over what a steady fall of log rank takes", mean(parts), at_most=0.5, main=True
+            "all tokens: layers that this takes, over those of a steady fall", mean(parts), at_most=0.5, main=True
         ),
-        Measured("depth from which the word stays (0: the first layer, 1: the last)", mean(depths), at_least=0.5),
-        Measured("layers that this takes", mean(takes)),
-        Measured("the same, with the layers in a random order", mean(mixed)),
+        Measured("all tokens: depth from which it stays (1: the last layer)", mean(depths), at_least=0.5),
+        Measured("all tokens: layers that this takes", mean(takes)),
+        Measured("all tokens: layers that this takes in a random order", mean(mixed)),
     ]
     lens = _known(width(line["lens"]) for line in lines.model)
-    return shown + ([Measured("the same, logit lens", mean(lens))] if len(lens) >= FEWEST else [])
+    return shown + ([Measured("logit lens: layers that this takes", mean(lens))] if len(lens) >= FEWEST else [])
 
 
 def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
+def rank_series(lines: Lines) -> Series:
+    """Stable ranks of the maps to each layer."""
+    parts = {
+        "all tokens": lines.all_tokens,
+        "last token": lines.model,
+        "last token, random weights": lines.random,
+        "last token, fresh weights": lines.fresh,
+    }
+    return {name: [line["layer_rank"] for line in of] for name, of in parts.items()}
+
+
+def own_series(lines: Lines) -> Series:
+    """Stable ranks of each layer's own map."""
+    parts = {"all tokens": lines.model, "all tokens, random weights": lines.random, "all tokens, fresh": lines.fresh}
+    found = {name: [line["own_rank"] for line in of] for name, of in parts.items()}
+    return found | {"last token": [line["own_last"] for line in lines.model]}
+
+
+def word_series(lines: Lines) -> Series:
+    """Ranks of the predicted word."""
+    return {
+        "all tokens": [line["layer_word"] for line in lines.all_tokens],
+        "last token": [line["layer_word"] for line in lines.model],
+        "logit lens": [line["lens"] for line in lines.model],
+    }
+
+
 @dataclass(frozen=True)
 class Claim:
-    """One claim: what the paper says and where, what is measured, and the function that does it."""
+    """One claim: what the paper says and where, what is measured, the function that does it, and numbers by layer."""
 
     title: str
     says: str
     tested: str
     measure: Callable[[Lines], list[Measured]]
+    by_depth: Callable[[Lines], Series] | None = None
 
 
 CLAIMS = (
@@ -433,15 +457,16 @@ CLAIMS = (
         "side, as in the paper, on few prompts, and of the last token on all. Null models: random and fresh "
         "weights.",
         descend,
+        rank_series,
     ),
     Claim(
         "The dimension of single layers peaks late",
         "Each layer taken as its own transform shows “a large peak in dimensionality near the end” (section 3.5, "
         "Figure 6D).",
-        "The stable rank of each layer's own map, from the last token at its input to its output, with the final "
-        "norm on top: in the paper's words, the factor that the layer is in the map of a single token. Null model: "
-        "random weights.",
+        "The stable rank of each layer's own map, from all tokens at its input, side by side, to the last one at its "
+        "output, with the final norm on top. The peak is the layer where it is largest. Null model: random weights.",
         peak_late,
+        own_series,
     ),
     Claim(
         "Words appear as at a phase change",
@@ -452,5 +477,6 @@ CLAIMS = (
         "word stays among the first ten. For comparison: a steady fall of log rank over all layers, the layers in a "
         "random order, and the logit lens.",
         switch,
+        word_series,
     ),
 )

@@ -24,7 +24,8 @@ STEERING = Claim(
     "Finished measurements of `python bench/steering.py` (bench/results/steering-MODEL.json, "
     "[steering](steering.md)): 10 concepts on 40 prompts about none of them. Gain is the rise of the "
     "log-probability of the concept's words where the mean KL divergence from the unsteered prediction is 1 nat. "
-    "Null model: a random direction. Intervals are bootstrap intervals over prompts and concepts together.",
+    "Null model: a random direction. Intervals are bootstrap intervals over prompts and concepts together, and "
+    "behind them is the number of pairs, or of sampled texts.",
     lambda _lines: [],
 )
 

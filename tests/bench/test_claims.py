@@ -126,19 +126,11 @@ def test_maps_of_layers(model, lines):
     explained = loclin.explain_layers(lin, k=2, components=["resid_post"], progress=False).main
     one, all_ = found["model"], found["all tokens"]
     assert one["layer_rank"] == pytest.approx([ranks[-1] for ranks in explained.token_stable_rank], rel=2e-3)
-    assert one["own_rank"] == pytest.approx([ranks[-1] for ranks in explained.token_own_rank], rel=2e-3)
+    assert one["own_last"] == pytest.approx([ranks[-1] for ranks in explained.token_own_rank], rel=2e-3)
+    assert one["own_rank"] == pytest.approx(explained.joint_own_rank, rel=2e-3)
     assert all_["layer_rank"] == pytest.approx(explained.joint_stable_rank, rel=2e-3)
-    assert all_["own_rank"] == pytest.approx(explained.joint_own_rank, rel=2e-3)
     assert all_["stable_rank"] == pytest.approx(lin.jacobian().stable_rank().tolist(), rel=2e-3)
     assert one["std_error"] < 1e-4 < one["ordinary_error"]
-
-
-def test_own_maps_without_explicit_products(model, monkeypatch):
-    lin = loclin.linearize(model, PROMPTS[0].text, bos=True)
-    explicit = [maps.clone() for maps in claims_measure.own_maps(lin)]
-    monkeypatch.setattr(type(lin.chain), "explicit_layer", lambda *_: None)
-    for found, plain in zip(explicit, claims_measure.own_maps(lin), strict=True):
-        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_words_of_first_vectors(model, lines):
@@ -223,6 +215,9 @@ def test_a_page_from_lines(lines, monkeypatch):
     assert text == claims_page.page(json.loads(json.dumps(found)))
     for number, claim in enumerate([*rules.CLAIMS, claims_steering.STEERING], 1):
         assert f"## {number}. {claim.title}: " in text
+    for claim in rules.CLAIMS:
+        names = [one.what for one in claim.measure(rules.Lines.of(lines))]
+        assert len(set(names)) == len(names)  # the page has one row for each
     assert "## 2. The ordinary Jacobian does not reconstruct: partly" in text  # three prompts are too few
     assert "## 8. The operator steers: does not hold" in text
     assert "Not met on tiny: y (missed)." in text
