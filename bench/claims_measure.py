@@ -82,7 +82,7 @@ def decompose(lin: Linearization, decoder: Decoder, target: int) -> dict[str, An
 
     `random_rank`: the predicted token's rank among the words of random directions.
     """
-    svd = lin.jacobian().svd(2, joint=True)
+    svd = lin.jacobian().svd(1, joint=True)
     draws = torch.randn(_DIRECTIONS, len(svd.U), generator=torch.Generator().manual_seed(0)).to(svd.U)
     (first,) = put_into_words(svd.U[None, :, 0], svd.S[None], decoder, target)
     return first | {"random_rank": best_ranks(decoder, draws, target)}
@@ -91,11 +91,12 @@ def decompose(lin: Linearization, decoder: Decoder, target: int) -> dict[str, An
 def put_into_words(vectors: Tensor, S: Tensor, decoder: Decoder, target: int) -> list[dict[str, Any]]:
     """The first words of each map's first left vector `[n, d]` with both signs, and the predicted token's better rank.
 
-    No rank where the first two singular values `[n, 2]` are nearly equal, which leaves the vector undefined.
+    No rank where the first two singular values, if there are two of the `[n, k]`, are nearly equal, which leaves the
+    vector undefined.
     """
     names = [[name for name, _ in words] for words in decoder.writes(torch.cat([vectors, -vectors]), WORDS)]
     sides = zip(names[: len(vectors)], names[len(vectors) :], strict=True)
-    defined = (S[:, 1] < (1 - NEAR_EQUAL) * S[:, 0]).tolist()
+    defined = (S[:, 1:2] < (1 - NEAR_EQUAL) * S[:, :1]).all(1).tolist()
     return [
         {"words": list(both), "word_rank": rank if single else None}
         for both, rank, single in zip(sides, best_ranks(decoder, vectors, target), defined, strict=True)
@@ -111,24 +112,19 @@ def best_ranks(decoder: Decoder, vectors: Tensor, target: int) -> list[int]:
 def descend(lin: Linearization, decoder: Decoder, target: int) -> dict[str, Any]:
     """Each layer's own map, and the last token's map from its embedding to each layer, with the final norm on top.
 
-    Own maps are from all tokens at the layer's input, side by side, and from the last token alone. Since no token sees
-    a later one, the last token's map from its embedding is the product of its own maps.
+    Own maps are from all tokens at the layer's input, side by side. Since no token sees a later one, the last token's
+    map from its embedding is the product of its own parts of these.
     """
     last, product = len(lin.tokens) - 1, torch.eye(lin.trace.width).to(lin.embeddings)
-    found, whole, alone = list[RitzTriples](), list[Tensor](), list[Tensor]()
+    found, own = list[RitzTriples](), list[Tensor]()
     for item in layer_maps(lin.chain, "layerwise", last, _STREAM, normed=False, budget=lin.allowance):
-        norm, map_ = lin.chain.norm(Point("resid_post", item.layer), last), item.maps[last]
-        product = map_ @ product
-        both = ritz_svd(torch.stack([norm.jvp(one.mT).mT for one in (product, map_)]), 2, norm.value())
-        found.append(both)
-        alone.append(both.stable_rank[1:])
-        whole.append(ritz_svd(norm.jvp(item.joint.mT).mT[None], 1, norm.value()).stable_rank)
-    (vector,) = put_into_words(both.U[:1, :, 0], both.S[:1], decoder, target)
-    return describe_layers(found, decoder, target) | {
-        "own_rank": shorten(torch.cat(whole)),
-        "own_last": shorten(torch.cat(alone)),
-        "last": vector,
-    }
+        norm = lin.chain.norm(Point("resid_post", item.layer), last)
+        product = item.maps[last] @ product
+        is_last = item.layer == lin.trace.n_layers - 1
+        found.append(ritz_svd(norm.jvp(product.mT).mT[None], 2 if is_last else 1, norm.value()))
+        own.append(ritz_svd(norm.jvp(item.joint.mT).mT[None], 1, norm.value()).stable_rank)
+    (vector,) = put_into_words(found[-1].U[:, :, 0], found[-1].S, decoder, target)
+    return describe_layers(found, decoder, target) | {"own_rank": shorten(torch.cat(own)), "last": vector}
 
 
 def follow(lin: Linearization, decoder: Decoder, target: int) -> dict[str, Any]:
@@ -149,7 +145,7 @@ def describe_layers(found: list[RitzTriples], decoder: Decoder, target: int) -> 
     """The stable rank of the first map of each layer, and the predicted token's rank in its first left vector."""
     vectors = torch.stack([one.U[0, :, 0] for one in found])
     return {
-        "layer_rank": shorten(torch.cat([one.stable_rank[:1] for one in found])),
+        "layer_rank": shorten(torch.cat([one.stable_rank for one in found])),
         "layer_word": best_ranks(decoder, vectors, target),
     }
 

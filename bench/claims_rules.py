@@ -286,9 +286,9 @@ def descend(lines: Lines) -> list[Measured]:
     ]
 
 
-def peak(line: Line, name: str = "own_rank") -> float:
+def peak(line: Line) -> float:
     """The depth of the layer whose own map has the largest stable rank: 0 the first, 1 the last."""
-    return float(np.argmax(line[name]) / (len(line[name]) - 1))
+    return float(np.argmax(line["own_rank"]) / (len(line["own_rank"]) - 1))
 
 
 def peak_late(lines: Lines) -> list[Measured]:
@@ -308,7 +308,6 @@ def peak_late(lines: Lines) -> list[Measured]:
         ),
         Measured("depth of the peak (0: the first layer, 1: the last)", mean(depths)),
         Measured("depth of the peak, random weights", mean(map(peak, lines.random))),
-        Measured("depth of the peak, from the last token alone", mean(peak(line, "own_last") for line in lines.model)),
         Measured("the last layer over the peak", geometric(after)),
     ]
 
@@ -390,9 +389,8 @@ def rank_series(lines: Lines) -> Series:
 
 def own_series(lines: Lines) -> Series:
     """Stable ranks of each layer's own map."""
-    parts = {"all tokens": lines.model, "all tokens, random weights": lines.random, "all tokens, fresh": lines.fresh}
-    found = {name: [line["own_rank"] for line in of] for name, of in parts.items()}
-    return found | {"last token": [line["own_last"] for line in lines.model]}
+    parts = {"trained": lines.model, "random weights": lines.random, "fresh weights": lines.fresh}
+    return {name: [line["own_rank"] for line in of] for name, of in parts.items()}
 
 
 def word_series(lines: Lines) -> Series:
@@ -444,9 +442,9 @@ CLAIMS = (
         "sections 3.3 and 3.4, Figures 4B and 5).",
         "Whether the predicted word, whatever its case, is among the first ten words of a map's first left vector, "
         "with either sign: of the map of all tokens side by side, in which the beginning token's is by far the "
-        "largest, of the last token's map, and on few prompts of every word's. Vectors that near-equal singular "
-        "values leave undefined count as no. Null models: the predictions of other prompts in the same vectors; "
-        "random directions.",
+        "largest, of the last token's map, and on few prompts of every word's. Vectors of single tokens that "
+        "near-equal singular values leave undefined count as no. Null models: the predictions of other prompts in "
+        "the same vectors; random directions.",
         decode,
     ),
     Claim(

@@ -126,7 +126,6 @@ def test_maps_of_layers(model, lines):
     explained = loclin.explain_layers(lin, k=2, components=["resid_post"], progress=False).main
     one, all_ = found["model"], found["all tokens"]
     assert one["layer_rank"] == pytest.approx([ranks[-1] for ranks in explained.token_stable_rank], rel=2e-3)
-    assert one["own_last"] == pytest.approx([ranks[-1] for ranks in explained.token_own_rank], rel=2e-3)
     assert one["own_rank"] == pytest.approx(explained.joint_own_rank, rel=2e-3)
     assert all_["layer_rank"] == pytest.approx(explained.joint_stable_rank, rel=2e-3)
     assert all_["stable_rank"] == pytest.approx(lin.jacobian().stable_rank().tolist(), rel=2e-3)
