@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 import loclin
-from claims_measure import VARIANTS, measure, vary
+from claims_measure import NULLS, VARIANTS, measure, vary
 from claims_page import page
 from harness import RESULTS
 from loclin.analyses.faithfulness.prompts import StudyPrompt, load_prompts
@@ -37,7 +37,7 @@ from loclin.results.files import check_writable, read_text, write_text
 MODELS = ("smollm2-135m", "gemma-3-270m")
 PAGE = Path(__file__).parent.parent / "docs" / "claims.md"
 PROMPTS, FEW = 104, 8
-"""Prompts for the model itself; and for null models, and maps of all tokens to every layer, which cost more."""
+"""How many prompts; and how many of them for null models, and maps of all tokens to every layer, which cost more."""
 
 
 class Lines:
@@ -95,31 +95,26 @@ def choose(count: int) -> list[StudyPrompt]:
     return [own[turn] for turn in turns for own in kinds.values() if turn < len(own)][:count]
 
 
-def plan(prompts: list[StudyPrompt], few: int) -> Iterator[tuple[str, StudyPrompt]]:
-    """Which variant is measured on which prompts, the model itself first."""
+def plan(prompts: list[StudyPrompt], layers: int, few: int) -> Iterator[tuple[str, StudyPrompt]]:
+    """Which variant is measured on which prompts."""
+    counts = {"model": len(prompts), "layers": layers}
     for variant in VARIANTS:
-        for prompt in prompts if variant == "model" else prompts[:few]:
+        for prompt in prompts[: counts.get(variant, few)]:
             yield variant, prompt
 
 
-def run(model: Model, path: Path, prompts: list[StudyPrompt], few: int, fresh: bool) -> None:
+def run(model: Model, path: Path, prompts: list[StudyPrompt], layers: int, few: int, fresh: bool) -> None:
     """Measure what the file does not have yet."""
     settings = {"model": model.info.to_dict(), "bos": True, "gate": "activation", "seed": 0}
     settings["versions"] = versions_of("loclin", "torch", "transformers")
     lines = Lines(path, settings, fresh)
-    left = [work for work in plan(prompts, few) if (work[0], work[1].text) not in lines.done]
-    networks: dict[str, Model] = {"model": model, "all tokens": model}
+    left = [work for work in plan(prompts, layers, few) if (work[0], work[1].text) not in lines.done]
+    null: dict[str, Model] = {}
     for variant, prompt in tqdm(left, desc=model.info.name, unit="prompt", disable=None):
-        if variant not in networks:
-            networks = {variant: vary(model, variant, settings["seed"])}
-        lines.add(
-            {
-                "variant": variant,
-                "kind": prompt.kind,
-                "text": prompt.text,
-                **measure(networks[variant], variant, prompt.text),
-            }
-        )
+        if variant in NULLS and variant not in null:
+            null = {variant: vary(model, variant, settings["seed"])}
+        found = measure(null.get(variant, model), variant, prompt.text)
+        lines.add({"variant": variant, "kind": prompt.kind, "text": prompt.text, **found})
 
 
 def main() -> int:
@@ -127,16 +122,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="how many packaged prompts")
-    parser.add_argument("--few", type=int, default=FEW, help="how many of them for all tokens' maps, and null models")
+    parser.add_argument("--layers", type=int, default=PROMPTS, help="how many of them for the maps of single layers")
+    parser.add_argument("--few", type=int, default=FEW, help="how many for null models, and all tokens at every layer")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the lines")
     parser.add_argument("-o", type=Path, default=PAGE, dest="page_file", help="the page")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--fresh", action="store_true", help="forget what is finished")
     options = parser.parse_args()
     try:
+        prompts = choose(options.prompts)
         for name in () if options.page else options.models:
             with torch.random.fork_rng():
-                run(loclin.load(name), file_of(name, options.out), choose(options.prompts), options.few, options.fresh)
+                path = file_of(name, options.out)
+                run(loclin.load(name), path, prompts, options.layers, options.few, options.fresh)
         found = {name: read(file_of(name, options.out)) for name in MODELS if file_of(name, options.out).exists()}
         if not found:
             raise OptionError(f"no lines of any model in {options.out}: measure some first, without --page")

@@ -17,9 +17,11 @@ from loclin.models import Model
 from loclin.network.points import Point
 from loclin.spectral import NEAR_EQUAL, RitzTriples, ritz_svd
 
-VARIANTS = ("model", "all tokens", "random", "fresh")
-"""`model`: the model, layers by the last token's map. `all tokens`: the model, layers by the maps of all tokens side by
-side. `random`, `fresh`: the same as `model`, of networks with random weights (see `vary`)."""
+VARIANTS = ("model", "random", "fresh", "all tokens", "layers")
+"""`model`: the map of all tokens side by side to the final hidden state. `layers`: the last token's map to each layer,
+and each layer's own; `random`, `fresh`: the same of networks with random weights (see `vary`). `all tokens`: the maps
+of all tokens to each layer."""
+NULLS = ("random", "fresh")
 WORDS = 10
 _DIRECTIONS = 8
 _STREAM = ("resid_post",)
@@ -47,8 +49,8 @@ def vary(model: Model, variant: str, seed: int) -> Model:
 def measure(model: Model, variant: str, text: str) -> dict[str, Any]:
     """All numbers of one prompt, with a beginning token.
 
-    Cost: each layer's own map (half a dense map) and some hundred columns; for `all tokens` a forward sweep of all
-    tokens' maps, about three dense maps.
+    Cost: some hundred columns; `layers` and null models each layer's own map, about half a dense map; `all tokens` a
+    forward sweep of all tokens' maps, about three dense maps.
     """
     lin = loclin.linearize(model, text, bos=True)
     ((target, word, probability),) = lin.next_token_ids(1)
@@ -56,9 +58,10 @@ def measure(model: Model, variant: str, text: str) -> dict[str, Any]:
     decoder = Decoder(model)
     if variant == "all tokens":
         return found | follow(lin, decoder, target)
+    if variant != "model":
+        return found | descend(lin, decoder, target)
     lens = [layer.rank for layer in logit_lens(lin, target).layers]
-    maps = {"whole": decompose(lin, decoder, target)} | descend(lin, decoder, target)
-    return found | reconstruct(lin) | maps | {"lens": lens}
+    return found | reconstruct(lin) | {"lens": lens, "whole": decompose(lin, decoder, target)}
 
 
 def reconstruct(lin: Linearization) -> dict[str, Any]:

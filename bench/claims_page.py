@@ -40,7 +40,7 @@ fewer prompts.
 
 def page(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The whole page, from each model's lines, settings first."""
-    parts = {name: Lines.of(dict(line) for line in lines[1:]) for name, lines in found.items()}
+    parts = {name: Lines.of([dict(line) for line in lines[1:]]) for name, lines in found.items()}
     measured = [(claim, {name: claim.measure(own) for name, own in parts.items()}) for claim in CLAIMS]
     measured.append((STEERING, {name: steer(name) for name in found}))
     texts = [_HEAD, _describe_run(found, parts), "## Verdicts\n", _summary(measured)]
@@ -63,7 +63,9 @@ def _describe_run(found: Mapping[str, Sequence[Mapping[str, Any]]], parts: Mappi
         stored = found[name][0]["model"]["stored_dtype"]
         nulls = f"{len(lines.random)} and {len(lines.fresh)}"
         span = f"{min(lengths)} to {max(lengths)}"
-        rows.append([name, str(len(lines.model)), span, str(len(lines.all_tokens)), nulls, stored])
+        rows.append(
+            [name, str(len(lines.model)), span, str(len(lines.layers)), str(len(lines.all_tokens)), nulls, stored]
+        )
     return "\n".join(
         [
             _RUN,

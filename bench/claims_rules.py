@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loclin.analyses.faithfulness.summary import LEVEL, RESAMPLES, interval, rank_correlations
+from loclin.errors import ResultError
 
 Line = dict[str, Any]
 Series = dict[str, list[list[float]]]
@@ -120,20 +121,23 @@ def _exp(of: Estimate) -> Estimate:
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of one model, by variant."""
+    """The lines of one model, by variant (see `claims_measure.VARIANTS`)."""
 
     model: list[Line]
+    layers: list[Line]
     all_tokens: list[Line]
     random: list[Line]
     fresh: list[Line]
 
     @classmethod
-    def of(cls, lines: Iterable[Line]) -> Lines:
-        """Sort the lines of a file, without its settings."""
-        found: dict[str, list[Line]] = {"model": [], "all tokens": [], "random": [], "fresh": []}
-        for line in lines:
-            found[line["variant"]].append(line)
-        return cls(*found.values())
+    def of(cls, lines: Sequence[Line]) -> Lines:
+        """Sort the lines of a file, without its settings; ResultError where a variant is missing."""
+        variants = ("model", "layers", "all tokens", "random", "fresh")
+        found = [[line for line in lines if line["variant"] == variant] for variant in variants]
+        if not all(found):
+            missing = ", ".join(variant for variant, own in zip(variants, found, strict=True) if not own)
+            raise ResultError(f"there are no lines yet of: {missing}; run bench/claims.py to its end")
+        return cls(*found)
 
 
 def reconstruct(lines: Lines) -> list[Measured]:
@@ -187,7 +191,7 @@ def last_rank(line: Line) -> float:
 def count_dimensions(lines: Lines) -> list[Measured]:
     """Claim 3."""
     width = lines.model[0]["width"]
-    own, random, fresh = ([last_rank(line) for line in part] for part in (lines.model, lines.random, lines.fresh))
+    own, random, fresh = ([last_rank(line) for line in part] for part in (lines.layers, lines.random, lines.fresh))
     words = [typical_rank(line) for line in lines.all_tokens]
     return [
         Measured("last token's map: stable rank over d", geometric(r / width for r in own), at_most=0.05, main=True),
@@ -234,9 +238,9 @@ def beyond(lines: Sequence[Line], vectors: Callable[[Line], list[Line]]) -> Esti
 
 def decode(lines: Lines) -> list[Measured]:
     """Claim 4."""
-    own, each = lines.model, lines.all_tokens
+    own, ends, each = lines.model, lines.layers, lines.all_tokens
     whole = share(writes(line["whole"], line["target"]) for line in own)
-    last = share(writes(line["last"], line["target"]) for line in own)
+    last = share(writes(line["last"], line["target"]) for line in ends)
     words = mean(hits(own_vectors(line), line["target"]) for line in each)
     chance = mean(float(np.mean([rank <= FIRST for rank in line["whole"]["random_rank"]])) for line in own)
     return [
@@ -253,7 +257,7 @@ def decode(lines: Lines) -> list[Measured]:
         Measured("last token: prompts whose vector writes the prediction", last, at_least=0.5),
         Measured(
             "last token: this, less how often it writes other prompts' predictions",
-            beyond(own, lambda line: [line["last"]]),
+            beyond(ends, lambda line: [line["last"]]),
             at_least=0.25,
         ),
         Measured("all words: share of their vectors that write the prediction", words, at_least=1 / 3),
@@ -273,7 +277,7 @@ def change(line: Line) -> float:
 
 def descend(lines: Lines) -> list[Measured]:
     """Claim 5."""
-    own, whole = lines.model, lines.all_tokens
+    own, whole = lines.layers, lines.all_tokens
     steeper = ratio(map(change, own), map(change, lines.random))
     return [
         Measured("all tokens: rank correlation with depth", mean(map(fall, whole)), at_most=-0.8, main=True),
@@ -293,9 +297,9 @@ def peak(line: Line) -> float:
 
 def peak_late(lines: Lines) -> list[Measured]:
     """Claim 6."""
-    depths = [peak(line) for line in lines.model]
-    heights = [max(line["own_rank"]) / float(np.median(line["own_rank"])) for line in lines.model]
-    after = [line["own_rank"][-1] / max(line["own_rank"]) for line in lines.model]
+    depths = [peak(line) for line in lines.layers]
+    heights = [max(line["own_rank"]) / float(np.median(line["own_rank"])) for line in lines.layers]
+    after = [line["own_rank"][-1] / max(line["own_rank"]) for line in lines.layers]
     return [
         Measured(
             "prompts with the peak in the last quarter", share(d >= LATE for d in depths), at_least=0.5, main=True
@@ -344,7 +348,7 @@ def switch(lines: Lines) -> list[Measured]:
     """Claim 7."""
     ranks = [line["layer_word"] for line in lines.all_tokens]
     found = [(one, pair) for one in ranks if (pair := transition(one)) is not None]
-    last = [transition(line["layer_word"]) is not None for line in lines.model]
+    last = [transition(line["layer_word"]) is not None for line in lines.layers]
     shown = [
         Measured(
             "all tokens: prompts on which the prediction becomes readable, and stays",
@@ -380,7 +384,7 @@ def rank_series(lines: Lines) -> Series:
     """Stable ranks of the maps to each layer."""
     parts = {
         "all tokens": lines.all_tokens,
-        "last token": lines.model,
+        "last token": lines.layers,
         "last token, random weights": lines.random,
         "last token, fresh weights": lines.fresh,
     }
@@ -389,7 +393,7 @@ def rank_series(lines: Lines) -> Series:
 
 def own_series(lines: Lines) -> Series:
     """Stable ranks of each layer's own map."""
-    parts = {"trained": lines.model, "random weights": lines.random, "fresh weights": lines.fresh}
+    parts = {"trained": lines.layers, "random weights": lines.random, "fresh weights": lines.fresh}
     return {name: [line["own_rank"] for line in of] for name, of in parts.items()}
 
 
@@ -397,7 +401,7 @@ def word_series(lines: Lines) -> Series:
     """Ranks of the predicted word."""
     return {
         "all tokens": [line["layer_word"] for line in lines.all_tokens],
-        "last token": [line["layer_word"] for line in lines.model],
+        "last token": [line["layer_word"] for line in lines.layers],
         "logit lens": [line["lens"] for line in lines.model],
     }
 
@@ -441,10 +445,9 @@ CLAIMS = (
         "Many of the largest singular vectors “decode to concepts related to the most-likely output token” (abstract, "
         "sections 3.3 and 3.4, Figures 4B and 5).",
         "Whether the predicted word, whatever its case, is among the first ten words of a map's first left vector, "
-        "with either sign: of the map of all tokens side by side, in which the beginning token's is by far the "
-        "largest, of the last token's map, and on few prompts of every word's. Vectors of single tokens that "
-        "near-equal singular values leave undefined count as no. Null models: the predictions of other prompts in "
-        "the same vectors; random directions.",
+        "with either sign: of the map of all tokens side by side, of the last token's map, and on few prompts of "
+        "every word's. Vectors of single tokens that near-equal singular values leave undefined count as no. Null "
+        "models: the predictions of other prompts in the same vectors; random directions.",
         decode,
     ),
     Claim(

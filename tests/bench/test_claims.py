@@ -12,7 +12,7 @@ import torch
 
 import loclin
 from loclin.analyses.faithfulness.prompts import StudyPrompt
-from loclin.errors import OptionError, OutputError
+from loclin.errors import OptionError, OutputError, ResultError
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "bench"))
@@ -36,8 +36,8 @@ def lines(model):
     """The lines of a small run, without settings."""
     found = []
     for variant in claims_measure.VARIANTS:
-        network = model if variant in ("model", "all tokens") else claims_measure.vary(model, variant, 0)
-        for prompt in PROMPTS if variant == "model" else PROMPTS[:1]:
+        network = claims_measure.vary(model, variant, 0) if variant in claims_measure.NULLS else model
+        for prompt in PROMPTS if variant in ("model", "layers") else PROMPTS[:1]:
             measured = claims_measure.measure(network, variant, prompt.text)
             found.append({"variant": variant, "kind": prompt.kind, "text": prompt.text, **measured})
     return found
@@ -124,22 +124,23 @@ def test_maps_of_layers(model, lines):
     lin = loclin.linearize(model, prompt, bos=True)
     found = {line["variant"]: line for line in lines if line["text"] == prompt}
     explained = loclin.explain_layers(lin, k=2, components=["resid_post"], progress=False).main
-    one, all_ = found["model"], found["all tokens"]
+    one, all_ = found["layers"], found["all tokens"]
     assert one["layer_rank"] == pytest.approx([ranks[-1] for ranks in explained.token_stable_rank], rel=2e-3)
     assert one["own_rank"] == pytest.approx(explained.joint_own_rank, rel=2e-3)
     assert all_["layer_rank"] == pytest.approx(explained.joint_stable_rank, rel=2e-3)
     assert all_["stable_rank"] == pytest.approx(lin.jacobian().stable_rank().tolist(), rel=2e-3)
-    assert one["std_error"] < 1e-4 < one["ordinary_error"]
+    assert found["model"]["std_error"] < 1e-4 < found["model"]["ordinary_error"]
 
 
 def test_words_of_first_vectors(model, lines):
     lin = loclin.linearize(model, PROMPTS[0].text, bos=True)
     dense, target = lin.jacobian().dense(), lin.next_token_ids(1)[0][0]
-    one, all_ = (next(line for line in lines if line["variant"] == variant) for variant in ("model", "all tokens"))
+    names = ("model", "layers", "all tokens")
+    whole, one, all_ = (next(line for line in lines if line["variant"] == variant) for variant in names)
     for matrix, found in (
         (dense[:, 2], all_["each"][2]),
         (dense[:, -1], one["last"]),
-        (dense.flatten(1), one["whole"]),
+        (dense.flatten(1), whole["whole"]),
     ):
         logits = model.head.weight @ torch.linalg.svd(matrix, full_matrices=False)[0][:, 0]
         assert found["word_rank"] == min(int((side > side[target]).sum()) + 1 for side in (logits, -logits))
@@ -167,21 +168,21 @@ def test_a_run_goes_on(model, tmp_path, monkeypatch):
         return {"number": len(calls)}
 
     monkeypatch.setattr(claims, "measure", note)
-    claims.run(model, path, PROMPTS[:2], 1, fresh=False)
-    assert [variant for variant, _ in calls] == ["model", "model", "all tokens", "random", "fresh"]
+    claims.run(model, path, PROMPTS[:2], 1, 1, fresh=False)
+    assert [variant for variant, _ in calls] == ["model", "model", "random", "fresh", "all tokens", "layers"]
     whole = path.read_text()
     path.write_text(whole[:-10])  # an interrupted run left half a line
-    claims.run(model, path, PROMPTS, 1, fresh=False)
-    assert calls[5:] == [("model", PROMPTS[2].text), ("fresh", PROMPTS[0].text)]
-    assert [line["number"] for line in claims.read(path)[1:]] == [1, 2, 3, 4, 6, 7]
+    claims.run(model, path, PROMPTS, 1, 1, fresh=False)
+    assert calls[6:] == [("model", PROMPTS[2].text), ("layers", PROMPTS[0].text)]
+    assert [line["number"] for line in claims.read(path)[1:]] == [1, 2, 3, 4, 5, 7, 8]
 
     other = path.read_text().replace('"seed": 0', '"seed": 1')
     path.write_text(other)
     with pytest.raises(OutputError, match=r"another seed: .*--fresh"):
-        claims.run(model, path, PROMPTS, 1, fresh=False)
+        claims.run(model, path, PROMPTS, 1, 1, fresh=False)
     assert path.read_text() == other
-    claims.run(model, path, PROMPTS[:1], 1, fresh=True)
-    assert len(claims.read(path)) == 5
+    claims.run(model, path, PROMPTS[:1], 1, 1, fresh=True)
+    assert len(claims.read(path)) == 6
 
 
 def test_mistakes(tmp_path, capsys, monkeypatch):
@@ -205,6 +206,11 @@ def test_prompts_are_short_and_of_all_kinds():
     assert set(counts.values()) == {claims.PROMPTS // 8}
     assert len({prompt.text for prompt in chosen}) == claims.PROMPTS >= 100
     assert claims.choose(16) == chosen[:16]
+
+
+def test_an_unfinished_run_has_no_page(lines):
+    with pytest.raises(ResultError, match="no lines yet of: random, fresh;"):
+        rules.Lines.of([line for line in lines if line["variant"] not in claims_measure.NULLS])
 
 
 def test_a_page_from_lines(lines, monkeypatch):
