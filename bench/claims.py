@@ -130,6 +130,9 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="forget what is finished")
     options = parser.parse_args()
     try:
+        for name, count in (("layers", options.layers), ("few", options.few)):
+            if count < 1:
+                raise OptionError(f"--{name} {count}: ask for 1 or more")
         prompts = choose(options.prompts)
         for name in () if options.page else options.models:
             with torch.random.fork_rng():

@@ -60,8 +60,7 @@ def measure(model: Model, variant: str, text: str) -> dict[str, Any]:
         return found | follow(lin, decoder, target)
     if variant != "model":
         return found | descend(lin, decoder, target)
-    lens = [layer.rank for layer in logit_lens(lin, target).layers]
-    return found | reconstruct(lin) | {"lens": lens, "whole": decompose(lin, decoder, target)}
+    return found | reconstruct(lin) | {"whole": decompose(lin, decoder, target)}
 
 
 def reconstruct(lin: Linearization) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def descend(lin: Linearization, decoder: Decoder, target: int) -> dict[str, Any]
     """Each layer's own map, and the last token's map from its embedding to each layer, with the final norm on top.
 
     Own maps are from all tokens at the layer's input, side by side. Since no token sees a later one, the last token's
-    map from its embedding is the product of its own parts of these.
+    map from its embedding is the product of its own parts of these. `lens` is the word rank of the logit lens.
     """
     last, product = len(lin.tokens) - 1, torch.eye(lin.trace.width).to(lin.embeddings)
     found, own = list[RitzTriples](), list[Tensor]()
@@ -127,7 +126,9 @@ def descend(lin: Linearization, decoder: Decoder, target: int) -> dict[str, Any]
         found.append(ritz_svd(norm.jvp(product.mT).mT[None], 2 if is_last else 1, norm.value()))
         own.append(ritz_svd(norm.jvp(item.joint.mT).mT[None], 1, norm.value()).stable_rank)
     (vector,) = put_into_words(found[-1].U[:, :, 0], found[-1].S, decoder, target)
-    return describe_layers(found, decoder, target) | {"own_rank": shorten(torch.cat(own)), "last": vector}
+    lens = [layer.rank for layer in logit_lens(lin, target).layers]
+    ranks = {"own_rank": shorten(torch.cat(own)), "lens": lens}
+    return describe_layers(found, decoder, target) | ranks | {"last": vector}
 
 
 def follow(lin: Linearization, decoder: Decoder, target: int) -> dict[str, Any]:

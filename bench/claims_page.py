@@ -26,15 +26,16 @@ Every measurement that decides has a threshold, fixed in `bench/claims_rules.py`
 whole 95 % interval is on the right side, *missed* if its whole interval is on the wrong side, and else *open*. A
 claim **holds** if all are met, **does not hold** if one marked • is missed (without it there is no claim), and else
 holds **partly**. Intervals are BCa bootstrap intervals over prompts, Wilson intervals for shares of prompts, and
-percentile bootstrap intervals where two groups are compared. The number
-of prompts is in parentheses behind each.
+percentile bootstrap intervals where two groups are compared. The number of prompts, of the smaller group, is in
+parentheses behind each: from fewer than five nothing is decided.
 """
 
 
-_RUN = """Prompts are the shortest packaged ones of each of eight kinds, equally many, with a beginning token in front.
-*Random* weights have the mean and standard deviation of each trained matrix, and the trained gains in a random order;
-*fresh* ones are those with which the model's class begins. Maps of all tokens to every layer cost more, and are of
-fewer prompts.
+_RUN = """Prompts are the shortest packaged ones of each of eight kinds, about equally many, with a beginning token in
+front. Maps of single layers and of the last token to each layer cost more, and are of fewer prompts where the table
+says so; so are the maps of all tokens to every layer, and null models. *Random* weights have the mean and standard
+deviation of each trained matrix, and the trained gains in a random order; *fresh* ones are those with which the model's
+class begins.
 """
 
 
@@ -52,8 +53,9 @@ def _describe_run(found: Mapping[str, Sequence[Mapping[str, Any]]], parts: Mappi
     heads = [
         "",
         "prompts",
-        "tokens, least to most",
-        "all tokens' maps at every layer",
+        "tokens",
+        "single layers",
+        "all tokens at every layer",
         "random, fresh weights",
         "stored as",
     ]

@@ -1,9 +1,10 @@
 """The paper's claims as measurements with thresholds, from the lines of `bench/claims.py`; all fixed before the run.
 
 A measurement is a number with a 95 % interval over prompts. Where it has a threshold, it is `met` if its whole interval
-is on the right side, `missed` if its whole interval is on the wrong side, and else `open`. A claim *holds* if every
-threshold is met. It *does not hold* if one that is the claim itself (`main`) is missed. Else it holds *partly*. Over
-several models it holds if it does on each, does not hold if it does on none, even partly, and else holds partly.
+is on the right side, `missed` if its whole interval is on the wrong side, and else `open`, as it is from fewer than
+five prompts. A claim *holds* if every threshold is met. It *does not hold* if one that is the claim itself (`main`) is
+missed. Else it holds *partly*. Over several models it holds if it does on each, does not hold if it does on none, even
+partly, and else holds partly.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ RATE = 2.0
 """Decades of rank between the two."""
 LATE = 0.75
 """Depth from which a layer is late."""
-FEWEST = 3
-"""The smallest number of prompts from which widths are averaged."""
+FEWEST = 5
+"""The smallest number of prompts that decides anything."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Measured:
             above, below = self.estimate.high <= self.at_most, self.estimate.low > self.at_most
         else:
             return None
+        if self.estimate.n < FEWEST:
+            return "open"
         return "met" if above else "missed" if below else "open"
 
 
@@ -107,7 +110,8 @@ def difference(values: Sequence[float], null: Sequence[float]) -> Estimate:
     random = np.random.default_rng(0)
     draws = [random.choice(np.asarray(own), (RESAMPLES, len(own))).mean(1) for own in (values, null)]
     low, high = np.percentile(draws[0] - draws[1], [50 - 50 * LEVEL, 50 + 50 * LEVEL])
-    return Estimate(float(np.mean(values) - np.mean(null)), float(low), float(high), len(values))
+    n = min(len(values), len(null))
+    return Estimate(float(np.mean(values) - np.mean(null)), float(low), float(high), n)
 
 
 def ratio(values: Iterable[float], null: Iterable[float]) -> Estimate:
@@ -358,7 +362,7 @@ def switch(lines: Lines) -> list[Measured]:
         ),
         Measured("last token: prompts on which the prediction becomes readable, and stays", share(last), at_least=0.5),
     ]
-    if len(found) < FEWEST:
+    if not found:
         return shown
     takes = [end - begin + 1.0 for _, (begin, end) in found]
     parts = [steps / steady_width(one) for steps, (one, _) in zip(takes, found, strict=True)]
@@ -372,8 +376,8 @@ def switch(lines: Lines) -> list[Measured]:
         Measured("all tokens: layers that this takes", mean(takes)),
         Measured("all tokens: layers that this takes in a random order", mean(mixed)),
     ]
-    lens = _known(width(line["lens"]) for line in lines.model)
-    return shown + ([Measured("logit lens: layers that this takes", mean(lens))] if len(lens) >= FEWEST else [])
+    lens = _known(width(line["lens"]) for line in lines.layers)
+    return shown + ([Measured("logit lens: layers that this takes", mean(lens))] if lens else [])
 
 
 def _known(values: Iterable[float | None]) -> list[float]:
@@ -402,7 +406,7 @@ def word_series(lines: Lines) -> Series:
     return {
         "all tokens": [line["layer_word"] for line in lines.all_tokens],
         "last token": [line["layer_word"] for line in lines.layers],
-        "logit lens": [line["lens"] for line in lines.model],
+        "logit lens": [line["lens"] for line in lines.layers],
     }
 
 

@@ -62,6 +62,7 @@ MET, OPEN, MISSED = (
         ([MET, replace(OPEN, main=True)], "partly"),
         ([MET, replace(MISSED, main=True)], "does not hold"),
         ([measured(3, 4, at_most=2.0, main=True), MET], "does not hold"),
+        ([replace(MISSED, main=True, estimate=replace(MISSED.estimate, n=4))], "partly"),  # too few prompts
     ],
 )
 def test_a_verdict(found, verdict):
@@ -188,6 +189,9 @@ def test_a_run_goes_on(model, tmp_path, monkeypatch):
 def test_mistakes(tmp_path, capsys, monkeypatch):
     with pytest.raises(OptionError, match="--prompts 0"):
         claims.choose(0)
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--few", "0"])
+    assert claims.main() == 2
+    assert "--few 0" in capsys.readouterr().err
     path = tmp_path / "claims-gemma-3-270m.jsonl"
     path.write_text("something else\n")
     monkeypatch.setattr(sys, "argv", ["claims.py", "--page", "--out", str(tmp_path), "-o", str(tmp_path / "page.md")])
