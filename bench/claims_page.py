@@ -27,7 +27,8 @@ whole 95 % interval is on the right side, *missed* if its whole interval is on t
 claim **holds** if all are met, **does not hold** if one marked • is missed (without it there is no claim), and else
 holds **partly**. Intervals are BCa bootstrap intervals over prompts, Wilson intervals for shares of prompts, and
 percentile bootstrap intervals where two groups are compared. The number of prompts, of the smaller group, is in
-parentheses behind each: from fewer than five nothing is decided.
+parentheses behind each: from fewer than five nothing is decided. This last rule was added while the run was under
+way, with first results seen, and the dense map's error, which is of few prompts, then lost its threshold.
 """
 
 

@@ -1,4 +1,4 @@
-"""The paper's claims as measurements with thresholds, from the lines of `bench/claims.py`; all fixed before the run.
+"""The paper's claims as measurements with thresholds, from the lines of `bench/claims.py`.
 
 A measurement is a number with a 95 % interval over prompts. Where it has a threshold, it is `met` if its whole interval
 is on the right side, `missed` if its whole interval is on the wrong side, and else `open`, as it is from fewer than
