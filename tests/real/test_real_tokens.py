@@ -59,11 +59,10 @@ def test_readme_s_tokens(model):
 def test_a_word_without_its_space_is_told(model):
     lin = loclin.linearize(model, "The Golden Gate", bos=True)
     assert lin.attribute(" Bridge").warnings == []
-    if model.info.name == "smollm2-135m":  # has no such token
-        with pytest.raises(OptionError, match="' Bridge', with a space in front, is a token"):
-            lin.attribute("Bridge")
-        return
     (said,) = lin.attribute("Bridge").warnings
+    if model.info.name == "smollm2-135m":  # has no such token: the target is the sum over its pieces
+        assert "' Bridge', with a space in front, is a token" in said
+        return
     assert "'Bridge' is not the predicted token: that is ' Bridge', with a space in front" in said
 
 

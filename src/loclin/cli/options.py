@@ -18,7 +18,6 @@ import typer
 from loclin.cli.console import NOTHING, importing, kept, note, stderr, step
 from loclin.cli.streams import read_prompt
 from loclin.common import arguments
-from loclin.common.brief import brief
 from loclin.errors import MissingExtraError, OptionError, OutputError, PromptError
 from loclin.results.files import check_apart, check_writable
 
@@ -135,7 +134,7 @@ _OUTPUTS = ("json", "html", "markdown", "save", "output")
 _INPUTS = ("words", "operator", "model", "saved")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loading:
     """The options of every command that loads a model."""
 
@@ -171,8 +170,6 @@ class Loading:
         typer.Option(help="What the model is for; by default that of the class from which it was stored."),
     ] = None
 
-    __repr__ = brief
-
     def load(self) -> Model:
         """Load the model."""
         with importing():
@@ -190,7 +187,7 @@ class Loading:
         return model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Freezing(Loading):
     """The options of every command that freezes a model at a prompt."""
 
@@ -206,8 +203,6 @@ class Freezing(Loading):
     decoder: Annotated[
         str | None, text("What the decoder of an encoder-decoder has read, behind its start token; by default nothing.")
     ] = None
-
-    __repr__ = brief
 
     def linearize(self, prompt: str) -> Linearization:
         """Load the model, and freeze it at the prompt."""

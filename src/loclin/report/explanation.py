@@ -44,7 +44,7 @@ def describe_explanation(found: Explanation, limits: Limits = PAGE) -> Sheet:
     """Say what an explanation shows."""
     target, full, run = found.target, full_share(found.tokens), run_of(found)
     chosen = (target["text"], target["probability"])
-    others = [word for word in found.predictions if word != chosen][:RUNNERS_UP]
+    others = [word for word in found.predictions if word[0] != chosen[0]][:RUNNERS_UP]
     blocks, units = _details(found, partial(_blocks, most=limits.vectors)), _details(found, _units)
     shown = f"the {DETAIL_TOKENS} of {len(found.tokens)} tokens with the largest |share|"
     collapsed = [Text(shown, "dim italic")] if len(found.tokens) > DETAIL_TOKENS else []

@@ -212,13 +212,14 @@ def _read_logits(lin: Linearized, at: list[int], ids: list[int], measure: str) -
     logits = head.value.reshape(len(at), -1)
     log_p = logits.double().log_softmax(1)
     spoken = log_p[range(len(at)), ids].sum().item()
+    probability = math.exp(spoken) if several else logits[0].double().softmax(0)[ids[0]].item()
     found = [_weigh(row, p, token, measure) for row, p, token in zip(logits, log_p, ids, strict=True)]
     weights = torch.stack([one for one, _ in found])
     tangent: float | None = None
     if measure in ("log-probability", "probability"):
         tangent = spoken
         if measure == "probability":
-            tangent = math.exp(spoken)
+            tangent = probability
             weights = weights * tangent
     elif measure == "entropy":
         tangent = -(log_p.exp() * log_p).sum().item()
@@ -229,7 +230,7 @@ def _read_logits(lin: Linearized, at: list[int], ids: list[int], measure: str) -
         constants = readout.constants | {SOFTMAX: readout.constants.get(SOFTMAX, 0.0) + offset}
         readout = replace(readout, value=tangent, size=readout.size + abs(offset), constants=constants)
         readout = replace(readout, read=partial(_reread, ids=ids, measure=measure))
-    return readout if measure == "entropy" else replace(readout, probability=math.exp(spoken))
+    return readout if measure == "entropy" else replace(readout, probability=probability)
 
 
 def _reread(logits: Float[Tensor, "n V"], _final: Tensor, *, ids: list[int], measure: str) -> float:
