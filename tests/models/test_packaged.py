@@ -131,7 +131,7 @@ def test_a_real_model_is_right(name, family, stored):
 
 
 @pytest.mark.real
-@pytest.mark.long_for("gemma-3-270m")
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(PACKAGED))
 def test_a_real_copy_is_bitwise_the_file(name, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer

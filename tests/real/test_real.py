@@ -53,6 +53,7 @@ def test_every_gate_split_is_exact(model, gate):
 
 
 @pytest.mark.long_for("gemma-3-270m")
+@pytest.mark.long_for("prompt1")
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[4]])
 def test_exact_in_double_precision(model, prompt):
     double = loclin.wrap(_copy(model, torch.float64), model.tokenizer)
@@ -81,6 +82,7 @@ def test_shares_sum_to_the_logit(model):
 
 
 @pytest.mark.long_for("gemma-3-270m")
+@pytest.mark.long_for("The bridge out of Marin")
 @pytest.mark.parametrize("by", ["token", "bias", "layer", "head", "neuron", "token×layer"])
 @pytest.mark.parametrize("prompt", PROMPTS[1:3])
 def test_every_level_sums_to_the_logit(model, prompt, by):
@@ -119,6 +121,7 @@ def test_shares_agree_with_brute_force(model):
             assert torch.allclose(passing, through, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.long_for("gemma-3-270m")
 def test_a_target_of_two_tokens_is_their_sum(model):
     lin = loclin.linearize(model, PROMPTS[1])
     found = lin.attribute(" Bridge is")

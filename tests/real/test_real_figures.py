@@ -20,6 +20,7 @@ def test_a_figure_of_a_packaged_model(tmp_path):
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_targets_of_a_packaged_model(tmp_path):
     found = loclin.reproduce("smollm2-135m", tmp_path / "out", ["fig2", "fig3"], progress=False)
     assert (found.passed, found.paper_model, found.compared) == (True, None, [])
