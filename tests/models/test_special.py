@@ -280,3 +280,18 @@ def test_training_and_generating_go_on_unchanged(around):
     assert len(grads) == len(gradients)
     assert all(torch.equal(a, b) for a, b in zip(gradients, grads, strict=True))
     assert torch.equal(model.eval().generate(input_ids=IDS, max_new_tokens=5, do_sample=False), tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what peft asks transformers
+def test_an_adapter_is_put_on_while_loading(peft, tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(tiny.llama(), lora(peft)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = loclin.load(tmp_path / "base", dtype="float64", adapter=tmp_path / "adapter")
+    assert model.info.name.endswith(" + adapter")
+    ids = tiny.prompt(5)
+    lin = loclin.linearize(model, ids, precision="double")
+    expected = loclin.linearize(adapted.merge_and_unload(), ids, precision="double")
+    assert lin.certify().passed
+    assert torch.allclose(lin.jacobian().dense(), expected.jacobian().dense(), rtol=0, atol=1e-10)
