@@ -244,9 +244,12 @@ def _measure(
     """The value of each component, and the target's gradient there, by one sweep."""
     found: dict[_Chosen, _Part] = {}
     for layer, above, cotangent in pull_down(lin.chain, readout):
-        for one in chosen:
-            if layer is not None and one.layer == layer:
-                found[one] = _measure_in_layer(lin, layer, above, cotangent, one, patch)
+        here = [one for one in chosen if one.layer == layer]
+        if layer is None or not here:
+            continue
+        opened, other = _Layer(lin, layer), None if patch is None else _Layer(patch, layer)
+        for one in here:
+            found[one] = _measure_in_layer(opened, above, cotangent, one, other)
     for one in chosen:
         if one.layer is None:
             found[one] = _measure_token(lin, cotangent, one, patch)
@@ -274,25 +277,24 @@ def _measure_token(lin: Linearized, cotangent: Tensor, one: _Chosen, patch: Line
     return _Part(lin.embeddings, cotangent[0] * mask, other, hooks)
 
 
-def _measure_in_layer(
-    lin: Linearized, layer: int, above: str, cotangent: Tensor, one: _Chosen, patch: Linearized | None
-) -> _Part:
-    value, end, output, path = _find(lin, layer, above, one)
+def _measure_in_layer(here: _Layer, above: str, cotangent: Tensor, one: _Chosen, there: _Layer | None) -> _Part:
+    value, end, path = here.find(one)
+    output, length = here.graph.points[above], here.trace.length
     pulled: Tensor | None = cotangent  # at the end of the layer, or of the MLP, which adds to it
     if one.kind not in ("mlp_out", "resid_post"):
         (pulled,) = torch.autograd.grad(output, end, cotangent.to(output), retain_graph=True, allow_unused=True)
     gradient = torch.zeros_like(end) if pulled is None else pulled
-    other = None if patch is None else _find(patch, layer, above, one)[0]
+    other = None if there is None else there.find(one)[0]
     if one.direction is not None:
         v = one.direction.to(value)
-        rows = gradient.reshape(lin.trace.length, -1)
+        rows = gradient.reshape(length, -1)
         return _Part(
             (value @ v)[:, None],
             (rows @ v.to(rows))[:, None],
             None if other is None else (other @ v)[:, None],
             _stream_hooks(one),
         )
-    gradient = gradient.reshape(lin.trace.length, -1)
+    gradient = gradient.reshape(length, -1)
     if one.kind in ("H", "N"):
         count = value.shape[1]
         gradient = gradient.unflatten(1, (count, -1))[:, one.index]
@@ -301,27 +303,33 @@ def _measure_in_layer(
     return _Part(value, gradient, other, _unit_hooks(one, path))
 
 
-def _find(lin: Linearized, layer: int, above: str, one: _Chosen) -> tuple[Tensor, Tensor, Tensor, str]:
-    """A component's value, where it is in its layer's graph, the graph's end, and the path of its module."""
-    trace, length = lin.trace, lin.trace.length
-    finder = UnitFinder(trace.layers[layer].block.sublayers)
-    graph = lin.chain.layers[layer].graph(collect=trace.biased[layer], finder=finder)
-    output = graph.points[above]
-    if one.direction is not None:
-        point = one.kind
-        return trace.value(parse_point(f"{point}.{layer}", trace.n_layers)), graph.points[point], output, ""
-    kind = {"H": "attn_out", "N": "mlp_out"}.get(one.kind, one.kind)
-    path = trace.sublayer_path(layer, kind)
-    if kind not in graph.points:
-        raise OptionError(f"{one.name}: what {kind} adds in layer {layer} cannot be told apart; give another component")
-    if one.kind == kind:
-        return trace.value(parse_point(f"{kind}.{layer}", trace.n_layers)), graph.points[kind], output, path
-    found = finder.projection(kind, graph.points[kind], graph.constants)
-    if found is None:
-        raise OptionError(f"{one.name}: {finder.why_no_projection(kind)}; give attn_out.{layer} or mlp_out.{layer}")
-    if not -found.count <= whole("index", one.index) < found.count:
-        raise OptionError(f"{one.name}: layer {layer} has {found.count} of them, 0 to {found.count - 1}")
-    return found.source.detach().reshape(length, found.count, -1), found.source, output, found.path
+class _Layer:
+    """The graph of one layer, for all components in it."""
+
+    def __init__(self, lin: Linearized, index: int) -> None:
+        self.trace, self._index = lin.trace, index
+        self._finder = UnitFinder(lin.trace.layers[index].block.sublayers)
+        self.graph = lin.chain.layers[index].graph(collect=lin.trace.biased[index], finder=self._finder)
+
+    def find(self, one: _Chosen) -> tuple[Tensor, Tensor, str]:
+        """A component's value, where it is in the graph, and the path of its module."""
+        trace, points, layer, finder = self.trace, self.graph.points, self._index, self._finder
+        if one.direction is not None:
+            return trace.value(parse_point(f"{one.kind}.{layer}", trace.n_layers)), points[one.kind], ""
+        kind = {"H": "attn_out", "N": "mlp_out"}.get(one.kind, one.kind)
+        path = trace.sublayer_path(layer, kind)
+        if kind not in points:
+            raise OptionError(
+                f"{one.name}: what {kind} adds in layer {layer} cannot be told apart; give another component"
+            )
+        if one.kind == kind:
+            return trace.value(parse_point(f"{kind}.{layer}", trace.n_layers)), points[kind], path
+        found = finder.projection(kind, points[kind], self.graph.constants)
+        if found is None:
+            raise OptionError(f"{one.name}: {finder.why_no_projection(kind)}; give attn_out.{layer} or mlp_out.{layer}")
+        if not -found.count <= whole("index", one.index) < found.count:
+            raise OptionError(f"{one.name}: layer {layer} has {found.count} of them, 0 to {found.count - 1}")
+        return found.source.detach().reshape(trace.length, found.count, -1), found.source, found.path
 
 
 def _unit_hooks(one: _Chosen, path: str) -> Callable[[Linearized, Tensor, list[int]], Iterator[RemovableHandle]]:

@@ -57,9 +57,8 @@ def find_groups(lin: Linearized, by: Grouping, skipped: Sequence[int] = ()) -> l
         labels, names = list[Any](_number_turns(lin)), {}
     elif by in _PARTS:
         labels, names = _match(lin, _PARTS[by]), {}
-        special = lin.model.tokens.special()
-        for i, token in enumerate(lin.input_ids[0].tolist()):
-            labels[i] = ("special", i) if token in special else labels[i]
+        for i in find_skipped(lin, "special"):
+            labels[i] = ("special", i)
         labels = _joined(labels)
     else:
         raise OptionError(f"by={by!r}: choose one of {', '.join(UNITS)}, a pattern, or a mapping of names to positions")
