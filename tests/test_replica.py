@@ -14,6 +14,7 @@ import tiny
 from loclin.errors import LoclinError, ModelError, NotExactError
 from loclin.models import tiny as families
 from loclin.models.replica import replicate
+from loclin.network import record
 from loclin.steering import Operator
 
 IDS = tiny.prompt(6)
@@ -346,6 +347,20 @@ def test_threads_on_one_model_do_not_meet(build, calls):
     done.set()
     beside.join()
     assert wrong == []
+
+
+def test_weights_that_change_as_the_logits_are_traced_are_said_to_have_changed(monkeypatch):
+    """A step of another thread between the forward pass and the first look at its graph."""
+    model, run = families.build("gpt2", dtype=torch.float32), record.run_to_logits
+
+    def run_and_train(*args):
+        found = run(*args)
+        scale(model, "lm_head.weight")
+        return found
+
+    monkeypatch.setattr(record, "run_to_logits", run_and_train)
+    with pytest.raises(ModelError, match="changed"):
+        loclin.linearize(model, IDS)
 
 
 def test_a_training_step_beside_is_one_that_was_alone():

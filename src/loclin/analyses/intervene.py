@@ -36,6 +36,7 @@ from loclin.models.forward import (
     with_hidden_output,
 )
 from loclin.models.replica import exclusive
+from loclin.network.autograd import grad
 from loclin.network.points import parse_point
 from loclin.network.units import UnitFinder
 from loclin.results.provenance import Provenance
@@ -282,7 +283,7 @@ def _measure_in_layer(here: _Layer, above: str, cotangent: Tensor, one: _Chosen,
     output, length = here.graph.points[above], here.trace.length
     pulled: Tensor | None = cotangent  # at the end of the layer, or of the MLP, which adds to it
     if one.kind not in ("mlp_out", "resid_post"):
-        (pulled,) = torch.autograd.grad(output, end, cotangent.to(output), retain_graph=True, allow_unused=True)
+        (pulled,) = grad(output, end, cotangent.to(output), retain_graph=True, allow_unused=True)
     gradient = torch.zeros_like(end) if pulled is None else pulled
     other = None if there is None else there.find(one)[0]
     if one.direction is not None:

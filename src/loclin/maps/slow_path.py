@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loclin.common.sums import relative_error
 from loclin.freeze import FreezeOptions
+from loclin.network.autograd import grad
 from loclin.network.graph import check_reproduced
 from loclin.network.link import LayerLink
 from loclin.network.trace import Trace
@@ -56,7 +57,7 @@ class SlowPath:
             self._pulled = None
             return
         self._pulled = [
-            torch.autograd.grad(y, x, row.to(y), retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+            grad(y, x, row.to(y), retain_graph=True, allow_unused=True, materialize_grads=True)[0]
             for row in self._pulled
         ]
 
@@ -65,10 +66,10 @@ def _second_derivative(x: Tensor, y: Tensor) -> float:
     """How strongly the vjp of a graph depends on its input."""
     if not y.requires_grad:
         return 0.0
-    (pulled,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True, allow_unused=True)
+    (pulled,) = grad(y, x, torch.ones_like(y), create_graph=True, allow_unused=True)
     if pulled is None or not pulled.requires_grad:
         return 0.0
-    (again,) = torch.autograd.grad(pulled.sum(), x, retain_graph=True, allow_unused=True)
+    (again,) = grad(pulled.sum(), x, retain_graph=True, allow_unused=True)
     return 0.0 if again is None else relative_error(again * x, pulled.detach())
 
 

@@ -6,8 +6,8 @@ derivative of the vjp in its cotangent, since A^T u is linear in u.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,15 @@ Constants = list[tuple[str, Tensor]]
 """(name, leaf) of each constant that is added to a live tensor."""
 
 
-@contextmanager
-def _explain_changed_weights() -> Iterator[None]:
-    """Say so where autograd refuses a graph because a weight in it has changed."""
+def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> tuple[Any, ...]:
+    """`torch.autograd.grad`, which says so where a graph is refused because a weight in it has changed.
+
+    Raises
+    ------
+        ModelError: the model's weights changed since the graph was built.
+    """
     try:
-        yield
+        return torch.autograd.grad(outputs, inputs, grad_outputs, **options)
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
@@ -35,10 +39,7 @@ def batched_vjp(output: Tensor, source: Tensor, cotangents: Tensor) -> Tensor:
     """Pull a block of cotangents `[n, *output.shape]` back from `output` to `source`: `[n, *source.shape]`."""
     pulled = None
     if output.requires_grad:
-        with _explain_changed_weights():
-            (pulled,) = torch.autograd.grad(
-                output, source, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
-            )
+        (pulled,) = grad(output, source, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True)
     return source.new_zeros((len(cotangents), *source.shape)) if pulled is None else pulled
 
 
@@ -49,13 +50,12 @@ def batched_jvp(output: Tensor, source: Tensor) -> Callable[[Tensor], Tensor]:
     """
     cotangent, pulled = torch.zeros_like(output, requires_grad=True), None
     if output.requires_grad:
-        (pulled,) = torch.autograd.grad(output, source, cotangent, create_graph=True, allow_unused=True)
+        (pulled,) = grad(output, source, cotangent, create_graph=True, allow_unused=True)
 
     def push(tangents: Tensor) -> Tensor:
         if pulled is None or not pulled.requires_grad or not len(tangents):
             return output.new_zeros((len(tangents), *output.shape))
-        with _explain_changed_weights():
-            (pushed,) = torch.autograd.grad(pulled, cotangent, tangents, is_grads_batched=True, retain_graph=True)
+        (pushed,) = grad(pulled, cotangent, tangents, is_grads_batched=True, retain_graph=True)
         return pushed
 
     return push
@@ -77,5 +77,5 @@ def depends_on(output: Tensor, leaf: Tensor) -> bool:
     """Whether `output`'s graph leads back to a leaf."""
     if not output.requires_grad:
         return False
-    (moved,) = torch.autograd.grad(output.sum(), leaf, retain_graph=True, allow_unused=True)
+    (moved,) = grad(output.sum(), leaf, retain_graph=True, allow_unused=True)
     return moved is not None

@@ -20,6 +20,7 @@ from loclin.freeze.pattern import Pattern
 from loclin.freeze.status import Live
 from loclin.network import explicit
 from loclin.network.anatomy import Anatomy, Weights
+from loclin.network.autograd import grad
 from loclin.network.blocks import LayerCoefficients, Workspace
 from loclin.network.proof import LayerRecord, Passed
 from loclin.network.sequence import BlockSequence
@@ -116,7 +117,7 @@ class CoefficientReader:
         if not isinstance(status, Live) or not status.linear.requires_grad:
             self.readable = False
             return [None] * len(leaves)
-        found = torch.autograd.grad(status.linear, leaves, torch.ones_like(status.linear), allow_unused=True)
+        found = grad(status.linear, leaves, torch.ones_like(status.linear), allow_unused=True)
         self._mode.attach(tensor, Live(status.linear.detach(), status.root, status.active, status.nonlinear))
         return [None if factors is None else factors[0] for factors in found]
 

@@ -17,6 +17,7 @@ from loclin.errors import ModelError
 from loclin.models.forward import at_all_tokens, hidden_input, hidden_output, hooked, logits_at
 from loclin.models.model import Model
 from loclin.network.anatomy import Anatomy
+from loclin.network.autograd import grad
 
 _SUM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _MLP_WORDS = ("mlp", "ffn", "ff", "feed", "moe", "expert", "fc")
@@ -111,7 +112,7 @@ def _at_classes(sequence: BlockSequence, model: Model, input_ids: Tensor) -> Blo
         logits = logits_at(model, input_ids, sequence.predicts)
         # NaN reaches whatever is read, also where derivatives vanish
         cotangent = torch.full_like(logits, torch.nan)
-        found = logits.requires_grad and torch.autograd.grad(logits, seen[-1], cotangent, allow_unused=True)[0]
+        found = logits.requires_grad and grad(logits, seen[-1], cotangent, allow_unused=True)[0]
     moved = found if isinstance(found, Tensor) else torch.zeros_like(seen[-1])
     read = at_all_tokens(model, moved, input_ids.shape[1])[0].isnan().any(-1).nonzero().flatten().tolist()
     if len(read) != 1:

@@ -20,7 +20,7 @@ from loclin.common.sums import square_sums
 from loclin.freeze import Frozen
 from loclin.freeze.pattern import Pattern
 from loclin.freeze.status import Live
-from loclin.network.autograd import Constants
+from loclin.network.autograd import Constants, grad
 from loclin.network.explicit import AGREEMENT
 from loclin.network.sequence import Sublayers
 
@@ -142,16 +142,14 @@ def _added_behind(source: Tensor, output: Tensor, constants: Constants) -> Const
     if not constants:
         return []
     leaves = [leaf for _, leaf in constants]
-    reached, before = (
-        torch.autograd.grad(end.sum(), leaves, retain_graph=True, allow_unused=True) for end in (output, source)
-    )
+    reached, before = (grad(end.sum(), leaves, retain_graph=True, allow_unused=True) for end in (output, source))
     return [one for one, out, into in zip(constants, reached, before, strict=True) if out is not None and into is None]
 
 
 def _carries_all(projection: OutputProjection, output: Tensor) -> bool:
     """Whether y = sum_i A_i p_i over the source and what is behind it: |y|^2 = sum_i <A_i^T y, p_i>, by one vjp."""
     parts = [projection.source, *(leaf for _, leaf in projection.behind)]
-    pulled = torch.autograd.grad(output, parts, output.detach(), retain_graph=True, allow_unused=True)
+    pulled = grad(output, parts, output.detach(), retain_graph=True, allow_unused=True)
     found = sum((g.double() * p.detach().double()).sum() for g, p in zip(pulled, parts, strict=True) if g is not None)
     squared = square_sums(output)
     return bool((found - squared).abs() <= AGREEMENT.get(output.dtype, _COARSE) * squared)

@@ -29,7 +29,7 @@ from loclin.common.arguments import whole
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized, question
-from loclin.network.autograd import batched_jvp
+from loclin.network.autograd import batched_jvp, grad
 from loclin.network.chain import Chain
 from loclin.network.points import Point
 from loclin.network.units import UnitFinder
@@ -195,7 +195,7 @@ def _describe_layer(
     for i, part in units.items():
         written[i] = push(found.isolate(source.detach(), part.index or 0)[None])[0, 0, at]
         if part.kind == "head":
-            (weights,) = torch.autograd.grad(output, source, readout.cotangent[None].to(output), retain_graph=True)
+            (weights,) = grad(output, source, readout.cotangent[None].to(output), retain_graph=True)
             own = found.isolate(weights, part.index or 0)
-            (pulled,) = torch.autograd.grad(source, x, own, retain_graph=True)
+            (pulled,) = grad(source, x, own, retain_graph=True)
             attends[str(i)] = (pulled.double() * x.detach().double()).sum(-1)[0].tolist()

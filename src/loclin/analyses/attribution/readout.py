@@ -34,6 +34,7 @@ from loclin.common.sums import refuse_non_finite
 from loclin.errors import OptionError, PromptError
 from loclin.maps.linearized import Linearized
 from loclin.models.forward import logits_at
+from loclin.network.autograd import grad
 from loclin.network.ends import OutputHeadLink
 from loclin.network.points import Point, parse_point
 from loclin.network.units import UnitFinder
@@ -365,7 +366,7 @@ def _read_neuron(lin: Linearized, target: Neuron, at: int) -> Readout:
     index %= found.count
     activation = found.source.reshape(trace.length, found.count)[at, index]
     leaves = [leaf for _, leaf in graph.constants]
-    middle, pre, *pulled = torch.autograd.grad(
+    middle, pre, *pulled = grad(
         activation, [graph.attn_shift, graph.points["resid_pre"], *leaves], retain_graph=True, allow_unused=True
     )
     constants: dict[str, float] = {}

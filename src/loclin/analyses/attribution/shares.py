@@ -22,6 +22,7 @@ from loclin.common.brief import brief
 from loclin.common.progress import bar
 from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized
+from loclin.network.autograd import grad
 from loclin.network.blocks import Workspace
 from loclin.network.chain import Chain
 from loclin.network.explicit import ExplicitLayer
@@ -319,7 +320,7 @@ def _add_units(shares: Shares, found: OutputProjection, kind: Kind, layer: int, 
 
 def _weigh(output: Tensor, parts: list[Tensor], cotangent: Tensor) -> list[Tensor]:
     """Multiply each part by its gradient in the product of the output with a cotangent, element by element."""
-    pulled = torch.autograd.grad(output, parts, cotangent.to(output), retain_graph=True, allow_unused=True)
+    pulled = grad(output, parts, cotangent.to(output), retain_graph=True, allow_unused=True)
     values = [part.detach().double() for part in parts]
     return [torch.zeros_like(v) if g is None else g.double() * v for g, v in zip(pulled, values, strict=True)]
 
@@ -332,9 +333,7 @@ def _pull(graph: Graph, output: Tensor, cotangents: Float[Tensor, "n T d"]) -> t
     if not output.requires_grad:
         return torch.zeros_like(cotangents), given
     block = cotangents.to(output)[:, None]
-    pulled, *weights = torch.autograd.grad(
-        output, [x, *leaves], block, is_grads_batched=True, retain_graph=True, allow_unused=True
-    )
+    pulled, *weights = grad(output, [x, *leaves], block, is_grads_batched=True, retain_graph=True, allow_unused=True)
     for i, (weight, leaf) in enumerate(zip(weights, leaves, strict=True)):
         if weight is not None:
             given[:, i] = (weight.double() * leaf.detach().double()).reshape(len(given), -1).sum(1)
@@ -353,7 +352,7 @@ def _weigh_lookups(graph: Graph, output: Tensor, cotangent: Float[Tensor, "1 T d
 
 
 def _vjp(output: Tensor, source: Tensor, cotangent: Float[Tensor, "1 T d"]) -> Float[Tensor, "1 T d"]:
-    (pulled,) = torch.autograd.grad(output, source, cotangent.to(output), retain_graph=True, allow_unused=True)
+    (pulled,) = grad(output, source, cotangent.to(output), retain_graph=True, allow_unused=True)
     return torch.zeros_like(cotangent) if pulled is None else pulled.to(cotangent)
 
 
