@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         ResultError,
         SteeringError,
     )
+    from loclin.freeze import SharedAttention
     from loclin.linearization import Linearization, linearize, linearize_batch
     from loclin.maps.certificate import Certificate
     from loclin.maps.layer_spectra import LayerSpectra
@@ -103,6 +104,7 @@ __all__ = [
     "Result",
     "ResultError",
     "SVD",
+    "SharedAttention",
     "Similarity",
     "Span",
     "Steered",
@@ -164,6 +166,7 @@ _MODULES = {
         "ResultError",
         "SteeringError",
     ),
+    "freeze.options": ("SharedAttention",),
     "linearization": ("Linearization", "linearize", "linearize_batch"),
     "maps.certificate": ("Certificate",),
     "maps.layer_spectra": ("LayerSpectra",),

@@ -67,6 +67,10 @@ def attribute(
         Literal["special", "sink"] | None,
         typer.Option(help="Leave special tokens or attention sinks out of the ranking; the sum still has them."),
     ] = None,
+    attention: Annotated[
+        Literal["frozen", "shared"],
+        typer.Option(help="shared: let relevance through queries and keys too. Not exact: it misses the target."),
+    ] = "frozen",
     position: options.Position = -1,
     top: Annotated[int, typer.Option(help="How many of the largest shares to print.", min=1)] = 20,
     *,
@@ -98,7 +102,9 @@ def attribute(
     lin = freezing.linearize(text)
     found = []
     for name in dict.fromkeys([*levels, *[grouped] * (grouped is not None)]):
-        about: dict[str, Any] = {"skip": skip} if name not in LEVELS or name == "token" else {}
+        about: dict[str, Any] = {}
+        if name not in LEVELS or name == "token" or (attention != "frozen" and not everything):
+            about = {"skip": skip, "attention": attention}
         try:
             found.append(
                 lin.attribute(chosen, by=name, position=position, in_words=max(top, 40), progress=step, **about)

@@ -2,7 +2,7 @@
 
 from loclin.freeze.context import frozen
 from loclin.freeze.mode import Frozen
-from loclin.freeze.options import FreezeOptions, Gate, Precision
+from loclin.freeze.options import FreezeOptions, Gate, Precision, SharedAttention
 from loclin.freeze.rules import ModuleCall, Registration, register
 from loclin.freeze.status import NonlinearUse, Origin
 
@@ -15,6 +15,7 @@ __all__ = [
     "Origin",
     "Precision",
     "Registration",
+    "SharedAttention",
     "frozen",
     "register",
 ]

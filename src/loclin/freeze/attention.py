@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loclin.errors import ModelError
 from loclin.freeze.operation import Operation, Result
+from loclin.freeze.options import SharedAttention
 from loclin.freeze.pattern import BlockPattern, grouped, mix, probabilities
 from loclin.freeze.status import Coefficient, Live
 
@@ -30,6 +32,8 @@ def attention(op: Operation) -> Result:
     if op.get(4, "dropout_p", 0.0) > 0:  # its probabilities are random at each call
         return op.coefficient()
 
+    if op.context.options.shared is not None:
+        return _shared(op, query, key, value, op.context.options.shared)
     if ordinary:
         query, key = _live(op, query), _live(op, key)
     mask, is_causal, scale = op.get(3, "attn_mask"), op.get(5, "is_causal", False), op.get(6, "scale")
@@ -54,6 +58,30 @@ def attention(op: Operation) -> Result:
     if pattern is not None and op.context.see_mixing is not None:
         op.context.see_mixing(_live(op, value), mixed)
     return status.then(mixed) if isinstance(status, Live) else Live(mixed)
+
+
+def _shared(op: Operation, query: Tensor, key: Tensor, value: Tensor, weights: SharedAttention) -> Result:
+    """Attention whose queries, keys and values are all live, each with its gradient times its weight."""
+    q, k, v = (
+        _scale_gradient(_live(op, tensor), weight)
+        for tensor, weight in ((query, weights.query), (key, weights.key), (value, weights.value))
+    )
+    mask, is_causal, scale = op.get(3, "attn_mask"), op.get(5, "is_causal", False), op.get(6, "scale")
+    probs = probabilities(q, k, mask, is_causal=is_causal, scale=scale).to(op.context.dtype)
+    return Live((grouped(probs, v.shape[-3]) @ v).view(*probs.shape[:-1], v.shape[-1]))
+
+
+def _scale_gradient(value: Tensor, weight: float) -> Tensor:
+    """The same value, with its gradient times a weight."""
+    return weight * value + (1 - weight) * value.detach()
+
+
+def check_not_shared(op: Operation) -> None:
+    """Refuse an attention step by step where it is to be shared: its softmax is a frozen coefficient."""
+    if op.context.options.shared is not None:
+        raise ModelError(
+            "shared attention needs a model whose attention is one operation: load it with attn_implementation='sdpa'"
+        )
 
 
 def unmixed(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: ARG001

@@ -7,12 +7,34 @@ from typing import Literal, get_args
 
 import torch
 
+from loclin.common.arguments import real
 from loclin.errors import OptionError
 
 Gate = Literal["activation", "up", "half"]
 Precision = Literal["auto", "stock", "single", "double", "split"]
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class SharedAttention:
+    """How much of the relevance passes an attention by its queries, its keys and its values; not exact.
+
+    Attention P V with P = softmax(Q K^T) is then live in all three, each with its gradient times its weight. The
+    default halves the relevance at each product: AttnLRP (Achtibat et al. 2024) and DPA (2603.19742) at their defaults.
+    The softmax is not linear, so that shares no longer sum to the target.
+    """
+
+    query: float = 0.25
+    key: float = 0.25
+    value: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("query", "key", "value"):
+            weight = real(name, getattr(self, name))
+            object.__setattr__(self, name, weight)
+            if not 0 <= weight <= 1:
+                raise OptionError(f"{name}={weight:g}: give a weight from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -30,11 +52,13 @@ class FreezeOptions:
         bfloat16 model, else the model's own. `"split"`: float32, made of bfloat16 products where that is as accurate,
         and faster on this device (see `loclin.linearize`).
     ordinary: freeze nothing, the ordinary Jacobian, for comparison (the paper's Figure 3).
+    shared: let relevance through queries and keys too, for comparison; None: attention probabilities are frozen.
     """
 
     gate: Gate = "activation"
     precision: Precision = "auto"
     ordinary: bool = False
+    shared: SharedAttention | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in (("gate", get_args(Gate)), ("precision", get_args(Precision))):

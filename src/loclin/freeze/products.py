@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loclin.freeze import narrow
+from loclin.freeze.attention import check_not_shared
 from loclin.freeze.operation import Operation, Result, Slot, nowhere
 from loclin.freeze.status import Coefficient, Live
 
@@ -44,6 +45,7 @@ def product(op: Operation) -> Result:
         (slot, one), scale = lives[0], op.name in _SCALES
         for tensor, status in frozen:
             if status.probabilities and op.name in MIXERS:
+                check_not_shared(op)
                 op.context.keep_probabilities(tensor)
         own = scale and any(status.root is one.root for _, status in frozen)
         active = own or (scale and not frozen and one.active)

@@ -72,7 +72,9 @@ def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
         target.append(f"   probability {percent(probability)}", "dim")
     return sheet_of(
         found,
-        "the model, at this prompt, as an exact linear map",
+        "the model, at this prompt, as an exact linear map"
+        if found.shared is None
+        else "relevance that passes attention by its queries and keys too: not exact",
         [Section(level, note, blocks)],
         heading=Text.assemble(title, (" → ", "dim"), wanted),
         chips=chips,

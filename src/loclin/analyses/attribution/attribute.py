@@ -7,7 +7,8 @@ down to the embeddings gives the total effect of each token and of each bias.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from loclin.analyses.decode import decoder_at
 from loclin.common.arguments import whole
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.errors import OptionError
+from loclin.freeze import SharedAttention
 from loclin.maps.linearized import Linearized, question
 from loclin.network.autograd import batched_jvp, grad
 from loclin.network.chain import Chain
@@ -50,6 +52,7 @@ def attribute(
     by: Grouping = "token",
     position: int = -1,
     skip: Skip | None = None,
+    attention: str | SharedAttention = "frozen",
     in_words: int = 12,
     progress: Progress = True,
 ) -> Attribution:
@@ -84,6 +87,9 @@ def attribute(
         as `"token"`, with the shares of each group of tokens added up.
     position: the position at which the target is read.
     skip: `"special"` tokens, `"sink"`s, or positions: left out of rankings, and counted in the sum. By token or group.
+    attention: `"shared"`, or a `loclin.SharedAttention` with other weights, lets part of the relevance through queries
+        and keys. By token or group. The shares are then not exact: they miss the target by `Attribution.residual`, and
+        the result warns of it. Cost: four forward passes of each layer, with whole attention probabilities.
     in_words: how many of the largest shares to put into words (not for tokens and biases).
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
@@ -91,6 +97,9 @@ def attribute(
     grouped = chosen in (*UNITS, "group")
     if skip is not None and not (grouped or chosen == "token"):
         raise OptionError(f"skip is about tokens, and by={chosen!r} is not: leave it out")
+    shared = _parse_attention(attention)
+    if shared is not None and not (grouped or chosen == "token"):
+        raise OptionError(f"shared attention has shares of tokens and groups of them, not by={chosen!r}")
     lin, readout = read_target(lin, target, position)
     why = lin.trace.sequence.fallback_reason
     skipped = find_skipped(lin, skip)
@@ -98,7 +107,10 @@ def attribute(
     if chosen not in ("token", "bias") and not grouped and why is not None:
         raise OptionError(f"{lin.model.info.name} has no layers to tell apart: {why}; use by='token' or by='bias'")
     tell(f"shares by {chosen}")
-    shares = compute_shares(lin, readout, lambda chain: _share(lin, chain, readout, "token" if grouped else chosen))
+    if shared is None:
+        shares = compute_shares(lin, readout, lambda chain: _share(lin, chain, readout, "token" if grouped else chosen))
+    else:
+        shares = _share_through_attention(lin, readout, shared)
     if grouped:
         shares = shares.by_group([group.positions for group in groups])
     rows = shares.sort_rows()
@@ -121,6 +133,7 @@ def attribute(
         provenance=replace(lin.jacobian(position=readout.position).provenance(), target=readout.at),
         groups=groups,
         skipped=skipped,
+        shared=None if shared is None else asdict(shared),
     )
     return _put_into_words(lin, readout, found, in_words)
 
@@ -131,6 +144,28 @@ def _share(lin: Linearized, chain: Chain, readout: Readout, level: By) -> Shares
     if level == "token×layer":
         return share_by_token_and_layer(chain, readout, lin.allowance.spare)
     return share_by_component(chain, readout, _SPLITS.get(level))
+
+
+def _parse_attention(attention: str | SharedAttention) -> SharedAttention | None:
+    if attention == "frozen":
+        return None
+    if attention == "shared":
+        return SharedAttention()
+    if not isinstance(attention, SharedAttention):
+        raise OptionError(f"attention={attention!r}: choose frozen, shared, or give a SharedAttention")
+    return attention
+
+
+def _share_through_attention(lin: Linearized, readout: Readout, shared: SharedAttention) -> Shares:
+    """Shares by token with attention's queries and keys live, too, and a note of how far they miss the target."""
+    options = replace(lin.trace.options, shared=shared)
+    shares = share_by_source(Chain(lin.trace, options, explicit=False), readout, together=False)
+    missed = readout.value - math.fsum(row[4] for row in shares.rows)
+    shares.notes.append(
+        f"attention is shared (queries {shared.query:g}, keys {shared.key:g}, values {shared.value:g}): these shares "
+        f"are not exact, and miss the target by {missed:+.4g} of {readout.value:.4g}"
+    )
+    return shares
 
 
 def parse_level(by: Grouping) -> By:

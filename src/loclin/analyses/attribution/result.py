@@ -75,6 +75,7 @@ class Attribution(Result):
     sinks: positions of attention sinks.
     groups: for shares of groups of tokens, the groups; the index of a share is its place in this list.
     skipped: positions whose shares are counted in the sum, and left out of rankings.
+    shared: where attention is shared, its weights (see `loclin.SharedAttention`): the shares are then not exact.
     """
 
     by: By
@@ -93,6 +94,7 @@ class Attribution(Result):
     provenance: Provenance | None = None
     groups: list[Group] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    shared: dict[str, float] | None = None
 
     derived = ("parts", "sum", "residual", "relative_residual")
 
