@@ -5,6 +5,7 @@ from loclin.analyses.layers import LayerExplanation
 from loclin.report import (  # noqa: F401 (what they import registers a description for each class)
     attribution,
     coverage,
+    disruption,
     estimate,
     explanation_page,
     faithfulness,
