@@ -17,6 +17,7 @@ from loclin.analyses.nearby import Nearby
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, bar, steps, with_progress
+from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError
 from loclin.maps.linearized import Linearized
 from loclin.models import Model
@@ -167,6 +168,7 @@ def disruption(
     return found
 
 
+@in_plain_torch
 def measure(model: Model, item: Item, *, bos: bool | None, seed: int) -> ItemResult:
     """Measure one item."""
     result = ItemResult(item.name, item.prompt, item.answer, known=False)

@@ -40,13 +40,21 @@ class Item:
 
     def positions(self, model: Model, ids: list[int]) -> list[int]:
         """The tokens of the context, by position: those with a character of it, without special tokens."""
-        text, special = model.tokens.text(ids), model.tokens.special()
-        shift = text.find(self.prompt)
-        start, end = (at + max(0, shift) for at in self.context)
-        offsets = model.tokens.offsets(ids)
+        special, (start, end) = model.tokens.special(), self.context
+        offsets = self._offsets(model, ids)
         return [
             i for i, (begins, ends) in enumerate(offsets) if begins < end and ends > start and ids[i] not in special
         ]
+
+    def _offsets(self, model: Model, ids: list[int]) -> list[tuple[int, int]]:
+        """The place of each token in the prompt: the tokenizer's own, where it gives one; (0, 0) for what it adds."""
+        tokenizer: Any = model.tokenizer
+        if getattr(tokenizer, "is_fast", False):
+            own = tokenizer(self.prompt, add_special_tokens=False, return_offsets_mapping=True)
+            if own["input_ids"] == ids[-len(own["input_ids"]) :]:
+                return [(0, 0)] * (len(ids) - len(own["input_ids"])) + own["offset_mapping"]
+        shift = max(0, model.tokens.text(ids).find(self.prompt))
+        return [(begins - shift, ends - shift) for begins, ends in model.tokens.offsets(ids)]
 
 
 def load_items(path: str | os.PathLike[str]) -> tuple[list[Item], str]:
