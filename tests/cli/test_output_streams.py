@@ -19,6 +19,8 @@ from loclin.results import files as output
 C_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
 
 
+@pytest.mark.long_for("latin-1")
+@pytest.mark.long_for("cp1252")
 @pytest.mark.parametrize(
     "environment",
     [

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT / "docs")): blocks(path.read_text()) for path in sorted(ROOT.glob("docs/**/*.md"))}
 del PAGES["reference/commands.md"]  # what typer writes; see tests/test_site.py
 RUN = ("python", "console")
+LONG = ("results", "prompts", "plan", "precision", "comparison", "figures", "layers", "generate", "devices")
+"""Pages that take a quarter of a minute or more, beside those that most readers open."""
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +29,14 @@ def models() -> dict:
     return {}
 
 
-@pytest.mark.parametrize("page", [name for name, found in PAGES.items() if any(b.language in RUN for b in found)])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (Path(name).stem in LONG))
+        for name, found in PAGES.items()
+        if any(b.language in RUN for b in found)
+    ],
+)
 def test_a_page_prints_what_it_says(page, models, capsys, tmp_path, monkeypatch):
     load = loclin.load
 

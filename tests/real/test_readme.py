@@ -35,6 +35,7 @@ def test_the_readme_shows_both_commands_and_a_changed_number_is_seen():
     assert same("total  +17.675  rounding 7.0e-06", "total  +17.675  rounding 0")
 
 
+@pytest.mark.long
 def test_the_other_commands_of_the_readme(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (command,) = re.findall(r"`(loclin explain \"[^`]*)`", README)

@@ -76,7 +76,7 @@ def test_chat_templates(model):
         assert len(found.steered.ids) <= 3
 
 
-@pytest.mark.long_for("gemma-3-270m")
+@pytest.mark.long
 def test_the_documented_example_steers(model):
     """The command of docs/steering.md and of `loclin steer --help`, with its defaults, on both packaged models."""
     page = (Path(__file__).parents[2] / "docs" / "steering.md").read_text()
