@@ -379,6 +379,33 @@ def test_interrupted_coverage_keeps_what_is_finished(tmp_path):
     assert list(tmp_path.iterdir()) == [record]
 
 
+def test_disrupt_and_recover(directory, tmp_path, capsys):
+    """On what the tiny model itself says next, interrupted by nothing and gone on with; then its mistakes."""
+    model, items = loclin.load(directory), []
+    for text in ("w3 w4 w5", "w9 w8 w7 w6"):
+        answer = int(model.hf(model.encode(text, bos=True)).logits[0, -1].argmax())
+        items.append({"prompt": text, "answer": model.decode([answer])})
+    data, written, page = tmp_path / "items.json", tmp_path / "study.json", tmp_path / "study.md"
+    data.write_text(json.dumps(items))
+    common = ("faithfulness", "--protocol", "dpa", "--model", directory, "--bos", "--data", data, "--json", written)
+    code, out, err = here(capsys, *common, "--items", 1)
+    assert code == 0, err
+    assert "1 items that the model answers" in " ".join(out.split())
+    code, out, err = here(capsys, *common, "--markdown", page)
+    assert code == 0, err
+    assert "going on" in err
+    assert "(= AttnLRP, DPA)" in page.read_text()
+    for arguments, message in (
+        (("--protocol", "dpa"), "needs --data"),
+        (("--data", data), "only for --protocol dpa"),
+        (("--protocol", "dpa", "--data", data, "--planes", "3"), "only for --protocol removal"),
+        (("--protocol", "dpa", "--data", tmp_path / "none.json"), "cannot read"),
+    ):
+        code, _, err = here(capsys, "faithfulness", "--model", directory, *arguments)
+        assert code == 2
+        assert message in " ".join(err.split())
+
+
 def test_intervene_and_compare(directory, capsys, tmp_path):
     page = tmp_path / "page.html"
     code, out, err = here(
@@ -387,7 +414,7 @@ def test_intervene_and_compare(directory, capsys, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert "model says" in out
-    assert [name for name in ("L1H2", "L0N3", "mlp_out.1", "T1 ") if name not in out] == []
+    assert [name for name in ("L1H2", "L0N3", "mlp_out.1", "T1 ·w4") if name not in out] == []
     assert "Interventions" in page.read_text()
     code, out, err = here(capsys, "intervene", "w3 w4 w5", "--model", directory, "--token", "1", "--patch", "w3 w6 w5")
     assert code == 0, err

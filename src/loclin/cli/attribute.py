@@ -5,16 +5,14 @@ from __future__ import annotations
 import json as jsonlib
 import re
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from loclin.cli import options
 from loclin.cli.console import deliver, importing, note, step
+from loclin.cli.targets import read_target
 from loclin.errors import OptionError
-
-if TYPE_CHECKING:
-    from loclin.analyses.attribution.target import Target
 
 Rivals = Literal["runner-up", "others", "mean"]
 _TARGETS = {"target", "target_id", "against", "margin", "log_probability", "probability", "generated"}
@@ -125,34 +123,3 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
         return None if pattern is None else re.compile(pattern)
     except re.error as error:
         raise OptionError(f"--group-pattern {pattern}: {error}; give a regular expression") from None
-
-
-def read_target(
-    token: str | int | None,
-    against: str | None,
-    measure: str | None,
-    neuron: str | None = None,
-    generated: int | None = None,
-) -> Target:
-    """The target that options ask for."""
-    with importing():
-        from loclin.analyses.attribution.target import RIVALS, LogProb, Margin, Neuron, Probability, Span
-
-    if neuron is not None:
-        named = re.fullmatch(r"L(-?\d+)N(\d+)", neuron)
-        if named is None:
-            raise OptionError(f"--neuron {neuron}: write L17N80 for neuron 80 of layer 17")
-        return Neuron(int(named[2]), int(named[1]))
-    if generated is not None:
-        if against is not None:
-            raise OptionError("--against is about one token: leave --generated out")
-        return Span(generated=generated, of=measure or "logit")
-    if measure in RIVALS:
-        return Margin(token, measure)
-    if measure is not None:
-        return LogProb(token) if measure == "log-probability" else Probability(token)
-    if against is None:
-        return token
-    if token is None:
-        raise OptionError("--against needs --target: the difference of two tokens' logits")
-    return token, against

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from loclin.cli import options
-from loclin.cli.attribute import read_target
 from loclin.cli.console import deliver, step
+from loclin.cli.targets import Targeting
 from loclin.errors import OptionError
 
 
@@ -31,16 +31,9 @@ def intervene(
     at: Annotated[
         list[int] | None, typer.Option(help="Replace it at this position only; again for more. Default: everywhere.")
     ] = None,
-    target: Annotated[
-        str | None, options.text("Look at this token's logit. Default: the predicted one's over the mean of all.")
-    ] = None,
-    target_id: Annotated[int | None, typer.Option(help="The same by the token's id.", min=0)] = None,
-    against: Annotated[str | None, options.text("Look at the difference to this token's logit.")] = None,
-    log_probability: Annotated[
-        bool, typer.Option("--log-probability", help="Look at the log-probability instead of the logit.")
-    ] = False,
     position: options.Position = -1,
     *,
+    targeting: Targeting,
     freezing: options.Freezing,
     json: options.Json = None,
     html: options.Html = None,
@@ -51,14 +44,10 @@ def intervene(
     """
     options.exclude("zero", "mean", "patch", why="each says what a component is replaced by")
     options.exclude("mean", "patch", why="each says what a component is replaced by")
-    options.exclude("target", "target_id", why="both name the token")
-    options.exclude("against", "log_probability", why="each says what is looked at")
     named = [*(head or ()), *(neuron or ()), *(component or ()), *(f"T{one}" for one in token or ())]
     if not named:
         raise OptionError("name what to replace: --head L15H1, --neuron L17N80, --component mlp_out.3, or --token 4")
-    chosen = read_target(
-        target if target_id is None else target_id, against, "log-probability" if log_probability else None
-    )
+    chosen = targeting.read()
     lin = freezing.linearize(options.read(prompt))
     how: dict[str, Any] = {"how": "mean" if mean and not zero else "zero"}
     if patch is not None:

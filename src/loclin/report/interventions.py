@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from loclin.analyses.intervene import Interventions
-from loclin.report.run import prompt, run_of
+from loclin.report.run import prompt, run_of, tokens
 from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe, full_size, sheet_of
 from loclin.report.table import BAR, Bar, Column, Table
 from loclin.report.text import number, percent, shortened, signed, token
@@ -21,7 +21,7 @@ def _describe_interventions(found: Interventions, _limits: Limits = PAGE) -> She
     )
     for effect in found.effects:
         table.add(
-            Text(effect.name, "bold"),
+            _name(found, effect.name),
             signed(effect.frozen),
             Bar(effect.frozen / full),
             signed(effect.model),
@@ -46,3 +46,12 @@ def _describe_interventions(found: Interventions, _limits: Limits = PAGE) -> She
             *([run.gate] if run.facts else []),
         ],
     )
+
+
+def _name(found: Interventions, name: str) -> Text:
+    """A component's name; a token's with its text behind it."""
+    shown = Text(name, "bold")
+    texts = tokens(found)
+    if name[:1] == "T" and name[1:].isdecimal() and int(name[1:]) < len(texts):
+        shown.append(" ").append_text(token(texts[int(name[1:])]))
+    return shown
