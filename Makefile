@@ -6,7 +6,7 @@
 # make test-fake-gpu: the engine's tests on a device without hardware, which refuses what a GPU refuses.
 # make wheel: the wheel and the source archive, built and tried in a clean environment.
 # make docs: the site of the documentation, in site/; broken links, anchors and unknown names are errors.
-# make notebook: docs/tour.ipynb, run again.
+# make notebook: the notebooks of docs, run again.
 # make hooks: lint and types before every commit.
 # make bench: the package against others and against the limits, side by side (an hour or so); writes docs/benchmarks.md.
 # make fuzz N=1000: so many random combinations of network, map, precision, tokenizer and surroundings.
@@ -94,6 +94,7 @@ docs: $(VENV)/.dev
 notebook: $(VENV)/.dev
 	$(PIP) nbclient ipykernel
 	$(BIN)/python .ci/run_notebook.py docs/tour.ipynb
+	$(BIN)/python .ci/run_notebook.py docs/wrong_answer.ipynb
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/dense.py

@@ -29,7 +29,8 @@ def _describe_interventions(found: Interventions, _limits: Limits = PAGE) -> She
             token(effect.predicted),
             percent(effect.probability),
         )
-    wanted = Text(", ").join(token(text, "bold green") for text in found.target["tokens"])
+    between = " − " if found.target["kind"] == "logit difference" else ", "
+    wanted = Text(between).join(token(text, "bold green") for text in found.target["tokens"])
     text, probability = found.predicted
     where = f" at positions {', '.join(map(str, found.positions))}" if found.positions else ""
     lead = Text.assemble((f"{found.target['kind']} ", "green"), wanted, (f" {number(found.target['value'])}", "bold"))
