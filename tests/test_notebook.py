@@ -53,6 +53,7 @@ def test_it_uses_public_names(cells):
 
 
 @pytest.mark.real
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["wrong_answer"])
 def test_what_is_said_of_the_wrong_answer_is_so(cells, capsys):
     """The neuron is found by the notebook's own cells; without it the answer is another."""

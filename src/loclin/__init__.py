@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from loclin.analyses.decode import Decoder
     from loclin.analyses.estimate import Estimate, estimate
     from loclin.analyses.explain import Explanation, explain
+    from loclin.analyses.faithfulness.disruption import Disruption, disruption
+    from loclin.analyses.faithfulness.items import load_items
     from loclin.analyses.faithfulness.study import Faithfulness, faithfulness
     from loclin.analyses.generation import Generation, generate
     from loclin.analyses.intervene import Interventions, intervene
@@ -71,6 +73,7 @@ __all__ = [
     "Coverage",
     "Decoder",
     "Direction",
+    "Disruption",
     "Entropy",
     "Estimate",
     "Explanation",
@@ -115,6 +118,7 @@ __all__ = [
     "compare",
     "compare_prompts",
     "coverage",
+    "disruption",
     "estimate",
     "explain",
     "explain_layers",
@@ -126,6 +130,7 @@ __all__ = [
     "linearize",
     "linearize_batch",
     "load",
+    "load_items",
     "logit_lens",
     "reproduce",
     "similarity",
@@ -146,6 +151,8 @@ _MODULES = {
     "analyses.decode": ("Decoder",),
     "analyses.estimate": ("Estimate", "estimate"),
     "analyses.explain": ("Explanation", "explain"),
+    "analyses.faithfulness.disruption": ("Disruption", "disruption"),
+    "analyses.faithfulness.items": ("load_items",),
     "analyses.faithfulness.study": ("Faithfulness", "faithfulness"),
     "analyses.generation": ("Generation", "generate"),
     "analyses.intervene": ("Interventions", "intervene"),

@@ -15,6 +15,7 @@ import loclin
 import tiny
 from loclin.analyses.coverage.result import Coverage, FamilyResult, Run
 from loclin.analyses.estimate import AnalysisEstimate
+from loclin.analyses.faithfulness.disruption import ItemResult
 from loclin.analyses.faithfulness.study import Faithfulness, PromptResult
 from loclin.common.rehearsal import Cost, Rates
 from loclin.maps.linear_map import LinearMap
@@ -108,6 +109,13 @@ def study() -> Faithfulness:
     return Faithfulness({"model": {"name": HOSTILE}}, VERSIONS, [found])
 
 
+def disrupted() -> loclin.Disruption:
+    scores = {name: [0.1, 0.2, 0.3] for name in ("frozen/half/centred", "occlusion", HOSTILE)}
+    logits, areas = {"logit": 1.0, "centred": 2.0}, {name: [90.0, 20.0] for name in scores}
+    found = ItemResult(HOSTILE, HOSTILE, HOSTILE, True, [HOSTILE] * 3, [1, 2], 0.5, logits, scores, areas)
+    return loclin.Disruption({"model": {"name": HOSTILE}}, VERSIONS, [found])
+
+
 def head() -> loclin.Head:
     made = hostile(lin().head(1, 1))
     made.triples[0].writes[0] = (HOSTILE, 1.0)
@@ -170,6 +178,7 @@ MADE = {
     "watched": watched,
     "coverage": coverage,
     "study": study,
+    "disrupted": disrupted,
     "estimate": lambda: loclin.Estimate(
         HOSTILE, "llama", "float32", 8, *[10**9] * 3, True, 1, 1, RATES, [ROW], [HOSTILE]
     ),

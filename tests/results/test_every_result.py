@@ -12,6 +12,7 @@ from torch import Tensor
 import loclin
 import tiny
 from loclin.analyses.coverage.run import certify_family
+from loclin.analyses.faithfulness.items import Item
 from loclin.analyses.faithfulness.prompts import StudyPrompt
 from loclin.errors import ResultError
 from loclin.results.result import Result
@@ -19,11 +20,17 @@ from loclin.steering import Operator, Vector
 from loclin.steering.search import Sweep
 
 NAMES = [
-    "Attribution", "Certificate", "Comparison", "Coverage", "Estimate", "Explanation", "Faithfulness", "Generation",
-    "Head", "Interventions", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator", "Path", "Plan",
+    "Attribution", "Certificate", "Comparison", "Coverage", "Disruption", "Estimate", "Explanation", "Faithfulness",
+    "Generation", "Head", "Interventions", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator",
+    "Path", "Plan",
     "Projection", "PromptComparison", "Reproduction", "SVD", "Similarity", "Steered", "Sweep", "Validity", "Vector",
     "Watched",
 ]  # fmt: skip
+
+
+def answer(model, text):
+    """What the model says next."""
+    return model.decode([int(model.hf(model.encode(text, bos=True)).logits[0, -1].argmax())])
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,7 @@ def results(directory, tmp_path_factory):
         lin.certify(),
         loclin.compare(J.svd(2), J.svd(2)),
         loclin.Coverage({"torch": "1"}, "code", [family]),
+        loclin.disruption(model, [Item("one", "w3 w4 w5", answer(model, "w3 w4 w5"), (0, 8))], bos=True),
         loclin.estimate(str(directory), tokens=3, analyses=["attribute"], rate_flops=1e11),
         lin.explain(k=2),
         loclin.faithfulness(model, [StudyPrompt("words", "w3 w4 w5 w6", "held-out")], planes=1),
@@ -140,10 +148,10 @@ def test_every_result_shows_itself(results, name, capsys, tmp_path):
 def test_every_result_knows_where_it_is_from_and_warns(results, name):
     found = results[name]
     assert found.warnings == [] or all(isinstance(text, str) for text in found.warnings)
-    if name not in ("Comparison", "Coverage", "Estimate", "Faithfulness", "Sweep", "Vector"):
+    if name not in ("Comparison", "Coverage", "Disruption", "Estimate", "Faithfulness", "Sweep", "Vector"):
         assert found.provenance.model.family == "llama"
         assert found.provenance.tokens
-    if name not in ("Comparison", "Coverage", "Estimate", "Faithfulness", "Sweep", "Vector", "Steered"):
+    if name not in ("Comparison", "Coverage", "Disruption", "Estimate", "Faithfulness", "Sweep", "Vector", "Steered"):
         assert found.warnings == loclin.linearize(tiny_model(found), found.provenance.token_ids).warnings
 
 
