@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import tiny
 from least import least
-from loclin.freeze.pattern import BlockPattern, Pattern, WholePattern, mix, probabilities
+from loclin.freeze.pattern import BlockPattern, HeldPattern, Pattern, WholePattern, mix, probabilities
 from loclin.linearization import Linearization, linearize
 from loclin.models import tiny as families
 from loclin.network.autograd import batched_jvp, batched_vjp
@@ -97,6 +97,10 @@ def test_products_with_blocks(kind, n_kv, rows):
     mask = None if causal else masks(kind)
     whole = WholePattern(probabilities(query, key, mask, is_causal=causal)[0])
     pattern = BlockPattern(query, key, mask, causal, None, torch.float64, rows * 4 * T * 8)
+    held = pattern.held(slice(0, T), 2)
+    assert pattern.held(slice(0, T), 1) is pattern
+    assert isinstance(held, HeldPattern) == (rows * 8 >= T)  # else it is larger than it may be
+    assert torch.allclose(held.row(3, 4), whole.probs[3, 4], atol=1e-14)
     if mask is None or mask.dtype == torch.bool:
         stock = scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=True)
         assert torch.allclose(mix(pattern, value), stock.nan_to_num(), atol=1e-12)
@@ -113,11 +117,12 @@ def test_products_with_blocks(kind, n_kv, rows):
             ("P V", "mix", some, (n_kv, 4 // n_kv * n, 5)),
             ("P^T G", "mix_back", given, (n_kv, some.shape[1], 5)),
         ):
-            found, expected = (
+            found, again, expected = (
                 getattr(each, name)(vectors, queries, keys, torch.full(shape, 7.0, dtype=torch.float64))
-                for each in (pattern, whole)
+                for each in (pattern, pattern.held(queries, 2), whole)
             )
             assert torch.allclose(found, expected, atol=1e-12), one
+            assert torch.equal(again, found)
     value.requires_grad_()
     by_blocks, by_whole = mix(pattern, value), mix(whole, value)
     block = torch.randn(3, *value.shape, dtype=torch.float64)

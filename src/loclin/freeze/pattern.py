@@ -20,6 +20,8 @@ from loclin.common.brief import brief
 BLOCK_BYTES = 2**22
 """Of P that are made at a time on a CPU: they stay in its cache."""
 _BLOCK_BYTES_ACCELERATOR = 2**28
+_HELD = 8
+"""How often the bytes that a pattern may have in an analysis with graphs, which have it eleven times."""
 _MASK_ROWS = 256  # of a mask that are looked at together
 
 
@@ -64,6 +66,10 @@ class Pattern(ABC):
     def looks_ahead(self) -> bool | None:
         """Whether a query may attend to a later key; None where only the probabilities say."""
         return None
+
+    def held(self, queries: slice, passes: int) -> Pattern:  # noqa: ARG002 (what is whole is held)
+        """The same for some queries alone, made once for so many passes where it would be made again for each."""
+        return self
 
     def unwatched(self) -> Pattern:
         """The same pattern, whose blocks are shown to nobody."""
@@ -187,6 +193,13 @@ class BlockPattern(Pattern):
         every = self.mask.expand(*self.mask.shape[:-2], *self.shape[1:])
         return any(bool(rows.triu(1 + i * _MASK_ROWS).any()) for i, rows in enumerate(every.split(_MASK_ROWS, dim=-2)))
 
+    def held(self, queries: slice, passes: int) -> Pattern:
+        """The blocks of these queries, where all would take less than a graph may have of the same pattern."""
+        heads, length, keys = self.shape
+        if passes < 2 or heads * length * keys * self.dtype.itemsize > _HELD * self.most:
+            return self
+        return HeldPattern(self.shape, list(self.blocks(queries)))
+
     def unwatched(self) -> BlockPattern:
         """The same pattern, without `see`."""
         return replace(self, see=None)
@@ -241,6 +254,38 @@ class BlockPattern(Pattern):
         found = attended.reshape(-1, n_keys).any(0).nonzero()
         keys = slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
         return keys, mask[..., keys]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeldPattern(Pattern):
+    """A pattern in blocks that are held, for several passes over one layer; in every bit as if each made them."""
+
+    shape: tuple[int, int, int]
+    held_blocks: list[PatternBlock]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all blocks."""
+        return sum(block.probs.nbytes for block in self.held_blocks)
+
+    def to(self, dtype: torch.dtype) -> HeldPattern:
+        """The same probabilities in another dtype."""
+        return replace(self, held_blocks=[block._replace(probs=block.probs.to(dtype)) for block in self.held_blocks])
+
+    def on(self, device: torch.device) -> HeldPattern:
+        """The same probabilities on another device."""
+        return replace(self, held_blocks=[block._replace(probs=block.probs.to(device)) for block in self.held_blocks])
+
+    def whole(self) -> None:
+        """It is not in one piece."""
+        return
+
+    def blocks(self, queries: slice) -> Iterator[PatternBlock]:
+        """The parts of the held blocks that have some of these queries."""
+        for rows, keys, probs in self.held_blocks:
+            common = slice(max(rows.start, queries.start), min(rows.stop, queries.stop))
+            if common.start < common.stop:
+                yield PatternBlock(common, keys, probs[:, _shift(common, rows)])
 
 
 def probabilities(

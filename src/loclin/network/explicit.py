@@ -135,6 +135,7 @@ class ExplicitLayer:
             self._each(lambda layer, group: layer._mlp.vjp(block, group, above == "resid_post"), groups)
         if below == "resid_pre":
             parts = block.split(chunk or block.shape[1], dim=1)
+            self._attention.hold(active, len(parts))
             self._each(lambda layer, part: layer._pull_attention(part, active, reached, above), parts)
 
     def _pull_attention(self, part: Tensor, active: slice, reached: slice, above: str) -> None:
@@ -171,6 +172,8 @@ class ExplicitLayer:
                     for index, n in enumerate(block.shape[1] for _, block in blocks)
                     for first in range(0, n, chunk or n)
                 ]
+                if len(blocks) == 1:
+                    self._attention.hold(slice(max(wanted.start, blocks[0].start), wanted.stop), len(parts))
                 self._each(lambda layer, part: layer._push_attention(blocks, *part, wanted, add, probe), parts)
         if above in ("mlp_out", "resid_post"):
             groups = self._mlp.groups(wanted, sum(block.shape[1] for _, block in blocks))

@@ -32,6 +32,10 @@ class ExplicitAttention:
         self._d_head = self._o.shape[1] // self._heads
         self._kv = self._v.shape[0] // self._d_head
 
+    def hold(self, queries: slice, passes: int) -> None:
+        """Hold the attention pattern of some queries for so many passes, which are all for these queries."""
+        self._pattern = self._pattern.held(queries, passes)
+
     def vjp(self, cotangents: Tensor, active: slice, reached: slice) -> Float[Tensor, "S n d"]:
         """Pull cotangents `[T, n, d]` at the active positions back to those reached, up to C_pre, which is left out."""
         G = cotangents.to(self.device)
