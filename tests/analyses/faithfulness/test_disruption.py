@@ -245,6 +245,14 @@ def test_a_method_that_a_family_lacks_is_left_out():
     assert rivals.information_flow(mamba) == {}
 
 
+def test_attention_step_by_step_is_not_shared():
+    lin = linearize(tiny.llama(attn="eager"), IDS)
+    nearby = Nearby(lin)
+    found = scores.score_each(lin, nearby, Zeroing(nearby, lin.embeddings, TARGET, range(6)), TARGET, seed=0)
+    assert "frozen/half/centred" in found
+    assert not [name for name in found if name.startswith("shared/")]
+
+
 def test_shares_are_those_of_attribute(hf):
     lin = linearize(hf, IDS)
     nearby = Nearby(lin)

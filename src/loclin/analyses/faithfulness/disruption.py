@@ -150,7 +150,8 @@ def disruption(
         tell(f"{path} has {len(found.items)} items, {len(found.known)} of them answered: going on")
     done = {(item.name, item.prompt) for item in found.items}
     known = len(found.known)
-    with bar(total=min(wanted, len(items)), initial=min(known, wanted), unit="item") as progress_bar:
+    initial = len(found.items) if count is None else min(known, wanted)
+    with bar(total=min(wanted, len(items)), initial=initial, unit="item") as progress_bar:
         for item in items:
             if known >= wanted:
                 break
@@ -159,7 +160,7 @@ def disruption(
             measured = measure(model, item, bos=bos, seed=seed)
             found.items.append(measured)
             known += measured.known
-            progress_bar.update(measured.known)
+            progress_bar.update(count is None or measured.known)
             if len(found.items) % WRITE_EVERY == 0:
                 record.write(found)
     if not found.known:

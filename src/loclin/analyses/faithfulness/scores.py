@@ -15,6 +15,7 @@ from loclin.analyses.faithfulness.methods import GATES
 from loclin.analyses.faithfulness.rivals import every_rival
 from loclin.analyses.faithfulness.zeroing import Zeroing
 from loclin.analyses.nearby import Nearby
+from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions, Gate, SharedAttention
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.linearized import Linearized
@@ -54,7 +55,10 @@ def score_each(
 
 
 def _frozen(lin: Linearized, target: int) -> Iterator[tuple[str, Tensor]]:
-    """The frozen map's shares by every gate, and those with shared attention by half gates, of both readouts."""
+    """The frozen map's shares by every gate, and those with shared attention by half gates, of both readouts.
+
+    None with shared attention where a model computes its attention step by step.
+    """
     kinds: list[tuple[str, Gate, SharedAttention | None]] = [(f"frozen/{gate}", gate, None) for gate in GATES]
     kinds += [(f"shared/{name}", "half", weights) for name, weights in SHARED.items()]
     for name, gate, shared in kinds:
@@ -65,5 +69,11 @@ def _frozen(lin: Linearized, target: int) -> Iterator[tuple[str, Tensor]]:
         rows = torch.zeros(len(READOUTS), J.shape[0], dtype=J.dtype, device=J.device)
         rows[:, target] = 1
         rows[1] -= 1 / J.shape[0]
-        for readout, slopes in zip(READOUTS, J.rmatmat(rows), strict=True):
+        try:
+            pulled = J.rmatmat(rows)
+        except ModelError:
+            if shared is None:
+                raise
+            return  # attention step by step: it cannot be shared
+        for readout, slopes in zip(READOUTS, pulled, strict=True):
             yield f"{name}/{readout}", (slopes * lin.embeddings.to(slopes)).sum(-1)
