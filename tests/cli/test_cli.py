@@ -436,6 +436,8 @@ def test_intervene_and_compare(directory, capsys, tmp_path):
         (["intervene", "w3 w4", "--token", "1", "--patch", "w3"], "the prompts have 2 and 1 tokens"),
         (["intervene", "w3 w4", "--token", "1", "--target", "w3 w4"], "linearize the whole text"),
         (["compare", "w3 w4"], "give another prompt"),
+        (["attribute", "w3 w4", "--attention", "shared", "--by", "all"], "leave --by all out"),
+        (["attribute", "w3 w4", "--attention", "shared", "--by", "head"], "by='head'"),
         (["compare", "w3 w4", "--other-adapter", "/nowhere"], "no adapter_config.json"),
         (["explain", "w3", "--quantization", "nf4", "--stream"], "stream"),
         (["explain", "[{", "--chat"], "begins like a JSON list of messages"),

@@ -95,14 +95,16 @@ def attribute(
     measure = margin or ("log-probability" if log_probability else "probability" if probability else None)
     chosen = read_target(target if target_id is None else target_id, against, measure, neuron, generated)
     everything = "all" in (by or ())
+    if everything and attention == "shared":
+        raise OptionError("--attention shared has shares of tokens and groups of them: leave --by all out")
     grouped = group or pattern
     levels = LEVELS if everything else [parse_level(name) for name in by or ["token"] * (grouped is None)]
     lin = freezing.linearize(text)
     found = []
     for name in dict.fromkeys([*levels, *[grouped] * (grouped is not None)]):
-        about: dict[str, Any] = {}
-        if name not in LEVELS or name == "token" or (attention != "frozen" and not everything):
-            about = {"skip": skip, "attention": attention}
+        about: dict[str, Any] = {"attention": attention}
+        if name not in LEVELS or name == "token":
+            about["skip"] = skip
         try:
             found.append(
                 lin.attribute(chosen, by=name, position=position, in_words=max(top, 40), progress=step, **about)
