@@ -317,7 +317,7 @@ def test_what_is_no_hub_id_is_said(tmp_path):
         load("org/na me", cache_dir=tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_downloaded_copy_is_used_without_the_hub(monkeypatch, tmp_path, directory):
     monkeypatch.setattr(huggingface_hub, "model_info", hub_fault(ConnectionError))
     commit = "0123456789012345678901234567890123456789"

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT / "docs")): blocks(path.read_text()) for path in sorted(ROOT.glob("docs/**/*.md"))}
 del PAGES["reference/commands.md"]  # what typer writes; see tests/test_site.py
 RUN = ("python", "console")
-LONG = ("results", "prompts", "plan", "precision", "comparison", "figures", "layers", "generate", "devices")
+LONG = {
+    *("results", "prompts", "plan", "precision", "comparison", "figures", "layers", "generate", "devices"),
+    *("concepts", "steering", "files", "cost"),
+}
 """Pages that take a quarter of a minute or more, beside those that most readers open."""
 
 

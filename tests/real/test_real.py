@@ -154,7 +154,7 @@ def test_every_layer_is_exact(model):
     assert found.largest_error < 1e-12
 
 
-@pytest.mark.long_for("gemma-3-270m")
+@pytest.mark.long
 def test_the_word_appears_with_depth(model):
     found = explain_layers(loclin.linearize(model, "The Golden Gate"), k=4)
     assert found.largest_error < 3e-5
