@@ -210,9 +210,9 @@ class Chain:
         zero = torch.zeros(self.width(target, normed), dtype=self.trace.dtype, device=device)
         return sum((value.to(device) for value in found.values()), start=zero)
 
-    def norm(self, target: Point, position: int) -> NormLink:
-        """The final norm on top of a target, frozen at the target's own value."""
-        return self.readout(target, position, normed=True).norm()
+    def norm(self, target: Point, position: int | list[int]) -> NormLink:
+        """The final norm on top of a target, frozen at the target's own value; at several positions together."""
+        return Readout(self.trace, self.options, target, position, normed=True).norm()
 
     def readout(self, target: Point, position: int, normed: bool = False) -> Readout:
         """From the residual stream to a target: the final norm and the head, as far as the target includes them."""

@@ -21,9 +21,9 @@ _HEAD_PARTS = 16
 
 
 class NormLink:
-    """The final norm, frozen at a hidden state, for `[n, d]` at one position; d_final is d unless streams merge."""
+    """The final norm, frozen at a hidden state, or at those of m positions; d_final is d unless streams merge."""
 
-    def __init__(self, trace: Trace, hidden: Float[Tensor, " d"], value: Tensor, options: FreezeOptions) -> None:
+    def __init__(self, trace: Trace, hidden: Float[Tensor, "*m d"], value: Tensor, options: FreezeOptions) -> None:
         self.module, self.name = trace.end.block.module, trace.end.block.name
         trace.check_weights(self.module)
         self.device = hidden.device
@@ -31,34 +31,47 @@ class NormLink:
         self._options = options
 
     def _graph(self, collect: bool = False) -> tuple[Tensor, Tensor, Constants]:
-        """The norm's input and output `[1, 1, d]` on the linear path, and its constants."""
+        """The norm's input and output `[1, m, d]` on the linear path, and its constants."""
         with frozen(self.module, self._options, self._dtype, name=self.name, collect=collect) as mode, torch.no_grad():
-            hidden = self._hidden[None, None].clone()
-            x = mode.enter(hidden, self._value[None, None].to(self._dtype).clone().requires_grad_())
+            hidden = _in_a_batch(self._hidden).clone()
+            x = mode.enter(hidden, _in_a_batch(self._value).to(self._dtype).clone().requires_grad_())
             return x, mode.live(self.module(hidden)), mode.constants
 
-    def value(self) -> Float[Tensor, " d_final"]:
-        """The frozen norm's output at the given hidden state."""
-        return self._graph()[1][0, 0].detach()
+    def value(self) -> Float[Tensor, "*m d_final"]:
+        """The frozen norm's output at the given hidden states."""
+        return self._apart(self._graph()[1].detach())[0]
 
-    def vjp(self, cotangents: Float[Tensor, "n d_final"]) -> Float[Tensor, "n d"]:
+    def vjp(self, cotangents: Float[Tensor, "n *m d_final"]) -> Float[Tensor, "n *m d"]:
         """Pull a block of cotangents back through the norm."""
         if not len(cotangents):
-            return cotangents.new_zeros(0, len(self._hidden))
+            return cotangents.new_zeros(0, *self._hidden.shape)
         x, y, _ = self._graph()
-        return batched_vjp(y, x, cotangents.to(self.device)[:, None, None])[:, 0, 0]
+        return self._apart(batched_vjp(y, x, self._together(cotangents, y)))
 
-    def jvp(self, tangents: Float[Tensor, "n d"]) -> Float[Tensor, "n d_final"]:
+    def jvp(self, tangents: Float[Tensor, "n *m d"]) -> Float[Tensor, "n *m d_final"]:
         """Push a block of tangents through the norm."""
         if not len(tangents):
-            return tangents.new_zeros(0, len(self.value()))
+            return tangents.new_zeros(0, *self.value().shape)
         x, y, _ = self._graph()
-        return batched_jvp(y, x)(tangents.to(self.device)[:, None, None])[:, 0, 0]
+        return self._apart(batched_jvp(y, x)(self._together(tangents, x)))
 
-    def constants(self) -> dict[str, Float[Tensor, " d_final"]]:
+    def constants(self) -> dict[str, Float[Tensor, "*m d_final"]]:
         """What each of the norm's biases adds to its output."""
         _, y, constants = self._graph(collect=True)
-        return push_constants(constants, y, lambda block: block[:, 0, 0])
+        return push_constants(constants, y, self._apart)
+
+    def _together(self, block: Tensor, point: Tensor) -> Tensor:
+        """A block of vectors `[n, *m, d]` as `[n, 1, m, d]`, as the graph has them."""
+        return block.to(self.device).reshape(len(block), *point.shape)
+
+    def _apart(self, block: Tensor) -> Tensor:
+        """The graph's vectors `[n, 1, m, d]` (or `[1, m, d]`) as `[n, *m, d]`."""
+        return block.reshape(-1, *self._hidden.shape[:-1], block.shape[-1])
+
+
+def _in_a_batch(vectors: Tensor) -> Tensor:
+    """Vectors `[d]` or `[m, d]` as a batch of one `[1, m, d]`."""
+    return vectors.reshape(1, -1, vectors.shape[-1])
 
 
 class OutputHeadLink:
@@ -106,7 +119,9 @@ class OutputHeadLink:
 class Readout:
     """From the stream to a target at one position; `normed` puts the final norm on top of one before it."""
 
-    def __init__(self, trace: Trace, options: FreezeOptions, target: Point, position: int, normed: bool) -> None:
+    def __init__(
+        self, trace: Trace, options: FreezeOptions, target: Point, position: int | list[int], normed: bool
+    ) -> None:
         self._trace, self._options, self._target, self._position = trace, options, target, position
         self._has_norm = normed or target.kind in ("final", "logits")
 

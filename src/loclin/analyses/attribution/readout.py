@@ -334,11 +334,10 @@ def _read_end(
         value, size = _dot(weights, head.value)
         constants |= {name: _dot(weights, added)[0] for name, added in head.constants().items()}
         u = head.vjp_in_parts(weights).reshape(len(at), -1)
-    for position, row in zip(at, u, strict=True):
-        norm = chain.norm(Point("final"), position)
-        for name, added in norm.constants().items():
-            constants[name] = constants.get(name, 0.0) + _dot(row, added)[0]
-        cotangent[position] = norm.vjp(row[None].to(cotangent))[0]
+    norm = chain.norm(Point("final"), at)
+    for name, added in norm.constants().items():
+        constants[name] = constants.get(name, 0.0) + _dot(u, added)[0]
+    cotangent[at] = norm.vjp(u[None].to(cotangent))[0]
     texts, point = lin.model.name_outputs(ids), "final" if head is None else "logits"
     at_logits = head is not None
 
