@@ -176,7 +176,8 @@ def test_without_room_for_copies(monkeypatch):
 
 
 def no_threads() -> bool:
-    left = [thread for thread in threading.enumerate() if thread.name.startswith("loclin")]
+    """Whether no worker of a device is left; the readers of streamed models live as long as these."""
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("loclin_")]
     for thread in left:
         thread.join(60)
     return not any(thread.is_alive() for thread in left)

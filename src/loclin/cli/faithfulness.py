@@ -24,7 +24,7 @@ def faithfulness(
     ] = "removal",
     data: Annotated[
         Path | None,
-        typer.Option(help="For dpa: a JSON list of items with a prompt and an answer; Known-1000, IOI, SQuAD."),
+        options.path("For dpa: a JSON list of items with a prompt and an answer; Known-1000, IOI, SQuAD."),
     ] = None,
     items: Annotated[int | None, typer.Option(help="For dpa: how many answered items; all by default.", min=1)] = None,
     prompts: Annotated[int | None, typer.Option(help="How many prompts; all by default.", min=1)] = None,

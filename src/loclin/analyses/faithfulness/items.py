@@ -58,7 +58,7 @@ class Item:
 
 
 def load_items(path: str | os.PathLike[str]) -> tuple[list[Item], str]:
-    """Read a list of items, and the file's SHA-256.
+    """Read a list of items for `disruption` from the JSON file at `path`, and the file's SHA-256.
 
     An item has a `prompt` and an `answer` (or `attribute`), as Known-1000 and IOI have; or a `context`, a `question`
     and an `answer`, as SQuAD has, of which only the context counts as tokens to take away.
