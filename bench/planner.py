@@ -1,4 +1,4 @@
-"""The planner: `svd` by plan "auto" against the best single route, over widths, lengths and ranks with their tolerances.
+"""The planner: `svd` by plan "auto" against the best single route, over widths, lengths, and ranks.
 
 Random two-layer models. A combination whose chosen route the plan puts above 4 s is dropped, and so is a single route
 that it puts there.
