@@ -106,3 +106,20 @@ def test_a_family_that_cannot_be_built_says_so_in_a_line(family):
     with pytest.raises(ModelError, match=family) as caught:
         tiny.build(family)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_every_tiny_model_is_small():
+    """On the meta device: a part of a config whose sizes are not known here would be of its full size."""
+    large = {}
+    for task in tiny.NAMES:
+        for family in set(tiny.families(task)) - set(tiny.REFUSED):
+            try:
+                with torch.device("meta"):
+                    model = tiny._model(family, task, None)
+            except Exception:  # as many kinds as there are families, each named by `build`
+                continue
+            if (count := sum(parameter.numel() for parameter in model.parameters())) > 100e6:
+                large[family] = count
+    assert large == {}
