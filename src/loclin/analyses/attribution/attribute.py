@@ -198,9 +198,8 @@ def _put_into_words(lin: Linearized, readout: Readout, found: Attribution, most:
             written |= dict.fromkeys(here, lin.embeddings[list(readout.positions)])
         else:
             _describe_layer(lin, readout, layer, here, written, attends)
-    together = torch.stack([written[i].to(lin.embeddings) for i in chosen], dim=1)
-    norms = (lin.chain.norm(Point("final"), position) for position in readout.positions)
-    final = torch.stack([norm.jvp(here) for norm, here in zip(norms, together, strict=True)]).sum(0)
+    together = torch.stack([written[i].to(lin.embeddings) for i in chosen])
+    final = lin.chain.norm(Point("final"), list(readout.positions)).jvp(together).sum(1)
     words = decoder_at(lin, readout.position).writes(final, _WORDS)
     return replace(found, writes={str(i): row for i, row in zip(chosen, words, strict=True)}, attends=attends)
 

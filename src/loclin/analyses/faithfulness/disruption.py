@@ -190,7 +190,7 @@ def measure(model: Model, item: Item, *, bos: bool | None, seed: int) -> ItemRes
     }
     zeroing.prepare(scores.values())
     logits = lin.trace.logits(lin.trace.target_position(-1)).double()
-    (whole_,) = zeroing.probabilities([frozenset()])
+    (probability,) = zeroing.probabilities([frozenset()])
     return ItemResult(
         item.name,
         item.prompt,
@@ -198,7 +198,7 @@ def measure(model: Model, item: Item, *, bos: bool | None, seed: int) -> ItemRes
         known=True,
         tokens=lin.tokens,
         positions=positions,
-        probability=whole_,
+        probability=probability,
         logits={"logit": logits[target].item(), "centred": (logits[target] - logits.mean()).item()},
         scores=scores,
         areas={name: list(zeroing.areas(score)) for name, score in scores.items()},

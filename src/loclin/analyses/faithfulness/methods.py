@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.nearby import Nearby
-from loclin.freeze import FreezeOptions, Gate
+from loclin.freeze import FreezeOptions, Gate, SharedAttention
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.linearized import Linearized
 from loclin.network.chain import Chain
@@ -56,7 +56,7 @@ def frozen(lin: Linearized, mean: Float[Tensor, " d"]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for gate in GATES:
-        J = _linear_map(lin, gate)
+        J = linear_map(lin, gate)
         pulled = zip(objectives(J.value), J.rmatmat(cotangents(J.value)), strict=True)
         found |= _times_input(f"frozen/{gate}", pulled, J.input, mean)
     return found
@@ -68,12 +68,12 @@ def _times_input(method: str, slopes: Iterable[tuple[str, Tensor]], x: Tensor, m
     return {f"{method}/{name}/{base}": (slope * move).sum(-1) for name, slope in slopes for base, move in moves.items()}
 
 
-def _linear_map(lin: Linearized, gate: Gate) -> LinearMap:
-    """Return the map to the logits with any gate split, from the same trace."""
-    if gate == lin.gate:
+def linear_map(lin: Linearized, gate: Gate, shared: SharedAttention | None = None) -> LinearMap:
+    """Return the map to the logits with any gate split, and attention frozen or shared, from the same trace."""
+    if gate == lin.gate and shared is None:
         return lin.jacobian(target="logits")
     # the coefficients of the trace are of its own gate
-    chain = Chain(lin.trace, FreezeOptions(gate, lin.precision), explicit=False)
+    chain = Chain(lin.trace, FreezeOptions(gate, lin.precision, shared=shared), explicit=False)
     return LinearMap(chain, Point("embed"), Point("logits"), lin.trace.length - 1)
 
 

@@ -16,7 +16,7 @@ from loclin.analyses.nearby import Nearby
 from loclin.errors import LoclinError
 from loclin.freeze.pattern import Pattern
 from loclin.maps.linearized import Linearized
-from loclin.models.forward import hooked
+from loclin.models.forward import hidden_output, hooked
 from loclin.network.autograd import batched_jvp
 from loclin.network.link import LayerLink
 
@@ -108,12 +108,17 @@ def information_flow(lin: Linearized) -> dict[str, Tensor]:
 def _edges(link: LayerLink) -> tuple[Tensor, Tensor] | None:
     """A layer's input, and what its attention writes at each position from each source alone; None without either."""
     x = link.call.value[0].detach()
-    alone = torch.diag_embed(torch.ones(len(x), device=x.device, dtype=x.dtype))[..., None] * x  # [source, T, d]
+    alone = _one_by_one(x)
     try:
         pushed = link.pusher("resid_pre", "resid_mid")(alone)
     except LoclinError:
         return None
     return x.double().cpu(), (pushed - alone).double().cpu()
+
+
+def _one_by_one(x: Float[Tensor, "T d"]) -> Float[Tensor, "T T d"]:
+    """Each position's vector alone, with zeros at all others: one `[T, d]` for each."""
+    return torch.eye(len(x), device=x.device, dtype=x.dtype)[..., None] * x
 
 
 def decomposed_pass(lin: Linearized, target: int) -> dict[str, Tensor]:
@@ -123,7 +128,7 @@ def decomposed_pass(lin: Linearized, target: int) -> dict[str, Tensor]:
     without `gate_proj` and `down_proj`. Cost: 3 T columns of each layer.
     """
     x = lin.embeddings.detach()
-    streams = torch.diag_embed(torch.ones(len(x), device=x.device, dtype=x.dtype))[..., None] * x  # [T, T, d]
+    streams = _one_by_one(x)
     for link in lin.chain.layers:
         found = {
             name: next((m for path, m in link.module.named_modules() if path.endswith(name)), None)
@@ -155,10 +160,10 @@ def _dealt(link: LayerLink, gate: nn.Module, down: nn.Module, streams: Tensor) -
         assert sublayers.mlp is not None
 
         def leave_attention(_module: nn.Module, _args: object, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
+            written = hidden_output(output)
             with mode.paused():
-                seen["mid"] = (mode.live(first) + x).detach().requires_grad_()
-                mode.enter(first, seen["mid"] - x.detach())
+                seen["mid"] = (mode.live(written) + x).detach().requires_grad_()
+                mode.enter(written, seen["mid"] - x.detach())
 
         def leave_gate(_module: nn.Module, _args: object, output: Tensor) -> None:
             with mode.paused():
@@ -170,9 +175,8 @@ def _dealt(link: LayerLink, gate: nn.Module, down: nn.Module, streams: Tensor) -
                 mode.enter(args[0], seen["inner"])
 
         def leave_mlp(_module: nn.Module, _args: object, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
             with mode.paused():
-                seen["out"] = mode.live(first).clone()
+                seen["out"] = mode.live(hidden_output(output)).clone()
 
         with hooked(
             [

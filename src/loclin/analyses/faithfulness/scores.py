@@ -11,16 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.faithfulness.methods import GATES
+from loclin.analyses.faithfulness.methods import GATES, linear_map
 from loclin.analyses.faithfulness.rivals import every_rival
 from loclin.analyses.faithfulness.zeroing import Zeroing
 from loclin.analyses.nearby import Nearby
 from loclin.errors import ModelError
-from loclin.freeze import FreezeOptions, Gate, SharedAttention
-from loclin.maps.linear_map import LinearMap
+from loclin.freeze import Gate, SharedAttention
 from loclin.maps.linearized import Linearized
-from loclin.network.chain import Chain
-from loclin.network.points import Point
 
 READOUTS = ("logit", "centred")
 SHARED = {
@@ -62,10 +59,7 @@ def _frozen(lin: Linearized, target: int) -> Iterator[tuple[str, Tensor]]:
     kinds: list[tuple[str, Gate, SharedAttention | None]] = [(f"frozen/{gate}", gate, None) for gate in GATES]
     kinds += [(f"shared/{name}", "half", weights) for name, weights in SHARED.items()]
     for name, gate, shared in kinds:
-        chain = Chain(lin.trace, FreezeOptions(gate, lin.precision, shared=shared), explicit=False)
-        if shared is None and gate == lin.gate:
-            chain = lin.chain
-        J = LinearMap(chain, Point("embed"), Point("logits"), lin.trace.target_position(-1))
+        J = linear_map(lin, gate, shared)
         rows = torch.zeros(len(READOUTS), J.shape[0], dtype=J.dtype, device=J.device)
         rows[:, target] = 1
         rows[1] -= 1 / J.shape[0]
