@@ -346,7 +346,7 @@ def process(*arguments: str | bytes, stdin: bytes = b"", **environment: str):
     if environment.get("LC_ALL") == "C" and not loclin.__file__.isascii():
         pytest.skip("Python itself does not start from such a folder in the C locale")
     return subprocess.run(
-        [sys.executable, "-c", "from loclin.cli import main; main()", *arguments],
+        [sys.executable, "-m", "loclin", *arguments],
         input=stdin,
         capture_output=True,
         env={**os.environ, **environment},

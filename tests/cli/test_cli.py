@@ -18,7 +18,7 @@ from loclin.maps.layer_spectra import LayerSpectra
 
 
 def start(*arguments, **options):
-    command = [sys.executable, "-c", "from loclin.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "loclin", *map(str, arguments)]
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
     return subprocess.Popen(
         command,

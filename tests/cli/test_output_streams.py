@@ -79,7 +79,7 @@ def test_stand_ins_are_ascii_and_as_wide_as_what_they_stand_for():
 def test_a_full_disk_behind_standard_output_is_one_line(arguments):
     with open("/dev/full", "wb") as full:  # noqa: PTH123
         found = subprocess.run(
-            [sys.executable, "-c", "from loclin.cli import main; main()", *arguments],
+            [sys.executable, "-m", "loclin", *arguments],
             stdout=full,
             stderr=subprocess.PIPE,
             timeout=300,
@@ -95,7 +95,7 @@ def test_a_reader_that_has_gone_is_no_fault(arguments):
     read, write = os.pipe()
     os.close(read)
     found = subprocess.run(
-        [sys.executable, "-c", "from loclin.cli import main; main()", *arguments],
+        [sys.executable, "-m", "loclin", *arguments],
         stdout=write,
         stderr=subprocess.PIPE,
         timeout=300,
@@ -121,7 +121,7 @@ def test_nothing_is_written_over_what_standard_output_goes_to(directory, tmp_pat
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
         found = subprocess.run(
-            [sys.executable, "-c", "from loclin.cli import main; main()", "explain", "w3", "--model", str(directory),
+            [sys.executable, "-m", "loclin", "explain", "w3", "--model", str(directory),
              "--json", str(log)],
             stdout=file, stderr=subprocess.PIPE, timeout=300, check=False,
         )  # fmt: skip

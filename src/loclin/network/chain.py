@@ -27,6 +27,7 @@ from loclin.results.sweep_file import SweepFile
 _CHUNK_ROWS = 1600
 """Rows (columns times positions) of one matrix product on a CPU: enough for its full speed; more only takes more
 memory."""
+_CHUNK_COLUMNS = 4  # of long prompts: a product with attention probabilities has columns times d_head
 _CHUNK_ROWS_ACCELERATOR = 65536
 
 
@@ -53,10 +54,10 @@ class Chain:
         return self.readout(target, -1, normed).width
 
     def chunk(self, columns: int, most: int) -> int:
-        """How many columns go through a layer at a time: equal parts of at most `most`, that fill a product's rows."""
+        """How many columns go through a layer at a time: equal parts of at most `most`, that fill a product."""
         on_cpu = self.trace.layers[0].hidden.device.type == "cpu"
         rows = _CHUNK_ROWS if on_cpu else _CHUNK_ROWS_ACCELERATOR
-        parts = math.ceil(columns / max(1, min(most, math.ceil(rows / self.trace.length))))
+        parts = math.ceil(columns / max(1, min(most, max(_CHUNK_COLUMNS, math.ceil(rows / self.trace.length)))))
         return math.ceil(columns / max(1, parts))
 
     def check(self, source: Point, target: Point) -> None:

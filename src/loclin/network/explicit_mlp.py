@@ -30,7 +30,7 @@ from loclin.network.split import multiply_both
 
 _FORMED_NUMBERS = 5_000_000  # numbers of the matrices that are formed at once: they stay in the processor's cache
 _FORMED_NUMBERS_ACCELERATOR = 2**28
-_ROWS = 4096  # rows that go through the factors at a time
+_ROWS = 2048  # rows that go through the factors at a time
 
 
 class ExplicitMLP:
@@ -92,21 +92,36 @@ class ExplicitMLP:
     def push_through_factors(self, source: Tensor, group: slice, affine: bool = False) -> Float[Tensor, "g n d"]:
         """Push `[g, n, d]` at a group of positions through the factors; with `affine` biases are added."""
         source = source.to(self.device)
+        (g, n, d), f = source.shape, self._down.shape[1]
         if self._before is not None:
-            source = source * self._before[group, None]
-        live = [matrix.push(source, affine=affine).mul_(factors[group, None]) for factors, matrix in self._branches]
-        inner = live[0] if len(live) == 1 else live[0] + live[1]
-        moved = self._down.push(inner, affine=affine)
+            source = torch.mul(source, self._before[group, None], out=self._buffer("scaled", g, n, d))
+        inner = None
+        rows = source if affine else source.reshape(-1, d)
+        for factors, matrix in self._branches:
+            out = None if affine else self._buffer("inner" if inner is None else "branch", g * n, f)
+            live = matrix.push(rows, out, affine).view(g, n, f).mul_(factors[group, None])
+            inner = live if inner is None else inner.add_(live)
+        assert inner is not None
+        if affine:
+            moved = self._down.push(inner, affine=True)
+        else:
+            moved = self._down.push(inner.view(-1, f), self._buffer("moved", g * n, d)).view(g, n, d)
         return moved if self._behind is None else moved.mul_(self._behind[group, None])
 
     def _pull_through_factors(self, source: Tensor, group: slice) -> Float[Tensor, "g n d"]:
         source = source.to(self.device)
+        (g, n, d), f = source.shape, self._down.shape[1]
         if self._behind is not None:
-            source = source * self._behind[group, None]
-        inner = self._down.pull(source)  # W_down^T: [g, n, d] -> [g, n, f]
-        moved = torch.zeros_like(source)
-        for factors, matrix in self._branches:
-            moved += matrix.pull(inner * factors[group, None])
+            source = torch.mul(source, self._behind[group, None], out=self._buffer("scaled", g, n, d))
+        # W_down^T: [g n, d] -> [g n, f]
+        inner = self._down.pull(source.reshape(-1, d), self._buffer("inner", g * n, f)).view(g, n, f)
+        moved = self._buffer("moved", g * n, d)
+        for i, (factors, matrix) in enumerate(self._branches):
+            is_last = i == len(self._branches) - 1
+            branch = inner if is_last else self._buffer("branch", g, n, f)
+            torch.mul(inner, factors[group, None], out=branch)
+            matrix.pull_into(branch.view(-1, f), moved, add=i > 0)
+        moved = moved.view(g, n, d)
         return moved if self._before is None else moved.mul_(self._before[group, None])
 
     def _push_all_at_once(
@@ -155,7 +170,7 @@ class ExplicitMLP:
         for i, (factors, matrix) in enumerate(self._branches):
             # (W_down diag(a)) W: [g d, f] [f, d]
             inner = torch.mul(factors[group, None], self._down.whole, out=self._buffer("inner", g, d, f)).view(g * d, f)
-            matrix.pull_whole(inner, matrices, add=i > 0)
+            matrix.pull_into(inner, matrices, add=i > 0)
         matrices = matrices.view(g, d, d)
         if self._before is not None:
             matrices.mul_(self._before[group, None])

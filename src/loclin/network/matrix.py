@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loclin.freeze.narrow import is_narrow, multiply, multiply_transposed
 from loclin.network import split
-from loclin.network.blocks import Workspace
+from loclin.network.blocks import Workspace, add_or_write
 
 _FEW_ROWS = 256
 
@@ -74,10 +74,12 @@ class Matrix:
             return multiply_transposed(y, self._weight)
         return y @ self.whole if out is None else torch.mm(y, self.whole, out=out)
 
-    def pull_whole(self, y: Float[Tensor, "n out"], out: Float[Tensor, "n in"], add: bool) -> None:
-        """`y W` in `out`, or added to it, for so many rows that it is made whole."""
+    def pull_into(self, y: Float[Tensor, "n out"], out: Float[Tensor, "n in"], add: bool) -> None:
+        """`y W` in `out`, or added to it."""
         if self.is_split:
             split.multiply(y, self._factor, self._workspace, out, add)
+        elif self._goes_by_rows(y):
+            add_or_write(out, multiply_transposed(y, self._weight), add)
         elif add:
             out.addmm_(y, self.whole)
         else:
