@@ -140,11 +140,12 @@ def test_mixed_devices_are_refused(device):
 
 
 def test_a_device_without_float64_is_refused(monkeypatch):
-    kind = torch.device(tiny.DEVICE).type
+    kind, wrapped = torch.device(tiny.DEVICE).type, loclin.wrap(tiny.llama())
     for module in (checks, options):
         monkeypatch.setattr(module, "WITHOUT_DOUBLE", frozenset({kind}))
-    with pytest.raises(loclin.ModelError, match=rf"is on {kind}.* which has no float64"):
-        loclin.linearize(tiny.llama(), tiny.prompt(5))
+    for model in (tiny.llama(), wrapped):  # one that was moved there after it was wrapped, too
+        with pytest.raises(loclin.ModelError, match=rf"is on {kind}.* which has no float64"):
+            loclin.linearize(model, tiny.prompt(5))
     with pytest.raises(loclin.OptionError, match=r"device='mps'.*choose one of cpu"):
         options.parse_device("mps")
 

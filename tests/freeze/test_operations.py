@@ -68,6 +68,11 @@ AFFINE = {
     "in place": _in_place,
     "views": lambda x: x.view(12, 6).T.reshape(4, 3, 6).permute(1, 0, 2).flatten(1).unflatten(1, (4, 6)).roll(1, 1),
     "parts": lambda x: torch.cat([*x.chunk(2, -1)[::-1], x.split(2, -1)[1], torch.stack(x.unbind(-1), -1)], -1),
+    "padding": lambda x: F.pad(x, (1, 0, 0, 2), value=-1.5)[:, 2:, 1:] + F.pad(x[:, 1:], (0, 0, 0, 1), value=2.0),
+    "overlapping windows": lambda x: (
+        x.as_strided((3, 3, 2, 6), (24, 6, 6, 1)).sum((1, 2), keepdim=True)[:, 0]
+        + torch.as_strided(x.transpose(1, 2).contiguous().mT[1:], (2, 4, 6), (24, 1, 4), 24).sum(0)
+    ),
     "repeats": lambda x: x.repeat(1, 2, 1)[:, :4] + x.repeat_interleave(2, 1)[:, ::2] + x[:, :1].expand_as(N),
     "triangles": lambda x: x.tril() + x.triu(1) + x.flip(1) + torch.diag_embed(x[..., 0]).sum(-1, keepdim=True),
     "casts": lambda x: x.float().double().type_as(N).to(N) + x.contiguous().clone().detach(),
@@ -135,6 +140,8 @@ def test_value_and_parts(name, gate):
         lambda x: N.scatter_reduce(1, GROUPS, x, "amax", include_self=False),
         lambda x: torch.zeros_like(N).scatter_reduce(1, GROUPS, x, "prod", include_self=False),
         lambda x: F.linear(x, W, x[0, 0].tanh()),
+        lambda x: x + x[:, ::2].as_strided((4, 6), (6, 1)),
+        lambda x: x + F.pad(x[:, 1:], (0, 0, 1, 0), value=-torch.inf).clamp_min(0),
     ],
 )
 def test_coefficients_are_not_taken_for_live(break_it):

@@ -68,6 +68,34 @@ def awq(path, weight, bits):
     return {f"{path}.{name}": part for name, part in parts.items()}, value
 
 
+def hqq(path, weight, bits, axis=1, view=torch.uint8):
+    """The same for HQQ, which reshapes a weight so that a group is a row (axis 1) or a column (axis 0)."""
+    shape = (-1, GROUP) if axis == 1 else (GROUP, -1)
+    q = torch.randint(0, 2**bits, weight.shape).reshape(shape)
+    rows, columns = q.shape
+    groups = (rows, 1) if axis == 1 else (1, columns)
+    zeros, scales = ((2**bits - 1) * torch.rand(groups)).half(), (0.02 * torch.rand(groups) + 0.001).half()
+    many, name, word = (10, "3bit_32", torch.int32) if bits == 3 else (8 // bits, f"{bits}bit_u8", torch.uint8)
+    words = [[0] * columns for _ in range(-(-rows // many))]
+    for r, numbers in enumerate(q.tolist()):
+        part, row = divmod(r, len(words))
+        words[row] = [
+            held | number << bits * (many - 1 - part) for held, number in zip(words[row], numbers, strict=True)
+        ]
+    value = (q.float() - zeros.float()) * scales.float()
+    view = view if word == torch.uint8 else word
+    parts = {"W_q": torch.tensor(words, dtype=word).view(view), "scale": scales, "zero": zeros}
+    parts["shape"] = torch.tensor(weight.shape)
+    texts = {"packing": name, "compute_dtype": "torch.float16", "unpack_view_dtype": str(word)}
+    parts |= {key: torch.tensor([*text.encode()], dtype=torch.uint8) for key, text in texts.items()}
+    integers = {"nbits": bits, "group_size": GROUP, "axis": axis}
+    parts |= {key: torch.tensor(number, dtype=torch.int32) for key, number in integers.items()}
+    switches = {"channel_wise", "encoded_state_dict", "optimize", "stores_quant_config"}
+    others = {"offload_meta", "quant_scale", "quant_zero", "round_zero", "view_as_float"}
+    parts |= {key: torch.tensor(key in switches, dtype=torch.uint8) for key in switches | others}
+    return {f"{path}.{key}": part.contiguous() for key, part in parts.items()}, value.reshape(weight.shape)
+
+
 def fp8(path, weight, block=(8, 16)):
     """Fine-grained FP8: blocks of e4m3 numbers, each with a scale."""
     rows, columns = weight.shape
@@ -116,6 +144,7 @@ def configure(folder, settings):
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "checkpoint_format": "gptq"}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+HQQ = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}, "skip_modules": ["lm_head"]}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 16]}
 STORED = {
     "gptq, 4 bits": (GPTQ, lambda path, weight: gptq(path, weight, 4)),
@@ -123,6 +152,11 @@ STORED = {
     "gptq, any order": (GPTQ | {"bits": 8}, lambda path, weight: gptq(path, weight, 8, acts=True)),
     "gptq_v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, lambda path, weight: gptq(path, weight, 4, "gptq_v2")),
     "awq": (AWQ, lambda path, weight: awq(path, weight, 4)),
+    "hqq, 8 bits": (HQQ, lambda path, weight: hqq(path, weight, 8)),
+    "hqq, 4 bits as half": (HQQ, lambda path, weight: hqq(path, weight, 4, view=torch.float16)),
+    "hqq, 3 bits": (HQQ, lambda path, weight: hqq(path, weight, 3)),
+    "hqq, 2 bits in columns": (HQQ, lambda path, weight: hqq(path, weight, 2, axis=0)),
+    "hqq, 1 bit": (HQQ, lambda path, weight: hqq(path, weight, 1)),
     "fp8": (FP8, fp8),
 }
 
@@ -215,7 +249,7 @@ def test_rounded_inputs_are_refused(settings, plain, tmp_path):
     assert ("dequantize=True" in message) == (settings["quant_method"] in ("fp8", "compressed-tensors"))
 
 
-UNPACKED = {"awq", "fp8", "gptq", "mxfp4", "mxfp8"}  # these need no library
+UNPACKED = {"awq", "fp8", "gptq", "hqq", "mxfp4", "mxfp8"}  # these need no library
 
 
 @pytest.mark.parametrize("method", sorted(AUTO_QUANTIZATION_CONFIG_MAPPING.keys() - UNPACKED))
@@ -229,14 +263,40 @@ def test_every_method_is_read_or_refused_by_name(method, monkeypatch, plain, tmp
     assert "pip install" in message or "which loclin does not read" in message or "rounds the inputs" in message
 
 
-@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.scales", "model.layers.0.self_attn.q_proj.qzeros"])
-def test_a_missing_part_is_named(lost, plain, tmp_path):
-    write(tmp_path, plain, *STORED["awq"])
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("awq", "model.layers.1.mlp.up_proj.scales"),
+        ("awq", "model.layers.0.self_attn.q_proj.qzeros"),
+        ("hqq, 1 bit", "model.layers.1.mlp.up_proj.zero"),
+        ("hqq, 1 bit", "model.layers.0.self_attn.q_proj.packing"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_missing_part_is_named(kind, lost, stream, plain, tmp_path):
+    write(tmp_path, plain, *STORED[kind])
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=lost.replace(".", r"\.")):
-        loclin.load(tmp_path)
+    with pytest.raises(ModelError, match=f"lacks {lost}, without which".replace(".", r"\.")):
+        loclin.load(tmp_path, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("packing", torch.tensor([*b"4bit_i32"], dtype=torch.uint8), "packed by hqq as '4bit_i32', which is not read"),
+        ("scale", torch.ones(5, 1), r"scales \[5, 1\] and zeros \[192, 1\], which do not fit together"),
+        ("shape", torch.tensor([48, 24]), r"up_proj \[48, 24\] has \[24, 8\] words packed as 1bit_u8"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_parts_of_hqq_that_do_not_fit_together(part, value, said, stream, plain, tmp_path):
+    write(tmp_path, plain, *STORED["hqq, 1 bit"])
+    tensors = load_file(tmp_path / "model.safetensors") | {f"model.layers.1.mlp.up_proj.{part}": value}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=said if not stream or part != "shape" else r"has the shape \[48, 24\]"):
+        loclin.load(tmp_path, stream=stream)
 
 
 @pytest.mark.parametrize(

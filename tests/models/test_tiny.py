@@ -120,6 +120,6 @@ def test_every_tiny_model_is_small():
                     model = tiny._model(family, task, None)
             except Exception:  # as many kinds as there are families, each named by `build`
                 continue
-            if (count := sum(parameter.numel() for parameter in model.parameters())) > 100e6:
+            if (count := sum(parameter.numel() for parameter in model.parameters())) > 10e6:
                 large[family] = count
     assert large == {}

@@ -260,7 +260,7 @@ def test_a_loaded_model(tmp_path):
     assert torch.equal(linearize(one, IDS).jacobian().dense(), linearize(two, IDS).jacobian().dense())
 
 
-def test_a_model_that_mps_holds_is_refused(monkeypatch):
+def test_all_devices_of_a_machine_with_mps_are_the_processor(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert parse_devices("all") == (torch.device("cpu"),)

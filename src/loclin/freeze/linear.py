@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,9 +92,31 @@ def scatter_reduce(op: Operation) -> Result:
 
 
 def pad(op: Operation) -> Result:
-    """Padding with zeros is linear; padding with anything else adds a constant that is not collected."""
-    mode, value = op.get(2, "mode", "constant"), op.get(3, "value")
-    return op.coefficient() if mode == "constant" and value else linear(op)
+    """Padding is linear; a finite number that it pads with is a constant beside the live tensor."""
+    status, value = op.status(op.get(0, "input")), op.get(3, "value")
+    if op.get(2, "mode", "constant") != "constant" or not value or not isinstance(status, Live):
+        return linear(op)
+    if not math.isfinite(value):
+        return op.coefficient()
+    frame = op.func(torch.zeros_like(status.linear), op.get(1, "pad"), value=value)
+    padded = op.recompute(everywhere, nowhere) - frame
+    return status.then(padded + op.context.constant(frame, value, op.name))
+
+
+def as_strided(op: Operation) -> Result:
+    """A view by places in memory, where the linearised value may lie otherwise: the same elements of it."""
+    x: Tensor = op.get(0, "input")
+    status, offset = op.status(x), op.get(3, "storage_offset")
+    if not isinstance(status, Live):
+        return linear(op)
+    own = torch.arange(x.numel(), device=x.device).view(x.shape)
+    memory = own.new_full([x.untyped_storage().nbytes() // x.itemsize], -1)
+    memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(own)
+    start = x.storage_offset() if offset is None else offset
+    taken = memory.as_strided(op.get(1, "size"), op.get(2, "stride"), start)
+    if bool((taken < 0).any()):  # elements of another tensor
+        return op.coefficient()
+    return status.then(status.linear.flatten()[taken])
 
 
 CONSTANT = words(

@@ -24,6 +24,7 @@ HANDLERS: Mapping[str, Handler] = {
     **dict.fromkeys(unary.ACTIVATIONS | unary.SQUASHES | unary.CLAMPS, unary.unary),
     "glu": products.glu,
     "pad": linear.pad,
+    "as_strided": linear.as_strided,
     "scatter_reduce": linear.scatter_reduce,
     "softmax": lambda op: op.coefficient(probabilities=True),
     "rms_norm": norms.rms_norm,

@@ -21,6 +21,7 @@ from loclin.maps.certificate import Certificate, certify, random_operations
 from loclin.maps.linear_map import LinearMap
 from loclin.maps.plan import Plan
 from loclin.models import Model, wrap
+from loclin.models.checks import refuse_devices
 from loclin.models.prompts import Numbers, Prompt, place_prompt, prompt_warnings
 from loclin.network.chain import Chain
 from loclin.network.memory import Budget
@@ -90,6 +91,7 @@ class Linearized(Unpicklable):
     ) -> L:
         """Freeze a model at one prompt; see `loclin.linearize`."""
         model = model if isinstance(model, Model) else wrap(model)
+        refuse_devices(model.hf, model.info.name)  # to which it may have been moved since it was wrapped
         model, ids = place_prompt(model, prompt, attention_mask=attention_mask, bos=bos, decoder=decoder, inputs=inputs)
         result = cls(model, ids, FreezeOptions(gate, precision), memory)
         result.prompt_warnings = prompt_warnings(

@@ -83,7 +83,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
             "input embeddings",
         )
     _refuse_kernels(hf, name)
-    _refuse_devices(hf, name)
+    refuse_devices(hf, name)
     # Offloaded weights rest on the meta device too, and are fetched when their layer runs.
     if getattr(hf, "hf_device_map", None) is None:
         empty = [
@@ -103,7 +103,7 @@ def refuse_model(hf: PreTrainedModel, name: str) -> None:
     refuse_non_finite(non_finite(hf), name)
 
 
-def _refuse_devices(hf: PreTrainedModel, name: str) -> None:
+def refuse_devices(hf: PreTrainedModel, name: str) -> None:
     """Refuse devices without float64, and several devices where nothing moves what passes from one to the next."""
     places = {str(value.device): path for path, value in hf.named_parameters() if not value.is_meta}
     lacking = [place for place in places if torch.device(place).type in WITHOUT_DOUBLE]

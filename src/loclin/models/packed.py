@@ -1,16 +1,16 @@
-"""Weights of GPTQ and AWQ checkpoints, dequantised one by one while a model takes them.
+"""Weights of GPTQ, AWQ and HQQ checkpoints, dequantised one by one while a model takes them.
 
-Both store small integers q, packed into int32, with a scale s and a zero z for each group of inputs:
+GPTQ and AWQ store small integers q, packed into int32, with a scale s and a zero z for each group of inputs:
 
     W[o, i] = s[g(i), o] (q[i, o] - z[g(i), o])
 
 In float32 that is exact: the difference has at most 9 bits, and a float16 scale 11. GPTQ (Frantar et al. 2022) packs
-q along the inputs, AWQ (Lin et al. 2023) along the outputs; both pack z along the outputs.
+q along the inputs, AWQ (Lin et al. 2023) along the outputs; both pack z along the outputs. HQQ is in a file of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loclin.errors import ModelError
+from loclin.models import hqq
 
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Which of the eight numbers in an int32 is each of eight neighbours, in AWQ."""
@@ -30,8 +31,11 @@ _LAYOUTS = {
     "awq": ("version", ("gemm",), (4,)),
 }
 """The option that names a method's layout, the layouts that are read (the first by default), and the bits."""
-PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
-"""How the names of a weight's parts end: q, z, s and, in some checkpoints, the group of each input."""
+_INTEGERS = ("qweight", "qzeros", "scales")
+_PARTS = {"awq": _INTEGERS, "gptq": _INTEGERS, "hqq": hqq.PARTS}
+"""How the names of a weight's parts end, without which it has no value; the first holds q."""
+_BESIDE = {"awq": (), "gptq": ("g_idx",), "hqq": hqq.SETTINGS}
+"""How the names end of what some checkpoints store beside them: the group of each input, and settings."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +49,49 @@ class _Lazy:
 
 
 def read_packed(directory: Path, settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """The state dict of a GPTQ or AWQ checkpoint with plain weights, each of them made when it is sliced.
+    """The state dict of a GPTQ, AWQ or HQQ checkpoint with plain weights, each of them made when it is sliced.
 
     `settings` is its `quantization_config`. ModelError for a layout that is not known, or a part that is missing.
     """
     refuse_layout(settings, name)
     places = _find_tensors(directory)
-    state: dict[str, Any] = {
-        key: _Lazy(partial(_read, path, key)) for key, path in places.items() if not key.endswith(PARTS)
-    }
-    for key in places:
-        if key.endswith(PARTS[0]):
-            path = key.removesuffix(PARTS[0])
-            for part in PARTS[1:3]:
-                if path + part not in places:
-                    raise ModelError(f"{name} lacks {path}{part}, without which {key} has no meaning; get it again")
-            parts = [_Lazy(partial(_read, places[path + part], path + part)) for part in PARTS if path + part in places]
-            state[f"{path}.weight"] = _Lazy(partial(_make, parts, settings, path))
+    state: dict[str, Any] = {key: _Lazy(partial(_read, path, key)) for key, path in places.items()}
+    for path, names in find_weights(places, settings["quant_method"]).items():
+        for part in names:
+            if part not in state:
+                raise ModelError(f"{name} lacks {part}, without which {names[0]} has no meaning; get it again")
+        parts = [state.pop(part) for part in names]
+        state[f"{path}.weight"] = _Lazy(partial(_make, parts, decoder(path, names, settings)))
     return state
+
+
+def find_weights(keys: Collection[str], method: str) -> dict[str, tuple[str, ...]]:
+    """The names of all parts of each quantised weight, that of q first, by its layer's path; some may not be there."""
+    paths = [key.removesuffix(f".{_PARTS[method][0]}") for key in keys if key.endswith(f".{_PARTS[method][0]}")]
+    return {
+        path: (
+            *(f"{path}.{part}" for part in _PARTS[method]),
+            *(f"{path}.{part}" for part in _BESIDE[method] if f"{path}.{part}" in keys),
+        )
+        for path in paths
+    }
+
+
+def decoder(path: str, names: Sequence[str], settings: Mapping[str, Any]) -> Callable[..., Float[Tensor, "out in"]]:
+    """The function that gives a weight in float32 from its parts, in the order of their names."""
+
+    def dequantise(*tensors: Tensor) -> Tensor:
+        parts = {part.removeprefix(f"{path}."): tensor for part, tensor in zip(names, tensors, strict=True)}
+        return hqq.dequantise(parts, path) if settings["quant_method"] == "hqq" else _dequantise(parts, settings, path)
+
+    return dequantise
 
 
 def refuse_layout(settings: Mapping[str, Any], name: str) -> None:
     """ModelError for a layout, or a number of bits, that is not known."""
     method, bits = settings["quant_method"], settings.get("bits", 4)
+    if method not in _LAYOUTS:
+        return  # each weight names its own
     _, layouts, widths = _LAYOUTS[method]
     layout = _layout(settings)
     if layout not in layouts or bits not in widths:
@@ -82,8 +106,8 @@ def _layout(settings: Mapping[str, Any]) -> str:
     return str(settings.get(option, layouts[0])).lower()
 
 
-def _make(parts: Sequence[_Lazy], settings: Mapping[str, Any], path: str) -> Tensor:
-    return dequantise(*(part[...] for part in parts), settings=settings, path=path)
+def _make(parts: Sequence[_Lazy], decode: Callable[..., Tensor]) -> Tensor:
+    return decode(*(part[...] for part in parts))
 
 
 def _find_tensors(directory: Path) -> dict[str, Path]:
@@ -103,10 +127,8 @@ def _read(path: Path, key: str) -> Tensor:
         return tensor
 
 
-def dequantise(
-    q: Tensor, z: Tensor, s: Tensor, group: Tensor | None = None, *, settings: Mapping[str, Any], path: str
-) -> Float[Tensor, "out in"]:
-    """One weight in float32, from its parts as they are stored."""
+def _dequantise(parts: Mapping[str, Tensor], settings: Mapping[str, Any], path: str) -> Float[Tensor, "out in"]:
+    (q, z, s), group = (parts[name] for name in _INTEGERS), parts.get("g_idx")
     bits, most = settings.get("bits", 4), settings.get("group_size", -1)
     if settings["quant_method"] == "gptq":
         q, z = _unpack(q.T, bits), _unpack(z, bits)  # [out, in], [groups, out]

@@ -91,7 +91,7 @@ def _read_quantised(
 def _read_packed(
     place: str, name: str, arguments: dict[str, Any], config: PreTrainedConfig, settings: dict[str, Any]
 ) -> PreTrainedModel:
-    """Read a GPTQ or AWQ checkpoint into a plain model."""
+    """Read a GPTQ, AWQ or HQQ checkpoint into a plain model."""
     from transformers import GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

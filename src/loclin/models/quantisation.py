@@ -10,7 +10,7 @@ from loclin.models.options import installed
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-PACKED = ("awq", "gptq")
+PACKED = ("awq", "gptq", "hqq")
 """Methods whose weights `loclin.models.packed` dequantises: their own libraries need a compiler or a GPU."""
 _BY_TRANSFORMERS = {
     "compressed-tensors": "CompressedTensorsConfig",

@@ -25,12 +25,13 @@ def _table(text: str) -> dict[str, Any]:
 SIZES = _table(f"""
 # vocabulary
 {VOCABULARY} vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size
+{VOCABULARY} src_vocab_size tgt_vocab_size
 # depth
 {LAYERS} num_hidden_layers n_layer n_layers num_layers num_decoder_layers decoder_layers num_blocks depth
 1 encoder_layers num_encoder_layers num_nextn_predict_layers
 # width
 32 hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim input_embedding_size
-32 output_embedding_size
+32 output_embedding_size embedding_rank
 40 intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner dff d_ff dim_ff d_inner ffn_hidden_size
 40 feed_forward_size mlp_dim dense_intermediate_size intermediate_size_mlp prefix_dense_intermediate_size
 8 hidden_size_per_layer_input
@@ -67,6 +68,7 @@ SIZES = _table(f"""
 8 patch_size
 32 output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels adapter_in_dim
 32 adapter_out_dim adapter_input_size out_hidden_size projector_input_dim projector_output_dim backbone_hidden_size
+32 audio_hidden_size
 1 num_codebooks
 """) | {"use_cache": False, "use_mamba_kernels": False}
 
@@ -136,6 +138,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _GEMMA4,
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full"]},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "num_layers": 3},
+    "granite_speech_encoder": {"hidden_dim": 32},
+    "granite_speech_plus_encoder": {"hidden_dim": 32},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "inkling_text": {"mlp_layer_types": _DENSE_FIRST},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
@@ -158,6 +162,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral": {"layer_types": _FULL_AROUND},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "perceiver": _table("8 num_latents\n32 d_latents\n2 num_self_attends_per_block"),
+    "neomme": {"head_dim": 16},
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "hash_seed": 0},
     "roc_bert": _table("8 pronunciation_embed_dim shape_embed_dim")
     | _table("97 pronunciation_vocab_size shape_vocab_size"),
@@ -174,9 +179,9 @@ CAUSAL: dict[str, dict[str, Any]] = {"xlm": {"causal": True}, "xlnet": {"attn_ty
 # families whose causal language model takes a part of the config
 PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
-# modules that stay in float32: a router that casts its input and never its weights; and all of a family whose mask
-# cannot be made in float64, so that only its linear path is in float64
-SINGLE = {"inkling2_text": ("mlp.gate",), "xglm": ("",)}
+# modules that stay in float32: a router that casts its input and never its weights; and all of families whose masks
+# cannot be made in float64, so that only their linear path is in float64
+SINGLE = {"fsmt": ("",), "inkling2_text": ("mlp.gate",), "xglm": ("",)}
 
 _DRAFTS = (
     "it has no map of its own from tokens, since it reads the hidden states, keys and values of the model that it "

@@ -116,10 +116,12 @@ def _at_classes(sequence: BlockSequence, model: Model, input_ids: Tensor) -> Blo
     moved = found if isinstance(found, Tensor) else torch.zeros_like(seen[-1])
     read = at_all_tokens(model, moved, input_ids.shape[1])[0].isnan().any(-1).nonzero().flatten().tolist()
     if len(read) != 1:
+        kind, count = type(sequence.exit).__name__, len(read)
+        what = f"the final hidden states of {count} tokens" if read else f"none of the hidden states that {kind} gives"
         raise ModelError(
-            f"{model.info.name}: its classes read the final hidden states of {len(read)} tokens; loclin takes "
-            "classifiers that read one token, such as [CLS] or the last",
-            type(sequence.exit).__name__,
+            f"{model.info.name}: its classes read {what}; loclin takes classifiers that read that of one token, such "
+            "as [CLS] or the last",
+            kind,
         )
     return replace(sequence, predicts=int(read[0]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -137,19 +136,25 @@ def _find_mxfp4(checkpoint: Checkpoint, _settings: Mapping[str, Any]) -> list[Pa
 
 
 def _find_packed(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[Packed]:
-    """Weights of GPTQ and AWQ: small integers in int32, packed along the inputs or the outputs."""
-    found, many = [], 32 // settings.get("bits", 4)
-    for key, stored in checkpoint.tensors.items():
-        if key.endswith(packed.PARTS[0]):
-            path = key.removesuffix(packed.PARTS[0])
-            names = [path + part for part in packed.PARTS]
-            parts = [_part(checkpoint, key, name) for name in names[:3]]
-            parts += [checkpoint.tensors[name] for name in names[3:] if name in checkpoint.tensors]
-            rows, columns = stored.shape
-            shape = (columns, rows * many) if settings["quant_method"] == "gptq" else (columns * many, rows)
-            make = partial(packed.dequantise, settings=settings, path=path)
-            found.append(Packed(f"{path}.weight", tuple(parts), shape, make))
+    """Weights of GPTQ, AWQ and HQQ: small integers that share words."""
+    found = []
+    for path, names in packed.find_weights(checkpoint.tensors, settings["quant_method"]).items():
+        parts = tuple(_part(checkpoint, names[0], name) for name in names)
+        shape = _packed_shape(checkpoint, parts, settings)
+        found.append(Packed(f"{path}.weight", parts, shape, packed.decoder(path, names, settings)))
     return found
+
+
+def _packed_shape(
+    checkpoint: Checkpoint, parts: tuple[StoredTensor, ...], settings: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """The shape of a weight that shares words: from the words, which are the first part; HQQ stores it."""
+    method, many = settings["quant_method"], 32 // settings.get("bits", 4)
+    if method == "hqq":
+        stored = next(part for part in parts if part.name.endswith(".shape"))
+        return tuple(_read(checkpoint, stored).view(stored.dtype).tolist())
+    rows, columns = parts[0].shape
+    return (columns, rows * many) if method == "gptq" else (columns * many, rows)
 
 
 _METHODS: dict[str, Callable[[Checkpoint, Mapping[str, Any]], list[Packed]]] = {
@@ -158,6 +163,7 @@ _METHODS: dict[str, Callable[[Checkpoint, Mapping[str, Any]], list[Packed]]] = {
     "fp8": _find_fp8,
     "mxfp8": _find_fp8,
     "gptq": _find_packed,
+    "hqq": _find_packed,
     "mxfp4": _find_mxfp4,
 }
 
