@@ -16,6 +16,9 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    LongformerConfig,
+    LongformerForMaskedLM,
+    LongformerForSequenceClassification,
     ModernBertConfig,
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
@@ -254,6 +257,27 @@ def test_the_map_is_that_of_autograd_with_coefficients_detached(case):
         stock = logits(hf)
     assert (stock - y).norm() <= 1e-5 * stock.norm()  # the model casts to float32 inside
     assert lin.certify().passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "position"),
+    [(LongformerForMaskedLM, 3), (LongformerForSequenceClassification, 0)],
+    ids=["masked", "classes"],
+)
+def test_windows_that_overlap_in_memory(kind, position):
+    """Longformer's attention: strided views of padded chunks; its classes' token attends to all others."""
+    hf, ids = build(kind, LongformerConfig(**ENCODER, attention_window=4)), torch.cat([IDS, IDS[:, 1:2]], 1)
+    lin = loclin.linearize(wrap(hf), ids, precision="double")
+    J = lin.jacobian(target="logits")
+
+    def logits(hf):
+        found = hf(input_ids=ids).logits[0]
+        return found[position] if found.dim() > 1 else found
+
+    expected, y = oracle(hf, lin.embeddings, [(hf.longformer.encoder.layer[0], True)], logits)
+    assert lin.trace.sequence.predicts == position
+    assert (J.dense() - expected).norm() <= 1e-11 * expected.norm()
+    assert (J.reconstruct() - y).norm() <= 1e-11 * y.norm()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -253,6 +253,32 @@ def test_networks_of_other_forms_are_exact(family):
     assert J.matvec(lin.embeddings).norm() > 1e-3 * y.norm()
 
 
+@pytest.mark.parametrize(
+    ("task", "family"),
+    [
+        ("seq2seq", "led"),
+        ("seq2seq", "nemo_speechlm"),
+        ("masked", "neomme"),
+        ("classification", "markuplm"),
+        ("classification", "xlnet"),
+    ],
+)
+def test_encoders_of_other_forms_are_exact(task, family):
+    """Windows that overlap in memory, two kinds of tokens, low-rank embeddings, many tables of embeddings, [T, n]."""
+    if family not in tiny.families(task):
+        pytest.skip(f"this transformers has no {family}")
+    found = certify_family(family, ["half"], task)
+    assert found.passed == 2, found.reason
+    assert found.worst("float64") < 1e-12
+
+
+def test_classes_of_what_a_model_pools_inside_are_refused():
+    assert (
+        "none of the hidden states that SqueezeBertModel gives"
+        in certify_family("squeezebert", ["half"], "classification").reason
+    )
+
+
 @pytest.mark.parametrize(("family", "reason"), [
     ("musicgen", "a row of codes for each"), ("gemma4_assistant", "no map of its own"), ("reformer", "cannot"),
 ])  # fmt: skip
