@@ -55,13 +55,14 @@ def read_packed(directory: Path, settings: dict[str, Any], name: str) -> dict[st
     """
     refuse_layout(settings, name)
     places = _find_tensors(directory)
-    state: dict[str, Any] = {key: _Lazy(partial(_read, path, key)) for key, path in places.items()}
+    state: dict[str, Any] = {key: _Lazy(partial(_read, {key: path})) for key, path in places.items()}
     for path, names in find_weights(places, settings["quant_method"]).items():
         for part in names:
             if part not in state:
                 raise ModelError(f"{name} lacks {part}, without which {names[0]} has no meaning; get it again")
-        parts = [state.pop(part) for part in names]
-        state[f"{path}.weight"] = _Lazy(partial(_make, parts, decoder(path, names, settings)))
+            del state[part]
+        parts = {part: places[part] for part in names}
+        state[f"{path}.weight"] = _Lazy(partial(_read, parts, decoder(path, names, settings)))
     return state
 
 
@@ -106,10 +107,6 @@ def _layout(settings: Mapping[str, Any]) -> str:
     return str(settings.get(option, layouts[0])).lower()
 
 
-def _make(parts: Sequence[_Lazy], decode: Callable[..., Tensor]) -> Tensor:
-    return decode(*(part[...] for part in parts))
-
-
 def _find_tensors(directory: Path) -> dict[str, Path]:
     """In which file of a directory each tensor is."""
     places: dict[str, Path] = {}
@@ -121,10 +118,14 @@ def _find_tensors(directory: Path) -> dict[str, Path]:
     return places
 
 
-def _read(path: Path, key: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(key)
-        return tensor
+def _read(places: Mapping[str, Path], decode: Callable[..., Tensor] | None = None) -> Tensor:
+    """A tensor, or what is decoded from several; each file is opened once, since its header may name thousands."""
+    tensors: dict[str, Tensor] = {}
+    for path in dict.fromkeys(places.values()):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {key: file.get_tensor(key) for key, place in places.items() if place == path}
+    found = [tensors[key] for key in places]
+    return found[0] if decode is None else decode(*found)
 
 
 def _dequantise(parts: Mapping[str, Tensor], settings: Mapping[str, Any], path: str) -> Float[Tensor, "out in"]:
