@@ -75,6 +75,7 @@ QUESTIONS = {
     "interventions": lambda lin: lin.intervene(["L1H2", "L0N3", "attn_out.0", "mlp_out.1", "T1"]).to_dict(),
     "path": lambda lin: lin.path(["L1H2"], token=0).to_dict(),
     "explanation": lambda lin: loclin.explain(lin, k=2),
+    "exploration": lambda lin: lin.explore(count=9).to_dict(),
     "layers in words": lambda lin: explain_layers(lin, k=2),
     "similarity": lambda lin: lin.similarity(),
     "logit lens": lambda lin: logit_lens(lin, 5),

@@ -96,7 +96,7 @@ def test_maps_are_applied_by_operators():
     assert J.T.T is J
 
 
-QUESTIONS = ["explain", "explain_layers", "attribute", "logit_lens", "generate", "similarity", "validity"]
+QUESTIONS = ["explain", "explain_layers", "explore", "attribute", "logit_lens", "generate", "similarity", "validity"]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

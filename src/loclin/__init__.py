@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from loclin.analyses.decode import Decoder
     from loclin.analyses.estimate import Estimate, estimate
     from loclin.analyses.explain import Explanation, explain
+    from loclin.analyses.exploration.explore import explore
+    from loclin.analyses.exploration.result import Exploration
     from loclin.analyses.faithfulness.disruption import Disruption, disruption
     from loclin.analyses.faithfulness.items import load_items
     from loclin.analyses.faithfulness.study import Faithfulness, faithfulness
@@ -77,6 +79,7 @@ __all__ = [
     "Entropy",
     "Estimate",
     "Explanation",
+    "Exploration",
     "Faithfulness",
     "Generation",
     "Head",
@@ -122,6 +125,7 @@ __all__ = [
     "estimate",
     "explain",
     "explain_layers",
+    "explore",
     "faithfulness",
     "figures",
     "freeze",
@@ -151,6 +155,8 @@ _MODULES = {
     "analyses.decode": ("Decoder",),
     "analyses.estimate": ("Estimate", "estimate"),
     "analyses.explain": ("Explanation", "explain"),
+    "analyses.exploration.explore": ("explore",),
+    "analyses.exploration.result": ("Exploration",),
     "analyses.faithfulness.disruption": ("Disruption", "disruption"),
     "analyses.faithfulness.items": ("load_items",),
     "analyses.faithfulness.study": ("Faithfulness", "faithfulness"),

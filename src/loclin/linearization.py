@@ -16,6 +16,7 @@ from loclin.analyses.attribution.attribute import attribute as _attribute
 from loclin.analyses.attribution.heads import head as _head
 from loclin.analyses.attribution.heads import path as _path
 from loclin.analyses.explain import explain as _explain
+from loclin.analyses.exploration.explore import explore as _explore
 from loclin.analyses.generation import generate as _generate
 from loclin.analyses.intervene import intervene as _intervene
 from loclin.analyses.layers import explain_layers as _explain_layers
@@ -42,6 +43,7 @@ class Linearization(Linearized):
     compare_prompts = _compare_prompts
     explain = _explain
     explain_layers = _explain_layers
+    explore = _explore
     generate = _generate
     head = _head
     intervene = _intervene

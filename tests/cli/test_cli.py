@@ -326,6 +326,21 @@ def test_layers(directory, tmp_path, capsys):
     assert "call it" in err
 
 
+def test_explore(directory, tmp_path, capsys):
+    page, saved = tmp_path / "explore.html", tmp_path / "explore.safetensors"
+    files = ("--html", page, "--save", saved, "--word", "w9")
+    code, out, err = here(capsys, "explore", "w3 w4 w5", "--model", directory, "--count", 9, *files)
+    assert code == 0, err
+    assert "EXACT" in out
+    found = loclin.Exploration.load(saved)
+    assert found.words[0].strip() == "w9"
+    assert len(found.words) == 9
+    assert found.to_html() == page.read_text("utf-8")
+    code, _, err = here(capsys, "explore", "w3", "--model", directory, "--word", "no such word")
+    assert code == 2
+    assert "not one" in err
+
+
 def test_coverage(tmp_path, capsys):
     record, page = tmp_path / "coverage.json", tmp_path / "coverage.md"
     chosen = ("--family", "llama", "--family", "gemma4_assistant", "--gate", "up", "--json", record)

@@ -79,6 +79,7 @@ def test_results_of_a_prompt_are_shown_in_a_line():
             Operator.make(lin, 1),
         ),
         lin.similarity(),
+        lin.explore(count=9),
     ]
     for result in results:
         shown = repr(result)

@@ -116,6 +116,12 @@ def disrupted() -> loclin.Disruption:
     return loclin.Disruption({"model": {"name": HOSTILE}}, VERSIONS, [found])
 
 
+def exploration() -> loclin.Exploration:
+    made = hostile(lin().explore(count=9))
+    rows = [replace(row, name=HOSTILE) for row in made.rows]
+    return replace(made, rows=rows, words=[HOSTILE] * len(made.words))
+
+
 def head() -> loclin.Head:
     made = hostile(lin().head(1, 1))
     made.triples[0].writes[0] = (HOSTILE, 1.0)
@@ -171,6 +177,7 @@ MADE = {
     "groups": groups,
     "prompts": prompts,
     "interventions": interventions,
+    "exploration": exploration,
     "layers": lambda: hostile(loclin.explain_layers(lin(), k=2), tokens=[HOSTILE] * 4),
     "generation": generation,
     "validity": lambda: hostile(loclin.validity(lin(), draws=1, swaps=1), tokens=[HOSTILE] * 4),
@@ -223,7 +230,7 @@ def test_a_page_is_whole_loads_nothing_and_runs_nothing_of_a_prompt(result: Any)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     if page.scripts:
-        assert set(page.data["figures"]) <= set(ids)
+        assert set(page.data.get("figures", ())) <= set(ids)
 
 
 def test_a_fragment_is_static(result: Any) -> None:

@@ -20,9 +20,9 @@ from loclin.steering import Operator, Vector
 from loclin.steering.search import Sweep
 
 NAMES = [
-    "Attribution", "Certificate", "Comparison", "Coverage", "Disruption", "Estimate", "Explanation", "Faithfulness",
-    "Generation", "Head", "Interventions", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms", "Operator",
-    "Path", "Plan",
+    "Attribution", "Certificate", "Comparison", "Coverage", "Disruption", "Estimate", "Explanation", "Exploration",
+    "Faithfulness", "Generation", "Head", "Interventions", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms",
+    "Operator", "Path", "Plan",
     "Projection", "PromptComparison", "Reproduction", "SVD", "Similarity", "Steered", "Sweep", "Validity", "Vector",
     "Watched",
 ]  # fmt: skip
@@ -51,6 +51,7 @@ def results(directory, tmp_path_factory):
         loclin.disruption(model, [Item("one", "w3 w4 w5", answer(model, "w3 w4 w5"), (0, 8))], bos=True),
         loclin.estimate(str(directory), tokens=3, analyses=["attribute"], rate_flops=1e11),
         lin.explain(k=2),
+        lin.explore(count=9),
         loclin.faithfulness(model, [StudyPrompt("words", "w3 w4 w5 w6", "held-out")], planes=1),
         lin.generate(2, k=2),
         lin.head(1, 2),

@@ -53,6 +53,16 @@ class Decoder:
         return self._embeddings.shape[0]
 
     @in_plain_torch
+    def rows_of(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """Return the rows of the output head's matrix of some tokens."""
+        return self._head[ids.to(self._head.device)]
+
+    @in_plain_torch
+    def scores(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
+        """Multiply vectors with all rows of the output head's matrix. Cost: n V d. Memory: n V numbers."""
+        return torch.cat([vectors @ rows.to(vectors).T for _, rows in _split(self._head, len(vectors))], dim=1)
+
+    @in_plain_torch
     def writes(self, vectors: Float[Tensor, "n d"], k: int = 8) -> list[Words]:
         """Find the k tokens whose rows of the output head have the largest product with each vector.
 

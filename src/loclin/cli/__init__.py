@@ -11,6 +11,7 @@ from loclin.cli import (
     compare,
     coverage,
     explain,
+    explore,
     faithfulness,
     figure,
     intervene,
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=Command)(explain.explain)
+app.command(cls=Command)(explore.explore)
 app.command(cls=Command)(layers.layers)
 app.command(cls=Command)(figure.figure)
 app.command(cls=Command)(reproduce.reproduce)

@@ -130,7 +130,7 @@ Html = Annotated[Path | None, path("Write an interactive page to this file.")]
 Record = Annotated[Path | None, path("Write what is finished to this JSON file, and go on from what it holds.")]
 Markdown = Annotated[Path | None, path("Write the tables to this Markdown file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")]
-_OUTPUTS = ("json", "html", "markdown", "save", "output")
+_OUTPUTS = ("json", "html", "markdown", "save", "output", "page")
 _INPUTS = ("words", "operator", "model", "saved")
 
 
@@ -293,7 +293,7 @@ def check() -> None:
     kept.set(NOTHING)
     if {"fresh", "json"} <= set(given):
         kept.set(f"what is finished is kept: the same command goes on ({given['json']})")
-    outputs = {f"--{name}": given[name] for name in _OUTPUTS if name in given}
+    outputs = {"--html" if name == "page" else f"--{name}": given[name] for name in _OUTPUTS if name in given}
     for path in outputs.values():
         check_writable(path)
     if (save := outputs.get("--save")) is not None:

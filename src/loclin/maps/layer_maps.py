@@ -121,7 +121,7 @@ def layer_maps(
     for name, given, known in (("mode", mode, get_args(Mode)), ("direction", direction, get_args(Direction))):
         if given not in known and given is not None:
             raise OptionError(f"{name}={given!r}: choose one of {', '.join(known)}")
-    biases = _push_biases(chain)
+    biases = push_biases(chain)
     if mode == "suffix":
         yield from _suffix(chain, position, components, biases, progress)
         return
@@ -224,7 +224,7 @@ def _suffix(
         middle = halves and not middle
 
 
-def _push_biases(chain: Chain) -> list[dict[str, Tensor]]:
+def push_biases(chain: Chain) -> list[dict[str, Tensor]]:
     """What the biases before a point add there `[T, d]`, at every point of every layer. Cost: one column."""
     trace, workspace = chain.trace, Workspace()
     stream = torch.zeros(trace.length, trace.width, dtype=trace.dtype, device=trace.layers[0].hidden.device)

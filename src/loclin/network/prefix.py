@@ -19,6 +19,8 @@ from loclin.network.link import LayerLink
 
 CountColumns = Callable[[int], None]
 """Called with the number of columns that have passed a layer."""
+_TOGETHER = 64
+"""How many groups of tokens are pushed from the first of their tokens on."""
 Maps = dict[str, Float[Tensor, "n d_in d"]]
 """By component, the transpose of the map of each of n tokens."""
 
@@ -60,13 +62,7 @@ def prefix_maps(
             found[name][index, columns] = pushed.to(device)
 
     for layer in range(trace.n_layers):
-        is_last = layer == trace.n_layers - 1
-        wanted = slice(position, position + 1) if is_last else slice(0, stop)
-        explicit = chain.explicit_layer(layer, workspace)
-        if explicit is not None:
-            explicit.jvp(blocks, wanted, chain.chunk(d, d), probe=Probe(position, record))
-        else:
-            _push_through_graph(chain, layer, blocks, Probe(position, record))
+        _push_through_layer(chain, layer, blocks, Probe(position, record), chain.chunk(d, d), workspace)
         if "resid_post" in found:
             for own, (start, block) in zip(found["resid_post"], blocks, strict=False):  # zero behind the position
                 own.copy_(block[position - start])
@@ -74,9 +70,90 @@ def prefix_maps(
         yield layer, found
 
 
-def _push_through_graph(chain: Chain, layer: int, blocks: Sequence[CausalBlock], probe: Probe) -> None:
+def push_embeddings(
+    chain: Chain,
+    position: int,
+    groups: Sequence[Sequence[int]],
+    spare: int,
+    progress: CountColumns = lambda _columns: None,
+) -> list[dict[str, Float[Tensor, "n d"]]]:
+    """What the embeddings of each of n groups of tokens make of every layer's components at one position.
+
+    It is their effect along all paths on which that component writes last. For each layer: what they make of `attn_out`
+    and `mlp_out`, or of `block`, the sum of both, where a layer does not tell them apart. The groups are in the order
+    of their first tokens.
+
+    Cost: a column for each group; with causal attention only at the positions behind its first token. Memory: T d
+    numbers for each group at a time, for as many as fit into `spare` bytes.
+    """
+    trace, stop = chain.trace, position + 1 if chain.trace.causal else chain.trace.length
+    most = max(1, spare // (2 * stop * trace.width * trace.dtype.itemsize))
+    found: list[list[dict[str, Tensor]]] = [[] for _ in range(trace.n_layers)]
+    for first in range(0, len(groups), most):
+        some = groups[first : first + most]
+        for pushed, layer in zip(_push_some(chain, position, some), found, strict=True):
+            layer.append(pushed)
+            progress(len(some))
+    return [{name: torch.cat([one[name] for one in layer]) for name in layer[0]} for layer in found]
+
+
+def _push_some(
+    chain: Chain, position: int, groups: Sequence[Sequence[int]]
+) -> Iterator[dict[str, Float[Tensor, "n d"]]]:
+    """The same for as many groups as are pushed at a time."""
+    trace, n, x = chain.trace, len(groups), chain.trace.layers[0].value[0]
+    stop, workspace = position + 1 if trace.causal else trace.length, Workspace()
+    stream = x.new_empty(stop, n, trace.width)
+    blocks: list[CausalBlock] = []
+    for first in range(0, n, _TOGETHER):
+        some = groups[first : first + _TOGETHER]
+        start = min([token for group in some for token in group if token < stop], default=stop) if trace.causal else 0
+        block = stream[start:, first : first + len(some)].zero_()
+        for column, group in enumerate(some):
+            for token in group:
+                if token < stop:
+                    block[token - start, column] = x[token]
+        if start < stop:
+            blocks.append(CausalBlock(start, block))
+    found: dict[str, Tensor] = {}
+
+    def record(index: int, name: str, columns: slice, pushed: Tensor) -> None:
+        of_block = range(n)[index * _TOGETHER : (index + 1) * _TOGETHER][columns]
+        found.setdefault(name, x.new_zeros(n, trace.width))[of_block.start : of_block.stop] = pushed.to(x.device)
+
+    for layer in range(trace.n_layers):
+        found.clear()
+        before = _at_position(blocks, position, x.new_zeros(n, trace.width))
+        most = max((block.shape[1] for _, block in blocks), default=1)
+        _push_through_layer(chain, layer, blocks, Probe(position, record), chain.chunk(most, most), workspace)
+        if not found:
+            found["block"] = _at_position(blocks, position, torch.zeros_like(before)) - before
+        yield dict(found)
+
+
+def _at_position(blocks: Sequence[CausalBlock], position: int, found: Tensor) -> Float[Tensor, "n d"]:
+    for index, (start, block) in enumerate(blocks):
+        found[index * _TOGETHER : index * _TOGETHER + block.shape[1]] = block[position - start]
+    return found
+
+
+def _push_through_layer(
+    chain: Chain, layer: int, blocks: Sequence[CausalBlock], probe: Probe, chunk: int, workspace: Workspace
+) -> None:
+    """Push blocks through a layer, in place: where it is the last, only the probe's position is right."""
+    trace, position = chain.trace, probe.position
+    stop = position + 1 if trace.causal else trace.length
+    wanted = slice(position, position + 1) if layer == trace.n_layers - 1 else slice(0, stop)
+    explicit = chain.explicit_layer(layer, workspace)
+    if explicit is not None:
+        explicit.jvp(blocks, wanted, chunk, probe=probe)
+    else:
+        _push_through_graph(chain, layer, blocks, probe, chunk)
+
+
+def _push_through_graph(chain: Chain, layer: int, blocks: Sequence[CausalBlock], probe: Probe, chunk: int) -> None:
     """Push blocks through a layer's own graph, in place."""
-    trace, chunk = chain.trace, chain.chunk(chain.trace.width, chain.trace.width)
+    trace = chain.trace
 
     def make(link: LayerLink) -> dict[str, Callable[[Tensor], Tensor]]:
         graph = link.graph()

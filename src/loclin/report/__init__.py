@@ -1,6 +1,7 @@
 """How results look: each room's results are described once, and drawn on terminals, pages and in notebooks."""
 
 from loclin.analyses.explain import Explanation
+from loclin.analyses.exploration.result import Exploration
 from loclin.analyses.layers import LayerExplanation
 from loclin.report import (  # noqa: F401 (what they import registers a description for each class)
     attribution,
@@ -8,6 +9,7 @@ from loclin.report import (  # noqa: F401 (what they import registers a descript
     disruption,
     estimate,
     explanation_page,
+    explorer_page,
     faithfulness,
     generation,
     html,
@@ -28,3 +30,4 @@ for _kind in sheet.describe.registry:
         display.show.register(_kind, sheet.show)
 display.page.register(Explanation)(explanation_page.page)
 display.page.register(LayerExplanation)(layers_page.page)
+display.page.register(Exploration)(explorer_page.page)

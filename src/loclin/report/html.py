@@ -37,9 +37,13 @@ def fragment(result: object) -> str:
     return _environment().get_template("fragment.html").render(sheet=describe(result, NOTEBOOK))
 
 
-def write_page(template: str, sheet: Sheet, data: Any, *scripts: str, **more: Any) -> str:
-    """Fill a template that extends `base.html`: `data` is what its scripts read, None for a page without any."""
-    code = {} if data is None else {"plotly": plotly_script(), "script": asset("shared.js", *scripts)}
+def write_page(template: str, sheet: Sheet, data: Any, *scripts: str, plots: bool = True, **more: Any) -> str:
+    """Fill a template that extends `base.html`: `data` is what its scripts read, None for a page without any.
+
+    `plots`: whether they draw with plotly.
+    """
+    plotly = plotly_script() if plots and data is not None else ""
+    code = {} if data is None else {"plotly": plotly, "script": asset("shared.js", *scripts)}
     page = _environment().get_template(template)
     return page.render(sheet=sheet, data=None if data is None else embedded(data), **code, **more)
 
