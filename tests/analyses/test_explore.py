@@ -12,8 +12,8 @@ from loclin.analyses.exploration import explore as module
 from loclin.errors import OptionError, PromptError
 from loclin.models import tiny as families
 
-# biases and tied words; sliding attention; parallel blocks; soft caps; a bias of the head; experts; a whole block
-EVERY = ("qwen2", "gemma3_text", "gpt_neox", "gemma2", "phi", "mixtral", "opt", "cohere", "gpt2")
+# biases; sliding attention; soft caps; parallel blocks, with a bias of the head and with a scale; experts; whole blocks
+EVERY = ("qwen2", "gemma3_text", "gemma2", "phi", "cohere", "mixtral", "opt")
 
 
 def far(a: torch.Tensor, b: torch.Tensor) -> float:

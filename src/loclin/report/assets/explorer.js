@@ -72,20 +72,26 @@
   const headAt = data.heads.map((name) => name.match(/^L(\d+)H(\d+)$/).slice(1).map(Number));
 
   // ---- sums ---------------------------------------------------------------------------------------------------------
-  // Products of whole vectors with a direction; four sums at a time keep the processor busy.
+  // Products of vectors with a direction, four at a time: each of its numbers is read once for all four.
   function products(vectors, count, direction) {
     const found = new Float64Array(count);
-    for (let k = 0, o = 0; k < count; k++, o += D) {
-      let a = 0, b = 0, c = 0, e = 0, j = 0;
-      for (; j + 3 < D; j += 4) {
-        a += vectors[o + j] * direction[j];
-        b += vectors[o + j + 1] * direction[j + 1];
-        c += vectors[o + j + 2] * direction[j + 2];
-        e += vectors[o + j + 3] * direction[j + 3];
+    let k = 0;
+    for (; k + 3 < count; k += 4) {
+      const [o0, o1, o2, o3] = [k * D, (k + 1) * D, (k + 2) * D, (k + 3) * D];
+      let s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+      for (let j = 0; j < D; j++) {
+        const w = direction[j];
+        s0 += vectors[o0 + j] * w;
+        s1 += vectors[o1 + j] * w;
+        s2 += vectors[o2 + j] * w;
+        s3 += vectors[o3 + j] * w;
       }
-      for (; j < D; j++) a += vectors[o + j] * direction[j];
-      found[k] = a + b + c + e;
+      found[k] = s0;
+      found[k + 1] = s1;
+      found[k + 2] = s2;
+      found[k + 3] = s3;
     }
+    for (; k < count; k++) for (let j = 0; j < D; j++) found[k] += vectors[k * D + j] * direction[j];
     return found;
   }
 
