@@ -33,7 +33,6 @@ from loclin.report.text import certified, error, number, plain, predicted, short
 
 CLOSES = 1e-3
 """How close the page's sums and shares are, relative to the logit, or absolutely where that is less than 1."""
-_TRIED = 100
 _TEXT = 40
 
 
@@ -132,6 +131,7 @@ def page(found: Exploration) -> str:
         plots=False,
         blob=blob,
         found=found,
+        worst=stored.worst,
         closes=error(CLOSES * stored.worst),
         bits=(_bits(stored.cells), _bits(stored.rows)),
     )
@@ -177,16 +177,21 @@ def _store(found: Exploration) -> _Stored:
     def miss_cells(step: float) -> float:
         rounded, back = round_sums(given, step), step / of_rows
         stored = [rounded.sum((0, 1))[None], rounded.sum(1), rounded.sum(0), round_to(head_parts, step)]
+        # the difference of two products, as two of differences: float32 is enough for these
         each = (
-            np.abs((row * back) @ own[:_TRIED].T - parts @ rows[:_TRIED].T) / allowed[:_TRIED]
+            _product(parts, own - rows) + _product(row * back - parts, own)
             for row, parts in zip(rounded, cells, strict=True)
         )
-        return max(miss(np.concatenate(stored) * back, own), *(float(one.max()) for one in each))
+        return max(miss(np.concatenate(stored) * back, own), *(float((np.abs(one) / allowed).max()) for one in each))
 
     step = find_step(np.abs(given).max(), miss_cells)
     rounded, weights = round_sums(given, step), step * rows_step / by_unit / of_rows
     off = np.abs((rounded.sum((0, 1)) * weights) @ whole.T + offsets - logits) / allowed
     return _Stored(rounded, round_to(head_parts, step), whole, weights, float(np.nanmax(off)))
+
+
+def _product(parts: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.float32]:
+    return parts.astype(np.float32) @ rows.astype(np.float32).T
 
 
 def _sizes(vectors: NDArray[Any]) -> NDArray[np.float64]:

@@ -119,4 +119,4 @@ def _find_rows(lin: Linearized) -> tuple[str, list[Group]]:
 
 def _no_lens() -> Lens:
     empty = torch.zeros(0, 0, 0, dtype=torch.int32)
-    return Lens([], empty, empty, empty[0])
+    return Lens([], empty, empty, empty.flatten(1))

@@ -24,7 +24,7 @@ _PREDICTED = 200
 _LENS = 5
 _PROBES = 4
 _AGREEMENT, _COARSE = {torch.float64: 1e-9, torch.float32: 1e-4}, 0.05
-_SCORES = 2**26
+_SCORES = 2**24
 """Numbers of logits that are sorted at a time."""
 LENS_POSITIONS = 2048
 """The most layers times positions whose hidden states are decoded; beyond, only those of the prediction are."""
