@@ -57,10 +57,12 @@ class Linearization(Linearized):
 
 def linearize(
     model: Model | nn.Module,
-    prompt: Prompt,
+    prompt: Prompt | None = None,
     *,
     decoder: Prompt | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    images: Any = None,
+    inputs_embeds: Tensor | None = None,
     attention_mask: Numbers | None = None,
     gate: Gate = "activation",
     precision: Precision = "auto",
@@ -75,12 +77,17 @@ def linearize(
     model: from `loclin.load` or `loclin.wrap`. A transformers model, also a compiled one or one with adapters, is
         wrapped.
     prompt: text; the messages of a chat, as mappings with `role` and `content`; token ids `[1, T]` or `[T]` as a
-        tensor, an array or a list; or a tokenizer's output for one text.
+        tensor, an array or a list; or a tokenizer's or a processor's output for one text. None: `inputs_embeds` alone.
     decoder: for an encoder-decoder, what its decoder has read: token ids, or a text behind its start token. None: that
         token alone. The prompt's tokens are then those of the encoder and, behind them, of the decoder; all of them are
         inputs of the map.
     inputs: tensors that the model's forward pass takes beside tokens, by name: constants of the map. Where they are
-        what the encoder reads (the `input_features` of Whisper), the prompt is the decoder's.
+        what the encoder reads (the `input_features` of Whisper), the prompt is the decoder's. With the `pixel_values`
+        of images, ids hold their image tokens.
+    images: for a model with a vision tower, files or PIL images, each at its image token in a text; in a chat that has
+        none, in front of the user's first message. What the tower makes of them are inputs of the map, as tokens are.
+    inputs_embeds: vectors `[n, d]` or `[1, n, d]` in front of the prompt's tokens, as the model's own `inputs_embeds`:
+        a soft prompt. They are inputs of the map, named `<embedding 0>` and so on.
     attention_mask: for token ids `[1, T]`, zero at padding. Padding is removed; the map is that of the other tokens.
     gate: how gated MLPs are split: `"activation"` (the paper), `"up"` or `"half"`; see `loclin.freeze.FreezeOptions`.
     precision: the dtype of the linear path: `"auto"`, `"stock"`, `"single"` or `"double"`; see there. `"split"`:
@@ -96,7 +103,7 @@ def linearize(
     Raises
     ------
     PromptError: for an empty prompt, or one longer than the model's context; for invalid ids, or several prompts; for a
-        mask with padding between tokens.
+        mask with padding between tokens; for other numbers of images than of places for them.
     NotExactError: for a module that is not linear with its coefficients frozen; the message names it.
 
     Notes
@@ -107,7 +114,8 @@ def linearize(
     attention only if these are within an eighth of the budget: longer prompts have them in blocks.
     """
     how: Any = {"gate": gate, "precision": precision, "bos": bos, "memory": memory, "strict": strict}
-    return Linearization.at(model, prompt, decoder=decoder, inputs=inputs, attention_mask=attention_mask, **how)
+    how |= {"decoder": decoder, "inputs": inputs, "images": images, "inputs_embeds": inputs_embeds}
+    return Linearization.at(model, prompt, attention_mask=attention_mask, **how)
 
 
 @in_plain_torch

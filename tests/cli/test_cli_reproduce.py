@@ -52,7 +52,7 @@ def test_an_interrupted_run_says_that_it_goes_on(directory, tmp_path, capsys, mo
         (["fig3", "--all", "--out", "x"], "name targets, or give --all"),
         (["fig3"], "name the folder: --out DIR"),
         (["fig33", "--out", "x"], "did you mean fig3"),
-        (["fig3", "--out", "x", "--task", "masked"], "leave --decoder and --task out"),
+        (["fig3", "--out", "x", "--task", "masked"], "leave --decoder, --image and --task out"),
         (["fig3", "--out", "/proc/nowhere"], "cannot make the folder"),
     ],
 )

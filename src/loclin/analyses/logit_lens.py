@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,8 @@ def compute_layer_logits(lin: Linearized, position: int = -1) -> Float[Tensor, "
     trace.check_weights(hf)
     at, end = trace.position(position), trace.end
     streams = [*(call.hidden[0, at] for call in trace.layers[1:]), end.hidden[0, at]]
-    ids = trace.input_ids[:, : len(streams)]  # only their number matters: their states are replaced
+    # only their number matters: their states are replaced
+    ids, model = trace.input_ids[:, : len(streams)].clamp_min(0), replace(trace.model, inputs={})
     options: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if keeps_logits(hf):
         options["logits_to_keep"] = 0  # the logits of all tokens
@@ -119,7 +120,7 @@ def compute_layer_logits(lin: Linearized, position: int = -1) -> Float[Tensor, "
         final = torch.cat([final, final.new_zeros(rows * ids.shape[1] - len(final), final.shape[1])])
         calls = _Calls(final.reshape(rows, ids.shape[1], -1))
         with hooked([trace.sequence.exit.register_forward_hook(calls)]):
-            logits_at(trace.model, ids, ids.shape[1] - 1)
+            logits_at(model, ids, ids.shape[1] - 1)
             calls.begin()
             return hf(**options).logits.flatten(0, 1)[: len(streams)]
 

@@ -18,11 +18,14 @@ from loclin.models.forward import (
     find_rows,
     hidden_input,
     hidden_output,
+    hook_given,
     hooked,
     keeps_logits,
+    run,
     with_hidden_input,
     with_rows,
 )
+from loclin.models.placeholders import enters_decoder
 from loclin.models.replica import exclusive
 
 _TOKENS = 2048
@@ -58,6 +61,8 @@ class Nearby:
         self._trace, self._position = lin.trace, position
         # a frozen pass takes more than one as the model runs it
         self._rows = 1 + lin.allowance.spare // max(1, lin.allowance.work)
+        if lin.trace.model.inputs:  # which are those of one prompt
+            self._rows = 1
         self._hf = lin.trace.model.hf
         self._keeps = keeps_logits(self._hf)
 
@@ -90,7 +95,7 @@ class Nearby:
             torch.set_grad_enabled(entering is not None and entering.requires_grad),
             self._hooks(ids, entering) as seen,
         ):
-            logits = self._hf(input_ids=ids, use_cache=False, **keep).logits
+            logits = run(self._trace.model, ids, **keep).logits
         at = 0 if self._keeps else self._position
         return Outputs(seen["embeddings"], seen["final"][:, self._position], logits[:, at])
 
@@ -112,6 +117,10 @@ class Nearby:
             seen["embeddings"] = rows(output) if entering is None else entering
             return None if entering is None else with_rows(output, rows, entering)
 
+        def replace_given(hidden: Tensor) -> Tensor | None:
+            seen["embeddings"] = hidden if entering is None else entering
+            return entering
+
         def note_final(_module: nn.Module, _args: Any, output: Any) -> None:
             seen["final"] = hidden_output(output)[:, : ids.shape[1]]
 
@@ -119,6 +128,8 @@ class Nearby:
         if route.fallback_reason is None:
             block = self._trace.layers[0].block.module
             handle = block.register_forward_pre_hook(replace_hidden, with_kwargs=True)
+        elif enters_decoder(self._trace.model):
+            handle = hook_given(route.exit, replace_given)
         else:
             handle = self._hf.get_input_embeddings().register_forward_hook(replace_embeddings)
         with hooked([route.exit.register_forward_hook(note_final), handle]):

@@ -19,6 +19,7 @@ from loclin.common.progress import Progress, bar, steps, with_progress
 from loclin.common.sums import relative_error
 from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized, question
+from loclin.models.placeholders import find_placeholders
 from loclin.network.ends import OutputHeadLink
 from loclin.results.provenance import Provenance
 from loclin.results.result import AtPrompt
@@ -167,7 +168,8 @@ def validity(
     ids, swapped = _swap_tokens(lin, at, swaps, generator)
     if not draws and not swapped:
         raise OptionError(
-            "every token up to that position is an attention sink: give a random direction, or another position"
+            "no token up to that position can be swapped (sinks, images and vectors are not): give a random direction, "
+            "or another position"
         )
     names = lin.model.decode_each([int(row[i]) for row, (_, i) in zip(ids, swapped, strict=True)])
     rays = [Ray("noise", None, None, [])] * draws
@@ -248,18 +250,20 @@ def _swap_tokens(
 ) -> tuple[Int[Tensor, "n T"], list[tuple[str, int]]]:
     """List the prompts with one token swapped `[n, T]`, and the kind and position of each swap."""
     ids = lin.input_ids[0]
-    places = [i for i in range(position + 1) if i not in lin.sinks]
+    stand_ins = find_placeholders(lin.model).keys()
+    places = [i for i in range(position + 1) if i not in lin.sinks and ids[i] >= 0 and int(ids[i]) not in stand_ins]
     if not count or not places:
         return ids.new_zeros((0, len(ids))), []
     decoder, known = Decoder(lin.model), lin.model.tokens.knows
     near = decoder.neighbours(ids[places], count).tolist()
     special = set(lin.model.tokenizer.all_special_ids) if lin.model.tokenizer is not None else set()
+    special |= stand_ins
     rows, about = [], []
     for i, neighbours in zip(places, near, strict=True):
         order, without = torch.randperm(decoder.vocabulary, generator=generator).tolist(), special | {int(ids[i])}
         drawn = (token for token in order if token not in without and known(token))
         for kind, others in (("near", neighbours), ("random", islice(drawn, count))):
-            for other in others:
+            for other in (token for token in others if token not in stand_ins):
                 swapped = ids.clone()
                 swapped[i] = other
                 rows.append(swapped)

@@ -131,7 +131,7 @@ Record = Annotated[Path | None, path("Write what is finished to this JSON file, 
 Markdown = Annotated[Path | None, path("Write the tables to this Markdown file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")]
 _OUTPUTS = ("json", "html", "markdown", "save", "output", "page")
-_INPUTS = ("words", "operator", "model", "saved")
+_INPUTS = ("image", "words", "operator", "model", "saved")
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,11 +203,18 @@ class Freezing(Loading):
     decoder: Annotated[
         str | None, text("What the decoder of an encoder-decoder has read, behind its start token; by default nothing.")
     ] = None
+    image: Annotated[
+        list[Path] | None,
+        path("An image file, for a model with a vision tower; several: --image a.png --image b.png, in their order."),
+    ] = None
 
     def linearize(self, prompt: str) -> Linearization:
         """Load the model, and freeze it at the prompt."""
         if self.system is not None and not self.chat:
             raise OptionError("--system is for chats: add --chat")
+        for image in self.image or ():
+            if not image.is_file():
+                raise PromptError(f"--image {image}: there is no such file; check the path")
         given: Any = read_chat(prompt, self.system) if self.chat else prompt
         with importing():
             from loclin.linearization import linearize  # noqa: F401 (before the model is loaded)
@@ -222,7 +229,7 @@ class Freezing(Loading):
         if self.chat and isinstance(prompt, str):
             prompt = read_chat(prompt, self.system)
         how: Any = {"gate": self.gate, "precision": self.precision, "bos": self.bos, "memory": self.memory}
-        return linearize(model, prompt, decoder=self.decoder, **how)
+        return linearize(model, prompt, decoder=self.decoder, images=self.image or None, **how)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -40,8 +40,8 @@ def reproduce(
         raise OptionError("name targets, or give --all: fig2 to fig6, figA1, table1 to table7, steering")
     if out is None:
         raise OptionError("name the folder: --out DIR")
-    if freezing.decoder is not None or freezing.task not in (None, "causal"):
-        raise OptionError("the paper's figures are of causal models: leave --decoder and --task out")
+    if freezing.decoder is not None or freezing.image or freezing.task not in (None, "causal"):
+        raise OptionError("the paper's figures are of causal models of text: leave --decoder, --image and --task out")
     kept.set(f"what is finished is kept: the same command goes on ({out})")
     with importing():
         from loclin.reproduction.run import reproduce as run

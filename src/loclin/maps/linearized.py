@@ -46,7 +46,7 @@ class Linearized(Unpicklable):
     Attributes
     ----------
     model: the model, as it was.
-    input_ids: the prompt's token ids `[1, T]`.
+    input_ids: the prompt's token ids `[1, T]`; -1 to -n at vectors that stand in front of its tokens.
     gate, precision: what is frozen, and the linear path's precision (see `loclin.freeze.FreezeOptions`).
     trace, chain: the traced prompt, and the links of its layers.
     memory, allowance: the budget beside the weights and results, as given, and how it is spent.
@@ -78,10 +78,12 @@ class Linearized(Unpicklable):
     def at(
         cls: type[L],
         model: Model | nn.Module,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
         *,
         decoder: Prompt | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        images: Any = None,
+        inputs_embeds: Tensor | None = None,
         attention_mask: Numbers | None = None,
         gate: Gate = "activation",
         precision: Precision = "auto",
@@ -92,7 +94,8 @@ class Linearized(Unpicklable):
         """Freeze a model at one prompt; see `loclin.linearize`."""
         model = model if isinstance(model, Model) else wrap(model)
         refuse_devices(model.hf, model.info.name)  # to which it may have been moved since it was wrapped
-        model, ids = place_prompt(model, prompt, attention_mask=attention_mask, bos=bos, decoder=decoder, inputs=inputs)
+        beside: Any = {"decoder": decoder, "inputs": inputs, "images": images, "inputs_embeds": inputs_embeds}
+        model, ids = place_prompt(model, prompt, attention_mask=attention_mask, bos=bos, **beside)
         result = cls(model, ids, FreezeOptions(gate, precision), memory)
         result.prompt_warnings = prompt_warnings(
             model, ids, appends=model.task == "causal" and isinstance(prompt, str) and bos is None
@@ -162,7 +165,7 @@ class Linearized(Unpicklable):
         first = int(self.input_ids[0, 0])
         if (
             0 in self.sinks
-            and not (self._begins or first in self.model.tokens.special())
+            and not (self._begins or first < 0 or first in self.model.tokens.special())
             and self.model.task == "causal"
         ):
             warnings.append(

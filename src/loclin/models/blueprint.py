@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from loclin.errors import ModelError, first_line
 from loclin.models import hub
@@ -17,6 +17,7 @@ from loclin.models.gguf.packaged import PACKAGED
 from loclin.models.options import parse_dtype
 from loclin.models.pretrained import config_dtype, read_config
 from loclin.models.quiet import quiet
+from loclin.models.task import auto_class
 
 _LOCAL = {"local_files_only": True}
 
@@ -72,7 +73,7 @@ def build_empty(config: PreTrainedConfig, name: str, dtype: str | torch.dtype = 
         chosen = getattr(torch, config_dtype(config) or "float32")
     try:
         with quiet(), torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=chosen)
+            model: Any = auto_class(config, "causal").from_config(config, dtype=chosen)
     except Exception as fault:  # as many kinds as there are families
         raise ModelError(f"cannot build {name} from its config: {first_line(fault)}") from fault
     found: PreTrainedModel = model.eval()

@@ -34,20 +34,23 @@ def encode_chat(model: Model, messages: Messages, bos: bool | str | None = None)
     PromptError
         For a turn without a text, or turns that the template refuses (it says why).
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
-        raise ModelError(
-            f"{model.info.name} has no chat template: leave chat out, or load a model that was trained for chats"
-        )
     turns = [{**turn} for turn in messages]
     for number, turn in enumerate(turns):
         if not isinstance(turn.get("content"), str):
-            raise PromptError(f"message {number} ({turn['role']!r}) has no text: give its content as a string")
+            raise PromptError(f"message {number} ({turn['role']!r}) has no text: give it as a string, and images apart")
+    ids = model.encode(write_chat(model, model.tokenizer, turns), bos=bos or False)
+    return ids[:, 1:] if bos is False and int(ids[0, 0]) == model.bos else ids
+
+
+def write_chat(model: Model, holder: Any, turns: Messages) -> str:
+    """The text of a chat by the template of a tokenizer or of a processor; raises as `encode_chat`."""
+    if holder is None or getattr(holder, "chat_template", None) is None:
+        raise ModelError(
+            f"{model.info.name} has no chat template: leave chat out, or load a model that was trained for chats"
+        )
     goes_on = turns[-1]["role"] == "assistant"
     ends: dict[str, Any] = {"continue_final_message": goes_on, "add_generation_prompt": not goes_on}
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, **ends))
+        return str(holder.apply_chat_template(turns, tokenize=False, **ends))
     except Exception as refused:  # templates are programs, which raise whatever their authors chose
         raise PromptError(f"the chat template of {model.info.name} refuses these messages: {refused}") from refused
-    ids = model.encode(text, bos=bos or False)
-    return ids[:, 1:] if bos is False and int(ids[0, 0]) == model.bos else ids

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from loclin.errors import ModelError
 from loclin.models.lease import OnDisk
 from loclin.models.options import WITHOUT_DOUBLE
-from loclin.models.task import NAMES, TASKS, Task, find_head, find_task, is_causal
+from loclin.models.task import NAMES, TASKS, Task, auto_class, find_head, find_task, is_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,7 +40,7 @@ def refuse_config(config: PreTrainedConfig, name: str, task: Task = "causal") ->
 
 def refuse_unknown_family(config: PreTrainedConfig, name: str, task: Task = "causal") -> None:
     """Refuse a checkpoint whose family has no class for the task and brings no code of its own."""
-    if config.model_type not in NAMES[task] and not hasattr(config, "auto_map"):
+    if auto_class(config, task) is None:
         others = [other for other in TASKS if config.model_type in NAMES[other]]
         hint = f"choose the task {' or '.join(others)}, or " if others else ""
         what = "causal language model" if task == "causal" else f"{task} model"

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loclin.errors import ModelError
+from loclin.models.placeholders import SOFT, enters_decoder, token_types
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -34,6 +37,11 @@ Rows = Callable[[Tensor], Tensor]
 """The rows `[n, T, d]` of a prompt's tokens in a tensor: a view."""
 
 
+def all_rows(values: Tensor) -> Tensor:
+    """All rows, where a tensor has one for each token."""
+    return values
+
+
 def find_rows(ids: Tensor, prompt: Tensor) -> Rows:
     """Find where the tokens of a prompt `[1, T]` are in what the embeddings return for some ids.
 
@@ -46,7 +54,7 @@ def find_rows(ids: Tensor, prompt: Tensor) -> Rows:
         lambda values: values.transpose(0, 1),
     )
     found = (rows for rows in here if (at := rows(ids)).shape[1:] == (length,) and bool((at == prompt).all()))
-    return next(found, lambda values: values)
+    return next(found, all_rows)
 
 
 def with_rows(values: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
@@ -106,23 +114,30 @@ def run(model: Model, input_ids: Tensor, **more: Any) -> Any:
     """Run a model on a prompt's tokens, those of an encoder and those of a decoder, and on its other inputs."""
     n, takes = model.encoder_length, inspect.signature(model.hf.forward).parameters
     given: dict[str, Any] = {"input_ids": input_ids}
-    if n:
+    if SOFT in model.inputs:
+        vectors, table = model.inputs[SOFT], model.hf.get_input_embeddings()
+        more = {SOFT: torch.cat([vectors, table(input_ids[:, vectors.shape[1] :])], dim=1), **more}
+        given = {}
+    elif n:
         given = {"input_ids": input_ids[:, :n], "decoder_input_ids": input_ids[:, n:]}
     elif model.has_encoder and model.hf.main_input_name in model.inputs:
         given = {"decoder_input_ids": input_ids}
     if model.task == "causal" or "use_cache" in takes:
         given["use_cache"] = False
-    return model.hf(**given, **model.inputs, **more)
+    return model.hf(**{**given, **token_types(model, input_ids), **model.inputs, **more})
 
 
 def hook_embeddings(
-    model: Model, input_ids: Tensor, enter: Callable[[Tensor, Rows, slice], None]
+    model: Model, input_ids: Tensor, decoder: nn.Module, enter: Callable[[Tensor, Rows, slice], None]
 ) -> list[RemovableHandle]:
     """Call `enter` with what the input embeddings give for a prompt, its rows there, and the tokens of these rows.
 
-    An encoder-decoder looks up the tokens of its encoder first, and then those of its decoder.
+    An encoder-decoder looks up the tokens of its encoder first, and then those of its decoder. Where vectors stand in
+    the place of tokens, they are what the decoder is given.
     """
     n, length = model.encoder_length, input_ids.shape[1]
+    if enters_decoder(model):
+        return [hook_given(decoder, lambda hidden: enter(hidden, all_rows, slice(0, length)))]
     parts = [slice(0, n), slice(n, length)] if n else [slice(0, length)]
 
     def leave(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -133,6 +148,19 @@ def hook_embeddings(
             enter(output, find_rows(args[0], asked), parts.pop(0))
 
     return [table.register_forward_hook(leave) for table in embedding_tables(model)]
+
+
+def hook_given(decoder: nn.Module, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call a function with the vectors that a decoder is given; what it returns takes their place, if anything."""
+
+    def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if SOFT not in kwargs:
+            kind = type(decoder).__name__
+            raise ModelError(f"{kind} is not given its embeddings by name: give a prompt of tokens alone", kind)
+        changed = change(kwargs[SOFT])
+        return None if changed is None else (args, kwargs | {SOFT: changed})
+
+    return decoder.register_forward_pre_hook(entering, with_kwargs=True)
 
 
 def embedding_tables(model: Model) -> list[nn.Module]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import ModelError, PromptError
@@ -59,7 +59,9 @@ class Model:
     note: what results say of how it was loaded; empty where there is nothing to say.
     encoder_length: at one prompt of an encoder-decoder, how many of its tokens the encoder reads; the decoder reads the
         others. 0 for other models, and where the encoder reads `inputs`.
-    inputs: at one prompt, what the model's forward pass takes beside tokens: constants of the map.
+    inputs: at one prompt, what the model's forward pass takes beside tokens: constants of the map; and the vectors that
+        stand in front of its tokens (see `loclin.models.placeholders`).
+    read_processor: reads what turns images into tokens and tensors; None where there is none.
     devices: those that share the work; empty where there is one.
     """
 
@@ -71,6 +73,7 @@ class Model:
     note: str = ""
     encoder_length: int = 0
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    read_processor: Callable[[], Any] | None = None
 
     @property
     def task(self) -> Task:
@@ -90,6 +93,11 @@ class Model:
         return bool(getattr(self.hf.config, "is_encoder_decoder", False))
 
     devices: tuple[torch.device, ...] = ()
+
+    @cached_property
+    def processor(self) -> Any:
+        """What turns images into tokens and tensors; None without one. Read when it is first asked for."""
+        return None if self.read_processor is None else self.read_processor()
 
     @property
     def streamed(self) -> bool:
@@ -208,7 +216,7 @@ class Model:
 @in_plain_torch
 def wrap(
     hf_model: object,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     *,
     name: str | None = None,
     devices: str | Sequence[str | torch.device] | None = None,
@@ -224,7 +232,8 @@ def wrap(
         adapters of peft as you like. It keeps its mode, device and dtype; adapters stay as they are, and so do those
         that are switched off.
     tokenizer, name
-        Without a tokenizer, prompts are token ids. The name in results is by default that by which it was loaded.
+        Without a tokenizer, prompts are token ids. A processor of transformers, which has one, turns images into
+        tokens, too. The name in results is by default that by which it was loaded.
     devices
         Devices that share the work, as in `loclin.load`; those of the model must be among them.
 
@@ -243,7 +252,10 @@ def wrap(
         inside = "" if type(hf_model).__name__ == given else f" (around {type(hf_model).__name__})"
         raise ModelError(f"loclin.wrap takes a transformers PreTrainedModel, not {given}{inside}: give one")
     name = name or hf_model.config.name_or_path or type(hf_model).__name__
-    model = describe(hf_model, tokenizer, name=name, source="wrapped")
+    processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+    read = None if processor is None else lambda: processor
+    tokenizer = tokenizer if processor is None else processor.tokenizer
+    model = describe(hf_model, tokenizer, name=name, source="wrapped", read_processor=read)
     return model if shared is None else model.shared_by(shared)
 
 
@@ -257,6 +269,7 @@ def describe(
     sha256: str | None = None,
     stored_dtype: str | None = None,
     bos_token: str | None = None,
+    read_processor: Callable[[], Any] | None = None,
 ) -> Model:
     """Check a transformers model, and combine it with what is known about it."""
     refuse_model(hf, name)
@@ -276,7 +289,8 @@ def describe(
     length = getattr(text_config, "max_position_embeddings", None)  # families without a limit write -1, or nothing
     limit = length if length is not None and length > 0 else None
     note = getattr(hf, "_loclin_note", "")
-    return Model(hf, tokenizer, info, encoding.beginning_token(tokenizer, bos_token), limit, note)
+    bos = encoding.beginning_token(tokenizer, bos_token)
+    return Model(hf, tokenizer, info, bos, limit, note, read_processor=read_processor)
 
 
 def unwrap(model: Any) -> Any:
@@ -299,5 +313,6 @@ def _refuse_prompts(model: Any) -> None:
             kind = str(getattr(config.peft_type, "value", config.peft_type))
             raise ModelError(
                 f"the adapter {name!r} ({kind}) acts in front of the model's layers, in {type(model).__name__}, and "
-                "not inside them; use an adapter inside layers, such as LoRA"
+                "not inside them; use an adapter inside layers, such as LoRA, or give a learned prompt's vectors as "
+                "inputs_embeds=, with the model under the adapter"
             )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loclin.common import free_memory
-from loclin.errors import LoclinError, ModelError, OptionError, first_line
+from loclin.errors import LoclinError, MissingExtraError, ModelError, OptionError, first_line
 from loclin.models import quantisation
 from loclin.models.checks import refuse_config, refuse_missing, refuse_unknown_family
 from loclin.models.four_bit import keep_from_packing
@@ -22,7 +22,7 @@ from loclin.models.hub import describe_gated
 from loclin.models.model import Model, Source, describe
 from loclin.models.quiet import quiet
 from loclin.models.streaming.checkpoint import DTYPES, lost
-from loclin.models.task import AUTO, Task, config_task
+from loclin.models.task import Task, auto_class, config_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +70,10 @@ def _load(
     tokenizer = read_tokenizer(place, name, arguments) if tokenized else None
     read = partial(_read_quantised, config=config, settings=settings) if settings else read_weights
     hf = read(place, name, arguments, chosen)
-    return describe(hf, tokenizer, name=name, source=source, revision=arguments.get("revision"), stored_dtype=stored)
+    about: dict[str, Any] = {"revision": arguments.get("revision"), "stored_dtype": stored}
+    return describe(
+        hf, tokenizer, name=name, source=source, read_processor=partial(read_processor, place, name, arguments), **about
+    )
 
 
 def _read_quantised(
@@ -136,6 +139,18 @@ def read_tokenizer(place: str, name: str, arguments: dict[str, Any]) -> PreTrain
         return AutoTokenizer.from_pretrained(place, **_where(arguments))
 
 
+def read_processor(place: str, name: str, arguments: dict[str, Any]) -> Any:
+    """Read what turns a checkpoint's images into tokens and tensors; None where it has nothing of the kind."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    with _reading(name, "processor of images"):
+        try:
+            found = AutoProcessor.from_pretrained(place, **_where(arguments))
+        except ImportError as fault:
+            raise MissingExtraError(f"the processor of images of {name}", "pillow and torchvision", "images") from fault
+    return found if isinstance(found, ProcessorMixin) else None
+
+
 def read_weights(place: str, name: str, arguments: dict[str, Any], task: Task = "causal") -> PreTrainedModel:
     """Read a checkpoint's weights into a model in eval mode; with `stream`, those of its layers stay on disk.
 
@@ -157,7 +172,8 @@ def read_weights(place: str, name: str, arguments: dict[str, Any], task: Task = 
         hf._loclin_note = f"The layers of {name} are read from disk layer by layer: {why}."
         return hf
     with _reading(name, "model"):
-        loaded: Any = AUTO[task].from_pretrained(place, **{**arguments, "output_loading_info": True})
+        kind = auto_class(read_config(place, name, arguments, task), task)
+        loaded: Any = kind.from_pretrained(place, **{**arguments, "output_loading_info": True})
     hf, report = loaded
     refuse_missing(report, name)
     keep_from_packing(hf)

@@ -17,13 +17,22 @@ from loclin.models import Model
 from loclin.models.chat import Messages, encode_chat, is_chat
 from loclin.models.encoding import appended_tokens, encode, refuse_long, strip_padding
 from loclin.models.forward import decoder_table, hooked, run
+from loclin.models.images import encode_images
+from loclin.models.placeholders import (
+    PIXELS,
+    SOFT,
+    find_placeholders,
+    has_images,
+    image_positions,
+    image_sizes,
+    placeholder,
+    soft_length,
+)
 
 Prompt = str | Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
 """What can be given as a prompt: see `read_prompt`."""
 Numbers = Tensor | np.ndarray | Sequence[Any]
 _SHAPE = "token ids must have the shape [1, T] with T > 0"
-_KINDS = ("image", "video", "audio", "vision")
-"""Prefixes of the names of placeholder tokens, in the configs of models that take more than text."""
 
 
 def read_prompt(
@@ -63,35 +72,62 @@ def read_prompt(
 
 
 _TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "labels", "use_cache")
+_PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
+"""What tokenizers and processors give for each token, and what follows from the ids."""
 
 
 def place_prompt(
     model: Model,
-    prompt: Prompt,
+    prompt: Prompt | None,
     *,
     attention_mask: Numbers | None = None,
     bos: bool | str | None = None,
     decoder: Prompt | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    images: Any = None,
+    inputs_embeds: Tensor | None = None,
 ) -> tuple[Model, Int[Tensor, "1 T"]]:
     """A model at one prompt, with what it takes beside tokens; and the prompt's ids (see `read_prompt`).
 
     For an encoder-decoder these are the tokens of its encoder and, behind them, of its decoder. `decoder` is None, what
     the decoder starts with by itself; ids, which are taken as they are; or a text, which follows that start. Where the
-    encoder reads one of the `inputs` (sound), the prompt is the decoder's.
+    encoder reads one of the `inputs` (sound), the prompt is the decoder's. `images` go through the model's processor
+    (see `loclin.models.images`), and `inputs_embeds` `[n, d]` stand in front of the tokens, with ids from -1 to -n.
 
     Cost: a forward pass, for an encoder-decoder that classifies, which makes its decoder's tokens from the prompt.
     """
-    if model.task == "causal" and (decoder is not None or inputs):
-        given = "inputs" if decoder is None else "decoder"
-        raise OptionError(f"{given} is for other tasks, and {model.info.name} is a causal model: leave it out")
-    if inputs:
-        model = replace(model, inputs=_check_inputs(model, inputs))
-    if not model.has_encoder:
-        if decoder is not None:
-            raise OptionError(f"{model.info.name} has no decoder beside its encoder: leave decoder out")
-        ids = read_prompt(model, prompt, attention_mask, bos)
-        return _with_types(model, prompt, ids), ids
+    if decoder is not None and model.task == "causal":
+        raise OptionError(f"decoder is for other tasks, and {model.info.name} is a causal model: leave it out")
+    if model.has_encoder and (images is not None or inputs_embeds is not None):
+        given = "inputs_embeds" if images is None else "images"
+        raise OptionError(f"{given} is for models without an encoder: leave it out")
+    if images is not None:
+        prompt, made = encode_images(model, prompt, images, bos)
+        inputs = {**_beside(model, made), **(inputs or {})}
+    elif isinstance(prompt, Mapping) and model.task == "causal":
+        inputs = {**_beside(model, prompt), **(inputs or {})}
+    if inputs or inputs_embeds is not None:
+        model = replace(model, inputs=_check_inputs(model, inputs or {}))
+    elif model.inputs and not model.has_encoder:
+        model, prompt, inputs_embeds = _again(model, prompt)
+    if inputs_embeds is not None:
+        return _behind_vectors(model, inputs_embeds, prompt, attention_mask, bos)
+    if prompt is None:
+        raise PromptError("there is no prompt: give a text, a chat, token ids, or inputs_embeds")
+    if model.has_encoder:
+        return _place_both(model, prompt, attention_mask, bos, decoder)
+    if decoder is not None:
+        raise OptionError(f"{model.info.name} has no decoder beside its encoder: leave decoder out")
+    ids = read_prompt(model, prompt, attention_mask, bos)
+    if has_images(model):
+        _check_images(model, ids)
+    return _with_types(model, prompt, ids), ids
+
+
+def _place_both(
+    model: Model, prompt: Prompt, attention_mask: Numbers | None, bos: bool | str | None, decoder: Prompt | None
+) -> tuple[Model, Int[Tensor, "1 T"]]:
+    """An encoder-decoder at the tokens of both."""
     table = decoder_table(model.hf)
     if (main := model.hf.main_input_name) in model.inputs:
         if decoder is not None:
@@ -110,6 +146,66 @@ def place_prompt(
         others = _decoder_ids(model, decoder)
     others = check_ids(model, others.to(ids.device), table)
     return replace(model, encoder_length=ids.shape[1]), torch.cat([ids, others], dim=1)
+
+
+def _beside(model: Model, prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """What a processor has made beside tokens that the model takes: images, and what belongs to them."""
+    takes = inspect.signature(model.hf.forward).parameters
+    return {name: value for name, value in prompt.items() if name in takes and name not in (*_TOKENS, *_PER_TOKEN)}
+
+
+def _again(model: Model, prompt: Prompt | None) -> tuple[Model, Prompt | None, Tensor | None]:
+    """A model that was placed at a prompt, with another: vectors and images stay where its ids have them."""
+    if not isinstance(prompt, Tensor) or prompt.dim() != 2:
+        return replace(model, inputs={}), prompt, None
+    if has_images(model) and not image_positions(model, prompt[0].tolist()):
+        return replace(model, inputs={}), prompt, None
+    if SOFT not in model.inputs:
+        return model, prompt, None
+    n = min(int((prompt[0] < 0).sum()), soft_length(model))  # fewer in the beginning of that prompt
+    others = {name: value for name, value in model.inputs.items() if name != SOFT}
+    rest, vectors = prompt[:, n:] if n < prompt.shape[1] else None, model.inputs[SOFT][:, :n] if n else None
+    return replace(model, inputs=others), rest, vectors
+
+
+def _behind_vectors(
+    model: Model, vectors: Any, prompt: Prompt | None, attention_mask: Numbers | None, bos: bool | str | None
+) -> tuple[Model, Int[Tensor, "1 T"]]:
+    """A model with vectors in front of a prompt's tokens, or alone, as its own `inputs_embeds`."""
+    name, table = model.info.name, cast("Tensor", model.hf.get_input_embeddings().weight)
+    if "inputs_embeds" not in inspect.signature(model.hf.forward).parameters:
+        raise OptionError(f"{name} takes no inputs_embeds: give tokens")
+    if has_images(model):
+        raise OptionError("inputs_embeds and images exclude one another: a model finds its images by token ids")
+    vectors = torch.as_tensor(vectors)
+    width, shape = table.shape[-1], list(vectors.shape)
+    vectors = vectors[None] if vectors.dim() == 2 else vectors
+    fits = vectors.dim() == 3 and vectors.shape[::2] == (1, width) and vectors.shape[1] > 0
+    if not (fits and vectors.is_floating_point() and bool(vectors.isfinite().all())):
+        raise PromptError(
+            f"inputs_embeds of the shape {shape} ({vectors.dtype}): give finite numbers [n, {width}] or [1, n, {width}]"
+        )
+    vectors = vectors.detach().to(model.device, table.dtype, copy=True)
+    ids = -1 - torch.arange(vectors.shape[1], device=model.device)[None]
+    if prompt is not None:
+        ids = torch.cat([ids, read_prompt(model, prompt, attention_mask, bos).to(ids.device)], dim=1)
+    elif attention_mask is not None:
+        raise PromptError("an attention mask belongs to token ids: leave the mask out")
+    refuse_long(ids.shape[1], model.context_length, name)
+    return replace(model, inputs={**model.inputs, SOFT: vectors}), ids
+
+
+def _check_images(model: Model, ids: Tensor) -> None:
+    """Refuse ids whose image tokens are not as many as the images fill."""
+    token = placeholder(model, "image")
+    if "pixel_values" not in model.inputs or token is None:
+        return
+    found, sizes = len(image_positions(model, ids[0].tolist())), image_sizes(model)
+    if not found or (sizes is not None and sum(sizes) != found):
+        fill = "" if sizes is None else f", and {len(sizes)} images fill {sum(sizes)}"
+        raise PromptError(
+            f"the prompt has {found} image tokens ({_name(model, token)}){fill}: give the ids that the processor makes"
+        )
 
 
 def _check_inputs(model: Model, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -239,8 +335,10 @@ def prompt_warnings(model: Model, input_ids: Int[Tensor, "1 T"], *, appends: boo
                 f"The prompt {'begins' if begins else 'ends'} with {_name(model, pad)}, which is padding: it counts as "
                 "a word here. Pass the tokenizer's attention_mask, and padding is left out."
             )
-    kinds = _placeholders(model)
-    for token in dict.fromkeys(ids):
+    given = {kind for kind, name in PIXELS.items() if name in model.inputs}
+    given |= {"vision"} if given else set()
+    kinds = {token: kind for token, kind in find_placeholders(model).items() if kind not in given}
+    for token in dict.fromkeys(ids[soft_length(model) :]):
         if token in kinds:
             found.append(
                 f"{_name(model, token)} stands for {kinds[token]}, which loclin does not pass to the model: the map "
@@ -270,13 +368,3 @@ def _ends(model: Model) -> set[int]:
     tokenizer = model.tokenizer
     named = [] if tokenizer is None else [tokenizer.eos_token_id, tokenizer.sep_token_id]
     return model.stops | {token for token in named if isinstance(token, int)}
-
-
-def _placeholders(model: Model) -> dict[int, str]:
-    """The ids that stand for images and other inputs that are not text, and for which kind."""
-    named = {**vars(model.hf.config.get_text_config()), **vars(model.hf.config)}
-    return {
-        token: name.partition("_")[0]
-        for name, token in named.items()
-        if name.startswith(_KINDS) and name.endswith(("_token_id", "_token_index")) and isinstance(token, int)
-    }

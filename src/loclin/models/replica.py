@@ -26,6 +26,8 @@ _LOCK = "_loclin_lock"
 _COMPILED_FROM = "_torchdynamo_orig_callable"
 CHANGE_THEIR_WEIGHTS = ("RwkvModel",)
 """Models that change their weights in a forward pass: here, division by powers of two."""
+_POSITIONS = "rope_deltas"
+"""What some models remember of the images of the prompt before, and take where they see no token ids."""
 _PLAIN = (bool, int, float, str, torch.Tensor)
 
 
@@ -43,6 +45,8 @@ def replicate(root: M) -> M:
     for module in own:
         attributes = {name: _renew(value, new) for name, value in vars(module).items()}
         vars(new[id(module)]).update(attributes, training=False, _compiled_call_impl=None, **{_LOCK: lock})
+        if _POSITIONS in attributes:
+            vars(new[id(module)])[_POSITIONS] = None
     for module in own:
         if type(module).__name__ in CHANGE_THEIR_WEIGHTS:
             copy_weights(new[id(module)])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -35,6 +36,17 @@ NAMES: dict[Task, Mapping[str, str]] = {
     "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 """The class of each family, by its model type."""
+_WITH_IMAGES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def auto_class(config: PreTrainedConfig, task: Task) -> Any:
+    """The class of transformers that builds a family's model of a task; None where there is none.
+
+    Some causal families have a class with images alone.
+    """
+    if config.model_type in NAMES[task] or hasattr(config, "auto_map"):
+        return AUTO[task]
+    return AutoModelForImageTextToText if task == "causal" and config.model_type in _WITH_IMAGES else None
 
 
 def find_task(hf: PreTrainedModel) -> Task:

@@ -22,6 +22,11 @@ _BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + n): byte for n, byt
 """The character that stands for each byte in byte-level vocabularies (GPT-2's)."""
 
 
+def soft_name(token: int) -> str:
+    """The name of a vector that stands in the place of a token: ids of such positions count down from -1."""
+    return f"<embedding {-1 - token}>"
+
+
 class Tokens:
     """The texts of a tokenizer's ids; without a tokenizer, ids are shown as numbers."""
 
@@ -33,7 +38,7 @@ class Tokens:
     def shown(self, ids: Sequence[int]) -> list[str]:
         """Each token by itself, as `Model.decode_each` says. Cost: some microseconds for each new id."""
         if self._tokenizer is None:
-            return [str(int(token)) for token in ids]
+            return [soft_name(int(token)) if token < 0 else str(int(token)) for token in ids]
         if self._size != len(self._tokenizer):  # tokens have been added
             self._size, self._shown = len(self._tokenizer), {}
         new = [token for token in dict.fromkeys(map(int, ids)) if token not in self._shown]
@@ -45,7 +50,7 @@ class Tokens:
         """All tokens together, as the tokenizer reads them; ids without a token are written `⟨unused 49160⟩`."""
         ids = [int(token) for token in ids]
         if self._tokenizer is None:
-            return " ".join(map(str, ids))
+            return " ".join(self.shown(ids))
         unused = [i for i, token in enumerate(ids) if self._raw(token) is None]
         pieces, start = [], 0
         for i in (*unused, len(ids)):
@@ -107,6 +112,8 @@ class Tokens:
     def _raw(self, token: int) -> Any:
         """The vocabulary's own entry; None for an id without one."""
         tokenizer = self._tokenizer
+        if token < 0:
+            return None
         try:
             raw = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token)
         except (IndexError, KeyError, ValueError, OverflowError):  # tokenizers in Python say it in their own ways
@@ -123,7 +130,7 @@ class Tokens:
         for token in ids:
             raw = self._raw(token)
             if raw is None:
-                text = f"⟨unused {token}⟩"
+                text = soft_name(token) if token < 0 else f"⟨unused {token}⟩"
             elif token in special:
                 text = str(raw)
             elif prefix is not None:  # its decoder takes the spaces of punctuation away

@@ -15,6 +15,7 @@ from loclin.errors import ModelError
 from loclin.freeze import FreezeOptions
 from loclin.models.forward import (
     Rows,
+    all_rows,
     at_all_tokens,
     embedding_tables,
     hidden_input,
@@ -71,18 +72,14 @@ def hook_input(trace: Trace, enter: Callable[[Tensor, Rows, slice], None]) -> li
     And with its rows, and the tokens that they belong to. Each part of the prompt enters once.
     """
     if trace.sequence.fallback_reason is not None:
-        return hook_embeddings(trace.model, trace.input_ids, enter)
+        return hook_embeddings(trace.model, trace.input_ids, trace.anatomy.decoder, enter)
     waiting = [slice(0, trace.length)]
 
     def pass_on(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if waiting:
-            enter(hidden_input(args, kwargs), _all, waiting.pop())
+            enter(hidden_input(args, kwargs), all_rows, waiting.pop())
 
     return [trace.layers[0].block.module.register_forward_pre_hook(pass_on, with_kwargs=True)]
-
-
-def _all(hidden: Tensor) -> Tensor:
-    return hidden
 
 
 def network_graph(trace: Trace, options: FreezeOptions, collect: bool = False) -> Graph:

@@ -214,7 +214,7 @@ class _Recorder:
         for module in model.hf.modules():
             yield self._mode.watch(module)
         if sequence.fallback_reason is not None:
-            yield from hook_embeddings(model, self._input_ids, self._leave_embeddings)
+            yield from hook_embeddings(model, self._input_ids, sequence.exit, self._leave_embeddings)
         yield from self._explicit.hooks()
         for module in dict.fromkeys(block.module for block in sequence.blocks):
             yield module.register_forward_pre_hook(self._enter_block, with_kwargs=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from loclin.common.brief import brief
 from loclin.common.versions import versions_of
+from loclin.models.hashing import hash_tensors, tensor_bytes
 from loclin.models.model import Model, ModelInfo
 
 
@@ -30,6 +31,7 @@ class Provenance:
     certificate: the errors of the map's certificate and whether it passed; None if there was no certificate yet.
     date: the time of the computation, in UTC.
     split: for `precision="split"`, what was decided, and why.
+    inputs: of what the model was given beside tokens (images, sound, vectors), the hash of each, by name.
     """
 
     model: ModelInfo
@@ -48,6 +50,7 @@ class Provenance:
     certificate: dict[str, Any] | None
     date: str
     split: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
     __repr__ = brief
 
@@ -86,11 +89,12 @@ class Provenance:
             certificate=certificate,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             split=split,
+            inputs={name: hash_tensors([(name, value)], tensor_bytes) for name, value in model.inputs.items()},
         )
 
     def key(self) -> dict[str, Any]:
         """Return the fields that determine the numbers: all except versions, certificate, date and `split`."""
-        left_out = ("versions", "certificate", "date", "split")
+        left_out = ("versions", "certificate", "date", "split", *([] if self.inputs else ["inputs"]))
         names = [field.name for field in fields(self) if field.name not in left_out]
         return {name: getattr(self, name) for name in names} | {"model": self.model.to_dict()}
 

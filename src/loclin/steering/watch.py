@@ -15,7 +15,7 @@ from loclin.analyses.decode import Decoder
 from loclin.common.arguments import strings, whole
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
-from loclin.errors import OptionError
+from loclin.errors import OptionError, PromptError
 from loclin.maps.linearized import Linearized, question
 from loclin.models import Model
 from loclin.models.forward import logits_at
@@ -157,6 +157,8 @@ def watch(
     undefined; such vectors are used as the SVD returns them.
     """
     lin.model.refuse_other_tasks("watching words", "causal")
+    if lin.model.inputs:
+        raise PromptError("watch writes texts from token ids: give a prompt without images and inputs_embeds")
     tell, words, k = steps(progress), strings("words", words), whole("k", k)
     layer = None if layer is None else whole("layer", layer)
     if not words:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from loclin.common.brief import brief
 from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized
+from loclin.models.placeholders import find_images, image_positions
 
 Unit = Literal["word", "sentence", "line", "turn"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -39,9 +40,9 @@ class Group:
 def find_groups(lin: Linearized, by: Grouping, skipped: Sequence[int] = ()) -> list[Group]:
     """Put every token of a prompt into exactly one group, in the order of their first tokens.
 
-    Special tokens are groups of their own (in a chat turn they are part of it), and so is each skipped token. What a
-    pattern or a mapping leaves out is one group of the other tokens. A token that lies in two parts of the text belongs
-    to that in which it begins.
+    Special tokens are groups of their own (in a chat turn they are part of it), and so is each skipped token. Among
+    words, sentences and lines each image is one. What a pattern or a mapping leaves out is one group of the other
+    tokens. A token that lies in two parts of the text belongs to that in which it begins.
 
     Raises OptionError for an unknown unit, groups that overlap, positions outside the prompt, or a pattern without a
     match.
@@ -60,6 +61,10 @@ def find_groups(lin: Linearized, by: Grouping, skipped: Sequence[int] = ()) -> l
         for i in find_skipped(lin, "special"):
             labels[i] = ("special", i)
         labels = _joined(labels)
+        for number, held in enumerate(find_images(lin.model, lin.input_ids[0].tolist()), 1):
+            names[("image", number)] = f"<image {number}>"
+            for i in held:
+                labels[i] = ("image", number)
     else:
         raise OptionError(f"by={by!r}: choose one of {', '.join(UNITS)}, a pattern, or a mapping of names to positions")
     for position in skipped:
@@ -75,8 +80,9 @@ def find_skipped(lin: Linearized, skip: Skip | None) -> list[int]:
     if skip is None:
         return []
     if skip == "special":
-        special = lin.model.tokens.special()
-        return [i for i, token in enumerate(lin.input_ids[0].tolist()) if token in special]
+        special, ids = lin.model.tokens.special(), lin.input_ids[0].tolist()
+        images = {*image_positions(lin.model, ids)}
+        return [i for i, token in enumerate(ids) if token in special and i not in images]
     if skip == "sink":
         return list(lin.sinks)
     if isinstance(skip, str):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from loclin.errors import ModelError
 from loclin.models.blocks import find_blocks
@@ -21,6 +21,7 @@ from loclin.models.streaming.conversion import find_places
 from loclin.models.streaming.plan import Places, Plan, read
 from loclin.models.streaming.quantised import find_quantised
 from loclin.models.streaming.reader import LayerReader
+from loclin.models.task import auto_class
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -35,7 +36,7 @@ def build(
     """
     with torch.device("meta"):
         chosen = {} if attention is None else {"attn_implementation": attention}
-        hf: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
+        hf: Any = auto_class(config, "causal").from_config(config, dtype=dtype, **chosen)
     _refuse_family(hf, name, dtype)
     settings = getattr(config, "quantization_config", None)
     checkpoint = Checkpoint(directory, quantised=settings is not None)
