@@ -90,7 +90,7 @@ def qwen2_5(attn: str = "sdpa") -> PreTrainedModel:
 def qwen3(attn: str = "sdpa") -> PreTrainedModel:
     """Qwen3-VL: what early layers of the tower give is added behind early layers of the text."""
     tower = {**_GRID, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16}
-    tower["deepstack_visual_indexes"] = [0]
+    tower["deepstack_visual_indexes"] = [0, 1]
     text = {**_TEXT, "head_dim": 8, "rope_parameters": _ROPE | {"mrope_interleaved": True}, **_TOKENS}
     config = Qwen3VLConfig(text_config=text, vision_config=tower, **_QWEN)
     config._attn_implementation = attn

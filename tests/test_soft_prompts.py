@@ -9,6 +9,7 @@ import loclin
 import oracle
 import tiny
 from loclin.analyses.attribution.groups import find_groups
+from loclin.analyses.nearby import Nearby
 from loclin.errors import ModelError, OptionError, PromptError
 from loclin.models import tiny as families
 from loclin.models import wrap
@@ -30,7 +31,7 @@ def test_maps_from_vectors_are_those_of_the_detached_model(name, length):
     assert (lin.jacobian().dense() - J).norm() <= 1e-11 * J.norm()
     assert (lin.jacobian().value - y).norm() <= 1e-11 * y.norm()
     with torch.no_grad():
-        assert torch.equal(lin.trace.stock_logits, hf(inputs_embeds=given).logits[0, -1])
+        assert torch.allclose(lin.trace.stock_logits, hf(inputs_embeds=given).logits[0, -1], rtol=1e-12, atol=1e-12)
     certificate = lin.certify()
     assert certificate.passed
     assert certificate.reconstruction_error <= 1e-12
@@ -55,9 +56,9 @@ def test_analyses_take_vectors_along():
     hf, ids, vectors = tiny.llama(), tiny.prompt(4), VECTORS.to(tiny.DEVICE)
     lin = loclin.linearize(wrap(hf), ids, inputs_embeds=vectors)
     assert lin.logit_lens().layers[-1].words[0][0] == lin.next_tokens(1)[0][0]
-    found = lin.validity(draws=1, swaps=1, sizes=[1e-6])
-    assert {ray.position for ray in found.rays} <= {None, 3, 4, 5, 6}
-    assert found.rays[0].steps[0].errors["ordinary"].missed < 1e-3
+    for again in (Nearby(lin).embeddings(lin.embeddings[None]), Nearby(lin).tokens(lin.input_ids)):
+        assert torch.equal(again.logits[0], lin.trace.stock_logits)
+    assert {ray.position for ray in lin.validity(draws=0, swaps=1, sizes=[1.0], position=3).rays} == {3}
     written = lin.generate(2, k=1)
     with torch.no_grad():
         table = hf.get_input_embeddings()
@@ -74,7 +75,7 @@ def test_analyses_take_vectors_along():
     assert moved.jacobian().provenance().key() != lin.jacobian().provenance().key()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "mamba", "gemma", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma", "bert"])
 def test_vectors_of_other_families(family):
     """Also where a network is taken as one block, and where the model scales or adds to what it is given."""
     hf = families.build(family, task="masked" if family == "bert" else "causal")
@@ -92,7 +93,7 @@ def test_a_network_that_is_one_block_takes_vectors(monkeypatch):
     assert lin.trace.n_layers == 1
     assert lin.certify().passed
     assert torch.equal(lin.embeddings[:3], VECTORS)
-    assert lin.validity(draws=1, swaps=0, sizes=[1e-6]).rays[0].steps[0].errors["ordinary"].missed < 1e-3
+    assert torch.equal(Nearby(lin).embeddings(lin.embeddings[None]).logits[0], lin.trace.stock_logits)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ def test_prompts_that_are_refused():
         loclin.linearize(wrap(families.build("t5", task="seq2seq")), tiny.prompt(2), inputs_embeds=VECTORS)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_prompt_that_peft_has_learned():
     peft = pytest.importorskip("peft")
     hf = tiny.llama()

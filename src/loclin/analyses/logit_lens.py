@@ -16,7 +16,7 @@ from loclin.common.arguments import whole
 from loclin.common.brief import brief
 from loclin.common.surroundings import eager_code, in_plain_torch
 from loclin.maps.linearized import Linearized, question
-from loclin.models.forward import hidden_output, hooked, keeps_logits, logits_at
+from loclin.models.forward import hidden_output, hooked, keeps_logits, logits_at, with_hidden_output
 from loclin.models.replica import exclusive
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
@@ -138,5 +138,4 @@ class _Calls:
         self.made += 1
         if self.made != self.last:
             return output
-        given = self.given.to(hidden_output(output))
-        return given if isinstance(output, Tensor) else (given, *output[1:])
+        return with_hidden_output(output, self.given.to(hidden_output(output)))

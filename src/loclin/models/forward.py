@@ -75,6 +75,8 @@ def hidden_output(output: Any) -> Any:
 
 def with_hidden_output(output: Any, hidden: Tensor) -> Any:
     """A module's output with another hidden state in it; for a forward hook to return."""
+    if isinstance(output, dict):  # transformers' outputs, of which a model asks parts by name
+        return type(output)(**{**output, next(iter(output)): hidden})
     return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
 
 
