@@ -253,9 +253,9 @@ def wrap(
         raise ModelError(f"loclin.wrap takes a transformers PreTrainedModel, not {given}{inside}: give one")
     name = name or hf_model.config.name_or_path or type(hf_model).__name__
     processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+    inner: Any = tokenizer if processor is None else processor.tokenizer
     read = None if processor is None else lambda: processor
-    tokenizer = tokenizer if processor is None else processor.tokenizer
-    model = describe(hf_model, tokenizer, name=name, source="wrapped", read_processor=read)
+    model = describe(hf_model, inner, name=name, source="wrapped", read_processor=read)
     return model if shared is None else model.shared_by(shared)
 
 

@@ -58,7 +58,11 @@ def _read(
         try:
             hf = pretrained.read_weights(str(path), name, arguments)
             tokenizer = _tokenizer(path)  # last: its parser keeps the interpreter lock, and hashing must have begun
-            known = {"sha256": source.sha256, "stored_dtype": record.stored_dtype, "bos_token": bos_token}
+            known: dict[str, Any] = {
+                "sha256": source.sha256,
+                "stored_dtype": record.stored_dtype,
+                "bos_token": bos_token,
+            }
             model = describe(hf, tokenizer, name=name, source=kind, **known)
         except ModelError as fault:
             failure = fault
