@@ -18,6 +18,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -95,6 +97,14 @@ def qwen3(attn: str = "sdpa") -> PreTrainedModel:
     config = Qwen3VLConfig(text_config=text, vision_config=tower, **_QWEN)
     config._attn_implementation = attn
     return tiny._shaken(Qwen3VLForConditionalGeneration(config), 0, torch.float64)
+
+
+def paligemma() -> PreTrainedModel:
+    """PaliGemma: all tokens of a prompt attend to one another, by token types that are its own."""
+    tower = {"model_type": "siglip_vision_model", **_TOWER, "image_size": 8, "projection_dim": 24}
+    text = {"model_type": "gemma", **tiny._SIZES, "head_dim": 8}
+    config = PaliGemmaConfig(text_config=text, vision_config=tower, image_token_index=IMAGE, projection_dim=24)
+    return tiny._shaken(PaliGemmaForConditionalGeneration(config), 0, torch.float64)
 
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {

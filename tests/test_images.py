@@ -29,7 +29,8 @@ def linearized():
     def at(name: str):
         if name not in made:
             hf, ids = pictures.MODELS[name]("eager"), pictures.prompt(name)
-            made[name] = hf, ids, loclin.linearize(wrap(hf), ids, inputs=pictures.pixels(name), precision="double")
+            inputs = pictures.pixels(name) | (pictures.types(name, ids) if name == "gemma3" else {})
+            made[name] = hf, ids, loclin.linearize(wrap(hf), ids, inputs=inputs, precision="double")
         return made[name]
 
     return at
@@ -217,6 +218,24 @@ def test_other_numbers_of_image_tokens_are_refused(name):
         loclin.linearize(wrap(hf), tiny.prompt(5), inputs=given)
     with pytest.raises(OptionError, match="takes beside tokens"):
         loclin.linearize(wrap(tiny.llama()), tiny.prompt(5), inputs=given)
+
+
+def test_token_types_that_a_processor_gives_are_kept_where_they_are_the_family_s():
+    hf, ids = pictures.paligemma(), torch.tensor([[*[IMAGE] * 8, 1, 5, 7]]).to(tiny.DEVICE)
+    made = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), **pictures.pixels("llava")}
+    lin = loclin.linearize(wrap(hf), made)
+    first = lin.next_token_ids(1)[0][0]
+    more = torch.tensor([[first]], device=ids.device)
+    longer = {
+        "input_ids": torch.cat([ids, more], 1),
+        "token_type_ids": torch.cat([made["token_type_ids"], more * 0 + 1], 1),
+    }
+    with torch.no_grad():
+        stock = hf(**made).logits[0, -1]
+        then = hf(**made | longer).logits[0, -1]
+    assert torch.allclose(lin.trace.stock_logits, stock, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(lin.followed_by(first).trace.stock_logits, then, rtol=1e-12, atol=1e-12)
+    assert lin.jacobian("embed", "resid_post.0", position=0).dense()[:, 10].norm() > 0
 
 
 def test_watch_refuses_images(linearized):

@@ -97,5 +97,9 @@ def token_types(model: Model, input_ids: Int[Tensor, "n T"]) -> dict[str, Tensor
         if (token := placeholder(model, kind)) is not None:
             types[input_ids == token] = number
     takes = inspect.signature(model.hf.forward).parameters
-    names = ["mm_token_type_ids"] + (["token_type_ids"] if model.hf.config.model_type == "gemma3" else [])
-    return {name: types for name in names if name in takes}
+    return {name: types for name in derived_types(model) if name in takes}
+
+
+def derived_types(model: Model) -> tuple[str, ...]:
+    """The names of what `token_types` derives: PaliGemma's token types, for one, are others."""
+    return ("mm_token_type_ids", *(("token_type_ids",) if model.hf.config.model_type == "gemma3" else ()))

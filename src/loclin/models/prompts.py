@@ -21,6 +21,7 @@ from loclin.models.images import encode_images
 from loclin.models.placeholders import (
     PIXELS,
     SOFT,
+    derived_types,
     find_placeholders,
     has_images,
     image_positions,
@@ -72,7 +73,7 @@ def read_prompt(
 
 
 _TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "labels", "use_cache")
-_PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
+_PER_TOKEN = ("attention_mask", "mm_token_type_ids", "position_ids")
 """What tokenizers and processors give for each token, and what follows from the ids."""
 
 
@@ -108,6 +109,9 @@ def place_prompt(
         inputs = {**_beside(model, prompt), **(inputs or {})}
     if inputs or inputs_embeds is not None:
         model = replace(model, inputs=_check_inputs(model, inputs or {}))
+        if has_images(model):  # what follows from the ids is made whenever the model runs
+            kept = {name: value for name, value in model.inputs.items() if name not in derived_types(model)}
+            model = replace(model, inputs=kept)
     elif model.inputs and not model.has_encoder:
         model, prompt, inputs_embeds = _again(model, prompt)
     if inputs_embeds is not None:
@@ -119,8 +123,7 @@ def place_prompt(
     if decoder is not None:
         raise OptionError(f"{model.info.name} has no decoder beside its encoder: leave decoder out")
     ids = read_prompt(model, prompt, attention_mask, bos)
-    if has_images(model):
-        _check_images(model, ids)
+    _check_images(model, ids)
     return _with_types(model, prompt, ids), ids
 
 
@@ -151,7 +154,9 @@ def _place_both(
 def _beside(model: Model, prompt: Mapping[str, Any]) -> dict[str, Any]:
     """What a processor has made beside tokens that the model takes: images, and what belongs to them."""
     takes = inspect.signature(model.hf.forward).parameters
-    return {name: value for name, value in prompt.items() if name in takes and name not in (*_TOKENS, *_PER_TOKEN)}
+    left_out = {*_TOKENS, *_PER_TOKEN, *derived_types(model)}
+    found = {name: value for name, value in prompt.items() if name in takes and name not in left_out}
+    return found if found.keys() - {"token_type_ids"} else {}
 
 
 def _again(model: Model, prompt: Prompt | None) -> tuple[Model, Prompt | None, Tensor | None]:
@@ -161,11 +166,20 @@ def _again(model: Model, prompt: Prompt | None) -> tuple[Model, Prompt | None, T
     if has_images(model) and not image_positions(model, prompt[0].tolist()):
         return replace(model, inputs={}), prompt, None
     if SOFT not in model.inputs:
-        return model, prompt, None
+        return _with_longer_types(model, prompt.shape[1]), prompt, None
     n = min(int((prompt[0] < 0).sum()), soft_length(model))  # fewer in the beginning of that prompt
     others = {name: value for name, value in model.inputs.items() if name != SOFT}
     rest, vectors = prompt[:, n:] if n < prompt.shape[1] else None, model.inputs[SOFT][:, :n] if n else None
     return replace(model, inputs=others), rest, vectors
+
+
+def _with_longer_types(model: Model, length: int) -> Model:
+    """A model whose token types are as many as the tokens: more are of the second kind, as in transformers."""
+    types = model.inputs.get("token_type_ids")
+    if types is None or types.shape[1] == length:
+        return model
+    types = torch.cat([types, types.new_ones(1, max(0, length - types.shape[1]))], dim=1)[:, :length]
+    return replace(model, inputs={**model.inputs, "token_type_ids": types})
 
 
 def _behind_vectors(
@@ -198,7 +212,7 @@ def _behind_vectors(
 def _check_images(model: Model, ids: Tensor) -> None:
     """Refuse ids whose image tokens are not as many as the images fill."""
     token = placeholder(model, "image")
-    if "pixel_values" not in model.inputs or token is None:
+    if not has_images(model) or "pixel_values" not in model.inputs or token is None:
         return
     found, sizes = len(image_positions(model, ids[0].tolist())), image_sizes(model)
     if not found or (sizes is not None and sum(sizes) != found):
