@@ -70,6 +70,7 @@ QUESTIONS = {
         for level in ("token", "layer", "head", "neuron", "bias", "token×layer")
     },
     "head": lambda lin: lin.head(1, 2).to_dict(),
+    "attention score": lambda lin: lin.attention_score("L1H2").to_dict(),
     "span": lambda lin: lin.attribute([5, 6, 7], by="line").shares,
     "prompts": lambda lin: lin.compare_prompts(lin, 5).to_dict(),
     "interventions": lambda lin: lin.intervene(["L1H2", "L0N3", "attn_out.0", "mlp_out.1", "T1"]).to_dict(),

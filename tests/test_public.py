@@ -96,7 +96,10 @@ def test_maps_are_applied_by_operators():
     assert J.T.T is J
 
 
-QUESTIONS = ["explain", "explain_layers", "explore", "attribute", "logit_lens", "generate", "similarity", "validity"]
+QUESTIONS = [
+    *("attention_score", "attribute", "explain", "explain_layers", "explore", "generate", "logit_lens", "similarity"),
+    "validity",
+]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from loclin.analyses.attribution.attribute import attribute
     from loclin.analyses.attribution.heads import Head, Path
     from loclin.analyses.attribution.result import Attribution
-    from loclin.analyses.attribution.target import Direction, Entropy, LogProb, Margin, Neuron, Probability, Span
+    from loclin.analyses.attribution.scores import AttentionScore, attention_score
+    from loclin.analyses.attribution.target import (
+        Direction,
+        Entropy,
+        LogProb,
+        Margin,
+        Neuron,
+        Probability,
+        Score,
+        Span,
+    )
     from loclin.analyses.coverage.result import Coverage
     from loclin.analyses.coverage.run import coverage
     from loclin.analyses.decode import Decoder
@@ -68,6 +78,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionScore",
     "Attribution",
     "BudgetError",
     "Certificate",
@@ -111,12 +122,14 @@ __all__ = [
     "ResultError",
     "SVD",
     "SharedAttention",
+    "Score",
     "Similarity",
     "Span",
     "Steered",
     "SteeringError",
     "Validity",
     "Watched",
+    "attention_score",
     "attribute",
     "compare",
     "compare_prompts",
@@ -149,7 +162,17 @@ _MODULES = {
     "analyses.attribution.attribute": ("attribute",),
     "analyses.attribution.heads": ("Head", "Path"),
     "analyses.attribution.result": ("Attribution",),
-    "analyses.attribution.target": ("Direction", "Entropy", "LogProb", "Margin", "Neuron", "Probability", "Span"),
+    "analyses.attribution.scores": ("AttentionScore", "attention_score"),
+    "analyses.attribution.target": (
+        "Direction",
+        "Entropy",
+        "LogProb",
+        "Margin",
+        "Neuron",
+        "Probability",
+        "Score",
+        "Span",
+    ),
     "analyses.coverage.result": ("Coverage",),
     "analyses.coverage.run": ("coverage",),
     "analyses.decode": ("Decoder",),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loclin.analyses.attribution.attribute import attribute as _attribute
 from loclin.analyses.attribution.heads import head as _head
 from loclin.analyses.attribution.heads import path as _path
+from loclin.analyses.attribution.scores import attention_score as _attention_score
 from loclin.analyses.explain import explain as _explain
 from loclin.analyses.exploration.explore import explore as _explore
 from loclin.analyses.generation import generate as _generate
@@ -39,6 +40,7 @@ from loclin.steering.watch import watch as _watch
 class Linearization(Linearized):
     """A model frozen at one prompt, with its maps (see `Linearized`) and all analyses; made by `linearize`."""
 
+    attention_score = _attention_score
     attribute = _attribute
     compare_prompts = _compare_prompts
     explain = _explain

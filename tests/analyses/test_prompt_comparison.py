@@ -81,8 +81,10 @@ def test_saved_and_loaded(pair, tmp_path):
 
 def test_mistakes(pair):
     a, b = pair
-    with pytest.raises(OptionError, match="choose token or word"):
-        a.compare_prompts(b, 4, align="line")
+    with pytest.raises(OptionError, match="choose one of token, word"):
+        a.compare_prompts(b, 4, align="layer")
+    with pytest.raises(OptionError, match="choose special, sink"):
+        a.compare_prompts(b, 4, skip="stop words")
     predicted = a.next_token_ids(1)[0][0]
     others = (linearize(a.model, tiny.prompt(5, seed=seed)) for seed in range(20))
     other = next(one for one in others if one.next_token_ids(1)[0][0] != predicted)

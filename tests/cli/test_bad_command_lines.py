@@ -16,8 +16,8 @@ import loclin
 from loclin.cli import app, models
 
 PROMPT = "w3 w4 w5"
-PROMPTED = ("explain", "layers", "attribute", "validity", "watch", "steer")
-NEEDS = {"watch": ["--words", "words.txt"], "steer": ["--toward", "w7 w8"]}
+PROMPTED = ("explain", "layers", "attribute", "attention", "validity", "watch", "steer")
+NEEDS = {"attention": ["--head", "L1H1"], "watch": ["--words", "words.txt"], "steer": ["--toward", "w7 w8"]}
 """What a command cannot be called without."""
 NOISE = random.Random(0).randbytes(3000)
 

@@ -441,9 +441,34 @@ def test_intervene_and_compare(directory, capsys, tmp_path):
     assert "+0.000" in out
 
 
+def test_attention_and_units(directory, capsys, tmp_path):
+    page, file = tmp_path / "page.html", tmp_path / "out.json"
+    code, out, err = here(
+        capsys, "attention", "w3 w4 w5", "--model", directory, "--head", "L1H2", "--key", "1", "--by", "token", "--by",
+        "layer", "--group", "word", "--html", page, "--json", file,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "attends to 1 ·w4" in out
+    assert "Layers: what the key reads" in page.read_text()
+    found = json.loads(file.read_text())
+    assert [*found] == ["token", "layer", "word"]
+    assert {one["score"] for one in found.values()} == {one["by_key"]["target"]["value"] for one in found.values()}
+    for arguments in (["explain", "w3 w4 w5", "--k", "1"], ["compare", "w3 w4 w5", "w3 w5"]):
+        code, out, err = here(capsys, *arguments, "--model", directory, "--group-pattern", "w4|w3", "--skip", "special")
+        assert code == 0, err
+        assert "other·tokens" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["attention", "w3 w4"], "--head"),
+        (["attention", "w3 w4", "--head", "15"], "write L3H5"),
+        (["attention", "w3 w4", "--head", "L1H9"], "query heads 0 to 3"),
+        (["attention", "w3 w4", "--head", "L1H1", "--query", "0", "--key", "1"], "may not attend"),
+        (["attention", "w3 w4", "--head", "L1H1", "--by", "verse"], "choose one of token"),
+        (["explain", "w3 w4", "--group-pattern", "("], "give a regular expression"),
+        (["compare", "w3 w4", "w3", "--align", "word", "--group", "line"], "exclude one another"),
         (["intervene", "w3 w4"], "name what to replace"),
         (["intervene", "w3 w4", "--head", "L1H9"], "0 to 3"),
         (["intervene", "w3 w4", "--head", "15"], "write L3H5"),

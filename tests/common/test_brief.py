@@ -74,6 +74,7 @@ def test_results_of_a_prompt_are_shown_in_a_line():
         *(
             validity(lin, draws=1, swaps=0),
             lin.head(0, 0),
+            lin.attention_score("L0H0"),
             lin.intervene("T1"),
             lin.path(["L0H0"], token=0),
             Operator.make(lin, 1),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import pytest
 import torch
+from rich.console import Console
 
 import loclin
 from loclin.analyses.attribution.groups import UNITS, find_groups
 from loclin.analyses.attribution.result import KINDS, Attribution
 from loclin.errors import OptionError
 from loclin.models import wrap
+from loclin.results import display
 
 from .helpers import tiny_llama
 from .tokenizers import KINDS as TOKENIZERS
@@ -68,6 +71,68 @@ def test_sentences_and_lines(lin):
     ]  # fmt: skip
 
 
+def test_examples_are_between_empty_lines():
+    lin = at("a: b\nc\n\nd: e\n \n\nf:")
+    assert names(lin, "example") == ["<s>", "a: b\nc\n\n", "d: e\n \n\n", "f:"]
+
+
+def test_a_span_of_characters(lin):
+    start = lin.text.index("Golden")
+    found = find_groups(lin, {"the bridge": slice(start, start + len("Golden Gate"))})
+    assert [group.name for group in found] == ["other tokens", "the bridge"]
+    assert "".join(lin.tokens[i] for i in found[1].positions) == "Golden Gate"
+
+
+@pytest.fixture(scope="module")
+def short():
+    return at("It is a Gate.")
+
+
+@pytest.mark.slow
+def test_the_same_groups_wherever_tokens_have_shares(short):
+    """Sums of each result's own shares, in its groups, on its page."""
+    pattern = re.compile("is a")
+    first, chosen, *_ = groups = find_groups(short, pattern)
+    assert (first.name, chosen.name) == ("other tokens", "is a")
+    found, head, path = (
+        short.explain(k=1, group=pattern),
+        short.head(1, 2, group=pattern),
+        short.path(["L1H2"], group=pattern),
+    )
+    assert found.groups == head.groups == path.groups == groups
+    own = ([part.share for part in found.tokens], head.attends.tolist(), path.shares.tolist())
+    written = short.generate(1, k=1, group=pattern).steps[0]
+    for result, shares in zip((found, head, path, written), (*own, own[0]), strict=True):
+        assert re.search(rf"is·a +\{sum(shares[i] for i in chosen.positions):+.3f}", shown(result))
+    assert found.group_shares == pytest.approx([sum(own[0][i] for i in group.positions) for group in groups])
+
+
+@pytest.mark.slow
+def test_skipped_tokens_are_not_ranked_in_explanations(short):
+    found = short.explain(k=1, skip="special", group="word")
+    assert found.skipped == [0]
+    table = shown(found).split("Which tokens")[1].split("the total is")[0]
+    assert "<s>" not in table
+    assert "1 others" in table  # they are summed up, so that the total stays
+
+
+def test_prompts_are_compared_by_any_unit(lin):
+    other = at(TEXT.replace("Golden", "old"))
+    for unit in (*UNITS, re.compile("Gate")):
+        found = lin.compare_prompts(other, 5, align=unit, skip="special")
+        assert abs(found.residual) < 1e-11
+        assert sorted(i for pair in found.pairs for i in pair.at) == list(range(len(lin.tokens)))
+        named = [group.name for group in find_groups(lin, unit, [0])]
+        assert [pair.first for pair in found.pairs if pair.at] == named
+        assert [found.pairs[i].at for i in found.skipped] == [[0]]
+
+
+def shown(result):
+    console = Console(file=(out := io.StringIO()), width=200)
+    display.show(result, console)
+    return out.getvalue()
+
+
 def test_a_pattern(lin):
     assert names(lin, re.compile(r"Golden|gate")) == ["other tokens", "Golden", "gate"]
 
@@ -114,6 +179,7 @@ def test_saved_and_loaded(lin, tmp_path):
         ({"by": re.compile("zebra")}, "matches nothing in the prompt"),
         ({"by": {"a": [0, 1], "b": [1]}}, "groups 'a' and 'b' both have the token at position 1"),
         ({"by": "layer", "skip": "sink"}, "skip is about tokens"),
+        ({"by": {"a": slice(900, 910)}}, "group 'a': no token begins in characters 900 to 910"),
         ({"skip": "stop words"}, "choose special, sink, or give positions"),
     ],
 )

@@ -128,6 +128,11 @@ def head() -> loclin.Head:
     return made
 
 
+def score() -> loclin.AttentionScore:
+    made = hostile(lin().attention_score("L1H1"))
+    return replace(made, by_query=hostile(made.by_query), by_key=hostile(made.by_key))
+
+
 def interventions() -> loclin.Interventions:
     made = hostile(lin().intervene(["T1", "L1H1"]))
     made.target["tokens"][0] = HOSTILE
@@ -193,6 +198,7 @@ MADE = {
     "joint svd": lambda: hostile(lin().jacobian().svd(2, joint=True)),
     "spectra": lambda: hostile(lin().layer_spectra(k=2)),
     "head": head,
+    "score": score,
     "path": path,
     "comparison": comparison,
     "certificate": lambda: replace(examples.failed(), culprits=(examples.Culprit(HOSTILE, HOSTILE, 0.5),)),

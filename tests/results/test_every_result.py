@@ -20,10 +20,10 @@ from loclin.steering import Operator, Vector
 from loclin.steering.search import Sweep
 
 NAMES = [
-    "Attribution", "Certificate", "Comparison", "Coverage", "Disruption", "Estimate", "Explanation", "Exploration",
-    "Faithfulness", "Generation", "Head", "Interventions", "LayerExplanation", "LayerSpectra", "LogitLens", "Norms",
-    "Operator", "Path", "Plan",
-    "Projection", "PromptComparison", "Reproduction", "SVD", "Similarity", "Steered", "Sweep", "Validity", "Vector",
+    "AttentionScore", "Attribution", "Certificate", "Comparison", "Coverage", "Disruption", "Estimate", "Explanation",
+    "Exploration", "Faithfulness", "Generation", "Head", "Interventions", "LayerExplanation", "LayerSpectra",
+    "LogitLens", "Norms", "Operator", "Path", "Plan", "Projection", "PromptComparison", "Reproduction", "SVD",
+    "Similarity", "Steered", "Sweep", "Validity", "Vector",
     "Watched",
 ]  # fmt: skip
 
@@ -55,6 +55,7 @@ def results(directory, tmp_path_factory):
         loclin.faithfulness(model, [StudyPrompt("words", "w3 w4 w5 w6", "held-out")], planes=1),
         lin.generate(2, k=2),
         lin.head(1, 2),
+        lin.attention_score("L1H2", by="layer"),
         lin.intervene(["L1H2", "T1"]),
         lin.compare_prompts(loclin.linearize(model, "w3 w5 w6"), 5),
         lin.explain_layers(k=2),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.attribution.attribute import attribute
+from loclin.analyses.attribution.groups import Group, Grouping, Skip, find_groups, find_skipped
 from loclin.analyses.decode import Decoder, SingularBlock, Triples, Words, decoder_at, put_into_words
 from loclin.common.arguments import whole
 from loclin.common.brief import brief
@@ -74,6 +76,8 @@ class Explanation(AtPrompt):
     share_residual: value - (sum of the shares): rounding.
     certificate: how exact the map is.
     ordinary_error: std(J_ordinary x - y) / std(y), the paper's metric for the ordinary Jacobian (its Figure 3).
+    groups: groups of tokens, whose shares are added up; empty where none were asked for.
+    skipped: positions that are left out of rankings.
     output, reconstruction, ordinary: y, J x + b and J_ordinary x, `[d]` each: the scatter plot of Figure 3.
     """
 
@@ -89,6 +93,15 @@ class Explanation(AtPrompt):
     reconstruction: list[float]
     ordinary: list[float]
     warnings: list[str]
+    groups: list[Group] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+
+    derived = ("prompt", "group_shares")
+
+    @property
+    def group_shares(self) -> list[float]:
+        """The share of each group: the sum of its tokens'."""
+        return [math.fsum(self.tokens[i].share for i in group.positions) for group in self.groups]
 
     def table(self) -> dict[str, list[Any]]:
         """One row per token: position, text, id, sink, share, Frobenius norm, stable rank, largest singular value."""
@@ -101,24 +114,37 @@ class Explanation(AtPrompt):
 
 @question
 @with_progress
-def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progress = True) -> Explanation:
+def explain(
+    lin: Linearized,
+    *,
+    k: int = 8,
+    position: int = -1,
+    group: Grouping | None = None,
+    skip: Skip | None = None,
+    progress: Progress = True,
+) -> Explanation:
     """Explain a linearized prompt at one position (paper, Figures 3, 4 and 5).
 
     Cost: the dense map (d columns), T dense SVDs, and about 15 more columns. Memory: the map, T d^2 numbers; where that
     is beyond the budget, the maps of as many tokens as fit, from a temporary file.
 
-    Raises PromptError for a position outside the prompt; OptionError for a k larger than the number of singular values.
+    Raises PromptError for a position outside the prompt; OptionError for a k larger than the number of singular values,
+    or groups that `loclin.attribute` would refuse.
 
     Parameters
     ----------
     lin: from `loclin.linearize`.
     k: how many singular vectors of each token to put into words.
     position: the prediction after this token is explained.
+    group: add the tokens' shares up, too: by a unit, a pattern or named positions, as `by` of `loclin.attribute`.
+    skip: `"special"` tokens, `"sink"`s, or positions: left out of rankings.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     tell, at, k = steps(progress), lin.trace.target_position(position), whole("k", k)
     J = lin.jacobian(position=at)
     check_rank(k, J.shape[0], J.shape[2])
+    skipped = find_skipped(lin, skip)
+    groups = [] if group is None else find_groups(lin, group, skipped)
     tell("certificate")
     certificate = lin.certify(position=at)
     tell("ordinary Jacobian")
@@ -152,6 +178,8 @@ def explain(lin: Linearized, *, k: int = 8, position: int = -1, progress: Progre
         reconstruction=J.reconstruct().tolist(),
         ordinary=ordinary.tolist(),
         warnings=found.warnings,
+        groups=groups,
+        skipped=skipped,
     )
 
 

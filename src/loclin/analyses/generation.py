@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.analyses.attribution.groups import Grouping, Skip
 from loclin.analyses.explain import Explanation, explain
 from loclin.common.arguments import whole
 from loclin.common.progress import Progress, steps, with_progress
@@ -64,7 +65,15 @@ class Generation(Result):
 
 @question
 @with_progress
-def generate(lin: Linearized, max_new_tokens: int, *, k: int = 8, progress: Progress = True) -> Generation:
+def generate(
+    lin: Linearized,
+    max_new_tokens: int,
+    *,
+    k: int = 8,
+    group: Grouping | None = None,
+    skip: Skip | None = None,
+    progress: Progress = True,
+) -> Generation:
     """Generate tokens greedily and explain each of them (paper, Figure 2, for every step).
 
     Every step is linearized anew, at the prompt and all generated tokens, so that every map is exact. Generation stops
@@ -80,6 +89,7 @@ def generate(lin: Linearized, max_new_tokens: int, *, k: int = 8, progress: Prog
     lin: the prompt, from `loclin.linearize`.
     max_new_tokens: the largest number of tokens to generate.
     k: how many singular vectors of each token to put into words.
+    group, skip: add the tokens' shares up in every step, and leave tokens out of rankings; see `loclin.explain`.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
     lin.model.refuse_other_tasks("generation", "causal", "seq2seq")
@@ -94,7 +104,13 @@ def generate(lin: Linearized, max_new_tokens: int, *, k: int = 8, progress: Prog
     before: tuple[Tensor, SVD] | None = None
     prompt = lin.input_ids[0].tolist()
     for number in range(1, count + 1):
-        found = explain(lin, k=k, progress=lambda step, number=number: tell(f"token {number}: {step}"))  # type: ignore[misc]
+        found = explain(
+            lin,
+            k=k,
+            group=group,
+            skip=skip,
+            progress=lambda step, number=number: tell(f"token {number}: {step}"),  # type: ignore[misc]
+        )
         explained.append(found)
         J = lin.jacobian()
         now = J.dense(), J.svd(min(_TRIPLES, J.shape[0], J.shape[2]), tolerance=1e-5)

@@ -7,6 +7,7 @@ of the share is, exactly, (g + g')/2 . (x' - x), the content, plus (g' - g) . (x
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
@@ -15,7 +16,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.attribution.groups import find_groups
+from loclin.analyses.attribution.groups import UNITS, find_groups, find_skipped
 from loclin.analyses.attribution.readout import read_target
 from loclin.analyses.attribution.result import KINDS
 from loclin.analyses.attribution.shares import compute_shares, pull_down, share_by_source
@@ -71,6 +72,7 @@ class PromptComparison(Result):
     pairs: in the order of the prompts.
     biases: the shares of all biases in the first and in the second prompt.
     provenance, second: those of the first and of the second prompt.
+    skipped: the numbers of pairs that are left out of rankings.
     """
 
     target: dict[str, Any]
@@ -80,6 +82,7 @@ class PromptComparison(Result):
     second: Provenance
     warnings: list[str] = field(default_factory=list)
     provenance: Provenance | None = None
+    skipped: list[int] = field(default_factory=list)
 
     derived = ("change", "residual")
 
@@ -102,7 +105,13 @@ class PromptComparison(Result):
 @question
 @with_progress
 def compare_prompts(
-    lin: Linearized, other: Linearized, target: Target = None, *, align: str = "token", progress: Progress = True
+    lin: Linearized,
+    other: Linearized,
+    target: Target = None,
+    *,
+    align: str | re.Pattern[str] = "token",
+    skip: str | None = None,
+    progress: Progress = True,
 ) -> PromptComparison:
     """Compare a target in two prompts of any length, or in two models: which tokens make the change, and how.
 
@@ -116,11 +125,12 @@ def compare_prompts(
         adapter. Where their residual streams have other widths, changes are not split into content and map.
     target: see `loclin.attribute`. None: the token that the second predicts against the one that the first predicts;
         where both predict the same, its logit minus the mean of all.
-    align: what is aligned, by text: tokens or words.
+    align: what is aligned, by text: `"token"`, or groups of them by a unit or a pattern, as `by` of `loclin.attribute`.
+    skip: `"special"` tokens or attention `"sink"`s: left out of rankings.
     progress: True: bars on a terminal; False: nothing; a function is told the name of each step as it begins.
     """
-    if align not in ("token", "word"):
-        raise OptionError(f"align={align!r}: choose token or word")
+    if not isinstance(align, re.Pattern) and align not in ("token", *UNITS):
+        raise OptionError(f"align={align!r}: choose one of token, {', '.join(UNITS)}, or give a pattern")
     tell = steps(progress)
     if target is None:
         first, second = (one.next_token_ids(1)[0][0] for one in (lin, other))
@@ -132,13 +142,15 @@ def compare_prompts(
             f"the target is {here.target['tokens']} in the first prompt and {there.target['tokens']} in the second: "
             "name the token"
         )
-    a, b = _split(here.lin, align), _split(there.lin, align)
+    a, b = (_split(side.lin, align, skip) for side in (here, there))
+    skipped = [set(find_skipped(side.lin, skip)) for side in (here, there)]
     pairs = [_pair(here, there, one, two) for one, two in _align(a, b)]
     return PromptComparison(
         target=here.target,
         value=there.target["value"],
         pairs=pairs,
         biases=(here.biases, there.biases),
+        skipped=[i for i, pair in enumerate(pairs) if set(pair.at) <= skipped[0] and set(pair.other) <= skipped[1]],
         second=there.provenance,
         warnings=[*here.warnings, *(text for text in there.warnings if text not in here.warnings)],
         provenance=here.provenance,
@@ -175,10 +187,10 @@ class _Side:
         return cls(lin, readout.to_dict(), shares, biases, gradient[0], provenance, warnings)
 
 
-def _split(lin: Linearized, align: str) -> list[tuple[str, list[int]]]:
-    if align == "word":
-        return [(group.name, group.positions) for group in find_groups(lin, "word")]
-    return [(text, [i]) for i, text in enumerate(lin.tokens)]
+def _split(lin: Linearized, align: str | re.Pattern[str], skip: str | None) -> list[tuple[str, list[int]]]:
+    if align == "token":
+        return [(text, [i]) for i, text in enumerate(lin.tokens)]
+    return [(group.name, group.positions) for group in find_groups(lin, align, find_skipped(lin, skip))]
 
 
 def _align(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from loclin.cli import (
+    attention,
     attribute,
     compare,
     coverage,
@@ -39,6 +40,7 @@ app.command(cls=Command)(layers.layers)
 app.command(cls=Command)(figure.figure)
 app.command(cls=Command)(reproduce.reproduce)
 app.command(cls=Command)(attribute.attribute)
+app.command(cls=Command)(attention.attention)
 app.command(cls=Command)(intervene.intervene)
 app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(steer.steer)

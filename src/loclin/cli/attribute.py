@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import re
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ import typer
 
 from loclin.cli import options
 from loclin.cli.console import deliver, importing, note, step
-from loclin.cli.targets import read_target
+from loclin.cli.targets import Units, read_target
 from loclin.errors import OptionError
 
 Rivals = Literal["runner-up", "others", "mean"]
@@ -56,15 +55,6 @@ def attribute(
             "'all' is every level that the model has. Default: token."
         ),
     ] = None,
-    group: Annotated[
-        Literal["word", "sentence", "line", "turn"] | None,
-        typer.Option(help="Add up the tokens' shares: by word, sentence, line, or chat turn."),
-    ] = None,
-    group_pattern: Annotated[str | None, options.text("Add up the tokens' shares by a pattern's matches.")] = None,
-    skip: Annotated[
-        Literal["special", "sink"] | None,
-        typer.Option(help="Leave special tokens or attention sinks out of the ranking; the sum still has them."),
-    ] = None,
     attention: Annotated[
         Literal["frozen", "shared"],
         typer.Option(help="shared: let relevance through queries and keys too. Not exact: it misses the target."),
@@ -72,6 +62,7 @@ def attribute(
     position: options.Position = -1,
     top: Annotated[int, typer.Option(help="How many of the largest shares to print.", min=1)] = 20,
     *,
+    units: Units,
     freezing: options.Freezing,
     json: options.Json = None,
     html: options.Html = None,
@@ -84,11 +75,10 @@ def attribute(
     options.exclude("target_id", "generated", why="each names the tokens")
     for one, other in combinations(("against", "margin", "log_probability", "probability"), 2):
         options.exclude(one, other, why="each says what is shared out")
-    options.exclude("group", "group_pattern", why="each says what is added up")
     named = _TARGETS & options.named()
     if neuron is not None and named:
         raise OptionError(f"--neuron stands alone: leave {', '.join(sorted(map(options.spell, named)))} out")
-    pattern = _compile(group_pattern)
+    grouped = units.read()
     text = options.read(prompt)
     with importing():
         from loclin.analyses.attribution.attribute import LEVELS, parse_level
@@ -97,14 +87,13 @@ def attribute(
     everything = "all" in (by or ())
     if everything and attention == "shared":
         raise OptionError("--attention shared has shares of tokens and groups of them: leave --by all out")
-    grouped = group or pattern
     levels = LEVELS if everything else [parse_level(name) for name in by or ["token"] * (grouped is None)]
     lin = freezing.linearize(text)
     found = []
     for name in dict.fromkeys([*levels, *[grouped] * (grouped is not None)]):
         about: dict[str, Any] = {"attention": attention}
         if name not in LEVELS or name == "token":
-            about["skip"] = skip
+            about["skip"] = units.skip
         try:
             found.append(
                 lin.attribute(chosen, by=name, position=position, in_words=max(top, 40), progress=step, **about)
@@ -118,10 +107,3 @@ def attribute(
         return jsonlib.dumps({one.by: one.to_dict() for one in found}, indent=2, ensure_ascii=False, allow_nan=False)
 
     deliver(found, json=json, html=html, to_json=to_json, top=top)
-
-
-def _compile(pattern: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"--group-pattern {pattern}: {error}; give a regular expression") from None

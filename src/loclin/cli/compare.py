@@ -10,7 +10,7 @@ import typer
 
 from loclin.cli import options
 from loclin.cli.console import deliver, step
-from loclin.cli.targets import Targeting
+from loclin.cli.targets import Targeting, Units
 from loclin.errors import OptionError
 
 
@@ -23,8 +23,12 @@ def compare(
     ] = None,
     other_model: Annotated[str | None, options.path("Another model, for the second prompt.")] = None,
     other_adapter: Annotated[Path | None, options.path("A PEFT adapter on the model, for the second prompt.")] = None,
-    align: Annotated[Literal["token", "word"], typer.Option(help="What is aligned.")] = "token",
+    align: Annotated[
+        Literal["token", "word", "sentence", "line", "turn", "example"],
+        typer.Option(help="What is aligned; --group is the same."),
+    ] = "token",
     *,
+    units: Units,
     targeting: Targeting,
     freezing: options.Freezing,
     json: options.Json = None,
@@ -36,7 +40,8 @@ def compare(
     """
     if other is None and other_model is None and other_adapter is None:
         raise OptionError("give another prompt, or another model with --other-model or --other-adapter")
-    chosen = targeting.read()
+    options.exclude("align", "group", "group_pattern", why="each says what is aligned")
+    chosen, aligned = targeting.read(), units.read() or align
     first = freezing.linearize(options.read(prompt))
     step("reading the other prompt")
     second = options.read(prompt if other is None else other)
@@ -45,4 +50,4 @@ def compare(
     else:
         changed = replace(freezing, model=other_model or freezing.model, adapter=other_adapter or freezing.adapter)
         there = changed.linearize(second)
-    deliver(first.compare_prompts(there, chosen, align=align, progress=step), json=json, html=html)
+    deliver(first.compare_prompts(there, chosen, align=aligned, skip=units.skip, progress=step), json=json, html=html)

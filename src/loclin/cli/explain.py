@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loclin.cli import options
 from loclin.cli.console import deliver, step
+from loclin.cli.targets import Units
 from loclin.errors import OptionError
 
 
@@ -22,6 +23,7 @@ def explain(
         typer.Option(help="Generate this many tokens greedily, and explain every step and how the maps move.", min=0),
     ] = 0,
     *,
+    units: Units,
     freezing: options.Freezing,
     json: options.Json = None,
     html: options.Html = None,
@@ -36,10 +38,11 @@ def explain(
         raise OptionError("--generate prints a row for each token; leave --top out")
     if top is not None and top > k:
         raise OptionError(f"--top {top} is more than --k {k}: there are no more vectors to print")
+    about: dict[str, Any] = {"k": k, "group": units.read(), "skip": units.skip, "progress": step}
     lin = freezing.linearize(options.read(prompt))
     if generate:
-        text = lin.generate(generate, k=k, progress=step)
+        text = lin.generate(generate, **about)
         deliver(text, json=json, html=html, code=int(not all(one.certificate.passed for one in text.steps)))
     else:
-        found = lin.explain(k=k, position=position, progress=step)
+        found = lin.explain(position=position, **about)
         deliver(found, json=json, html=html, code=int(not found.certificate.passed), top=top)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -39,6 +39,31 @@ class Targeting:
         options.exclude("against", "log_probability", why="each says what is looked at")
         token = self.target if self.target_id is None else self.target_id
         return read_target(token, self.against, "log-probability" if self.log_probability else None)
+
+
+@dataclass(frozen=True, repr=False)
+class Units:
+    """What the shares of tokens are added up by, and which tokens are left out of rankings."""
+
+    group: Annotated[
+        Literal["word", "sentence", "line", "turn", "example"] | None,
+        typer.Option(
+            help="Add up the tokens' shares: by word, sentence, line, chat turn, or example (text between empty lines)."
+        ),
+    ] = None
+    group_pattern: Annotated[str | None, options.text("Add up the tokens' shares by a pattern's matches.")] = None
+    skip: Annotated[
+        Literal["special", "sink"] | None,
+        typer.Option(help="Leave special tokens or attention sinks out of the ranking; the sum still has them."),
+    ] = None
+
+    def read(self) -> str | re.Pattern[str] | None:
+        """The unit or the pattern that was asked for."""
+        options.exclude("group", "group_pattern", why="each says what is added up")
+        try:
+            return self.group if self.group_pattern is None else re.compile(self.group_pattern)
+        except re.error as error:
+            raise OptionError(f"--group-pattern {self.group_pattern}: {error}; give a regular expression") from None
 
 
 def read_target(

@@ -5,6 +5,7 @@ Attention that a model computes step by step (eager) needs no rule: its softmax 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from loclin.errors import ModelError
 from loclin.freeze.operation import Operation, Result
 from loclin.freeze.options import SharedAttention
-from loclin.freeze.pattern import BlockPattern, grouped, mix, probabilities
+from loclin.freeze.pattern import BlockPattern, by_head, grouped, mix, probabilities
+from loclin.freeze.scores import ScoreRow
 from loclin.freeze.status import Coefficient, Live
 
 
@@ -32,6 +34,8 @@ def attention(op: Operation) -> Result:
     if op.get(4, "dropout_p", 0.0) > 0:  # its probabilities are random at each call
         return op.coefficient()
 
+    if op.context.scores is not None:
+        _read_scores(op, op.context.scores, query, key)
     if op.context.options.shared is not None:
         return _shared(op, query, key, value, op.context.options.shared)
     if ordinary:
@@ -69,6 +73,36 @@ def _shared(op: Operation, query: Tensor, key: Tensor, value: Tensor, weights: S
     mask, is_causal, scale = op.get(3, "attn_mask"), op.get(5, "is_causal", False), op.get(6, "scale")
     probs = probabilities(q, k, mask, is_causal=is_causal, scale=scale).to(op.context.dtype)
     return Live((grouped(probs, v.shape[-3]) @ v).view(*probs.shape[:-1], v.shape[-1]))
+
+
+def _read_scores(op: Operation, scores: ScoreRow, query: Tensor, key: Tensor) -> None:
+    """Compute the row of scores that is read. Cost: S products of d_head numbers."""
+    q, k = _live(op, query), _live(op, key)
+    scores.factors = [(q, k)]
+    heads, n_keys = q.shape[-3], k.shape[-2]
+    if not -heads <= scores.head < heads:
+        return
+    head, at = scores.head % heads, scores.query
+    mask, scale = op.get(3, "attn_mask"), op.get(6, "scale")
+    keys = k[..., head // (heads // k.shape[-3]), :, :].flatten(0, -2)
+    row = keys @ q[..., head, at, :].flatten() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if op.get(5, "is_causal", False):
+        row = row.masked_fill(torch.arange(n_keys, device=row.device) > at, -math.inf)
+    if mask is not None:
+        own = by_head(mask, q, k).expand(*q.shape[:-1], n_keys)[..., head, at, :].flatten()
+        if own.dtype == torch.bool:
+            row = row.masked_fill(~own, -math.inf)
+        else:
+            row = row + op.context.constant(op.cast(own), own, "attn_mask")
+    scores.row = row
+
+
+def softmax(op: Operation) -> Result:
+    """A softmax is a frozen coefficient, perhaps attention probabilities."""
+    status = op.status(op.get(0, "input"))
+    if op.context.scores is not None and isinstance(status, Live) and status.linear.dim() > 2:
+        op.context.scores.take(status.linear)
+    return op.coefficient(probabilities=True)
 
 
 def _scale_gradient(value: Tensor, weight: float) -> Tensor:

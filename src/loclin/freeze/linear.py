@@ -38,12 +38,20 @@ def linear(op: Operation) -> Result:
     lives = [status for _, _, status in found if isinstance(status, Live)]
     if coefficients and not lives:
         return _pass_on(op, coefficients[0])
+    if op.context.scores is not None and _lowers_by_maximum(op, coefficients):
+        return lives[0].then(lives[0].linear)  # a softmax is the same with the largest score taken off all
     additive = _behind_the_condition if op.name == "where" else everywhere if op.name in AFFINE else nowhere
     linear = op.recompute(everywhere, additive)
     same_root = all(status.root is lives[0].root for status in lives) and not coefficients
     root = lives[0].root if same_root and op.name in _ELEMENTWISE else None
     active = lives[0].active and len(lives) == 1 and op.name in VIEWS | _ELEMENTWISE
     return op.wrap(linear, root, active, op.nonlinear(everywhere))
+
+
+def _lowers_by_maximum(op: Operation, coefficients: list[Coefficient]) -> bool:
+    """Whether the largest of some live numbers is taken off all of them."""
+    origins = [one.origin.operation for one in coefficients]
+    return op.name == "sub" and origins == ["max"] and isinstance(op.status(op.args[0]), Live)
 
 
 def _behind_the_condition(slot: int | str) -> bool:

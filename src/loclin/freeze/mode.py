@@ -24,6 +24,7 @@ from loclin.freeze.linear import CASTS
 from loclin.freeze.operation import Operation, Result, everywhere, nowhere
 from loclin.freeze.options import FreezeOptions
 from loclin.freeze.pattern import Pattern, WholePattern
+from loclin.freeze.scores import ScoreRow
 from loclin.freeze.status import Coefficient, Live, NonlinearUse, Origin, Status
 from loclin.freeze.table import HANDLERS, is_in_place, plain_name
 from loclin.freeze.widen import without_lowering
@@ -60,6 +61,7 @@ class Frozen(TorchFunctionMode):
         same up to rounding, if the linear path has the model's dtype.
     skips_mixing: attention gives zeros: what it gives is known, and only its pattern is wanted.
     see_mixing: None, or shown the values V and P V of every attention whose pattern is in blocks.
+    scores: None, or where a row of attention scores is put (see `loclin.freeze.scores`).
     opaque: True while a module runs whose rule replaces its operations.
     audit: a relative error; operations whose linearised value is further from the model's own are nonlinear uses.
     noise: None, or a list to which operations are added that draw random numbers.
@@ -85,6 +87,7 @@ class Frozen(TorchFunctionMode):
         self.audit: float | None = None
         self.noise: list[Origin] | None = None
         self.see_mixing: Callable[[Tensor, Tensor], None] | None = None
+        self.scores: ScoreRow | None = None
         self.opaque = self.takes_values = self.skips_mixing = False
         self._wide = options.precision == "double" and not options.ordinary
         self._keep, self._paused, self._entered = keep, False, False

@@ -12,6 +12,7 @@ from torch import Tensor
 from loclin.common.brief import brief
 from loclin.freeze.options import FreezeOptions
 from loclin.freeze.pattern import Pattern
+from loclin.freeze.scores import ScoreRow
 from loclin.freeze.status import Coefficient, Live, NonlinearUse, Origin, Status
 
 Result = Status | list[Status]
@@ -36,6 +37,7 @@ class _Context(Protocol):
     soft_caps: bool
     attention_bytes: int | None
     see_mixing: Callable[[Tensor, Tensor], None] | None
+    scores: ScoreRow | None
 
     def status(self, value: Any) -> Status: ...
     def origin(self, operation: str) -> Origin: ...

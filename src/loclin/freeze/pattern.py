@@ -228,7 +228,7 @@ class BlockPattern(Pattern):
             own = scores[..., min(rows.start, keys.stop) :]
             own.masked_fill_(torch.ones_like(own[0, 0], dtype=torch.bool).triu(1), -math.inf)
         if mask is not None:
-            mask = _by_head(mask, self.query, key)
+            mask = by_head(mask, self.query, key)
             scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
         probs = torch.softmax(scores, dim=-1)[0]
         return PatternBlock(rows, keys, probs if mask is None else probs.nan_to_num_(0.0))
@@ -305,13 +305,13 @@ def probabilities(
     if is_causal:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
-        mask = _by_head(mask, query, key)
+        mask = by_head(mask, query, key)
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
     return probs.nan_to_num(0.0)  # a query that may attend to nothing
 
 
-def _by_head(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def by_head(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """A mask for each query head, where there is one for each key head."""
     groups = query.shape[-3] // key.shape[-3]
     per_key_head = mask.dim() > 2 and mask.shape[-3] == key.shape[-3] and groups > 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loclin.freeze import narrow
 from loclin.freeze.attention import check_not_shared
-from loclin.freeze.operation import Operation, Result, Slot, nowhere
+from loclin.freeze.operation import Operation, Result, Slot, everywhere, nowhere
 from loclin.freeze.status import Coefficient, Live
 
 FACTORS: dict[str, tuple[tuple[Slot, ...], tuple[Slot, ...]]] = {
@@ -53,6 +53,9 @@ def product(op: Operation) -> Result:
     if len(lives) > 2:
         return _live(op, lives[-1][0])
     (left, a), (right, b) = lives
+    if op.context.scores is not None and op.name in (*MIXERS, "baddbmm"):
+        op.context.scores.note(a.linear, b.linear)
+        return op.wrap(_with_live(op, left, right), nonlinear=op.nonlinear(everywhere))
     if a.root is b.root and op.name in _SCALES:
         return _live(op, left if b.active else right, root=a.root, active=True)
     if (a.nonlinear is None) != (b.nonlinear is None):  # only one of them can be live
@@ -77,12 +80,12 @@ def _without_live(op: Operation, frozen: list[Coefficient]) -> Result:
     return Coefficient(first.origin, first.root, first.probabilities and op.name in _SCALES)
 
 
-def _with_live(op: Operation, one: Slot) -> Tensor:
-    """The linearised value with one factor live, and with what is added to the product."""
+def _with_live(op: Operation, *ones: Slot) -> Tensor:
+    """The linearised value with some factors live, and with what is added to the product."""
     added = FACTORS[op.name][1]
-    if op.name == "linear" and one in (0, "input") and _has_narrow_weight(op):
+    if op.name == "linear" and ones[0] in (0, "input") and _has_narrow_weight(op):
         return _times_narrow_weight(op)
-    linear: Tensor = op.recompute(lambda slot: slot == one or slot in added, lambda slot: slot in added)
+    linear: Tensor = op.recompute(lambda slot: slot in ones or slot in added, lambda slot: slot in added)
     return linear
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from loclin.freeze import linear, norms, products, unary
-from loclin.freeze.attention import attention
+from loclin.freeze.attention import attention, softmax
 from loclin.freeze.operation import Operation, Result
 
 Handler = Callable[[Operation], Result]
@@ -26,7 +26,7 @@ HANDLERS: Mapping[str, Handler] = {
     "pad": linear.pad,
     "as_strided": linear.as_strided,
     "scatter_reduce": linear.scatter_reduce,
-    "softmax": lambda op: op.coefficient(probabilities=True),
+    "softmax": softmax,
     "rms_norm": norms.rms_norm,
     "layer_norm": norms.layer_norm,
     "group_norm": norms.group_norm,

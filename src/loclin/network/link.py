@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,12 +23,22 @@ from loclin.network.explicit import ExplicitLayer, Others
 from loclin.network.graph import Graph, check_reproduced, network_graph
 from loclin.network.reader import CoefficientReader
 from loclin.network.trace import BlockCall, Trace, takes_values
-from loclin.network.units import UnitFinder
 
 Columns = Float[Tensor, "n T d"]
 Product = Callable[[Columns], Columns]
 Made = TypeVar("Made")
 Unit = TypeVar("Unit")
+
+
+@runtime_checkable
+class Finder(Protocol):
+    """What looks for something inside a layer while its graph is built."""
+
+    def keep(self, pattern: Pattern) -> None:
+        """Take the attention pattern."""
+
+    def hooks(self, mode: Frozen, layer: nn.Module, name: str) -> Iterator[RemovableHandle]:
+        """Hook the parts of a layer called `name`."""
 
 
 class LayerLink:
@@ -138,8 +148,8 @@ class LayerLink:
         attention = self.module.get_submodule(path)
         return [attention.register_forward_pre_hook(enter), attention.register_forward_hook(leave)]
 
-    def graph(self, collect: bool = False, finder: UnitFinder | None = None) -> Graph:
-        """Its graph, with leaves for constants if `collect`; `finder` looks for units. Cost: two forward passes."""
+    def graph(self, collect: bool = False, finder: Finder | None = None) -> Graph:
+        """Its graph, with leaves for constants if `collect`; `finder` looks inside. Cost: two forward passes."""
         if self.trace.sequence.fallback_reason is not None:
             return network_graph(self.trace, self.options, collect)
         self.trace.check_weights(self.module)

@@ -1,7 +1,8 @@
-"""What attributions say: a target, its shares, and that they sum to it; one attention head; a path of heads."""
+"""What attributions say: a target, its shares, and that they sum to it; one head, and its scores; a path of heads."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import groupby
 
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from loclin.analyses.attribution.heads import Head, Path
 from loclin.analyses.attribution.result import Attribution, Kind, Share
+from loclin.analyses.attribution.scores import AttentionScore
 from loclin.report.run import prompt, run_of, tokens
 from loclin.report.sheet import (
     KEY,
@@ -26,6 +28,7 @@ from loclin.report.sheet import (
 )
 from loclin.report.table import BAR, BEYOND, COUNTER, Bar, Cell, Column, Table
 from loclin.report.text import error, number, percent, shortened, signed, token, visible, words
+from loclin.report.units import full_group, group_table
 
 LEVELS = {
     "token": ("Tokens", "what each token's embedding gives, by all ways"),
@@ -37,12 +40,13 @@ LEVELS = {
     "sentence": ("Sentences", "what the embeddings of each sentence's tokens give, by all ways"),
     "line": ("Lines", "what the embeddings of each line's tokens give, by all ways"),
     "turn": ("Turns", "what the embeddings of each chat turn's tokens give, by all ways"),
+    "example": ("Examples", "what the embeddings of each example's tokens give, by all ways"),
     "group": ("Groups", "what the embeddings of each group's tokens give, by all ways"),
     "token×layer": ("Tokens × layers", "what each token gives by way of each part as the last that writes"),
 }
 """Each level's title, and what its shares are."""
 _NAMES: dict[Kind, str] = {"embed": "embedding", "attn_out": "attention", "mlp_out": "MLP"}
-_WORDS, _READS, _LONGEST = 5, 2, 60
+_WORDS, _READS = 5, 2
 _MOST = 80
 """Rows of a map of tokens, and of a table of them."""
 
@@ -52,6 +56,28 @@ def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
     title, run = shortened(prompt(found)), run_of(found)
     level, note = LEVELS[found.by]
     by_token = found.by in ("token", "token×layer")
+    chips, full = _token_chips(found, by_token) if not found.groups else _group_chips(found)
+    between = " − " if found.target["kind"] in ("logit difference", "logit margin") else ", "
+    wanted = Text(between).join(token(text, "bold green") for text in found.target["tokens"])
+    target = Text.assemble((f"{found.target['kind']} ", "green"), wanted, (f" {number(found.value)}", "bold"))
+    if (probability := found.target.get("probability")) is not None:
+        target.append(f"   probability {percent(probability)}", "dim")
+    return sheet_of(
+        found,
+        "the model, at this prompt, as an exact linear map"
+        if found.shared is None
+        else "relevance that passes attention by its queries and keys too: not exact",
+        [Section(level, note, _blocks(found, limits))],
+        heading=Text.assemble(title, (" → ", "dim"), wanted),
+        chips=chips,
+        key=KEY if by_token or found.groups else "",
+        lead=[target],
+        notes=[run.gate] if run.facts else [],
+    )
+
+
+def _blocks(found: Attribution, limits: Limits) -> list[Block]:
+    """The shares as a map, where there is one, and as a table; and that they sum to the target."""
     if found.by == "token":
         table = _tokens(found, min(limits.tokens, _MOST))
     elif found.groups:
@@ -64,24 +90,33 @@ def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
     if found.through is not None:
         through = "through: all of it that passes there, by later layers too; these overlap and do not sum up"
         blocks.append(Text(through, "dim"))
-    chips, full = _token_chips(found, by_token) if not found.groups else _group_chips(found)
-    between = " − " if found.target["kind"] in ("logit difference", "logit margin") else ", "
-    wanted = Text(between).join(token(text, "bold green") for text in found.target["tokens"])
-    target = Text.assemble((f"{found.target['kind']} ", "green"), wanted, (f" {number(found.value)}", "bold"))
-    if (probability := found.target.get("probability")) is not None:
-        target.append(f"   probability {percent(probability)}", "dim")
-    return sheet_of(
-        found,
-        "the model, at this prompt, as an exact linear map"
-        if found.shared is None
-        else "relevance that passes attention by its queries and keys too: not exact",
-        [Section(level, note, blocks)],
-        heading=Text.assemble(title, (" → ", "dim"), wanted),
-        chips=chips,
-        key=KEY if by_token or found.groups else "",
-        lead=[target],
-        notes=[run.gate] if run.facts else [],
-    )
+    return blocks
+
+
+@describe.register
+def _describe_score(found: AttentionScore, limits: Limits = PAGE) -> Sheet:
+    texts, attention = tokens(found), found.pattern.tolist()
+    full = full_size((share, i in found.by_query.sinks) for i, share in enumerate(attention))
+    query, key = (token(texts[i], "bold") for i in (found.query, found.key))
+    line = Text.assemble((found.name, "bold"), f" at {found.query} ", query, f" attends to {found.key} ", key)
+    line.append(f" with {percent(found.probability)}: score {number(found.score)}")
+    sides = (("query", found.by_query, "key"), ("key", found.by_key, "query"))
+    sections = [
+        Section(
+            f"{LEVELS[shares.by][0]}: what the {side} reads",
+            f"its shares of the score, with the {other} held",
+            _blocks(shares, limits),
+        )
+        for side, shares, other in sides
+    ]
+    chips = [
+        Chip(text, share / full, f"token {i} {visible(text)}: attention {percent(share)}")
+        for i, (text, share) in enumerate(zip(texts, attention, strict=True))
+    ]
+    about = "why a head attends there: its score, exactly, from either side"
+    run = run_of(found)
+    notes = [run.gate] if run.facts else []
+    return sheet_of(found, about, sections, kind=found.name, chips=chips, lead=[line], notes=notes)
 
 
 def _token_chips(found: Attribution, by_token: bool) -> tuple[list[Chip], float]:
@@ -95,11 +130,8 @@ def _token_chips(found: Attribution, by_token: bool) -> tuple[list[Chip], float]
 
 def _group_chips(found: Attribution) -> tuple[list[Chip], float]:
     """A chip for each group; those that are skipped, or hold a sink, do not set the full colour."""
-    apart = {*found.sinks, *found.skipped}
     shares = [part.share for part in found.parts if part.kind == "group"]
-    full = full_size(
-        (share, bool(apart & set(group.positions))) for share, group in zip(shares, found.groups, strict=True)
-    )
+    full = full_group(found.groups, shares, {*found.sinks, *found.skipped})
     marks = [["skipped"] * (set(group.positions) <= set(found.skipped)) for group in found.groups]
     return _chips([group.name for group in found.groups], shares, full, lambda i: marks[i]), full
 
@@ -120,7 +152,7 @@ def _marks(found: Attribution, i: int) -> list[str]:
     return (
         ["sink"] * (i in found.sinks)
         + ["skipped"] * (i in found.skipped)
-        + ["last"] * (len(read) == 1 and i in read)
+        + ["reads" if found.target["kind"].startswith("score of") else "last"] * (len(read) == 1 and i in read)
         + ["predicts"] * (len(read) > 1 and i in read)
     )
 
@@ -164,13 +196,10 @@ def _tokens(found: Attribution, most: int) -> Table:
 
 def _groups(found: Attribution, most: int) -> Table:
     """A row for each of the groups of largest share, in the order of the prompt."""
-    chosen = sorted(found.top(most, "group"), key=lambda part: part.index or 0)
+    parts = [part for part in found.parts if part.kind == "group"]
     full = _group_chips(found)[1]
-    table = Table.of(COUNTER, Column(found.by, "key"), "share", BAR, "tokens")
-    for part in chosen:
-        held = found.groups[part.index or 0].positions
-        name = Text(visible(part.name, _LONGEST), "bold")
-        table.add(str(held[0]), name, signed(part.share), Bar(part.share / full), str(len(held)))
+    table, shown = group_table(found.by, found.groups, [part.share for part in parts], full, found.skipped, most)
+    chosen = [parts[i] for i in shown]
     return _add_others(table, found, chosen, full, "")
 
 
@@ -280,7 +309,11 @@ def _describe_head(head: Head, _limits: Limits = PAGE) -> Sheet:
     for i, triple in enumerate(head.triples):
         triples.add(f"{i + 1}", number(triple.value), words(triple.writes), words(triple.reads))
     sections = [
-        Section("Tokens", "the attention it pays, and the parts of its share that it reads there", [table]),
+        Section(
+            "Tokens",
+            "the attention it pays, and the parts of its share that it reads there",
+            [*_added_up(head, shares), table],
+        ),
         Section("What its map writes and reads", "its singular vectors, all tokens side by side", [triples]),
     ]
     return _sheet_of(head, "one attention head, at this prompt, as an exact linear map", sections, shares, full)
@@ -294,10 +327,18 @@ def _describe_path(path: Path, _limits: Limits = PAGE) -> Sheet:
     for i, (text, share) in enumerate(zip(tokens(path), shares, strict=True)):
         table.add(str(i), token(text, "bold"), signed(share), Bar(share / full))
     table.add("", Text("total", "bold"), Text(signed(sum(shares)), "bold"), is_sum=True)
-    section = Section("Tokens", "what each one's embedding gives by this path alone", [table])
+    note = "what each one's embedding gives by this path alone"
+    section = Section("Tokens", note, [*_added_up(path, shares), table])
     return _sheet_of(
         path, "one path through the model, at this prompt, as an exact linear map", [section], shares, full
     )
+
+
+def _added_up(found: Head | Path, shares: list[float]) -> list[Block]:
+    """A table of the groups that were asked for."""
+    sums = [math.fsum(shares[i] for i in group.positions) for group in found.groups]
+    table, _ = group_table("group", found.groups, sums, full_group(found.groups, sums, ()), (), _MOST)
+    return [table] if found.groups else []
 
 
 def _sheet_of(found: Head | Path, about: str, sections: list[Section], shares: list[float], full: float) -> Sheet:

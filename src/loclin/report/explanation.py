@@ -13,6 +13,7 @@ from loclin.report.run import prompt, run_of
 from loclin.report.sheet import KEY, PAGE, Block, Chip, Limits, Section, Sheet, describe, full_size, sheet_of
 from loclin.report.table import BAR, COUNTER, Bar, Cell, Column, Table
 from loclin.report.text import certified, error, number, predicted, shortened, sigmas, signed, token, visible, words
+from loclin.report.units import full_group, group_table
 
 DETAIL_TOKENS = 12
 RUNNERS_UP = 4
@@ -20,15 +21,15 @@ _READS, _WRITES = Text("reads", "dim"), Text("writes", "dim")
 _ZERO = Text("the map is zero", "dim italic")
 
 
-def largest(tokens: Sequence[TokenExplanation], most: int) -> list[int]:
-    """Find the positions of the `most` tokens with the largest |share|, in the prompt's order."""
-    ranked = sorted(range(len(tokens)), key=lambda i: -abs(tokens[i].share))
-    return sorted(ranked[:most])
+def largest(found: Explanation, most: int) -> list[int]:
+    """Find the positions of the `most` tokens with the largest |share|, in the prompt's order, without skipped ones."""
+    known = [i for i in range(len(found.tokens)) if i not in found.skipped]
+    return sorted(sorted(known, key=lambda i: -abs(found.tokens[i].share))[:most])
 
 
-def full_share(tokens: Sequence[TokenExplanation]) -> float:
+def full_share(found: Explanation) -> float:
     """Find the |share| of a token to draw in full."""
-    return full_size((token.share, token.is_sink) for token in tokens)
+    return full_size((part.share, part.is_sink or i in found.skipped) for i, part in enumerate(found.tokens))
 
 
 def summary(index: int, part: TokenExplanation) -> str:
@@ -42,7 +43,7 @@ def summary(index: int, part: TokenExplanation) -> str:
 @describe.register
 def describe_explanation(found: Explanation, limits: Limits = PAGE) -> Sheet:
     """Say what an explanation shows."""
-    target, full, run = found.target, full_share(found.tokens), run_of(found)
+    target, full, run = found.target, full_share(found), run_of(found)
     chosen = (target["text"], target["probability"])
     others = [word for word in found.predictions if word[0] != chosen[0]][:RUNNERS_UP]
     blocks, units = _details(found, partial(_blocks, most=limits.vectors)), _details(found, _units)
@@ -71,7 +72,7 @@ def describe_explanation(found: Explanation, limits: Limits = PAGE) -> Sheet:
 def share_table(found: Explanation, most: int) -> list[Block]:
     """Give a row to each token, one to the biases, and the total; the largest word's bar is full."""
     tokens = found.tokens
-    shown, full = largest(tokens, most), full_share(tokens)
+    shown, full = largest(found, most), full_share(found)
     table = Table.of(
         *(COUNTER, Column("token", "key"), "share", BAR, "‖J‖F", "stable rank"),
         *(Column("writes (σ1)", "words"), Column("reads (σ1)", "words")),
@@ -91,7 +92,15 @@ def share_table(found: Explanation, most: int) -> list[Block]:
     table.add("", Text("total", "bold"), Text(signed(total + bias), "bold"), is_sum=True)
     value = f"the total is the {found.target['kind']}, {number(found.target['value'])}"
     sums = Text.assemble((value, "bold"), (f"   rounding {error(abs(found.share_residual))}", "dim"))
-    return [table, sums, *left_out]
+    return [*_groups(found, most), table, sums, *left_out]
+
+
+def _groups(found: Explanation, most: int) -> list[Block]:
+    """A table of the groups that were asked for."""
+    apart = {*found.skipped, *(i for i, part in enumerate(found.tokens) if part.is_sink)}
+    full = full_group(found.groups, found.group_shares, apart)
+    table, _ = group_table("group", found.groups, found.group_shares, full, found.skipped, most)
+    return [table] if found.groups else []
 
 
 def _name(part: TokenExplanation) -> Text:
@@ -101,7 +110,7 @@ def _name(part: TokenExplanation) -> Text:
 def _details(found: Explanation, rows_of: Callable[[TokenExplanation], Iterator[Sequence[Cell]]]) -> Table:
     """Rows for each token, of a long prompt for those that matter: a number, which way its words go, and the words."""
     table = Table.of(COUNTER, COUNTER, "", Column("", "parts"), Column("", "words"))
-    for i in largest(found.tokens, DETAIL_TOKENS):
+    for i in largest(found, DETAIL_TOKENS):
         first, *others = list(rows_of(found.tokens[i])) or [("", "", _ZERO)]
         table.add(str(i), _name(found.tokens[i]), *first)
         for row in others:

@@ -33,7 +33,8 @@ _WORD = 28
 def page(found: Explanation) -> str:
     """Write an explanation as a self-contained, interactive HTML page."""
     tokens = found.tokens
-    candidates = [i for i, part in enumerate(tokens) if not part.is_sink] or list(range(len(tokens)))
+    apart = {*found.skipped, *(i for i, part in enumerate(tokens) if part.is_sink)}
+    candidates = [i for i in range(len(tokens)) if i not in apart] or list(range(len(tokens)))
     data = {
         "tokens": [_token(i, part, found.target["kind"]) for i, part in enumerate(tokens)],
         "selected": max(candidates, key=lambda i: abs(tokens[i].share)),
@@ -176,7 +177,7 @@ def _scatter(found: Explanation) -> dict[str, Any]:
 def _spectra(found: Explanation) -> dict[str, Any]:
     """Draw each token's singular values over its largest; a zero map has none."""
     tokens, traces, least = found.tokens, [], []
-    first, (points, _) = largest(tokens, CURVES), _spectrum_points(tokens)
+    first, (points, _) = largest(found, CURVES), _spectrum_points(tokens)
     for i, part in enumerate(tokens):
         values = np.array(part.singular_values, dtype=np.float64)
         if not len(values) or not values[0] > 0:

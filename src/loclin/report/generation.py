@@ -8,7 +8,7 @@ from rich.text import Text
 
 from loclin.analyses.explain import Explanation, TokenExplanation
 from loclin.analyses.generation import Generation
-from loclin.report.explanation import full_share, largest, share_table
+from loclin.report.explanation import full_share, share_table
 from loclin.report.run import prompt, run_of
 from loclin.report.sheet import PAGE, Chip, Folded, Heat, Limits, Section, Shade, Sheet, describe, sheet_of
 from loclin.report.table import COUNTER, Column, Table
@@ -65,15 +65,14 @@ def _table(generation: Generation) -> Table:
         *(Column("writes (σ1 of the first of them)", "words"), "change", "cos"),
     )
     for i, step in enumerate(generation.steps):
-        drivers = sorted(_drivers(step), key=lambda part: -abs(part.share))
-        blocks = drivers[0].blocks
+        blocks = _largest_word(step).blocks
         drift = generation.drift[i - 1] if i else []
         table.add(
             str(i + 1),
             token(step.target["text"], "bold green"),
             Text(percent(step.target["probability"]), "green"),
             _exactness(step),
-            [token(part.text).append(f" {signed(part.share)}", "dim") for part in drivers],
+            [token(text).append(f" {signed(share)}", "dim") for text, share in _drivers(step)],
             words(blocks[0].writes, 4) if blocks else Text(),
             f"{median(part.change for part in drift):.2f}" if drift else "",
             f"{median(part.cosine for part in drift):.2f}" if drift else "",
@@ -86,10 +85,26 @@ def _exactness(step: Explanation) -> Text:
     return Text.assemble(exact, (error(step.certificate.reconstruction_error), "dim"))
 
 
-def _drivers(step: Explanation) -> list[TokenExplanation]:
-    """The words with the largest shares; sinks only where there is nothing else."""
-    chosen = [part for part in step.tokens if not part.is_sink] or step.tokens
-    return [chosen[i] for i in largest(chosen, _DRIVERS)]
+def _apart(step: Explanation) -> set[int]:
+    """The positions that are named only where there is nothing else: of sinks, and those that are skipped."""
+    return {*step.skipped, *(i for i, part in enumerate(step.tokens) if part.is_sink)}
+
+
+def _largest_word(step: Explanation) -> TokenExplanation:
+    chosen = [part for i, part in enumerate(step.tokens) if i not in _apart(step)] or step.tokens
+    return max(chosen, key=lambda part: abs(part.share))
+
+
+def _drivers(step: Explanation) -> list[tuple[str, float]]:
+    """The words with the largest shares, or the groups, and the shares."""
+    apart = _apart(step)
+    if step.groups:
+        grouped = zip(step.groups, step.group_shares, strict=True)
+        named = [(group.name, share, set(group.positions) <= apart) for group, share in grouped]
+    else:
+        named = [(part.text, part.share, i in apart) for i, part in enumerate(step.tokens)]
+    chosen = [(text, share) for text, share, is_apart in named if not is_apart] or [one[:2] for one in named]
+    return sorted(chosen, key=lambda one: -abs(one[1]))[:_DRIVERS]
 
 
 def _heat(generation: Generation, rows: list[tuple[Text, list[Shade], Text]], caption: Text | None = None) -> Heat:
@@ -103,7 +118,7 @@ def _heat(generation: Generation, rows: list[tuple[Text, list[Shade], Text]], ca
 def _shares(generation: Generation) -> Heat:
     rows = []
     for i, step in enumerate(generation.steps):
-        full = full_share(step.tokens)
+        full = full_share(step)
         cells = [Shade(part.share / full, text=f"{part.share:+.2f}") for part in step.tokens]
         after = predicted((step.target["text"], step.target["probability"])).append("  ").append_text(_exactness(step))
         rows.append((Text(str(i + 1)), cells, after))

@@ -16,7 +16,8 @@ _MOST = 80
 @describe.register
 def _describe_comparison(found: PromptComparison, limits: Limits = PAGE) -> Sheet:
     run, most = run_of(found), min(limits.tokens, _MOST)
-    chosen = sorted(sorted(range(len(found.pairs)), key=lambda i: -abs(found.pairs[i].change))[:most])
+    known = [i for i in range(len(found.pairs)) if i not in found.skipped]
+    chosen = sorted(sorted(known, key=lambda i: -abs(found.pairs[i].change))[:most])
     full = full_size((found.pairs[i].change, False) for i in chosen)
     table = Table.of(Column("first", "key"), Column("second", "key"), "change", BAR, "content", "map", "share", "then")
     for pair in (found.pairs[i] for i in chosen):

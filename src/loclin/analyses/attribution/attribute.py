@@ -71,8 +71,8 @@ def attribute(
     Parameters
     ----------
     lin: from `loclin.linearize`.
-    target: a token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Direction`,
-        or a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
+    target: a token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Score`,
+        `Direction`, or a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
     by: one of
         `"token"`: the total effect of each input token (J_i x_i through the target) and of each bias.
         `"bias"`: the same, with all tokens as one share.
@@ -83,8 +83,8 @@ def attribute(
         `"token×layer"`: the effect of each token (and of the biases) along all paths on which a given attention or MLP
         is the last component that writes. Rows sum to `"token"`, columns to `"layer"`. `"token x layer"` and
         `"token*layer"` are the same.
-        `"word"`, `"sentence"`, `"line"`, `"turn"` (of a chat), a compiled pattern, or a mapping of names to positions:
-        as `"token"`, with the shares of each group of tokens added up.
+        `"word"`, `"sentence"`, `"line"`, `"turn"` (of a chat), `"example"` (text between empty lines), a compiled
+        pattern, or a mapping of names to positions: as `"token"`, with the shares of each group of tokens added up.
     position: the position at which the target is read.
     skip: `"special"` tokens, `"sink"`s, or positions: left out of rankings, and counted in the sum. By token or group.
     attention: `"shared"`, or a `loclin.SharedAttention` with other weights, lets part of the relevance through queries

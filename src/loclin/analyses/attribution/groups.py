@@ -12,10 +12,10 @@ from loclin.errors import OptionError
 from loclin.maps.linearized import Linearized
 from loclin.models.placeholders import find_images, image_positions
 
-Unit = Literal["word", "sentence", "line", "turn"]
+Unit = Literal["word", "sentence", "line", "turn", "example"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-Grouping = str | re.Pattern[str] | Mapping[str, Sequence[int]]
-"""The name of a unit; a pattern; or the positions of each group, by name."""
+Grouping = str | re.Pattern[str] | Mapping[str, Sequence[int] | slice]
+"""The name of a unit; a pattern; or each group by name: its positions, or a span of characters of `lin.text`."""
 Skip = str | Sequence[int]
 """`special` tokens, attention `sink`s, or positions."""
 
@@ -24,6 +24,7 @@ _PARTS = {
     "word": re.compile(r"\s*(?:[^\W_]+(?:['’-][^\W_]+)*|\S)"),
     "sentence": re.compile(r"\s*\S.*?(?:[.!?…。！？]+[\"'”’)\]]*(?=\s|$)|(?=\n\s*\n)|$)", re.DOTALL),
     "line": re.compile(r"[^\n]*(?:\n+|$)"),
+    "example": re.compile(r"\s*\S.*?(?:\n[^\S\n]*\n\s*|$)", re.DOTALL),  # text between empty lines
 }
 
 
@@ -90,9 +91,10 @@ def find_skipped(lin: Linearized, skip: Skip | None) -> list[int]:
     return sorted({lin.trace.position(one) for one in skip})
 
 
-def _read_mapping(lin: Linearized, groups: Mapping[str, Sequence[int]]) -> tuple[list[Any], dict[Any, str]]:
+def _read_mapping(lin: Linearized, groups: Mapping[str, Sequence[int] | slice]) -> tuple[list[Any], dict[Any, str]]:
     labels: list[Any] = [None] * lin.trace.length
-    for name, held in groups.items():
+    for name, given in groups.items():
+        held = _find_span(lin, str(name), given) if isinstance(given, slice) else given
         for position in held:
             at = lin.trace.position(position)
             if labels[at] is not None:
@@ -103,18 +105,31 @@ def _read_mapping(lin: Linearized, groups: Mapping[str, Sequence[int]]) -> tuple
     return labels, {str(name): str(name) for name in groups}
 
 
+def _find_span(lin: Linearized, name: str, span: slice) -> list[int]:
+    """The positions of the tokens that begin, behind their spaces, in a span of the text's characters."""
+    characters = set(range(*span.indices(len(lin.text))))
+    found = [i for i, start in enumerate(_starts(lin)) if start in characters]
+    if not found:
+        raise OptionError(f"group {name!r}: no token begins in characters {span.start} to {span.stop} of lin.text")
+    return found
+
+
+def _starts(lin: Linearized) -> Iterator[int]:
+    """The character with which each token begins, behind its spaces."""
+    ids = lin.input_ids[0].tolist()
+    text = lin.model.tokens.text(ids)
+    for start, end in lin.model.tokens.offsets(ids):
+        spaces = len(text[start:end]) - len(text[start:end].lstrip())
+        yield start + spaces if spaces < end - start else start
+
+
 def _match(lin: Linearized, pattern: re.Pattern[str]) -> list[Any]:
     """The number of the match in which each token begins, behind its spaces; None outside of all."""
-    ids = lin.input_ids[0].tolist()
-    text, offsets = lin.model.tokens.text(ids), lin.model.tokens.offsets(ids)
+    text = lin.model.tokens.text(lin.input_ids[0].tolist())
     owner: list[int | None] = [None] * (len(text) + 1)
     for number, found in enumerate(pattern.finditer(text)):
         owner[found.start() : found.end()] = [number] * (found.end() - found.start())
-    labels: list[Any] = []
-    for start, end in offsets:
-        spaces = len(text[start:end]) - len(text[start:end].lstrip())
-        labels.append(owner[start + spaces if spaces < end - start else start])
-    return labels
+    return [owner[start] for start in _starts(lin)]
 
 
 def _joined(labels: list[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from loclin.analyses.attribution.groups import Group, Grouping, find_groups
 from loclin.analyses.attribution.readout import Readout, read_target
 from loclin.analyses.attribution.target import Target
 from loclin.analyses.decode import Words, decoder_at
@@ -54,6 +55,7 @@ class Head(Result):
     attends, bias: the parts of the share that are read at each token `[T]`, and that come from biases before the head's
         output.
     triples: the largest singular triples of the map, in words.
+    groups: groups of tokens, whose shares are added up; empty where none were asked for.
     map: the map from the layer's input at all tokens to the head's output at the position: W_O W_V through the frozen
         attention pattern. It belongs to a model in memory: a result that was loaded has None.
     """
@@ -68,6 +70,7 @@ class Head(Result):
     provenance: Provenance
     warnings: list[str]
     map: PathMap | None = field(default=None, metadata=NOT_SAVED)
+    groups: list[Group] = field(default_factory=list)
 
     def table(self) -> dict[str, list[Any]]:
         """One row per token: its text, its attention probability, and the part of the share that is read there."""
@@ -84,6 +87,7 @@ class Path(Result):
     target: as in `Head`.
     shares: the effect of each token on the target along this path `[T]`.
     token: the position of the chosen token; None for all tokens.
+    groups: as in `Head`.
     map: the map from the embeddings to `final` along this path alone: the product of the components' maps. None in a
         result that was loaded.
     """
@@ -95,6 +99,7 @@ class Path(Result):
     provenance: Provenance
     warnings: list[str]
     map: PathMap | None = field(default=None, metadata=NOT_SAVED)
+    groups: list[Group] = field(default_factory=list)
 
     derived = ("share",)
 
@@ -114,7 +119,16 @@ def _tabulate(tokens: list[str], **numbers: Tensor) -> dict[str, list[Any]]:
 
 
 @question
-def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: int = 4, position: int = -1) -> Head:
+def head(
+    lin: Linearized,
+    layer: int,
+    head: int,
+    target: Target = None,
+    *,
+    k: int = 4,
+    position: int = -1,
+    group: Grouping | None = None,
+) -> Head:
     """Show one query head: its map in words, its attention pattern, and its share of a target.
 
     Cost: two forward passes of the layer, d columns of its attention, and an SVD of its map.
@@ -129,8 +143,10 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
     target: the attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
     k: how many singular triples to put into words.
     position: the position at which the head writes and the target is read.
+    group: add the tokens' shares up, too: by a unit, a pattern or named positions, as `by` of `loclin.attribute`.
     """
     readout = _read_at_end(lin, target, position)
+    groups = [] if group is None else find_groups(lin, group)
     layer, head, k = whole("layer", layer), whole("head", head), whole("k", k)
     parse_point(f"attn_out.{layer}", lin.trace.n_layers)
     J = component_map(lin.chain, parse_component(f"L{layer}H{head}", lin.trace), readout.position, lin.allowance)
@@ -155,12 +171,19 @@ def head(lin: Linearized, layer: int, head: int, target: Target = None, *, k: in
         provenance=J.provenance(),
         warnings=[*lin.warnings, *readout.warnings],
         map=J,
+        groups=groups,
     )
 
 
 @question
 def path(
-    lin: Linearized, parts: Sequence[str], target: Target = None, *, token: int | None = None, position: int = -1
+    lin: Linearized,
+    parts: Sequence[str],
+    target: Target = None,
+    *,
+    token: int | None = None,
+    position: int = -1,
+    group: Grouping | None = None,
 ) -> Path:
     """Compute the effect of a token, or of all tokens, on a target along one path through named components.
 
@@ -178,6 +201,7 @@ def path(
     target: the attribution target, see `loclin.attribute`: one that is read at `final` or at the logits.
     token: the position of the token at which the path begins; None for all tokens.
     position: the position at which the target is read.
+    group: add the tokens' shares up, too: by a unit, a pattern or named positions, as `by` of `loclin.attribute`.
     """
     readout = _read_at_end(lin, target, position)
     start = None if token is None else lin.trace.position(token)
@@ -186,7 +210,8 @@ def path(
     *_, pulled = J.chain.pull_stream(readout.cotangent[None])
     shares = (pulled[0].double() * lin.embeddings.double()).sum(-1)
     warnings = [*lin.warnings, *readout.warnings]
-    return Path(str(J.chain), readout.to_dict(), shares, start, J.provenance(), warnings, J)
+    groups = [] if group is None else find_groups(lin, group)
+    return Path(str(J.chain), readout.to_dict(), shares, start, J.provenance(), warnings, J, groups)
 
 
 def _read_at_end(lin: Linearized, target: Target, position: int) -> Readout:

@@ -22,6 +22,7 @@ from loclin.analyses.attribution.target import (
     Margin,
     Neuron,
     Probability,
+    Score,
     Span,
     Target,
     describe_space,
@@ -35,8 +36,10 @@ from loclin.errors import OptionError, PromptError
 from loclin.maps.linearized import Linearized
 from loclin.models.forward import logits_at
 from loclin.network.autograd import grad
+from loclin.network.components import parse_component
 from loclin.network.ends import OutputHeadLink
 from loclin.network.points import Point, parse_point
+from loclin.network.scores import AttentionScores, Side
 from loclin.network.units import UnitFinder
 
 _KINDS = {
@@ -107,6 +110,8 @@ def read_target(lin: Linearized, target: Target, position: int) -> tuple[Lineari
         target = Direction(_check_vector(torch.as_tensor(target)))
     if isinstance(target, Neuron):
         return lin, _read_neuron(lin, target, at)
+    if isinstance(target, Score):
+        return lin, _read_score(lin, target, at)
     if isinstance(target, Direction):
         return lin, _read_direction(lin, target, at)
     if isinstance(target, tuple):
@@ -377,6 +382,41 @@ def _read_neuron(lin: Linearized, target: Neuron, at: int) -> Readout:
     name, value = f"L{layer}N{index}", activation.detach().double().item()
     reads = cotangent[0].to(lin.embeddings)
     return Readout(f"neuron {name}", name, [], [], value, abs(value), (at,), node, reads, constants)
+
+
+def open_scores(lin: Linearized, head: str, position: int) -> AttentionScores:
+    """The attention scores of a head, by its name, for the query at a position; OptionError for no head."""
+    if not isinstance(head, str) or (named := parse_component(head, lin.trace)).head is None or named.at is not None:
+        raise OptionError(f"head {head!r}: write L3H5 for query head 5 of layer 3")
+    return AttentionScores(lin.chain.layers[named.layer], named.head, position)
+
+
+def find_key(lin: Linearized, scores: AttentionScores, key: int | None) -> int:
+    """The position of a key; by default the most attended to that stands for a word, or at all."""
+    if key is not None:
+        return lin.trace.position(key)
+    words = scores.pattern.clone()
+    words[lin.non_words] = 0
+    return int((words if words.any() else scores.pattern).argmax())
+
+
+def _read_score(lin: Linearized, target: Score, at: int) -> Readout:
+    scores = open_scores(lin, target.head, at)
+    key = find_key(lin, scores, target.key)
+    value, found = scores.value(key), scores.read(cast("Side", target.side), key)
+    ids = [int(lin.input_ids[0, one]) for one in (at, key)]
+    return Readout(
+        kind=f"score of {scores.name} by its {target.side}",
+        at=scores.name,
+        tokens=[lin.tokens[one] for one in (at, key)],
+        ids=ids,
+        value=value,
+        size=found.size,
+        positions=(at if target.side == "query" else key,),
+        node=2 * scores.layer,
+        cotangent=found.cotangent.to(lin.embeddings),
+        constants=found.constants,
+    )
 
 
 def _dot(weights: Tensor, value: Tensor) -> tuple[float, float]:

@@ -19,7 +19,9 @@ from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.results.table import make_columns
 
-By = Literal["token", "layer", "head", "neuron", "bias", "token×layer", "word", "sentence", "line", "turn", "group"]
+By = Literal[
+    "token", "layer", "head", "neuron", "bias", "token×layer", "word", "sentence", "line", "turn", "example", "group"
+]  # fmt: skip
 Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias", "group"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """What a share belongs to; `block` is a whole layer whose attention and MLP cannot be told apart."""

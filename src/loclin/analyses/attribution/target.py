@@ -17,6 +17,8 @@ from loclin.models import Model
 
 Token = str | int
 """A token's text, which must be one token, or its id."""
+SIDES = ("query", "key")
+"""What of an attention score is live: see `Score`."""
 RIVALS = ("runner-up", "others", "mean")
 MEASURES = ("logit", *RIVALS, "log-probability", "probability")
 """What can be taken of a token: its logit, its logit minus those of rivals (see `Margin`), or its probability."""
@@ -104,6 +106,30 @@ class Neuron:
     layer: int = -1
 
 
+@dataclass(frozen=True)
+class Score:
+    """The attention score of a query head: the number for a query and a key that its softmax takes.
+
+    It is linear in what the query reads while the key is held, and in what the key reads while the query is held. The
+    query is at the `position` at which the target is read.
+
+    Parameters
+    ----------
+    head: its name, `L3H5`.
+    key: the key's position; None: the one to which the query attends most, attention sinks and the beginning token
+        aside.
+    side: whose reading is shared out: `"query"` or `"key"`.
+    """
+
+    head: str
+    key: int | None = None
+    side: str = "query"
+
+    def __post_init__(self) -> None:
+        if self.side not in SIDES:
+            raise OptionError(f"side={self.side!r}: choose one of {', '.join(SIDES)}")
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
     """The dot product with a vector at `final`, at `logits`, or at a point on the residual stream."""
@@ -115,8 +141,8 @@ class Direction:
 
 
 Target = (
-    Token | tuple[Token, Token] | list[Token] | Margin | LogProb | Probability | Entropy | Span | Neuron | Direction
-    | Tensor | np.ndarray | None
+    Token | tuple[Token, Token] | list[Token] | Margin | LogProb | Probability | Entropy | Span | Neuron | Score
+    | Direction | Tensor | np.ndarray | None
 )  # fmt: skip
 """An attribution target: a token's logit, a logit difference, one of the classes above, or a vector at `final`.
 
