@@ -74,6 +74,9 @@ QUESTIONS = {
     "span": lambda lin: lin.attribute([5, 6, 7], by="line").shares,
     "prompts": lambda lin: lin.compare_prompts(lin, 5).to_dict(),
     "interventions": lambda lin: lin.intervene(["L1H2", "L0N3", "attn_out.0", "mlp_out.1", "T1"]).to_dict(),
+    "patching": lambda lin: [
+        lin.patch(loclin.linearize(lin.model, lin.input_ids.flip(1)), 5, by=by).changes for by in ("layer", "head")
+    ],
     "path": lambda lin: lin.path(["L1H2"], token=0).to_dict(),
     "explanation": lambda lin: loclin.explain(lin, k=2),
     "exploration": lambda lin: lin.explore(count=9).to_dict(),

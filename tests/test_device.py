@@ -37,6 +37,7 @@ ANALYSES = {
     "head": lambda lin: lin.head(1, 1),
     "span": lambda lin: lin.attribute([5, 6, 7]),
     "interventions": lambda lin: lin.intervene(["L1H1", "L1N2", "mlp_out.0", "T1"]),
+    "patching": lambda lin: lin.patch(lin, verify=1),
     "path": lambda lin: lin.path(["L0H1", "L2H0"], token=2),
     "lens": lambda lin: lin.logit_lens(),
     "generate": lambda lin: lin.generate(max_new_tokens=2),

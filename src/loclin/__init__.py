@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from loclin.analyses.intervene import Interventions, intervene
     from loclin.analyses.layers import LayerExplanation, explain_layers
     from loclin.analyses.logit_lens import LogitLens, logit_lens
+    from loclin.analyses.patching import Patching, patch
     from loclin.analyses.prompt_comparison import PromptComparison, compare_prompts
     from loclin.analyses.similarity import Similarity, similarity
     from loclin.analyses.validity import Validity, validity
@@ -111,6 +112,7 @@ __all__ = [
     "NotExactError",
     "OptionError",
     "OutputError",
+    "Patching",
     "Path",
     "Plan",
     "Probability",
@@ -149,6 +151,7 @@ __all__ = [
     "load",
     "load_items",
     "logit_lens",
+    "patch",
     "reproduce",
     "similarity",
     "steer",
@@ -187,6 +190,7 @@ _MODULES = {
     "analyses.intervene": ("Interventions", "intervene"),
     "analyses.layers": ("LayerExplanation", "explain_layers"),
     "analyses.logit_lens": ("LogitLens", "logit_lens"),
+    "analyses.patching": ("Patching", "patch"),
     "analyses.prompt_comparison": ("PromptComparison", "compare_prompts"),
     "analyses.similarity": ("Similarity", "similarity"),
     "analyses.validity": ("Validity", "validity"),

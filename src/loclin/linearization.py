@@ -22,6 +22,7 @@ from loclin.analyses.generation import generate as _generate
 from loclin.analyses.intervene import intervene as _intervene
 from loclin.analyses.layers import explain_layers as _explain_layers
 from loclin.analyses.logit_lens import logit_lens as _logit_lens
+from loclin.analyses.patching import patch as _patch
 from loclin.analyses.prompt_comparison import compare_prompts as _compare_prompts
 from loclin.analyses.similarity import similarity as _similarity
 from loclin.analyses.validity import validity as _validity
@@ -51,6 +52,7 @@ class Linearization(Linearized):
     intervene = _intervene
     layer_spectra = _layer_spectra
     logit_lens = _logit_lens
+    patch = _patch
     path = _path
     similarity = _similarity
     validity = _validity

@@ -222,6 +222,8 @@ def test_attribute_shares_out_other_things(directory, capsys):
     for options, kind in (
         ([], "logit "),
         (["--target", "w4", "--against", "w5"], "logit difference ·w4 − ·w5"),
+        (["--target", "w4 w6", "--against", "w5"], "difference in sum of logits ·w4, ·w6 − ·w5"),
+        (["--generated", "2", "--against", "w5 w6"], "difference in sum of logits"),
         (["--margin", "runner-up"], "logit margin"),
         (["--target", "w4", "--margin", "others"], "logit over the others ·w4"),
         (["--neuron", "L1N7", "--by", "all"], "neuron L1N7"),
@@ -240,7 +242,6 @@ def test_attribute_shares_out_other_things(directory, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "w3 w4", "--against", "w5"], "is 2 tokens, not one: ' w3' + ' w4'"),
         (["--target", "w3 w4", "--position", "0"], "leave position out"),
         (["--generated", "2", "--target", "w3"], "--target and --generated exclude one another"),
         (["--margin", "mean", "--probability"], "--margin and --probability exclude one another"),
@@ -433,6 +434,12 @@ def test_intervene_and_compare(directory, capsys, tmp_path):
     assert "Interventions" in page.read_text()
     code, out, err = here(capsys, "intervene", "w3 w4 w5", "--model", directory, "--token", "1", "--patch", "w3 w6 w5")
     assert code == 0, err
+    code, out, err = here(
+        capsys, "patch", "w3 w4 w5", "w3 w6 w5", "--model", directory, "--verify", "1", "--target", "w4", "--html", page
+    )
+    assert code == 0, err
+    assert "model says" in out
+    assert "Residual stream" in page.read_text()
     code, out, err = here(capsys, "compare", "w3 w4 w5", "w3 w6 w7 w5", "--model", directory, "--target", "w9")
     assert code == 0, err
     assert "content" in out
@@ -475,6 +482,9 @@ def test_attention_and_units(directory, capsys, tmp_path):
         (["intervene", "w3 w4", "--token", "1", "--mean", "--zero"], "--zero and --mean exclude one another"),
         (["intervene", "w3 w4", "--token", "1", "--patch", "w3"], "the prompts have 2 and 1 tokens"),
         (["intervene", "w3 w4", "--token", "1", "--target", "w3 w4"], "linearize the whole text"),
+        (["intervene", "w3 w4", "--token", "1", "--target", "w3 w4", "--against", "w5"], "attribute alone"),
+        (["patch", "w3 w4", "w3"], "the prompts have 2 and 1 tokens"),
+        (["patch", "w3 w4", "w3 w5", "--by", "neuron"], "neuron"),
         (["compare", "w3 w4"], "give another prompt"),
         (["attribute", "w3 w4", "--attention", "shared", "--by", "all"], "leave --by all out"),
         (["attribute", "w3 w4", "--attention", "shared", "--by", "head"], "by='head'"),

@@ -127,6 +127,8 @@ lin.layer_spectra(k=i(2), position=i(2), tolerance=np.float32(1e-3)).save(folder
 assert lin.head(i(1), i(0), i(5), k=i(2), position=i(2)).to_dict()["share"]
 assert lin.attention_score("L1H0", key=i(1), query=i(2), skip=[i(0)]).to_json()
 assert lin.intervene("T1", at=[i(1)], target=i(5), position=i(2)).to_json()
+assert lin.patch(lin, i(5), position=i(2), verify=i(1)).to_json()
+assert lin.attribute((np.array([5, 6]), [i(4)]), by="head").to_json()
 assert lin.attribute([i(5), i(6)], by={"a": [i(0)]}, skip=[i(1)]).to_json()
 lin.path(["L0H0"], i(5), token=i(1))
 lin.followed_by(i(5)).next_tokens(i(2), position=i(0))

@@ -76,6 +76,7 @@ def test_results_of_a_prompt_are_shown_in_a_line():
             lin.head(0, 0),
             lin.attention_score("L0H0"),
             lin.intervene("T1"),
+            lin.patch(lin),
             lin.path(["L0H0"], token=0),
             Operator.make(lin, 1),
         ),

@@ -96,7 +96,10 @@ def test_a_sink_is_found():
 
 @pytest.mark.parametrize(
     "name",
-    ["attribute", "explain", "explain_layers", "explore", "generate", "logit_lens", "similarity", "validity", "watch"],
+    [
+        *("attribute", "explain", "explain_layers", "explore", "generate", "logit_lens", "patch", "similarity"),
+        *("validity", "watch"),
+    ],
 )
 @pytest.mark.parametrize("given", [3, None, "a text"])
 def test_questions_are_about_a_linearized_prompt(name, given):

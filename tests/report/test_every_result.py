@@ -146,6 +146,20 @@ def prompts() -> loclin.PromptComparison:
     return replace(made, pairs=pairs, second=made.provenance)
 
 
+def patching(by: str) -> loclin.Patching:
+    other = loclin.linearize(tiny.llama(), tiny.prompt(4, seed=5), precision="double")
+    made = hostile(lin().patch(other, (5, 6), by=by, verify=1))
+    made.target["tokens"][0] = HOSTILE
+    checked = [replace(effect, predicted=HOSTILE) for effect in made.checked]
+    return replace(made, second=made.provenance, checked=checked)
+
+
+def difference() -> loclin.Attribution:
+    made = hostile(lin().attribute(([5, 6], [7, 8, 9]), by="token"))
+    made.target["tokens"][0] = made.target["against"]["tokens"][1] = made.target["against"]["inputs"][0] = HOSTILE
+    return made
+
+
 def groups() -> loclin.Attribution:
     made = hostile(lin().attribute(5, by={HOSTILE: [1, 2]}, skip=[0]))
     made.target["tokens"][0] = HOSTILE
@@ -183,6 +197,9 @@ MADE = {
     "prompts": prompts,
     "interventions": interventions,
     "exploration": exploration,
+    "patching": lambda: patching("layer"),
+    "heads patched": lambda: patching("head"),
+    "difference": difference,
     "layers": lambda: hostile(loclin.explain_layers(lin(), k=2), tokens=[HOSTILE] * 4),
     "generation": generation,
     "validity": lambda: hostile(loclin.validity(lin(), draws=1, swaps=1), tokens=[HOSTILE] * 4),

@@ -22,8 +22,8 @@ from loclin.steering.search import Sweep
 NAMES = [
     "AttentionScore", "Attribution", "Certificate", "Comparison", "Coverage", "Disruption", "Estimate", "Explanation",
     "Exploration", "Faithfulness", "Generation", "Head", "Interventions", "LayerExplanation", "LayerSpectra",
-    "LogitLens", "Norms", "Operator", "Path", "Plan", "Projection", "PromptComparison", "Reproduction", "SVD",
-    "Similarity", "Steered", "Sweep", "Validity", "Vector",
+    "LogitLens", "Norms", "Operator", "Patching", "Path", "Plan", "Projection", "PromptComparison", "Reproduction",
+    "SVD", "Similarity", "Steered", "Sweep", "Validity", "Vector",
     "Watched",
 ]  # fmt: skip
 
@@ -62,6 +62,7 @@ def results(directory, tmp_path_factory):
         lin.layer_spectra(k=2),
         lin.logit_lens(),
         J.norms(),
+        lin.patch(loclin.linearize(model, "w3 w5 w5 w6"), 5, verify=1),
         lin.path(["L0H1", "L1H2"], token=2),
         J.plan(2),
         loclin.reproduce(model, tmp_path_factory.mktemp("reproduced"), ["table1"], prompt="w3 w4 w5", progress=False),

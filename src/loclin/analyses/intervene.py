@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loclin.analyses.attribution.readout import Readout, read_target
@@ -38,7 +38,7 @@ from loclin.models.forward import (
 from loclin.models.replica import exclusive
 from loclin.network.autograd import grad
 from loclin.network.points import parse_point
-from loclin.network.units import UnitFinder
+from loclin.network.units import OutputProjection, UnitFinder
 from loclin.results.provenance import Provenance
 from loclin.results.result import Result
 from loclin.results.table import make_columns
@@ -46,6 +46,7 @@ from loclin.results.table import make_columns
 How = Literal["zero", "mean", "patch"]
 _UNIT = re.compile(r"L(-?\d+)([HN])(-?\d+)")
 _TOKEN = re.compile(r"T(-?\d+)")
+_STREAM = ("resid_pre", "resid_post")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def intervene(
     ----------
     lin: from `loclin.linearize`.
     components: `L3H5` (a query head), `L3N7` (an MLP neuron), `attn_out.3`, `mlp_out.3`, `T4` (the embedding of the
-        token at position 4), or a `Direction` at `resid_pre.L` or `resid_post.L`, which is projected out; or several.
+        token at position 4), `resid_pre.3` or `resid_post.3` (the whole residual stream), or a `Direction` at one of
+        these, which is projected out; or several.
     how: `"zero"`; `"mean"`: the mean of the component's output over the prompt's positions; `"patch"`: its output in
         the prompt `patch`, at the same positions. A direction's coefficient is replaced in the same way.
     patch: another prompt of the same length, from `loclin.linearize`.
@@ -143,25 +145,63 @@ def intervene(
     """
     if (how == "patch") != (patch is not None):
         raise OptionError("how='patch' and patch= belong together: give the other prompt's linearization")
-    if patch is not None and patch.trace.length != lin.trace.length:
+    if patch is not None:
+        check_alike(lin, patch)
+    tell, length = steps(progress), lin.trace.length
+    readout = read_for_runs(lin, target, position)
+    places = sorted({lin.trace.position(one) for one in at}) if at is not None else list(range(length))
+    named = [components] if isinstance(components, str | Direction) else list(components)
+    chosen = [parse_replaced(lin, one) for one in named]
+    predicted, effects = replace_each(lin, readout, [(one, places) for one in chosen], how, patch, tell)
+    return Interventions(
+        how=how,
+        positions=[] if at is None else places,
+        target=readout.to_dict(),
+        predicted=predicted,
+        effects=effects,
+        warnings=[*lin.warnings, *readout.warnings],
+        provenance=replace(lin.jacobian(position=readout.position).provenance(), target=readout.at),
+    )
+
+
+def check_alike(lin: Linearized, other: Linearized) -> None:
+    """Refuse to patch from a prompt of another length, or from a model of another shape."""
+    if other.trace.length != lin.trace.length:
         raise PromptError(
-            f"the prompts have {lin.trace.length} and {patch.trace.length} tokens, and patching needs the same number: "
+            f"the prompts have {lin.trace.length} and {other.trace.length} tokens, and patching needs the same number: "
             "pad neither, but choose words of as many tokens"
         )
-    tell, length = steps(progress), lin.trace.length
+    if (other.trace.n_layers, other.trace.width) != (lin.trace.n_layers, lin.trace.width):
+        raise OptionError(
+            f"{lin.model.info.name} has {lin.trace.n_layers} layers of width {lin.trace.width}, "
+            f"{other.model.info.name} {other.trace.n_layers} of {other.trace.width}: patch between alike ones"
+        )
+
+
+def read_for_runs(lin: Linearized, target: Target, position: int) -> Readout:
+    """Read a target that a run of the model has, too; OptionError for another."""
     here, readout = read_target(lin, target, position)
     if here is not lin:
         raise OptionError("the target is not in the prompt: linearize the whole text, and give Span(positions=...)")
     if readout.read is None:
         raise OptionError(f"{readout.kind}: give a target at final or the logits")
-    places = sorted({lin.trace.position(one) for one in at}) if at is not None else list(range(length))
-    named = [components] if isinstance(components, str | Direction) else list(components)
-    chosen = [_parse(lin, one) for one in named]
+    return readout
+
+
+def replace_each(
+    lin: Linearized,
+    readout: Readout,
+    replaced: Sequence[tuple[Replaced, list[int]]],
+    how: How,
+    patch: Linearized | None,
+    tell: Callable[[str], None],
+) -> tuple[tuple[str, float], list[Effect]]:
+    """Replace components one at a time, each at its positions; returns also what the model predicts as it is."""
+    assert readout.read is not None
     tell("what the frozen map says")
-    parts = _measure(lin, readout, chosen, patch)
-    plain = _run(lin, readout, [])
-    effects = []
-    for one in chosen:
+    parts = _measure(lin, readout, [one for one, _ in replaced], patch)
+    plain, effects = _run(lin, readout, []), []
+    for one, places in replaced:
         tell(f"what the model says without {one.name}")
         part = parts[one]
         new = part.replacement(how, places)
@@ -170,19 +210,11 @@ def intervene(
         effects.append(
             Effect(one.name, change, readout.read(logits, final) - readout.read(*plain), *_predict(lin, logits))
         )
-    return Interventions(
-        how=how,
-        positions=[] if at is None else places,
-        target=readout.to_dict(),
-        predicted=_predict(lin, plain[0]),
-        effects=effects,
-        warnings=[*lin.warnings, *readout.warnings],
-        provenance=replace(lin.jacobian(position=readout.position).provenance(), target=readout.at),
-    )
+    return _predict(lin, plain[0]), effects
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Replaced:
     """A component as it was asked for; `layer` None for the embeddings."""
 
     name: str
@@ -217,38 +249,39 @@ class _Part:
         return new
 
 
-def _parse(lin: Linearized, component: str | Direction) -> _Chosen:
+def parse_replaced(lin: Linearized, component: str | Direction) -> Replaced:
+    """Find out which component is meant; OptionError for one that there is not."""
     if isinstance(component, Direction):
         point = parse_point(component.at, lin.trace.n_layers)
-        if point.kind not in ("resid_pre", "resid_post") or point.layer is None:
+        if point.kind not in _STREAM or point.layer is None:
             raise OptionError(f"a direction at {point}: give one at resid_pre.L or resid_post.L")
         norm = component.vector.double().norm()
         if component.vector.shape != (lin.trace.width,) or not norm > 0:
             raise OptionError(f"a direction at {point} has {lin.trace.width} numbers, not all of them zero")
-        return _Chosen(f"direction at {point}", point.kind, point.layer, direction=component.vector.double() / norm)
+        return Replaced(f"direction at {point}", point.kind, point.layer, direction=component.vector.double() / norm)
     if (token := _TOKEN.fullmatch(component)) is not None:
         at = lin.trace.position(int(token[1]))
-        return _Chosen(f"T{at}", "token", None, at)
+        return Replaced(f"T{at}", "token", None, at)
     if (unit := _UNIT.fullmatch(component)) is not None:
         kind = "attn_out" if unit[2] == "H" else "mlp_out"
         layer = parse_point(f"{kind}.{unit[1]}", lin.trace.n_layers).layer
-        return _Chosen(f"L{layer}{unit[2]}{unit[3]}", unit[2], layer, int(unit[3]))
-    if component.startswith(("attn_out.", "mlp_out.")):
+        return Replaced(f"L{layer}{unit[2]}{unit[3]}", unit[2], layer, int(unit[3]))
+    if component.startswith(("attn_out.", "mlp_out.", *(f"{kind}." for kind in _STREAM))):
         point = parse_point(component, lin.trace.n_layers)
-        return _Chosen(str(point), point.kind, point.layer)
-    raise OptionError(f"no component {component!r}: write L3H5, L3N7, attn_out.3, mlp_out.3, or T4 for a token")
+        return Replaced(str(point), point.kind, point.layer)
+    raise OptionError(f"no component {component!r}: write L3H5, L3N7, attn_out.3, mlp_out.3, resid_pre.3, or T4")
 
 
 def _measure(
-    lin: Linearized, readout: Readout, chosen: list[_Chosen], patch: Linearized | None
-) -> dict[_Chosen, _Part]:
+    lin: Linearized, readout: Readout, chosen: list[Replaced], patch: Linearized | None
+) -> dict[Replaced, _Part]:
     """The value of each component, and the target's gradient there, by one sweep."""
-    found: dict[_Chosen, _Part] = {}
+    found: dict[Replaced, _Part] = {}
     for layer, above, cotangent in pull_down(lin.chain, readout):
         here = [one for one in chosen if one.layer == layer]
         if layer is None or not here:
             continue
-        opened, other = _Layer(lin, layer), None if patch is None else _Layer(patch, layer)
+        opened, other = LayerParts(lin, layer), None if patch is None else LayerParts(patch, layer)
         for one in here:
             found[one] = _measure_in_layer(opened, above, cotangent, one, other)
     for one in chosen:
@@ -259,18 +292,11 @@ def _measure(
     return found
 
 
-def _measure_token(lin: Linearized, cotangent: Tensor, one: _Chosen, patch: Linearized | None) -> _Part:
-    at = one.index
+def _measure_token(lin: Linearized, cotangent: Tensor, one: Replaced, patch: Linearized | None) -> _Part:
+    at, stream = one.index, _stream_hooks(replace(one, kind="resid_pre", layer=0))
 
     def hooks(lin: Linearized, new: Tensor, _places: list[int]) -> Iterator[RemovableHandle]:
-        def change(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = hidden_input(args, kwargs).clone()
-            hidden[0, at] = new[at].to(hidden)
-            return with_hidden_input(args, kwargs, hidden)
-
-        if lin.trace.sequence.fallback_reason is not None:
-            raise OptionError(f"{one.name}: {lin.model.info.name} has no layer whose input could be replaced")
-        yield lin.trace.layers[0].block.module.register_forward_pre_hook(change, with_kwargs=True)
+        return stream(lin, new, [at])
 
     mask = torch.zeros(lin.trace.length, 1, device=cotangent.device, dtype=cotangent.dtype)
     mask[at] = 1
@@ -278,7 +304,9 @@ def _measure_token(lin: Linearized, cotangent: Tensor, one: _Chosen, patch: Line
     return _Part(lin.embeddings, cotangent[0] * mask, other, hooks)
 
 
-def _measure_in_layer(here: _Layer, above: str, cotangent: Tensor, one: _Chosen, there: _Layer | None) -> _Part:
+def _measure_in_layer(
+    here: LayerParts, above: str, cotangent: Tensor, one: Replaced, there: LayerParts | None
+) -> _Part:
     value, end, path = here.find(one)
     output, length = here.graph.points[above], here.trace.length
     pulled: Tensor | None = cotangent  # at the end of the layer, or of the MLP, which adds to it
@@ -296,6 +324,8 @@ def _measure_in_layer(here: _Layer, above: str, cotangent: Tensor, one: _Chosen,
             _stream_hooks(one),
         )
     gradient = gradient.reshape(length, -1)
+    if one.kind in _STREAM:
+        return _Part(value, gradient, other, _stream_hooks(one))
     if one.kind in ("H", "N"):
         count = value.shape[1]
         gradient = gradient.unflatten(1, (count, -1))[:, one.index]
@@ -304,7 +334,7 @@ def _measure_in_layer(here: _Layer, above: str, cotangent: Tensor, one: _Chosen,
     return _Part(value, gradient, other, _unit_hooks(one, path))
 
 
-class _Layer:
+class LayerParts:
     """The graph of one layer, for all components in it."""
 
     def __init__(self, lin: Linearized, index: int) -> None:
@@ -312,10 +342,15 @@ class _Layer:
         self._finder = UnitFinder(lin.trace.layers[index].block.sublayers)
         self.graph = lin.chain.layers[index].graph(collect=lin.trace.biased[index], finder=self._finder)
 
-    def find(self, one: _Chosen) -> tuple[Tensor, Tensor, str]:
+    def projection(self, kind: str) -> OutputProjection | None:
+        """What the heads (`attn_out`) or the neurons (`mlp_out`) enter, if they can be told apart."""
+        output = self.graph.points.get(kind)
+        return None if output is None else self._finder.projection(kind, output, self.graph.constants)
+
+    def find(self, one: Replaced) -> tuple[Tensor, Tensor, str]:
         """A component's value, where it is in the graph, and the path of its module."""
         trace, points, layer, finder = self.trace, self.graph.points, self._index, self._finder
-        if one.direction is not None:
+        if one.kind in _STREAM:
             return trace.value(parse_point(f"{one.kind}.{layer}", trace.n_layers)), points[one.kind], ""
         kind = {"H": "attn_out", "N": "mlp_out"}.get(one.kind, one.kind)
         path = trace.sublayer_path(layer, kind)
@@ -325,7 +360,7 @@ class _Layer:
             )
         if one.kind == kind:
             return trace.value(parse_point(f"{kind}.{layer}", trace.n_layers)), points[kind], path
-        found = finder.projection(kind, points[kind], self.graph.constants)
+        found = self.projection(kind)
         if found is None:
             raise OptionError(f"{one.name}: {finder.why_no_projection(kind)}; give attn_out.{layer} or mlp_out.{layer}")
         if not -found.count <= whole("index", one.index) < found.count:
@@ -333,7 +368,7 @@ class _Layer:
         return found.source.detach().reshape(trace.length, found.count, -1), found.source, found.path
 
 
-def _unit_hooks(one: _Chosen, path: str) -> Callable[[Linearized, Tensor, list[int]], Iterator[RemovableHandle]]:
+def _unit_hooks(one: Replaced, path: str) -> Callable[[Linearized, Tensor, list[int]], Iterator[RemovableHandle]]:
     def hooks(lin: Linearized, new: Tensor, places: list[int]) -> Iterator[RemovableHandle]:
         assert one.layer is not None
         module = lin.trace.layers[one.layer].block.module.get_submodule(path)
@@ -357,16 +392,17 @@ def _unit_hooks(one: _Chosen, path: str) -> Callable[[Linearized, Tensor, list[i
     return hooks
 
 
-def _stream_hooks(one: _Chosen) -> Callable[[Linearized, Tensor, list[int]], Iterator[RemovableHandle]]:
+def _stream_hooks(one: Replaced) -> Callable[[Linearized, Tensor, list[int]], Iterator[RemovableHandle]]:
     def hooks(lin: Linearized, new: Tensor, places: list[int]) -> Iterator[RemovableHandle]:
         assert one.layer is not None
-        assert one.direction is not None
-        block, direction = lin.trace.layers[one.layer].block.module, one.direction
+        block, direction = _block(lin, one), one.direction
 
         def moved(hidden: Tensor) -> Tensor:
-            hidden, v = hidden.clone(), direction.to(hidden.device)
-            here = hidden[0, places].double()
-            hidden[0, places] = (here + (new[places].double() - (here @ v)[:, None]) * v).to(hidden)
+            hidden, wanted = hidden.clone(), new[places].to(hidden.device)
+            if direction is not None:  # only the coefficient of a direction
+                here, v = hidden[0, places].double(), direction.to(hidden.device)
+                wanted = here + (wanted.double() - (here @ v)[:, None]) * v
+            hidden[0, places] = wanted.to(hidden)
             return hidden
 
         def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -381,6 +417,14 @@ def _stream_hooks(one: _Chosen) -> Callable[[Linearized, Tensor, list[int]], Ite
             yield block.register_forward_hook(leave)
 
     return hooks
+
+
+def _block(lin: Linearized, one: Replaced) -> nn.Module:
+    """The layer of a component on the stream, whose input or output is replaced."""
+    if lin.trace.sequence.fallback_reason is not None:
+        raise OptionError(f"{one.name}: {lin.model.info.name} has no layer whose input could be replaced")
+    assert one.layer is not None
+    return lin.trace.layers[one.layer].block.module
 
 
 def _run(lin: Linearized, readout: Readout, hooks: Any) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n d"]]:

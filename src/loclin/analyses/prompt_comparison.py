@@ -19,7 +19,7 @@ from torch import Tensor
 from loclin.analyses.attribution.groups import UNITS, find_groups, find_skipped
 from loclin.analyses.attribution.readout import read_target
 from loclin.analyses.attribution.result import KINDS
-from loclin.analyses.attribution.shares import compute_shares, pull_down, share_by_source
+from loclin.analyses.attribution.shares import compute_shares, share_by_source
 from loclin.analyses.attribution.target import Target
 from loclin.common.brief import brief
 from loclin.common.progress import Progress, steps, with_progress
@@ -115,7 +115,7 @@ def compare_prompts(
 ) -> PromptComparison:
     """Compare a target in two prompts of any length, or in two models: which tokens make the change, and how.
 
-    Both are read at their last position. Cost: two columns for each prompt.
+    Both are read at their last position. Cost: one column for each prompt.
 
     Raises OptionError for targets that name other tokens in the two, or an unknown `align`.
 
@@ -132,9 +132,7 @@ def compare_prompts(
     if not isinstance(align, re.Pattern) and align not in ("token", *UNITS):
         raise OptionError(f"align={align!r}: choose one of token, {', '.join(UNITS)}, or give a pattern")
     tell = steps(progress)
-    if target is None:
-        first, second = (one.next_token_ids(1)[0][0] for one in (lin, other))
-        target = None if first == second else (second, first)
+    target = contrast(lin, other, target)
     tell("shares in the first prompt")
     here, there = _Side.of(lin, target), _Side.of(other, target)
     if here.target["ids"] != there.target["ids"]:
@@ -155,6 +153,14 @@ def compare_prompts(
         warnings=[*here.warnings, *(text for text in there.warnings if text not in here.warnings)],
         provenance=here.provenance,
     )
+
+
+def contrast(lin: Linearized, other: Linearized, target: Target) -> Target:
+    """A target, or without one what the second prompt predicts against what the first does, where these differ."""
+    if target is not None:
+        return target
+    first, second = (one.next_token_ids(1)[0][0] for one in (lin, other))
+    return None if first == second else (second, first)
 
 
 @dataclass(frozen=True)
@@ -181,10 +187,10 @@ class _Side:
                 shares[token] += share
             else:
                 biases += share
-        *_, (_, _, gradient) = pull_down(lin.chain, readout)
+        assert found.gradient is not None
         warnings = [*lin.warnings, *readout.warnings, *found.notes]
         provenance = replace(lin.jacobian(position=readout.position).provenance(), target=readout.at)
-        return cls(lin, readout.to_dict(), shares, biases, gradient[0], provenance, warnings)
+        return cls(lin, readout.to_dict(), shares, biases, found.gradient, provenance, warnings)
 
 
 def _split(lin: Linearized, align: str | re.Pattern[str], skip: str | None) -> list[tuple[str, list[int]]]:

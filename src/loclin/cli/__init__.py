@@ -18,6 +18,7 @@ from loclin.cli import (
     intervene,
     layers,
     models,
+    patch,
     plan,
     reproduce,
     steer,
@@ -42,6 +43,7 @@ app.command(cls=Command)(reproduce.reproduce)
 app.command(cls=Command)(attribute.attribute)
 app.command(cls=Command)(attention.attention)
 app.command(cls=Command)(intervene.intervene)
+app.command(cls=Command)(patch.patch)
 app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(steer.steer)
 app.command(cls=Command)(watch.watch)

@@ -30,7 +30,9 @@ def attribute(
     target_id: Annotated[
         int | None, typer.Option(help="The same by the token's id, for tokens that cannot be typed.", min=0)
     ] = None,
-    against: Annotated[str | None, options.text("Share out the difference to this token's logit.")] = None,
+    against: Annotated[
+        str | None, options.text("Share out the difference to this token, or to several: what else might follow.")
+    ] = None,
     margin: Annotated[
         Rivals | None,
         typer.Option(
@@ -51,7 +53,7 @@ def attribute(
     by: Annotated[
         list[str] | None,
         options.text(
-            "Share it among: token, layer, head, neuron, bias, tokenxlayer; give it again for more. "
+            "Share it among: token, layer, head, neuron, bias, tokenxlayer, or adapter (of a LoRA); again for more. "
             "'all' is every level that the model has. Default: token."
         ),
     ] = None,
@@ -87,7 +89,8 @@ def attribute(
     everything = "all" in (by or ())
     if everything and attention == "shared":
         raise OptionError("--attention shared has shares of tokens and groups of them: leave --by all out")
-    levels = LEVELS if everything else [parse_level(name) for name in by or ["token"] * (grouped is None)]
+    every = (*LEVELS, *["adapter"] * (freezing.adapter is not None))
+    levels = every if everything else [parse_level(name) for name in by or ["token"] * (grouped is None)]
     lin = freezing.linearize(text)
     found = []
     for name in dict.fromkeys([*levels, *[grouped] * (grouped is not None)]):

@@ -83,9 +83,8 @@ def read_target(
             raise OptionError(f"--neuron {neuron}: write L17N80 for neuron 80 of layer 17")
         return Neuron(int(named[2]), int(named[1]))
     if generated is not None:
-        if against is not None:
-            raise OptionError("--against is about one token: leave --generated out")
-        return Span(generated=generated, of=measure or "logit")
+        span = Span(generated=generated, of=measure or "logit")
+        return span if against is None else (span, against)
     if measure in RIVALS:
         return Margin(token, measure)
     if measure is not None:

@@ -53,12 +53,14 @@ class FreezeOptions:
         and faster on this device (see `loclin.linearize`).
     ordinary: freeze nothing, the ordinary Jacobian, for comparison (the paper's Figure 3).
     shared: let relevance through queries and keys too, for comparison; None: attention probabilities are frozen.
+    adapters_held: what an adapter (LoRA) adds to a module's output is a constant: the model without it is live alone.
     """
 
     gate: Gate = "activation"
     precision: Precision = "auto"
     ordinary: bool = False
     shared: SharedAttention | None = None
+    adapters_held: bool = False
 
     def __post_init__(self) -> None:
         for name, kinds in (("gate", get_args(Gate)), ("precision", get_args(Precision))):

@@ -15,6 +15,7 @@ from loclin.common.brief import brief
 from loclin.common.sums import relative_error
 from loclin.errors import NotExactError, OptionError
 from loclin.freeze import quantised
+from loclin.freeze.adapter import hold_adapter, is_adapted
 from loclin.freeze.mode import Frozen, FrozenParts
 from loclin.freeze.status import Coefficient, Live
 from loclin.freeze.unary import ACTIVATIONS, secant
@@ -241,6 +242,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_is_mamba2, _parts(lambda widths: (1, 2) if len(widths) == 3 and widths[1] == widths[2] else ())),
     # v stays live and q and k are frozen, as in attention
     Rule(_is_delta_net, _parts(lambda widths: (0, 1) if len(widths) == 3 and widths[0] == widths[1] else ())),
+    Rule(is_adapted, hold_adapter),
 )
 """loclin's own rules."""
 

@@ -16,6 +16,7 @@ from loclin.report import (  # noqa: F401 (what they import registers a descript
     interventions,
     layers_page,
     maps,
+    patching,
     prompt_comparison,
     sheet,
     steering,

@@ -11,7 +11,7 @@ from rich.text import Text
 from loclin.analyses.attribution.heads import Head, Path
 from loclin.analyses.attribution.result import Attribution, Kind, Share
 from loclin.analyses.attribution.scores import AttentionScore
-from loclin.report.run import prompt, run_of, tokens
+from loclin.report.run import prompt, run_of, tokens, wanted
 from loclin.report.sheet import (
     KEY,
     PAGE,
@@ -42,6 +42,7 @@ LEVELS = {
     "turn": ("Turns", "what the embeddings of each chat turn's tokens give, by all ways"),
     "example": ("Examples", "what the embeddings of each example's tokens give, by all ways"),
     "group": ("Groups", "what the embeddings of each group's tokens give, by all ways"),
+    "adapter": ("Adapters", "what each adapter gives by all ways on which it is the last; the rest is without any"),
     "token×layer": ("Tokens × layers", "what each token gives by way of each part as the last that writes"),
 }
 """Each level's title, and what its shares are."""
@@ -57,22 +58,25 @@ def _describe_attribution(found: Attribution, limits: Limits = PAGE) -> Sheet:
     level, note = LEVELS[found.by]
     by_token = found.by in ("token", "token×layer")
     chips, full = _token_chips(found, by_token) if not found.groups else _group_chips(found)
-    between = " − " if found.target["kind"] in ("logit difference", "logit margin") else ", "
-    wanted = Text(between).join(token(text, "bold green") for text in found.target["tokens"])
-    target = Text.assemble((f"{found.target['kind']} ", "green"), wanted, (f" {number(found.value)}", "bold"))
+    goal, against = wanted(found.target), found.target.get("against")
+    target = Text.assemble((f"{found.target['kind']} ", "green"), goal, (f" {number(found.value)}", "bold"))
+    if against is not None:
+        target.append(f" = {number(found.value + against['value'])} − {number(against['value'])}", "bold")
     if (probability := found.target.get("probability")) is not None:
-        target.append(f"   probability {percent(probability)}", "dim")
+        less = f" and {percent(against['probability'])}" if against is not None else ""
+        target.append(f"   probability {percent(probability)}{less}", "dim")
+    apart = "first, second: input tokens of one of the two answers alone; all others are in both"
     return sheet_of(
         found,
         "the model, at this prompt, as an exact linear map"
         if found.shared is None
         else "relevance that passes attention by its queries and keys too: not exact",
         [Section(level, note, _blocks(found, limits))],
-        heading=Text.assemble(title, (" → ", "dim"), wanted),
+        heading=Text.assemble(title, (" → ", "dim"), goal),
         chips=chips,
         key=KEY if by_token or found.groups else "",
         lead=[target],
-        notes=[run.gate] if run.facts else [],
+        notes=[*([apart] if against is not None else []), *([run.gate] if run.facts else [])],
     )
 
 
@@ -84,9 +88,12 @@ def _blocks(found: Attribution, limits: Limits) -> list[Block]:
         table = _groups(found, min(limits.tokens, _MOST))
     else:
         table = _layers(found) if found.by == "layer" else _parts(found, limits.parts)
-    maps = {"head": _head_map, "token×layer": _token_map}
+    maps = {"head": _head_map, "token×layer": _token_map, "adapter": _adapter_map}
     blocks: list[Block] = [maps[found.by](found)] if found.by in maps else []
     blocks += [table, Text(_sums(found), "bold")]
+    if found.by == "adapter":
+        lent = sum(part.share for part in found.parts if part.kind == "adapter")
+        blocks.append(Text(f"all adapters {signed(lent)}, the model without them {signed(found.sum - lent)}", "bold"))
     if found.through is not None:
         through = "through: all of it that passes there, by later layers too; these overlap and do not sum up"
         blocks.append(Text(through, "dim"))
@@ -132,7 +139,11 @@ def _group_chips(found: Attribution) -> tuple[list[Chip], float]:
     """A chip for each group; those that are skipped, or hold a sink, do not set the full colour."""
     shares = [part.share for part in found.parts if part.kind == "group"]
     full = full_group(found.groups, shares, {*found.sinks, *found.skipped})
-    marks = [["skipped"] * (set(group.positions) <= set(found.skipped)) for group in found.groups]
+    marks = [
+        [side for side in [found.side(group.positions[0])] if side]
+        + ["skipped"] * (set(group.positions) <= set(found.skipped))
+        for group in found.groups
+    ]
     return _chips([group.name for group in found.groups], shares, full, lambda i: marks[i]), full
 
 
@@ -147,10 +158,12 @@ def _chips(
 
 
 def _marks(found: Attribution, i: int) -> list[str]:
-    """Say what is special about a position: an attention sink, one that is skipped, one at which the target is read."""
-    read = found.target.get("positions", [found.target["position"]])
+    """Say what is special about a position: an attention sink, skipped, of one span alone, where the target is read."""
+    read = [*found.target.get("positions", [found.target["position"]])]
+    read += found.target.get("against", {}).get("positions", [])
     return (
-        ["sink"] * (i in found.sinks)
+        [side for side in [found.side(i)] if side]
+        + ["sink"] * (i in found.sinks)
         + ["skipped"] * (i in found.skipped)
         + ["reads" if found.target["kind"].startswith("score of") else "last"] * (len(read) == 1 and i in read)
         + ["predicts"] * (len(read) > 1 and i in read)
@@ -258,7 +271,19 @@ def _head_map(found: Attribution) -> Heat:
     for layer in sorted({part.layer for part in heads if part.layer is not None}, reverse=True):
         named = [(f"L{layer}H{head}", shares.get((layer, head))) for head in range(count)]
         rows.append((f"layer {layer}", named))
-    return _heat(rows, [(Text(str(head)), 1) for head in range(count)], _full(found, heads), "head")
+    return heat(rows, [(Text(str(head)), 1) for head in range(count)], _full(found, heads), "head")
+
+
+def _adapter_map(found: Attribution) -> Heat:
+    """A map of layers by the modules that adapters are on."""
+    parts = [part for part in found.parts if part.kind == "adapter"]
+    split = [(part, *part.name.partition(".")[::2]) for part in parts]
+    shares = {(layer, module): part.share for part, layer, module in split}
+    modules = list(dict.fromkeys(module for *_, module in split))
+    layers = list(dict.fromkeys(layer for _, layer, _ in split))[::-1]
+    rows = [(layer, [(f"{layer}.{name}", shares.get((layer, name))) for name in modules]) for layer in layers]
+    columns = [(Text(name.rpartition(".")[2]), 1) for name in modules]
+    return heat(rows, columns, _full(found, parts), "module")
 
 
 def _token_map(found: Attribution) -> Heat:
@@ -278,10 +303,10 @@ def _token_map(found: Attribution) -> Heat:
     ]
     columns = [(Text(label), len(list(same))) for label, same in groupby(name.rpartition(".")[2] for name in names)]
     full = full_size((size, i in found.sinks) for i, size in enumerate(matrix[:-1].abs().amax(1).tolist()))
-    return _heat(rows, columns, full, "left: attention, right: MLP")
+    return heat(rows, columns, full, "left: attention, right: MLP")
 
 
-def _heat(
+def heat(
     named: list[tuple[str, list[tuple[str, float | None]]]], columns: list[tuple[Text, int]], full: float, note: str
 ) -> Heat:
     """Colour shares by their size; each cell says what it is, and each row its sum."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from loclin.analyses.intervene import Interventions
-from loclin.report.run import prompt, run_of, tokens
+from loclin.report.run import prompt, run_of, tokens, wanted
 from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe, full_size, sheet_of
 from loclin.report.table import BAR, Bar, Column, Table
 from loclin.report.text import number, percent, shortened, signed, token
@@ -29,18 +29,17 @@ def _describe_interventions(found: Interventions, _limits: Limits = PAGE) -> She
             token(effect.predicted),
             percent(effect.probability),
         )
-    between = " − " if found.target["kind"] == "logit difference" else ", "
-    wanted = Text(between).join(token(text, "bold green") for text in found.target["tokens"])
+    goal = wanted(found.target)
     text, probability = found.predicted
     where = f" at positions {', '.join(map(str, found.positions))}" if found.positions else ""
-    lead = Text.assemble((f"{found.target['kind']} ", "green"), wanted, (f" {number(found.target['value'])}", "bold"))
+    lead = Text.assemble((f"{found.target['kind']} ", "green"), goal, (f" {number(found.target['value'])}", "bold"))
     lead.append("   predicted ", "dim").append_text(token(text)).append(f" {percent(probability)}", "dim")
     note = f"the change of the {found.target['kind']} when each alone is replaced by {_BY[found.how]}{where}"
     return sheet_of(
         found,
         "components replaced, one at a time",
         [Section("Interventions", note, [table])],
-        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), wanted),
+        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), goal),
         lead=[lead],
         notes=[
             "Frozen: exact with attention, norms and gates held. Model: a run in which they answer to the change.",

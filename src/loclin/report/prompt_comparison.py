@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from loclin.analyses.prompt_comparison import PromptComparison
-from loclin.report.run import prompt, run_of
+from loclin.report.run import prompt, run_of, wanted
 from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe, full_size, sheet_of
 from loclin.report.table import BAR, Bar, Column, Table
 from loclin.report.text import error, number, shortened, signed, token
@@ -37,10 +37,8 @@ def _describe_comparison(found: PromptComparison, limits: Limits = PAGE) -> Shee
     if any(found.biases):
         moved = found.biases[1] - found.biases[0]
         table.add(Text("biases", "italic"), "", signed(moved), Bar(moved / full))
-    wanted = Text(" − " if "difference" in found.target["kind"] else ", ").join(
-        token(text, "bold green") for text in found.target["tokens"]
-    )
-    lead = Text.assemble((f"{found.target['kind']} ", "green"), wanted)
+    goal = wanted(found.target)
+    lead = Text.assemble((f"{found.target['kind']} ", "green"), goal)
     lead.append(f" {number(found.target['value'])} → {number(found.value)}", "bold").append(
         f"   {signed(found.change)}"
     )
@@ -56,7 +54,7 @@ def _describe_comparison(found: PromptComparison, limits: Limits = PAGE) -> Shee
         found,
         "one target in two prompts, as exact linear maps",
         [Section("Changes", "what each token's share changes by", [table, Text(closes, "bold")])],
-        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), wanted),
+        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), goal),
         lead=[second, lead],
         notes=notes,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from loclin.common.brief import brief
-from loclin.report.text import plain
+from loclin.report.text import plain, token
 from loclin.results.provenance import Provenance
 
 _UNSAID = ("versions", "token_ids", "model", "certificate", "text", "tokens", "positions")
@@ -85,3 +85,12 @@ def tokens(result: Any) -> list[str]:
     """Give the prompt's tokens as they are shown; none where they are not known."""
     known = _known(result)
     return [] if known is None else known.tokens
+
+
+def wanted(target: Mapping[str, Any]) -> Text:
+    """Write the tokens of a target: what is looked at, and what is taken off it."""
+    sides = [side["tokens"] for side in (target, target.get("against")) if side]
+    if target["kind"] in ("logit difference", "logit margin"):
+        sides = [[text] for text in target["tokens"]]
+    each = (Text(", ").join(token(text, "bold green") for text in texts) for texts in sides)
+    return Text(" − ").join(each)

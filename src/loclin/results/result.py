@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -177,6 +178,14 @@ class Record(Generic[R]):
             raise OutputError(
                 f"cannot resume {self.path}: {error}; or choose another file, or overwrite it with --fresh (fresh=True)"
             ) from error
+
+    def resume(self, new: R, same: Sequence[str], tell: Callable[[str], None], why_not: str) -> R | None:
+        """Read an earlier result whose fields `same` are those of the new one; None without one, or told why not."""
+        earlier = self.read()
+        if earlier is not None and any(getattr(earlier, name) != getattr(new, name) for name in same):
+            tell(f"{self.path} was written {why_not}: starting over")
+            return None
+        return earlier
 
     def write(self, result: R) -> None:
         """Write the result so far, completely or not at all."""

@@ -11,10 +11,12 @@ import math
 from dataclasses import asdict, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from loclin.analyses.attribution.groups import UNITS, Grouping, Skip, find_groups, find_skipped
-from loclin.analyses.attribution.readout import Readout, read_target
+from loclin.analyses.attribution.adapters import check_adapters, share_by_adapter
+from loclin.analyses.attribution.groups import UNITS, Group, Grouping, Skip, find_groups, find_skipped, name_group
+from loclin.analyses.attribution.readout import Readout, read_sides, subtract
 from loclin.analyses.attribution.result import Attribution, By, Kind, Share
 from loclin.analyses.attribution.shares import (
     Shares,
@@ -38,6 +40,7 @@ from loclin.network.units import UnitFinder
 
 LEVELS: tuple[By, ...] = ("token", "layer", "head", "neuron", "bias", "token×layer")
 """What every model has shares of; beside these there are groups of tokens, see `loclin.analyses.attribution.groups`."""
+_ALL: tuple[By, ...] = (*LEVELS, "adapter", *UNITS)
 _SPELLINGS = {"tokenxlayer": "token×layer", "token*layer": "token×layer"}
 _WORDS = 8
 _SPLITS: dict[By, Kind] = {"head": "attn_out", "neuron": "mlp_out"}
@@ -64,6 +67,10 @@ def attribute(
     layer the budget, for as many of the 2 L columns at a time as fit (each batch builds its graphs again). If
     float32 rounds the sum by more than 5e-7, everything is computed again in float64.
 
+    The difference of two spans is that of two prompts' targets: both are computed, and what belongs to the same token
+    of the prompt, component or bias is subtracted. Each span's own tokens have their own shares. Cost: that of both.
+    By adapter: two forward passes of each layer, and a column.
+
     Raises OptionError for an unknown `by`; for an invalid target (see
     `loclin.analyses.attribution.target.read_target`); for a model whose layers, heads or neurons cannot be told apart;
     PromptError for a position outside the prompt.
@@ -71,8 +78,9 @@ def attribute(
     Parameters
     ----------
     lin: from `loclin.linearize`.
-    target: a token's logit, by text or id; two tokens: the difference of their logits; `Margin`, `Neuron`, `Score`,
-        `Direction`, or a vector `[d]` at `final`. None: the predicted token's logit minus the mean of all logits.
+    target: a token's logit, by text or id; two tokens: the difference of their logits; two texts or `Span`s, of one
+        token or several: the difference of their sums; `Margin`, `Neuron`, `Score`, `Direction`, or a vector `[d]` at
+        `final`. None: the predicted token's logit minus the mean of all logits.
     by: one of
         `"token"`: the total effect of each input token (J_i x_i through the target) and of each bias.
         `"bias"`: the same, with all tokens as one share.
@@ -83,6 +91,8 @@ def attribute(
         `"token×layer"`: the effect of each token (and of the biases) along all paths on which a given attention or MLP
         is the last component that writes. Rows sum to `"token"`, columns to `"layer"`. `"token x layer"` and
         `"token*layer"` are the same.
+        `"adapter"`: of a model with a LoRA, the effect along all paths on which the adapter of a given module is the
+        last one; and of the embeddings and each bias, that along paths without any adapter.
         `"word"`, `"sentence"`, `"line"`, `"turn"` (of a chat), `"example"` (text between empty lines), a compiled
         pattern, or a mapping of names to positions: as `"token"`, with the shares of each group of tokens added up.
     position: the position at which the target is read.
@@ -100,17 +110,24 @@ def attribute(
     shared = _parse_attention(attention)
     if shared is not None and not (grouped or chosen == "token"):
         raise OptionError(f"shared attention has shares of tokens and groups of them, not by={chosen!r}")
-    lin, readout = read_target(lin, target, position)
+    notes = check_adapters(lin, target) if chosen == "adapter" else []
+    sides = read_sides(lin, target, position)
+    prompt = lin if len(sides) == 2 else sides[0][0]
+    skipped = find_skipped(prompt, skip)
+    groups = find_groups(prompt, by, skipped) if grouped else []
     why = lin.trace.sequence.fallback_reason
-    skipped = find_skipped(lin, skip)
-    groups = find_groups(lin, by, skipped) if grouped else []
-    if chosen not in ("token", "bias") and not grouped and why is not None:
+    if chosen not in ("token", "bias", "adapter") and not grouped and why is not None:
         raise OptionError(f"{lin.model.info.name} has no layers to tell apart: {why}; use by='token' or by='bias'")
     tell(f"shares by {chosen}")
-    if shared is None:
-        shares = compute_shares(lin, readout, lambda chain: _share(lin, chain, readout, "token" if grouped else chosen))
-    else:
-        shares = _share_through_attention(lin, readout, shared)
+    level = "token" if grouped else chosen
+    shares, *others = (_share_target(one, readout, level, shared) for one, readout in sides)
+    longer, readout = sides[0]
+    if others:
+        shares = shares.minus(others[0], prompt.trace.length, longer.trace.length)
+        readout = subtract(prompt, *sides)
+        groups += _group_spans(sides, prompt.trace.length) if grouped else []
+    if shared is not None:
+        shares.notes.append(_note_missing(readout, shares, shared))
     if grouped:
         shares = shares.by_group([group.positions for group in groups])
     rows = shares.sort_rows()
@@ -128,17 +145,38 @@ def attribute(
         biases=list(shares.biases),
         writes={},
         attends={},
-        sinks=lin.sinks,
-        warnings=[*lin.warnings, *readout.warnings, *shares.notes],
-        provenance=replace(lin.jacobian(position=readout.position).provenance(), target=readout.at),
+        sinks=prompt.sinks,
+        warnings=list(dict.fromkeys([*longer.warnings, *readout.warnings, *notes, *shares.notes])),
+        provenance=replace(longer.jacobian(position=readout.position).provenance(), target=readout.at),
         groups=groups,
         skipped=skipped,
         shared=None if shared is None else asdict(shared),
     )
-    return _put_into_words(lin, readout, found, in_words)
+    return _put_into_words(sides, found, in_words)
+
+
+def _share_target(lin: Linearized, readout: Readout, level: By, shared: SharedAttention | None) -> Shares:
+    """The shares of one target; with shared attention queries and keys are live, too."""
+    if shared is None:
+        return compute_shares(lin, readout, lambda chain: _share(lin, chain, readout, level))
+    options = replace(lin.trace.options, shared=shared)
+    return share_by_source(Chain(lin.trace, options, explicit=False), readout, together=False)
+
+
+def _group_spans(sides: list[tuple[Linearized, Readout]], shared: int) -> list[Group]:
+    """A group for each span's own input tokens, where it has any, behind the prompt's `shared` ones."""
+    groups, end = [], shared
+    for lin, _ in sides:
+        own = list(range(shared, lin.trace.length))
+        if own:
+            groups.append(Group(name_group(lin, own), list(range(end, end + len(own)))))
+        end += len(own)
+    return groups
 
 
 def _share(lin: Linearized, chain: Chain, readout: Readout, level: By) -> Shares:
+    if level == "adapter":
+        return share_by_adapter(chain, readout)
     if level in ("token", "bias"):
         return share_by_source(chain, readout, together=level == "bias")
     if level == "token×layer":
@@ -156,16 +194,13 @@ def _parse_attention(attention: str | SharedAttention) -> SharedAttention | None
     return attention
 
 
-def _share_through_attention(lin: Linearized, readout: Readout, shared: SharedAttention) -> Shares:
-    """Shares by token with attention's queries and keys live, too, and a note of how far they miss the target."""
-    options = replace(lin.trace.options, shared=shared)
-    shares = share_by_source(Chain(lin.trace, options, explicit=False), readout, together=False)
+def _note_missing(readout: Readout, shares: Shares, shared: SharedAttention) -> str:
+    """How far shares through queries and keys miss the target."""
     missed = readout.value - math.fsum(row[4] for row in shares.rows)
-    shares.notes.append(
+    return (
         f"attention is shared (queries {shared.query:g}, keys {shared.key:g}, values {shared.value:g}): these shares "
         f"are not exact, and miss the target by {missed:+.4g} of {readout.value:.4g}"
     )
-    return shares
 
 
 def parse_level(by: Grouping) -> By:
@@ -174,23 +209,49 @@ def parse_level(by: Grouping) -> By:
         return "group"
     plain = by.replace(" ", "")
     plain = _SPELLINGS.get(plain, plain)
-    for level in (*LEVELS, *UNITS):
+    for level in _ALL:
         if plain == level:
             return level
-    raise OptionError(f"by={by!r}: choose one of {', '.join((*LEVELS, *UNITS))}")
+    raise OptionError(f"by={by!r}: choose one of {', '.join(_ALL)}")
 
 
-def _put_into_words(lin: Linearized, readout: Readout, found: Attribution, most: int) -> Attribution:
+def _put_into_words(sides: list[tuple[Linearized, Readout]], found: Attribution, most: int) -> Attribution:
     """Add the words of the `most` largest shares to an attribution by layer, head or neuron, and where heads read.
 
-    The words are the tokens whose logits the component's output raises most, through the frozen final norm. Cost: a
-    graph of each layer that has such a share, one column of that layer for each, and one product with the output head.
+    The words are the tokens whose logits the component's output raises most, through the frozen final norm, wherever
+    the target is read; where it is read in both prompts of a difference, once. Cost: for each side a graph of each
+    layer that has such a share, one column of that layer for each, and one product with the output head.
     """
+    (lin, readout), *_ = sides
     if found.through is None or readout.node != 2 * lin.trace.n_layers:
         return found
     chosen = {i: found.parts[i] for i in found.ranking(most, found.unit) if found.parts[i].kind != "bias"}
     if not chosen:
         return found
+    final, attends, behind = torch.zeros(()), dict[str, Tensor](), 0
+    for sign, (own, end) in zip((1, -1), sides, strict=False):
+        written, reads = _write(own, end, chosen)
+        length = own.trace.length
+        shared = length if sign > 0 else found.target["against"]["shared"]
+        new = [i for i, at in enumerate(end.positions) if sign > 0 or at >= shared or at not in readout.positions]
+        final = final.to(written) + written[:, new].sum(1)
+        places = [*range(shared), *range(behind, behind + length - shared)]
+        for i, row in reads.items():
+            whole_row = attends.setdefault(i, torch.zeros(len(found.texts), dtype=torch.float64))
+            whole_row[places] += sign * torch.tensor(row, dtype=torch.float64)
+        behind = length
+    words = decoder_at(lin, readout.position).writes(final, _WORDS)
+    return replace(
+        found,
+        writes={str(i): row for i, row in zip(chosen, words, strict=True)},
+        attends={i: row.tolist() for i, row in attends.items()},
+    )
+
+
+def _write(
+    lin: Linearized, readout: Readout, chosen: dict[int, Share]
+) -> tuple[Float[Tensor, "n positions d"], dict[str, list[float]]]:
+    """What each of n components writes into `final` where the target is read, and where heads read."""
     written, attends = dict[int, Tensor](), dict[str, list[float]]()  # written: [positions, d]
     for layer in dict.fromkeys(part.layer for part in chosen.values()):
         here = {i: part for i, part in chosen.items() if part.layer == layer}
@@ -199,9 +260,7 @@ def _put_into_words(lin: Linearized, readout: Readout, found: Attribution, most:
         else:
             _describe_layer(lin, readout, layer, here, written, attends)
     together = torch.stack([written[i].to(lin.embeddings) for i in chosen])
-    final = lin.chain.norm(Point("final"), list(readout.positions)).jvp(together).sum(1)
-    words = decoder_at(lin, readout.position).writes(final, _WORDS)
-    return replace(found, writes={str(i): row for i, row in zip(chosen, words, strict=True)}, attends=attends)
+    return lin.chain.norm(Point("final"), list(readout.positions)).jvp(together), attends
 
 
 def _describe_layer(

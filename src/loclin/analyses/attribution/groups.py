@@ -73,7 +73,10 @@ def find_groups(lin: Linearized, by: Grouping, skipped: Sequence[int] = ()) -> l
     positions: dict[Any, list[int]] = {}
     for i in range(length):
         positions.setdefault(labels[i], []).append(i)
-    return [Group(names.get(label) or _name(lin, label, held), held) for label, held in positions.items()]
+    return [
+        Group(names.get(label) or ("other tokens" if label is None else name_group(lin, held)), held)
+        for label, held in positions.items()
+    ]
 
 
 def find_skipped(lin: Linearized, skip: Skip | None) -> list[int]:
@@ -154,10 +157,8 @@ def _number_turns(lin: Linearized) -> Iterator[int]:
         ended = ended or (token in stops and i > 0)
 
 
-def _name(lin: Linearized, label: Any, positions: list[int]) -> str:
-    """A group's text; of what belongs to no group, what it is."""
-    if label is None:
-        return "other tokens"
+def name_group(lin: Linearized, positions: list[int]) -> str:
+    """The text of some tokens of a prompt."""
     ids = lin.input_ids[0].tolist()
     if positions != list(range(positions[0], positions[-1] + 1)):
         return " … ".join(lin.model.decode_each([ids[i] for i in positions]))

@@ -73,6 +73,7 @@ class Readout:
     constants: dict[str, float]  # what each bias between the stream and the target adds
     warnings: tuple[str, ...] = ()
     probability: float | None = None  # of its first token, or of all tokens of a span together
+    against: dict[str, Any] | None = None  # of a difference of two spans: the other, and which tokens only it has
     read: Callable[[Float[Tensor, "n V"], Float[Tensor, "n d_final"]], float] | None = None
     """The same number of other logits and final hidden states at these positions; None where it is read elsewhere."""
 
@@ -87,7 +88,67 @@ class Readout:
         """Describe the target with plain values for JSON."""
         names = ("kind", "tokens", "ids", "value", "size", "position")
         found = {name: getattr(self, name) for name in names} | {"positions": list(self.positions)}
-        return found if self.probability is None else found | {"probability": self.probability}
+        more = {"probability": self.probability, "against": self.against}
+        return found | {name: value for name, value in more.items() if value is not None}
+
+
+def read_sides(lin: Linearized, target: Target, position: int) -> list[tuple[Linearized, Readout]]:
+    """Read a target, as `read_target` does, or both sides of a difference of two spans. Cost: that of each side."""
+    spans = _read_pair(lin, target)
+    return [read_target(lin, one, position) for one in ([target] if spans is None else spans)]
+
+
+def subtract(lin: Linearized, first: tuple[Linearized, Readout], second: tuple[Linearized, Readout]) -> Readout:
+    """The difference of two spans that follow a prompt; what it says of the second is in `against`.
+
+    `inputs` there are the second's own input tokens. In the positions they come behind those of the first.
+    """
+    (longer, one), (other, two) = first, second
+    shared = lin.trace.length
+    behind = longer.trace.length - shared
+    against = {name: getattr(two, name) for name in ("tokens", "ids", "value", "probability")} | {
+        "positions": [at + behind * (at >= shared) for at in two.positions],
+        "shared": shared,
+        "inputs": other.tokens[shared:],
+    }
+    (several,) = (names for names in _KINDS.values() if one.kind in names)
+    return replace(
+        one,
+        kind=f"difference in {several[1]}",
+        value=one.value - two.value,
+        size=one.size + two.size,
+        warnings=tuple(dict.fromkeys([*one.warnings, *two.warnings])),
+        against=against,
+        read=None,
+    )
+
+
+def _read_pair(lin: Linearized, target: Target) -> list[Span] | None:
+    """The two spans of a difference; None for the difference of two tokens, and for all other targets."""
+    if not isinstance(target, tuple) or len(target) != 2:
+        return None
+    pair = [one.item() if isinstance(one, Tensor | np.ndarray) and not one.ndim else one for one in target]
+    if all(isinstance(one, Integral) or (isinstance(one, str) and len(find_tokens(lin, one)[0]) == 1) for one in pair):
+        return None
+    first, second = map(_span_of, pair)
+    if first.of != second.of:
+        raise OptionError(f"a difference of {first.of} and {second.of}: give both the same of=")
+    return [first, second]
+
+
+def _span_of(side: Any) -> Span:
+    """One side of a difference as a span, of one token or of several."""
+    if isinstance(side, Margin | LogProb | Probability) and side.token is not None:
+        return Span(side.token if isinstance(side.token, str) else [side.token], of=_measure_of(side))
+    if isinstance(side, Tensor | np.ndarray) and side.ndim == 1 and not _is_real(side):
+        side = side.tolist()
+    if isinstance(side, str | list):
+        return Span(side)
+    if isinstance(side, Integral):
+        return Span([int(side)])
+    if not isinstance(side, Span):
+        raise OptionError(f"a difference has two answers, and {side!r} is none: give texts, ids, or loclin.Span(...)")
+    return side
 
 
 def read_target(lin: Linearized, target: Target, position: int) -> tuple[Linearized, Readout]:
@@ -115,6 +176,8 @@ def read_target(lin: Linearized, target: Target, position: int) -> tuple[Lineari
     if isinstance(target, Direction):
         return lin, _read_direction(lin, target, at)
     if isinstance(target, tuple):
+        if _read_pair(lin, target) is not None:
+            raise OptionError("a difference of several tokens is for attribute alone: give two single tokens here")
         return lin, _read_difference(lin, target, at)
     token, measure = _parse(lin, target, at)
     readout = _read_logits(lin, [at], [token], measure)
@@ -230,7 +293,8 @@ def _read_logits(lin: Linearized, at: list[int], ids: list[int], measure: str) -
     elif measure == "entropy":
         tangent = -(log_p.exp() * log_p).sum().item()
     named = ids if several or measure == "entropy" else [ids[0], *(one for _, one in found if one is not None)]
-    readout = _read_end(lin, head, weights, at, _KINDS[measure][several], [] if measure == "entropy" else named)
+    few, kind = measure in ("logit", "runner-up"), _KINDS[measure][several]
+    readout = _read_end(lin, head, weights, at, kind, [] if measure == "entropy" else named, few=few)
     if tangent is not None:  # what the tangent plane has beside its slope
         offset = tangent - readout.value
         constants = readout.constants | {SOFTMAX: readout.constants.get(SOFTMAX, 0.0) + offset}
@@ -277,7 +341,7 @@ def _read_difference(lin: Linearized, pair: tuple[Any, ...], at: int) -> Readout
     weights = torch.zeros_like(head.value)
     weights[ids[0]] += 1
     weights[ids[1]] -= 1
-    readout = _read_end(lin, head, weights[None], [at], "logit difference", ids)
+    readout = _read_end(lin, head, weights[None], [at], "logit difference", ids, few=True)
     probability = head.value.double().softmax(0)[ids[0]].item()
     return replace(readout, warnings=_warn_of_space(lin, at, ids[0]), probability=probability)
 
@@ -327,8 +391,13 @@ def _read_end(
     at: list[int],
     kind: str,
     ids: list[int],
+    *,
+    few: bool = False,
 ) -> Readout:
-    """Pull a target at the logits of n positions, or at `final` (no head), back through the head and the final norm."""
+    """Pull a target at the logits of n positions, or at `final` (no head), back through the head and the final norm.
+
+    `few`: it is a sum of one or two logits at each position, which needs no care.
+    """
     trace, chain = lin.trace, lin.chain
     constants: dict[str, float] = {}
     cotangent, u = torch.zeros_like(lin.embeddings), weights
@@ -338,7 +407,7 @@ def _read_end(
         weights = weights.reshape(head.value.shape)
         value, size = _dot(weights, head.value)
         constants |= {name: _dot(weights, added)[0] for name, added in head.constants().items()}
-        u = head.vjp_in_parts(weights).reshape(len(at), -1)
+        u = (head.vjp(weights[None]) if few else head.vjp_in_parts(weights)).reshape(len(at), -1)
     norm = chain.norm(Point("final"), at)
     for name, added in norm.constants().items():
         constants[name] = constants.get(name, 0.0) + _dot(u, added)[0]

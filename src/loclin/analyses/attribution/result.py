@@ -20,9 +20,10 @@ from loclin.results.result import Result
 from loclin.results.table import make_columns
 
 By = Literal[
-    "token", "layer", "head", "neuron", "bias", "token×layer", "word", "sentence", "line", "turn", "example", "group"
+    "token", "layer", "head", "neuron", "bias", "token×layer", "adapter", "word", "sentence", "line", "turn", "example",
+    "group",
 ]  # fmt: skip
-Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias", "group"]
+Kind = Literal["token", "embed", "attn_out", "mlp_out", "block", "head", "neuron", "bias", "group", "adapter"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """What a share belongs to; `block` is a whole layer whose attention and MLP cannot be told apart."""
 NONE = -1
@@ -36,7 +37,8 @@ class Share:
     Attributes
     ----------
     name: the text of a token or of a group of tokens; the name of a point (`attn_out.3`); `L3H5` for query head 5 of
-        layer 3, `L3N57` for a neuron; the path of a bias. In a token × layer attribution: the name of the point.
+        layer 3, `L3N57` for a neuron; the path of a bias; `L3.mlp.up_proj` for
+        an adapter. In a token × layer attribution: the name of the point.
     kind: see `KINDS`.
     layer, index, token: the layer, the number within it, and the position in the prompt; None where it has none.
     share: the exact part of the target: a total effect by token and bias, a direct effect by layer, head and neuron.
@@ -67,12 +69,14 @@ class Attribution(Result):
     ----------
     by: the level: what the shares belong to.
     target: its `kind`, `tokens`, `ids`, `value` and `position`; its `size`, the sum of the absolute values of its terms
-        (for a difference, of both logits); and the `probability` of its first token.
+        (for a difference, of both logits); and the `probability` of its first token. Of a difference of two spans these
+        are the first's, but for the kind, the value and the size, and `against` has the second's: its `value`, and its
+        own input tokens, `inputs`, which come behind the prompt's `shared` ones and the first's own.
     shares: values of the frozen network, each times its exact weight in the target, `[n]` in float64.
     through: the total effect through each component `[n]`, or None. They overlap, and do not sum to the target.
     kinds, layers, indices, positions: what each share belongs to `[n]`, see `Share`; -1 for none. `kinds` are indices
         into `KINDS`.
-    biases: the names of biases; the index of a bias is its place in this list.
+    biases: the names of biases and of adapters; the index of one is its place in this list.
     writes, attends: for the largest shares, see `Share`; keys are the shares' indices, as text.
     sinks: positions of attention sinks.
     groups: for shares of groups of tokens, the groups; the index of a share is its place in this list.
@@ -123,7 +127,7 @@ class Attribution(Result):
     def _name(self, kind: Kind, layer: int | None, index: int | None, token: int | None) -> str:
         if kind in ("head", "neuron"):
             return f"L{layer}{kind[0].upper()}{index}"
-        if kind == "bias" and index is not None:
+        if kind in ("bias", "adapter") and index is not None:
             return self.biases[index]
         if kind == "group" and index is not None:
             return self.groups[index].name
@@ -133,8 +137,16 @@ class Attribution(Result):
 
     @property
     def texts(self) -> list[str]:
-        """The prompt's tokens."""
-        return [] if self.provenance is None else self.provenance.tokens
+        """The prompt's tokens; of a difference of two spans, with the input tokens of both behind it."""
+        known = [] if self.provenance is None else self.provenance.tokens
+        return [*known, *self.target.get("against", {}).get("inputs", [])]
+
+    def side(self, token: int | None) -> str | None:
+        """Of a difference of two spans: which of them alone a token belongs to, `first` or `second`; else None."""
+        against = self.target.get("against")
+        if against is None or token is None or token < against["shared"]:
+            return None
+        return "first" if token < len(self.texts) - len(against["inputs"]) else "second"
 
     @property
     def value(self) -> float:
@@ -208,11 +220,12 @@ class Attribution(Result):
         return found, [KINDS[kind] if layer == NONE else f"{KINDS[kind]}.{layer}" for kind, layer in place]
 
     def table(self) -> dict[str, list[Any]]:
-        """One row per share: name, kind, layer, index, token, text, share, through, sink."""
+        """One row per share: name, kind, layer, index, token, text, share, through, sink; of two spans, the side."""
         texts = self.texts
         rows = (
             (s.name, s.kind, s.layer, s.index, s.token, None if s.token is None else texts[s.token], s.share, s.through)
             for s in self.parts
         )
         found = make_columns("name kind layer index token text share through", rows)
-        return found | {"sink": [share.token in self.sinks for share in self.parts]}
+        found["sink"] = [share.token in self.sinks for share in self.parts]
+        return found | ({"side": [self.side(s.token) for s in self.parts]} if "against" in self.target else {})

@@ -40,11 +40,15 @@ Row = tuple[int, int, int, int, float, float]
 
 @dataclass
 class Shares:
-    """Shares as a sweep finds them; `notes` are warnings about them."""
+    """Shares as a sweep finds them; `notes` are warnings about them.
+
+    `gradient` is the target's at the embeddings, where a sweep to the sources has it.
+    """
 
     rows: list[Row] = field(default_factory=list)
     biases: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    gradient: Float[Tensor, "T d"] | None = None
 
     __repr__ = brief
 
@@ -83,6 +87,27 @@ class Shares:
         found.rows += [row for row in self.rows if row[0] != token]
         return found
 
+    def minus(self, other: Shares, shared: int, length: int) -> Shares:
+        """Subtract the shares of another prompt, whose first `shared` tokens are those of this one.
+
+        What belongs to the same token, component or bias is one share. Behind the `length` tokens of this prompt come
+        the other's own.
+        """
+        found, named = (
+            Shares(notes=list(dict.fromkeys([*self.notes, *other.notes]))),
+            (KINDS.index("bias"), KINDS.index("adapter")),
+        )
+        sums: dict[tuple[int, int, int, int], tuple[float, float]] = {}
+        for sign, side, behind in ((1, self, 0), (-1, other, length - shared)):
+            names = list(side.biases)
+            for kind, layer, index, token, share, through in side.rows:
+                number = found.number_bias(names[index]) if kind in named else index
+                key = (kind, layer, number, token + behind * (token >= shared))
+                before = sums.get(key, (0.0, 0.0))
+                sums[key] = before[0] + sign * share, before[1] + sign * through
+        found.rows = [(*key, *both) for key, both in sums.items()]
+        return found
+
     def relative_error(self, readout: Readout) -> float:
         """Return how far the shares miss the target, relative to the size of the terms."""
         shares = [row[4] for row in self.rows]
@@ -117,21 +142,8 @@ def share_by_source(chain: Chain, readout: Readout, *, together: bool) -> Shares
 
     Rows that a model looks up for a token in further embedding tables count as the token's, too.
     """
-    trace, biases = chain.trace, dict(readout.constants)
-    lookups: dict[str, Tensor] = {}
-    block, workspace, active = _new_block(trace, 1), Workspace(), _find_active(trace, readout)
-    block[0] = readout.cotangent
-    for index, below, above in _list_steps(chain, readout):
-        if trace.biased[index]:
-            graph = chain.layers[index].graph(collect=True)
-            if not together:
-                lookups |= _weigh_lookups(graph, graph.points[above], block)
-            block[:], given = _pull(graph, graph.points[above], block)
-            for (name, _), share in zip(graph.constants, given[0].tolist(), strict=True):
-                biases[name] = biases.get(name, 0.0) + share
-        else:
-            chain.pull(block, index, below, above, active, workspace)
-    shares, given = Shares(), _sum_by_token(trace, block)[0]
+    block, biases, lookups = pull_to_sources(chain, readout, look_up=not together)
+    shares, given = Shares(gradient=block[0]), _sum_by_token(chain.trace, block)[0]
     if together:
         shares.add("embed", given.sum().item())
     else:
@@ -148,6 +160,27 @@ def share_by_source(chain: Chain, readout: Readout, *, together: bool) -> Shares
     return shares
 
 
+def pull_to_sources(
+    chain: Chain, readout: Readout, *, look_up: bool
+) -> tuple[Float[Tensor, "1 T d"], dict[str, float], dict[str, Float[Tensor, " T"]]]:
+    """Pull the target's gradient to the embeddings; with what each bias adds, and what each looked-up row adds."""
+    trace, biases = chain.trace, dict(readout.constants)
+    lookups: dict[str, Tensor] = {}
+    block, workspace, active = new_block(trace, 1), Workspace(), find_active(trace, readout)
+    block[0] = readout.cotangent
+    for index, below, above in list_steps(chain, readout):
+        if trace.biased[index] or chain.options.adapters_held:
+            graph = chain.layers[index].graph(collect=True)
+            if look_up:
+                lookups |= _weigh_lookups(graph, graph.points[above], block)
+            block[:], given = _pull(graph, graph.points[above], block)
+            for (name, _), share in zip(graph.constants, given[0].tolist(), strict=True):
+                biases[name] = biases.get(name, 0.0) + share
+        else:
+            chain.pull(block, index, below, above, active, workspace)
+    return block, biases, lookups
+
+
 def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Shares:
     """Compute the direct and the total effect of each component of each layer.
 
@@ -157,7 +190,7 @@ def share_by_component(chain: Chain, readout: Readout, split: Kind | None) -> Sh
     trace, shares, wholes = chain.trace, Shares(), dict[str, list[int]]()
     unit: Kind = "head" if split == "attn_out" else "neuron"
     direct = total = readout.cotangent[None].to(trace.dtype)
-    steps, workspace, active = _list_steps(chain, readout), Workspace(), _find_active(trace, readout)
+    steps, workspace, active = list_steps(chain, readout), Workspace(), find_active(trace, readout)
     for index, _, above in bar(steps, desc="shares", unit="layer"):
         sublayers = trace.layers[index].block.sublayers
         both = sublayers.attn is not None and sublayers.mlp is not None
@@ -206,7 +239,7 @@ def _share_by_sublayer(
     the layer's input.
     """
     (index, above), (direct, total) = step, cotangents
-    block, values = _new_block(trace, 1), dict(list_additions(trace, index, above))
+    block, values = new_block(trace, 1), dict(list_additions(trace, index, above))
     block[0] = total[0]
     through = {"mlp_out": _dot(block, values["mlp_out"])} if "mlp_out" in values else {}
     if above != "resid_mid":  # what attention adds passes the MLP, too
@@ -225,14 +258,14 @@ def share_by_token_and_layer(chain: Chain, readout: Readout, budget: int) -> Sha
     """
     trace, shares = chain.trace, Shares()
     direct = readout.cotangent[None].to(trace.dtype)
-    steps = _list_steps(chain, readout)
+    steps = list_steps(chain, readout)
     ends = [(index, kind) for index, _, above in steps for kind, _ in list_additions(trace, index, above)]
     most = max(1, budget // (chain.column_bytes(Point("final")) + direct.nbytes))
     with bar(total=len(ends), desc="shares", unit="part") as progress_bar:
         for start in range(0, len(ends), most):
             some = ends[start : start + most]
             below = [step for step in steps if step[0] <= some[0][0]]
-            active = _find_active(trace, readout)
+            active = find_active(trace, readout)
             block, biases = _pull_from_components(chain, direct, some, below, active, progress_bar)
             found = zip(some, _sum_by_token(trace, block).tolist(), biases.tolist(), strict=True)
             for (index, kind), row, bias in found:
@@ -256,7 +289,7 @@ def _pull_from_components(
 ) -> tuple[Float[Tensor, "n T d"], Float[Tensor, " n"]]:
     """Pull the target's gradient back from n components to the embeddings, and sum what biases on these paths add."""
     trace, workspace, done = chain.trace, Workspace(), 0
-    block = _new_block(trace, len(ends))
+    block = new_block(trace, len(ends))
     biases = torch.zeros(len(ends), dtype=torch.float64, device=block.device)
     for index, below, above in steps:
         graph = chain.layers[index].graph(collect=trace.biased[index])
@@ -280,10 +313,10 @@ def pull_down(chain: Chain, readout: Readout) -> Iterator[tuple[int | None, str,
     Yields the layer, the point at which it ends, and the gradient there, with all paths through later layers. Cost: one
     column backward.
     """
-    trace, workspace, active = chain.trace, Workspace(), _find_active(chain.trace, readout)
-    block = _new_block(trace, 1)
+    trace, workspace, active = chain.trace, Workspace(), find_active(chain.trace, readout)
+    block = new_block(trace, 1)
     block[0] = readout.cotangent
-    for index, below, above in _list_steps(chain, readout):
+    for index, below, above in list_steps(chain, readout):
         yield index, above, block.clone()
         chain.pull(block, index, below, above, active, workspace)
     yield None, "embed", block
@@ -365,17 +398,17 @@ def _sum_by_token(trace: Trace, cotangents: Float[Tensor, "n T d"]) -> Float[Ten
     return torch.einsum("ntd,td->nt", cotangents.double(), trace.layers[0].value[0].double())
 
 
-def _new_block(trace: Trace, columns: int) -> Float[Tensor, "n T d"]:
+def new_block(trace: Trace, columns: int) -> Float[Tensor, "n T d"]:
     """Allocate a block of cotangents in the layout of sweeps: the columns of one position are one matrix."""
     return trace.layers[0].value.new_zeros(trace.length, columns, trace.width).transpose(0, 1)
 
 
-def _find_active(trace: Trace, readout: Readout) -> slice:
+def find_active(trace: Trace, readout: Readout) -> slice:
     """Find the positions on which the target can depend."""
     return slice(0, readout.position + 1 if trace.causal else trace.length)
 
 
-def _list_steps(chain: Chain, readout: Readout) -> list[tuple[int, str, str]]:
+def list_steps(chain: Chain, readout: Readout) -> list[tuple[int, str, str]]:
     """List the parts of layers from where a target is read down to the embeddings, as `Chain.steps` does."""
     layer, mid = divmod(readout.node, 2)
     end = Point("resid_mid", layer) if mid else Point("resid_post", layer - 1) if layer else Point("embed")

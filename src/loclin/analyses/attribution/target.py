@@ -140,11 +140,10 @@ class Direction:
     __repr__ = brief
 
 
-Target = (
-    Token | tuple[Token, Token] | list[Token] | Margin | LogProb | Probability | Entropy | Span | Neuron | Score
-    | Direction | Tensor | np.ndarray | None
-)  # fmt: skip
-"""An attribution target: a token's logit, a logit difference, one of the classes above, or a vector at `final`.
+Answer = Token | list[Token] | Margin | LogProb | Probability | Span | Tensor | np.ndarray
+"""One side of a difference: a token, or several."""
+Target = Answer | tuple[Answer, Answer] | Entropy | Neuron | Score | Direction | None
+"""An attribution target: a token's logit, a difference, one of the classes above, or a vector at `final`.
 
 A text of several tokens, or a list of tokens or ids, is a `Span`. None is the predicted token's logit minus the mean of
 all logits: `Margin(over="mean")`. For a classifier, tokens are the names of classes, or their ids; None is the logit

@@ -66,12 +66,8 @@ def coverage(
     code = source_hash("figures", "report", "reproduction", "cli")  # they only show results
     found, tell = Coverage(versions(), code, [], task), steps(progress)
     record = Record(path, Coverage, fresh)
-    earlier = record.read()
-    done: dict[str, FamilyResult] = {}
-    if earlier is not None and (earlier.versions, earlier.code, earlier.task) != (found.versions, found.code, task):
-        tell(f"{path} was written by other versions, or for another task: starting over")
-    elif earlier is not None:
-        done = {result.family: result for result in earlier.results}
+    earlier = record.resume(found, ("versions", "code", "task"), tell, "by other versions, or for another task")
+    done = {} if earlier is None else {result.family: result for result in earlier.results}
     rest = [family for family in wanted if family not in done or not done[family].has(gates)]
     if done:
         tell(f"{len(wanted) - len(rest)} of {len(wanted)} families are done in {path}")

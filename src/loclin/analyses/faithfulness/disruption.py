@@ -142,10 +142,8 @@ def disruption(
     wanted, tell = len(items) if count is None else whole("items", count, 1), steps(progress)
     settings = {"model": model.info.to_dict(), "bos": bos, "seed": seed, "source": source}
     found, record = Disruption(settings, versions(), []), Record(path, Disruption, fresh)
-    earlier = record.read()
-    if earlier is not None and (earlier.settings, earlier.versions) != (found.settings, found.versions):
-        tell(f"{path} was written with other settings, items or versions: starting over")
-    elif earlier is not None:
+    earlier = record.resume(found, ("settings", "versions"), tell, "with other settings, items or versions")
+    if earlier is not None:
         found = earlier
         tell(f"{path} has {len(found.items)} items, {len(found.known)} of them answered: going on")
     done = {(item.name, item.prompt) for item in found.items}

@@ -140,10 +140,8 @@ def faithfulness(
     settings = {"model": model.info.to_dict(), "bos": bos, "seed": seed, "planes": planes, "captum": captum}
     found = Faithfulness(settings, versions(), [])
     record = Record(path, Faithfulness, fresh)
-    earlier = record.read()
-    if earlier is not None and (earlier.settings, earlier.versions) != (found.settings, found.versions):
-        tell(f"{path} was written with other settings or versions: starting over")
-    elif earlier is not None:
+    earlier = record.resume(found, ("settings", "versions"), tell, "with other settings or versions")
+    if earlier is not None:
         found = earlier
         tell(f"{path} has {len(found.prompts)} prompts: resuming")
     done = {prompt.text for prompt in found.prompts}
