@@ -100,10 +100,7 @@ def test_texts_that_are_not_one_token(lin, text, message):
         lin.attribute(("w4", text))
 
 
-def test_a_difference_is_of_single_tokens(lin):
-    message = r"target 'w3 w4' is 2 tokens, not one: ' w3' \+ ' w4'; give one token's text, or its id"
-    with pytest.raises(OptionError, match=message):
-        lin.attribute(("w4", "w3 w4"))
+def test_a_head_is_looked_at_for_a_target_at_one_position(lin):
     with pytest.raises(OptionError, match="for targets at one position"):
         lin.head(0, 0, "w3 w4")
 

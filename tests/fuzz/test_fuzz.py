@@ -19,6 +19,7 @@ FEW = 16
 
 
 @pytest.mark.slow
+@pytest.mark.long_for("1")
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.filterwarnings("default")
 def test_random_combinations(request, part):

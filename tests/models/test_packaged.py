@@ -176,6 +176,7 @@ print(f"{name}: import {{imported - start:.1f}} s, load with verification {{load
 
 
 @pytest.mark.real
+@pytest.mark.long_for("gemma-3-270m")
 @pytest.mark.parametrize("name", sorted(PACKAGED))
 def test_a_real_reload_is_timed_and_clean(name, capsys):
     load(name)  # converted by now

@@ -130,6 +130,8 @@ def same(one, other):
 
 
 @pytest.mark.slow
+@pytest.mark.long_for("qwen")
+@pytest.mark.long_for("half")
 @pytest.mark.parametrize("kind", sorted(MODELS.keys() - {"qwen2_moe", "olmoe"}))
 def test_every_analysis_gives_the_same_bits_as_in_memory(kind, tmp_path):
     folder = saved(tmp_path / "model", kind)

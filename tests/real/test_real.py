@@ -146,7 +146,7 @@ def test_heads_and_paths(model):
     assert sum(at) == pytest.approx(lin.path(names, " Bridge").share, rel=1e-3, abs=1e-7)
 
 
-@pytest.mark.long_for("gemma-3-270m")
+@pytest.mark.long
 def test_every_layer_is_exact(model):
     """Some of Gemma's single-precision attention outputs are off by more than 1e-6, and so are the model's own."""
     found = explain_layers(loclin.linearize(model, "The Golden Gate", precision="double"), k=2)

@@ -52,6 +52,7 @@ def test_unsteered_gives_the_same_bits(model, operator, form, strength):
     assert torch.equal(same, model.hf(ids).logits)
 
 
+@pytest.mark.long_for("gemma-3-270m")
 def test_a_batch_writes_what_each_prompt_writes_alone(model, operator):
     prompts = [model.encode(prompt, bos=True) for prompt in packaged_concepts().choosing[:3]]
     together = write(model, prompts, [], steering=operator, strength=0.6, max_new_tokens=8)

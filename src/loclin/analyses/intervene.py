@@ -223,6 +223,8 @@ class Replaced:
     index: int = 0
     direction: Float[Tensor, " d"] | None = None
 
+    __repr__ = brief
+
     def __hash__(self) -> int:
         return hash((self.name, id(self.direction)))
 

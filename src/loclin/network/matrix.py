@@ -81,7 +81,7 @@ class Matrix:
         elif self._goes_by_rows(y):
             add_or_write(out, multiply_transposed(y, self._weight), add)
         elif add:
-            out.addmm_(y, self.whole)
+            torch.addmm(out, y, self.whole, out=out)  # unlike addmm_, counted where flops are
         else:
             torch.mm(y, self.whole, out=out)
 
