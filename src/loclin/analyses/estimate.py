@@ -25,10 +25,10 @@ from loclin.common.free_memory import available as free_memory
 from loclin.common.free_memory import given_free
 from loclin.common.progress import Progress, steps, with_progress
 from loclin.common.rehearsal import Cost, Rates, Rehearsal, rehearse
+from loclin.common.sums import most_steps
 from loclin.common.surroundings import in_plain_torch
 from loclin.errors import BudgetError, ModelError, OptionError
 from loclin.freeze import FreezeOptions, Gate
-from loclin.freeze.narrow import most_steps
 from loclin.maps.linearized import Linearized
 from loclin.maps.plan import expected_columns
 from loclin.models import tiny, wrap

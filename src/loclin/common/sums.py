@@ -6,6 +6,8 @@ are too small by about 3e-4, always in the same direction, so they cannot be use
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from loclin.errors import OptionError
 
 _CHUNK, _CHUNK_ACCELERATOR = 2**15, 2**22
 """How many numbers are converted at a time: on a CPU as many as fit its cache."""
+most_steps: ContextVar[int | None] = ContextVar("most_steps", default=None)
+"""How many steps a tensor may take, where work is only counted: a step takes its time, however small it is."""
 
 
 def square_sums(x: Tensor, axis: int = 0) -> Tensor:
@@ -20,7 +24,9 @@ def square_sums(x: Tensor, axis: int = 0) -> Tensor:
     chunk = _CHUNK if x.device.type == "cpu" else _CHUNK_ACCELERATOR
     total = x.new_zeros(x.shape[:axis], dtype=torch.float64)
     summed = tuple(range(axis, x.dim()))
-    for part in x.detach().split(max(1, chunk * x.shape[axis] // max(1, x.numel())), dim=axis):
+    n = x.shape[axis]
+    step = max(1, chunk * n // max(1, x.numel()), n // (most_steps.get() or max(1, n)))
+    for part in x.detach().split(step, dim=axis):
         total += part.to(torch.float64, copy=True).square_().sum(dim=summed)
     return total
 

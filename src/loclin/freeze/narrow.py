@@ -7,17 +7,16 @@ it are widened at a time, into one buffer that stays in the processor's cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loclin.common.sums import most_steps
+
 _NUMBERS = 2**19  # of the weight that are widened at a time
 _NUMBERS_ACCELERATOR = 2**26
-most_steps: ContextVar[int | None] = ContextVar("most_steps", default=None)
-"""How many steps a weight may take, where products are only counted: a step takes its time, however small it is."""
 
 
 def is_narrow(weight: Any, dtype: torch.dtype) -> bool:
