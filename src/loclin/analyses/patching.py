@@ -156,7 +156,9 @@ def patch(
         raise OptionError(f"{lin.model.info.name} has no layers to tell apart: {why}")
     readout = read_for_runs(lin, contrast(lin, other, target), position)
     tell("what the frozen map says")
-    rows, notes = _patch_heads(lin, other, readout) if by == "head" else (_patch_layers(lin, other, readout), [])
+    rows, notes = (
+        _patch_heads(lin, other, readout) if by == "head" else ([*_patch_layers(lin, other, readout)][::-1], [])
+    )
     if not rows:
         raise OptionError(f"{lin.model.info.name}: {notes[0]}; use by='layer'")
     assert readout.read is not None
@@ -176,13 +178,7 @@ def patch(
     return _check(lin, other, readout, found, verify, tell) if verify else found
 
 
-def _patch_layers(lin: Linearized, other: Linearized, readout: Readout) -> list[Row]:
-    """The changes by what each layer reads and adds."""
-    rows = [*_sweep(lin, other, readout)]
-    return rows[::-1]
-
-
-def _sweep(lin: Linearized, other: Linearized, readout: Readout) -> Iterator[Row]:
+def _patch_layers(lin: Linearized, other: Linearized, readout: Readout) -> Iterator[Row]:
     """Pull the target's gradient down; at each point, from the last one on, it meets the change of the activation."""
     trace, chain, workspace, active = lin.trace, lin.chain, Workspace(), find_active(lin.trace, readout)
     block = new_block(trace, 1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from typing import Annotated, Any
 
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import deliver, importing, step
+from loclin.cli.console import deliver, importing, join_json, step
 from loclin.cli.targets import Units
 
 
@@ -30,7 +29,7 @@ def attention(
             "Share the score among: token, layer, head, neuron, bias, tokenxlayer; again for more. Default: token."
         ),
     ] = None,
-    top: Annotated[int, typer.Option(help="How many of the largest shares to print.", min=1)] = 20,
+    top: options.Top = 20,
     *,
     units: Units,
     freezing: options.Freezing,
@@ -51,9 +50,4 @@ def attention(
         about = {"skip": units.skip} if level == "token" or level is grouped else {}
         found.append(lin.attention_score(head, key=key, query=query, by=level, progress=step, **about))
 
-    def to_json() -> str:
-        return jsonlib.dumps(
-            {one.by_query.by: one.to_dict() for one in found}, indent=2, ensure_ascii=False, allow_nan=False
-        )
-
-    deliver(found, json=json, html=html, to_json=to_json, top=top)
+    deliver(found, json=json, html=html, to_json=lambda: join_json({one.by_query.by: one for one in found}), top=top)

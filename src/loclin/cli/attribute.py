@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
 import typer
 
 from loclin.cli import options
-from loclin.cli.console import deliver, importing, note, step
+from loclin.cli.console import deliver, importing, join_json, note, step
 from loclin.cli.targets import Units, read_target
 from loclin.errors import OptionError
 
@@ -62,7 +61,7 @@ def attribute(
         typer.Option(help="shared: let relevance through queries and keys too. Not exact: it misses the target."),
     ] = "frozen",
     position: options.Position = -1,
-    top: Annotated[int, typer.Option(help="How many of the largest shares to print.", min=1)] = 20,
+    top: options.Top = 20,
     *,
     units: Units,
     freezing: options.Freezing,
@@ -106,7 +105,4 @@ def attribute(
                 raise
             note(f"no shares by {name}: {missing}")
 
-    def to_json() -> str:
-        return jsonlib.dumps({one.by: one.to_dict() for one in found}, indent=2, ensure_ascii=False, allow_nan=False)
-
-    deliver(found, json=json, html=html, to_json=to_json, top=top)
+    deliver(found, json=json, html=html, to_json=lambda: join_json({one.by: one for one in found}), top=top)

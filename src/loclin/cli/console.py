@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import os
 import signal
 import sys
@@ -82,6 +83,12 @@ def step(name: str) -> None:
     """Name the step that is running, on a terminal; the sweeps draw their own bar with the time left."""
     if stderr.is_terminal:
         stderr.print(f"[dim]{escape(name)} …[/]", soft_wrap=True)
+
+
+def join_json(results: Mapping[str, Any]) -> str:
+    """Several results as one JSON object, by name."""
+    found = {name: result.to_dict() for name, result in results.items()}
+    return jsonlib.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def deliver(

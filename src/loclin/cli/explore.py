@@ -22,7 +22,7 @@ def explore(
     position: options.Position = -1,
     *,
     freezing: options.Freezing,
-    page: Annotated[
+    html: Annotated[
         Path | None,
         typer.Option("--html", "-o", help="Write the interactive page to this file.", callback=options.place),
     ] = None,
@@ -36,4 +36,4 @@ def explore(
     """
     lin = freezing.linearize(options.read(prompt))
     found = lin.explore(word or (), count=count, position=position, progress=step)
-    deliver(found, html=page, others={save: found.save}, code=int(not found.certificate.passed))
+    deliver(found, html=html, others={save: found.save}, code=int(not found.certificate.passed))

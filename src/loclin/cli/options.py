@@ -127,10 +127,11 @@ Chat = Annotated[
 ]
 Json = Annotated[Path | None, path("Write everything to this JSON file.")]
 Html = Annotated[Path | None, path("Write an interactive page to this file.")]
+Top = Annotated[int, typer.Option(help="How many of the largest shares to print.", min=1)]
 Record = Annotated[Path | None, path("Write what is finished to this JSON file, and go on from what it holds.")]
 Markdown = Annotated[Path | None, path("Write the tables to this Markdown file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what the JSON file holds, and write over it.")]
-_OUTPUTS = ("json", "html", "markdown", "save", "output", "page")
+_OUTPUTS = ("json", "html", "markdown", "save", "output")
 _INPUTS = ("image", "words", "operator", "model", "saved")
 
 
@@ -300,7 +301,7 @@ def check() -> None:
     kept.set(NOTHING)
     if {"fresh", "json"} <= set(given):
         kept.set(f"what is finished is kept: the same command goes on ({given['json']})")
-    outputs = {"--html" if name == "page" else f"--{name}": given[name] for name in _OUTPUTS if name in given}
+    outputs = {f"--{name}": given[name] for name in _OUTPUTS if name in given}
     for path in outputs.values():
         check_writable(path)
     if (save := outputs.get("--save")) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import groupby
 
 from rich.text import Text
@@ -265,13 +265,7 @@ def _parts(found: Attribution, top: int) -> Table:
 
 def _head_map(found: Attribution) -> Heat:
     heads = [part for part in found.parts if part.kind == "head"]
-    shares = {(part.layer, part.index): part.share for part in heads}
-    count = 1 + max((part.index or 0 for part in heads), default=0)
-    rows = []
-    for layer in sorted({part.layer for part in heads if part.layer is not None}, reverse=True):
-        named = [(f"L{layer}H{head}", shares.get((layer, head))) for head in range(count)]
-        rows.append((f"layer {layer}", named))
-    return heat(rows, [(Text(str(head)), 1) for head in range(count)], _full(found, heads), "head")
+    return head_heat({part.name: part.share for part in heads}, _full(found, heads), "head")
 
 
 def _adapter_map(found: Attribution) -> Heat:
@@ -304,6 +298,17 @@ def _token_map(found: Attribution) -> Heat:
     columns = [(Text(label), len(list(same))) for label, same in groupby(name.rpartition(".")[2] for name in names)]
     full = full_size((size, i in found.sinks) for i, size in enumerate(matrix[:-1].abs().amax(1).tolist()))
     return heat(rows, columns, full, "left: attention, right: MLP")
+
+
+def head_heat(shares: Mapping[str, float], full: float, note: str) -> Heat:
+    """A map of layers, the last one first, by heads, from numbers by their names: `L3H5`."""
+    known = {tuple(map(int, name[1:].split("H"))) for name in shares}
+    heads = range(1 + max((head for _, head in known), default=0))
+    rows = [
+        (f"layer {layer}", [(name, shares.get(name)) for name in (f"L{layer}H{head}" for head in heads)])
+        for layer in sorted({layer for layer, _ in known}, reverse=True)
+    ]
+    return heat(rows, [(Text(str(head)), 1) for head in heads], full, note)
 
 
 def heat(

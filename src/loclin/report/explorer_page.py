@@ -24,12 +24,12 @@ from loclin.report.sheet import (
     Section,
     Sheet,
     describe,
-    full_size,
     left_out,
     sheet_of,
 )
 from loclin.report.table import BAR, COUNTER, Bar, Column, Table
 from loclin.report.text import certified, error, number, plain, predicted, shortened, signed, token, visible
+from loclin.report.units import full_group
 
 CLOSES = 1e-3
 """How close the page's sums and shares are, relative to the logit, or absolutely where that is less than 1."""
@@ -58,9 +58,7 @@ def describe_exploration(found: Exploration, limits: Limits = PAGE) -> Sheet:
     goal, run = found.goal(), run_of(found)
     shares = found.shares().sum(1).tolist()
     sinks = set(found.sinks)
-    full = full_size(
-        (share, bool(sinks & set(row.positions))) for share, row in zip(shares[:-1], found.rows, strict=True)
-    )
+    full = full_group(found.rows, shares[:-1], sinks)
     table = Table.of(COUNTER, Column("tokens", "key"), "share", BAR)
     ranked = sorted(range(len(found.rows)), key=lambda i: -abs(shares[i]))[: limits.tokens]
     for i in sorted(ranked):

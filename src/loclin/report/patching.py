@@ -7,11 +7,11 @@ from dataclasses import replace
 from rich.text import Text
 
 from loclin.analyses.patching import Patching, place
-from loclin.report.attribution import heat
-from loclin.report.run import prompt, run_of, wanted
+from loclin.report.attribution import head_heat, heat
+from loclin.report.run import moved, prompt, run_of, wanted
 from loclin.report.sheet import PAGE, Block, Limits, Section, Sheet, describe, full_size, sheet_of
 from loclin.report.table import BAR, Bar, Cell, Column, Table
-from loclin.report.text import number, percent, shortened, signed, token, visible
+from loclin.report.text import percent, shortened, signed, token, visible
 
 _MOST = 80
 """Columns of a map of tokens."""
@@ -28,11 +28,7 @@ _KINDS = {
 def _describe_patching(found: Patching, limits: Limits = PAGE) -> Sheet:
     run = run_of(found)
     most = max(3, limits.parts // len(found.kinds))
-    goal = wanted(found.target)
-    lead = Text.assemble((f"{found.target['kind']} ", "green"), goal)
-    lead.append(f" {number(found.target['value'])} → {number(found.value)}", "bold").append(
-        f"   {signed(found.change)}"
-    )
+    lead = moved(found.target, found.value)
     if found.predicted is not None:
         text, probability = found.predicted
         lead.append("   predicted ", "dim").append_text(token(text)).append(f" {percent(probability)}", "dim")
@@ -46,7 +42,7 @@ def _describe_patching(found: Patching, limits: Limits = PAGE) -> Sheet:
         found,
         "activations of a second prompt, each alone in the first, as exact linear maps",
         [Section(*_KINDS[kind], [_map(found, kind), _table(found, kind, most)]) for kind in found.kinds],
-        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), goal),
+        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), wanted(found.target)),
         lead=[Text.assemble(("second: ", "dim"), shortened(found.second.text)), lead],
         notes=notes,
     )
@@ -57,14 +53,7 @@ def _map(found: Patching, kind: str) -> Block:
     matrix, names = found.matrix(kind)
     if kind == "head":
         sums = dict(zip(names, matrix.sum(1).tolist(), strict=True))
-        layers = list(dict.fromkeys(name.partition("H")[0] for name in names))
-        count = 1 + max(int(name.partition("H")[2]) for name in names)
-        rows = [
-            (f"layer {layer[1:]}", [(name, sums.get(name)) for name in (f"{layer}H{i}" for i in range(count))])
-            for layer in reversed(layers)
-        ]
-        full = full_size((share, False) for share in sums.values())
-        return heat(rows, [(Text(str(i)), 1) for i in range(count)], full, "head, over all tokens")
+        return head_heat(sums, full_size((share, False) for share in sums.values()), "head, over all tokens")
     shown = sorted(matrix.abs().amax(0).argsort(descending=True)[:_MOST].tolist())
     heads = [_pair(found, i) for i in shown]
     rows = [

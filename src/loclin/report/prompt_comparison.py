@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.text import Text
 
 from loclin.analyses.prompt_comparison import PromptComparison
-from loclin.report.run import prompt, run_of, wanted
+from loclin.report.run import moved, prompt, run_of, wanted
 from loclin.report.sheet import PAGE, Limits, Section, Sheet, describe, full_size, sheet_of
 from loclin.report.table import BAR, Bar, Column, Table
-from loclin.report.text import error, number, shortened, signed, token
+from loclin.report.text import error, shortened, signed, token
 
 _MOST = 80
 
@@ -35,13 +35,8 @@ def _describe_comparison(found: PromptComparison, limits: Limits = PAGE) -> Shee
     if left:
         table.add(Text(f"{len(left)} others", "italic"), "", signed(sum(left)), Bar(sum(left) / full))
     if any(found.biases):
-        moved = found.biases[1] - found.biases[0]
-        table.add(Text("biases", "italic"), "", signed(moved), Bar(moved / full))
-    goal = wanted(found.target)
-    lead = Text.assemble((f"{found.target['kind']} ", "green"), goal)
-    lead.append(f" {number(found.target['value'])} → {number(found.value)}", "bold").append(
-        f"   {signed(found.change)}"
-    )
+        change = found.biases[1] - found.biases[0]
+        table.add(Text("biases", "italic"), "", signed(change), Bar(change / full))
     closes = f"the changes sum to {signed(found.change - found.residual)}; rounding {error(abs(found.residual))}"
     notes = [
         "Content: other embeddings, with the mean of both maps. Map: the mean embedding, with another map.",
@@ -54,7 +49,7 @@ def _describe_comparison(found: PromptComparison, limits: Limits = PAGE) -> Shee
         found,
         "one target in two prompts, as exact linear maps",
         [Section("Changes", "what each token's share changes by", [table, Text(closes, "bold")])],
-        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), goal),
-        lead=[second, lead],
+        heading=Text.assemble(shortened(prompt(found)), (" → ", "dim"), wanted(found.target)),
+        lead=[second, moved(found.target, found.value)],
         notes=notes,
     )

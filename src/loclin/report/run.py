@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from loclin.common.brief import brief
-from loclin.report.text import plain, token
+from loclin.report.text import number, plain, signed, token
 from loclin.results.provenance import Provenance
 
 _UNSAID = ("versions", "token_ids", "model", "certificate", "text", "tokens", "positions")
@@ -94,3 +94,10 @@ def wanted(target: Mapping[str, Any]) -> Text:
         sides = [[text] for text in target["tokens"]]
     each = (Text(", ").join(token(text, "bold green") for text in texts) for texts in sides)
     return Text(" − ").join(each)
+
+
+def moved(target: Mapping[str, Any], value: float) -> Text:
+    """Write a target with its value, and another value that it has elsewhere."""
+    lead = Text.assemble((f"{target['kind']} ", "green"), wanted(target))
+    lead.append(f" {number(target['value'])} → {number(value)}", "bold")
+    return lead.append(f"   {signed(value - target['value'])}")

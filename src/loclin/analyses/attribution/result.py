@@ -37,8 +37,8 @@ class Share:
     Attributes
     ----------
     name: the text of a token or of a group of tokens; the name of a point (`attn_out.3`); `L3H5` for query head 5 of
-        layer 3, `L3N57` for a neuron; the path of a bias; `L3.mlp.up_proj` for
-        an adapter. In a token × layer attribution: the name of the point.
+        layer 3, `L3N57` for a neuron; the path of a bias; `L3.mlp.up_proj` for an adapter. In a token × layer
+        attribution: the name of the point.
     kind: see `KINDS`.
     layer, index, token: the layer, the number within it, and the position in the prompt; None where it has none.
     share: the exact part of the target: a total effect by token and bias, a direct effect by layer, head and neuron.

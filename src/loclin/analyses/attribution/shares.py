@@ -93,10 +93,8 @@ class Shares:
         What belongs to the same token, component or bias is one share. Behind the `length` tokens of this prompt come
         the other's own.
         """
-        found, named = (
-            Shares(notes=list(dict.fromkeys([*self.notes, *other.notes]))),
-            (KINDS.index("bias"), KINDS.index("adapter")),
-        )
+        found, named = Shares(), (KINDS.index("bias"), KINDS.index("adapter"))
+        found.notes = list(dict.fromkeys([*self.notes, *other.notes]))
         sums: dict[tuple[int, int, int, int], tuple[float, float]] = {}
         for sign, side, behind in ((1, self, 0), (-1, other, length - shared)):
             names = list(side.biases)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loclin.analyses.attribution.shares import list_additions
+from loclin.analyses.intervene import LayerParts
 from loclin.common.brief import brief
 from loclin.common.progress import bar
 from loclin.common.sums import relative_error
@@ -23,7 +24,6 @@ from loclin.network.autograd import batched_jvp
 from loclin.network.chain import Chain
 from loclin.network.points import Point
 from loclin.network.prefix import push_embeddings
-from loclin.network.units import UnitFinder
 
 _ROUNDING = 1e-5
 """If the parts miss the final hidden state by more, they are computed again in float64."""
@@ -92,14 +92,12 @@ def find_heads(lin: Linearized, position: int) -> tuple[list[str], Float[Tensor,
     trace, names, without = lin.trace, list[str](), list[int]()
     written: list[Tensor] = [torch.zeros(0, trace.width, dtype=trace.dtype, device=lin.embeddings.device)]
     for layer in bar(range(trace.n_layers), desc="heads", unit="layer"):
-        finder, link = UnitFinder(trace.layers[layer].block.sublayers), lin.chain.layers[layer]
-        graph = link.graph(collect=trace.biased[layer], finder=finder)
-        output = graph.points.get("attn_out")
-        found = None if output is None else finder.projection("attn_out", output, graph.constants)
-        if output is None or found is None:
+        parts = LayerParts(lin, layer)
+        found = parts.projection("attn_out")
+        if found is None:
             without.append(layer)
             continue
-        push, units = batched_jvp(output, found.source), found.source.detach()
+        push, units = batched_jvp(parts.graph.points["attn_out"], found.source), found.source.detach()
         for head in range(found.count):
             names.append(f"L{layer}H{head}")
             written.append(push(found.isolate(units, head)[None])[:, 0, position].to(written[0]))
